@@ -1,0 +1,100 @@
+"""What the token ids mean: named, contiguous segments laid end to end.
+
+A vocabulary is written once, as `{"special": ["<bos>", ...], "image": 1024, "text": 31}`, in the order of the
+ids. Whoever needs to know where picture codes start asks here; nobody adds offsets of their own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
+
+SPECIAL = "special"
+"""The one segment whose ids have names: the markers that stand between spans."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Ids `offset` up to, not including, `offset + size`."""
+
+    name: str
+    size: int
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
+
+class Vocabulary:
+    """Segments by name, in id order. `sizes` gives each segment's size, or the names of the special ids.
+
+    Raises ValueError for an empty segment, a repeated special, or names outside the segment "special".
+    """
+
+    def __init__(self, sizes: Mapping[str, int | Sequence[str]]):
+        self.segments: dict[str, Segment] = {}
+        self.specials: dict[str, int] = {}
+        self.size = 0
+        for name, content in sizes.items():
+            names = _special_names(name, content)
+            size = len(names) if names else int(content)  # type: ignore[arg-type]
+            if size < 1:
+                raise ValueError(f"vocabulary segment {name!r} has size {size}; a segment holds at least one id.")
+            self.segments[name] = Segment(name=name, size=size, offset=self.size)
+            self.specials.update({special: self.size + i for i, special in enumerate(names)})
+            self.size += size
+
+    def __getitem__(self, name: str) -> Segment:
+        if name not in self.segments:
+            raise ValueError(f"no vocabulary segment {name!r}; there are {', '.join(self.segments)}.")
+        return self.segments[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.segments
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.to_dict() == other.to_dict()
+
+    def __repr__(self) -> str:
+        parts = (f"{s.name} {s.offset}..{s.end - 1}" for s in self.segments.values())
+        return f"Vocabulary({', '.join(parts)})"
+
+    def special(self, name: str) -> int:
+        """The id of a special. Raises ValueError, listing the specials there are."""
+        if name not in self.specials:
+            raise ValueError(f"no special {name!r} in the vocabulary; there are {', '.join(self.specials) or 'none'}.")
+        return self.specials[name]
+
+    def ids(self, segment: str, local: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+        """Token ids of a segment's own numbers (codes, word numbers), which count from 0."""
+        return local + self[segment].offset
+
+    def local(self, segment: str, token_ids: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+        """A segment's own numbers from token ids; the inverse of `ids`."""
+        return token_ids - self[segment].offset
+
+    def segment_of(self, token_id: int) -> str:
+        for segment in self.segments.values():
+            if segment.offset <= token_id < segment.end:
+                return segment.name
+        raise ValueError(f"token id {token_id} is outside the vocabulary of {self.size} ids.")
+
+    def to_dict(self) -> dict[str, int | list[str]]:
+        """The form the constructor takes, ready for JSON."""
+        return {
+            name: list(self.specials) if name == SPECIAL else segment.size for name, segment in self.segments.items()
+        }
+
+
+def _special_names(name: str, content: int | Sequence[str]) -> list[str]:
+    if isinstance(content, int):
+        if name == SPECIAL:
+            raise ValueError(f'the segment "{SPECIAL}" is given as the list of its names, not as a size ({content}).')
+        return []
+    if name != SPECIAL:
+        raise ValueError(f'segment {name!r} is given as names; only the segment "{SPECIAL}" has them. Give its size.')
+    if len(set(content)) != len(content):
+        raise ValueError(f"a special is named twice in {list(content)}.")
+    return list(content)
