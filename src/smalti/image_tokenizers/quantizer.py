@@ -1,0 +1,382 @@
+"""From continuous latents to codes and back: vector quantization, FSQ and LFQ, and the health of a codebook.
+
+Letters: E code width, K codebook entries, N vectors (all leading axes taken together). Channels are last.
+
+- `VectorQuantizer`: the nearest of K learned vectors (VQ-VAE, van den Oord et al. 2017, arXiv:1711.00937),
+  with every common remedy against a codebook of which only a few entries are used.
+- `FiniteScalarQuantizer`: rounding of a few bounded numbers (FSQ, Mentzer et al. 2023, arXiv:2309.15505).
+- `LookupFreeQuantizer`: the signs of log2 K numbers (LFQ, Yu et al. 2023, arXiv:2310.05737).
+
+All three have `encode`, `lookup` and `forward`. Straight-through outputs are `code + (x - x.detach())`,
+whose forward value is the code to the last bit; the usual `x + (code - x).detach()` is off by a rounding.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+SEARCH_BYTES = 4 * 2**20
+"""No (vectors x K) matrix beyond this many bytes is ever built, short of a single row. It fits a core's
+cache, which makes the blocked search faster than one large product, not only smaller."""
+
+
+class Quantized(NamedTuple):
+    """What a quantizer returns. The losses are means, already multiplied by their weights: add them up."""
+
+    latents: Float[Tensor, "... E"]
+    codes: Int[Tensor, "..."]
+    codebook_loss: Float[Tensor, ""]
+    commitment_loss: Float[Tensor, ""]
+    entropy_loss: Float[Tensor, ""]
+
+    @property
+    def loss(self) -> Tensor:
+        return self.codebook_loss + self.commitment_loss + self.entropy_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """A codebook of `codebook_size` vectors of width `code_dim`, and how it learns.
+
+    `update`: "gradient" trains the codebook by the codebook loss; "ema" moves each entry to the running mean
+    of the latents it is given; "clustering" is "gradient" plus a pull of idle entries towards latents (CVQ,
+    Zheng and Vedaldi 2023, arXiv:2307.15139). `kmeans_rounds` > 0 starts the codebook by that many Lloyd
+    rounds on the first training batch. `restart_below` > 0 ("ema" only) puts an entry whose running count of
+    latents per batch has fallen below it onto a random latent of the batch.
+    """
+
+    codebook_size: int = 1024
+    code_dim: int = 64
+    update: Literal["gradient", "ema", "clustering"] = "ema"
+    commitment_weight: float = 0.25
+    ema_decay: float = 0.99
+    kmeans_rounds: int = 0
+    restart_below: float = 0.0
+    l2_normalised: bool = False
+    rotation_trick: bool = False
+    entropy_weight: float = 0.0
+    entropy_temperature: float = 0.01
+    kind: Literal["vq"] = "vq"
+
+    def __post_init__(self):
+        _check_at_least(self, 1, "codebook_size", "code_dim")
+        _check_at_least(self, 0, "commitment_weight", "kmeans_rounds", "restart_below", "entropy_weight")
+        if self.update not in ("gradient", "ema", "clustering"):
+            raise ValueError(f'update is {self.update!r}; use "gradient", "ema" or "clustering".')
+        if not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; it must lie between 0 and 1, for example 0.99.")
+        if self.restart_below and self.update != "ema":
+            raise ValueError(
+                f'restart_below needs update "ema", which keeps running counts; update is {self.update!r}.'
+            )
+        if not self.entropy_temperature > 0:
+            raise ValueError(f"entropy_temperature is {self.entropy_temperature}; it must be above 0.")
+
+
+class VectorQuantizer(nn.Module):
+    """Each latent becomes the nearest entry of `codebook` (K, E), a parameter, or a buffer under "ema".
+
+    With `l2_normalised`, latents and entries are compared and returned at unit length (ViT-VQGAN, Yu et al.
+    2021, arXiv:2110.04627). The codebook changes only in `forward` in training mode. Under torch.distributed
+    every process then makes the same change, computed from the vectors of all processes.
+    """
+
+    codebook: Tensor
+    ema_counts: Tensor
+    ema_sums: Tensor
+    running_usage: Tensor
+    kmeans_done: Tensor
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__()
+        self.config = config
+        K, E = config.codebook_size, config.code_dim
+        codebook = torch.empty(K, E).uniform_(-1 / K, 1 / K)
+        if config.l2_normalised:
+            codebook = F.normalize(torch.randn(K, E), dim=-1)
+        if config.update == "ema":
+            self.register_buffer("codebook", codebook)
+            self.register_buffer("ema_counts", torch.ones(K))
+            self.register_buffer("ema_sums", codebook.clone())
+        else:
+            self.codebook = nn.Parameter(codebook)
+        if config.update == "clustering":
+            self.register_buffer("running_usage", torch.zeros(K))
+        if config.kmeans_rounds:
+            self.register_buffer("kmeans_done", torch.tensor(False))
+        # A copy of the flag that can be read without waiting for the device.
+        self._needs_kmeans = config.kmeans_rounds > 0
+        self.register_load_state_dict_post_hook(VectorQuantizer._reread_kmeans_flag)
+
+    @staticmethod
+    def _reread_kmeans_flag(module: "VectorQuantizer", _incompatible_keys) -> None:
+        module._needs_kmeans = module.config.kmeans_rounds > 0 and not bool(module.kmeans_done)
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    def encode(self, latents: Float[Tensor, "... E"]) -> Int[Tensor, "..."]:
+        """The index in [0, K) of the entry nearest to each latent, by float32 Euclidean distance."""
+        flat = self._comparable(latents.reshape(-1, self.config.code_dim))
+        return nearest(flat, self._entries()).view(latents.shape[:-1])
+
+    def lookup(self, codes: Int[Tensor, "..."]) -> Float[Tensor, "... E"]:
+        """The entries of the given codes. Raises ValueError if one lies outside [0, K)."""
+        check_codes(codes, self.config.codebook_size)
+        return F.embedding(codes, self._entries())
+
+    def forward(self, latents: Float[Tensor, "... E"]) -> Quantized:
+        """The nearest entries, with gradients passed on to `latents`; in training mode the codebook learns.
+
+        An "ema" codebook is updated after the lookup, so the returned latents are entries as they stood
+        before.
+        """
+        config = self.config
+        # Distances, running sums and losses in float32 also under autocast: in bf16 near codes become ties.
+        with torch.autocast(latents.device.type, enabled=False):
+            flat = self._comparable(latents.reshape(-1, config.code_dim))
+            if self.training and self._needs_kmeans:
+                self._start_by_kmeans(flat.detach())
+            # A copy, because the backward pass needs the entries as they were before `_learn` moved them.
+            entries = self._entries().clone()
+            codes = nearest(flat, entries)
+            chosen = F.embedding(codes, entries)
+
+            zero = flat.new_zeros(())
+            codebook_loss = zero if config.update == "ema" else F.mse_loss(chosen, flat.detach())
+            commitment_loss = config.commitment_weight * F.mse_loss(flat, chosen.detach())
+            entropy_loss = zero
+            if config.entropy_weight:
+                penalty = entropy_penalty(flat, entries, config.entropy_temperature)
+                entropy_loss = config.entropy_weight * penalty
+            through = rotate_onto(flat, chosen) if config.rotation_trick else straight_through(flat, chosen)
+            if self.training:
+                self._learn(flat.detach(), codes)
+        return Quantized(
+            latents=through.view(latents.shape),
+            codes=codes.view(latents.shape[:-1]),
+            codebook_loss=codebook_loss,
+            commitment_loss=commitment_loss,
+            entropy_loss=entropy_loss,
+        )
+
+    def _entries(self) -> Tensor:
+        return F.normalize(self.codebook, dim=-1) if self.config.l2_normalised else self.codebook
+
+    def _comparable(self, flat: Tensor) -> Tensor:
+        flat = flat.float()
+        return F.normalize(flat, dim=-1) if self.config.l2_normalised else flat
+
+    @torch.no_grad()
+    def _learn(self, flat: Tensor, codes: Tensor) -> None:
+        if self.config.update == "gradient":
+            return
+        counts, sums = _sums_by_code(flat, codes, self.config.codebook_size)
+        if self.config.update == "ema":
+            self._move_to_running_means(counts, sums)
+            if self.config.restart_below:
+                self._restart_dead_entries(flat)
+        else:
+            self._pull_idle_entries(flat, counts)
+
+    def _move_to_running_means(self, counts: Tensor, sums: Tensor) -> None:
+        decay = self.config.ema_decay
+        self.ema_counts.lerp_(counts, 1 - decay)
+        self.ema_sums.lerp_(sums, 1 - decay)
+        self.codebook.copy_(self.ema_sums / _smoothed(self.ema_counts)[:, None])
+        if self.config.l2_normalised:
+            self.codebook.copy_(F.normalize(self.codebook, dim=-1))
+
+    def _restart_dead_entries(self, flat: Tensor) -> None:
+        """Writes to every entry under a mask, so that no step waits to learn whether any entry is dead."""
+        threshold = self.config.restart_below
+        dead = self.ema_counts < threshold
+        newcomers = _draw_vectors(flat, self.config.codebook_size, distinct=False)
+        self.codebook.copy_(torch.where(dead[:, None], newcomers, self.codebook))
+        self.ema_sums.copy_(torch.where(dead[:, None], newcomers * threshold, self.ema_sums))
+        self.ema_counts.clamp_(min=threshold)
+
+    def _pull_idle_entries(self, flat: Tensor, counts: Tensor) -> None:
+        """CVQ: entries hardly in use move towards the closest vector of the batch, those in use stay."""
+        decay, K = 0.99, self.config.codebook_size
+        self.running_usage.lerp_(counts / counts.sum(), 1 - decay)
+        pull = torch.exp(-self.running_usage * K * 10 / (1 - decay) - 1e-3)[:, None]
+        self.codebook.data.lerp_(_closest_vectors(flat, self._entries()), pull)
+
+    @torch.no_grad()
+    def _start_by_kmeans(self, flat: Tensor) -> None:
+        K = self.config.codebook_size
+        centres = _draw_vectors(flat, K, distinct=True)
+        counts = flat.new_zeros(K)
+        for _ in range(self.config.kmeans_rounds):
+            counts, sums = _sums_by_code(flat, nearest(flat, centres), K)
+            means = sums / counts.clamp(min=1)[:, None]
+            if self.config.l2_normalised:
+                means = F.normalize(means, dim=-1)
+            centres = torch.where(counts[:, None] > 0, means, centres)
+        self.codebook.data.copy_(centres)
+        if self.config.update == "ema":
+            self.ema_counts.copy_(counts)
+            self.ema_sums.copy_(centres * counts[:, None])
+        self.kmeans_done.fill_(True)
+        self._needs_kmeans = False
+
+
+def nearest(vectors: Float[Tensor, "N E"], entries: Float[Tensor, "K E"]) -> Int[Tensor, " N"]:
+    """The index of the entry nearest to each vector, the first among equals.
+
+    argmin |v - e|^2 = argmax v.e - |e|^2 / 2: one matrix product with the norms added in. It is done in
+    blocks of rows so that the products take at most `SEARCH_BYTES`.
+    """
+    with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
+        entries = entries.float()
+        half_norms = entries.square().sum(-1) / 2
+        codes = torch.empty(len(vectors), dtype=torch.long, device=vectors.device)
+        for rows in _blocks(len(vectors), len(entries)):
+            codes[rows] = torch.addmm(-half_norms, vectors[rows].float(), entries.t()).argmax(-1)
+    return codes
+
+
+def straight_through(latents: Float[Tensor, "... E"], chosen: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
+    """`chosen` to the last bit, with the gradient of the identity towards `latents`."""
+    return chosen.detach() + (latents - latents.detach())
+
+
+def rotate_onto(latents: Float[Tensor, "... E"], chosen: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
+    """`chosen` to the last bit; the gradient is turned and scaled as the latent is onto its entry.
+
+    The rotation trick (Fifty et al. 2024, arXiv:2410.06424, section 4.2): with unit vectors a of the latent
+    and b of the entry and r = (a + b) / |a + b|, the output is |entry| / |latent| (x - 2 r r.x + 2 b a.x),
+    where only x carries gradient.
+    """
+    with torch.no_grad():
+        latent_norm = latents.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        scale = chosen.norm(dim=-1, keepdim=True) / latent_norm
+        a = latents / latent_norm
+        b = F.normalize(chosen, dim=-1)
+        r = F.normalize(a + b, dim=-1)
+    turned = latents - 2 * r * (r * latents).sum(-1, keepdim=True) + 2 * b * (a * latents).sum(-1, keepdim=True)
+    return straight_through(scale * turned, chosen)
+
+
+def entropy_penalty(
+    vectors: Float[Tensor, "N E"], entries: Float[Tensor, "K E"], temperature: float
+) -> Float[Tensor, ""]:
+    """Mean entropy of each vector's soft assignment, less the entropy of the mean assignment, in nats.
+
+    Assignments are softmax(-squared distance / temperature) (MaskGIT, Chang et al. 2022, arXiv:2202.04200).
+    Low when each vector is near one entry and all entries are used. The (N, K) assignments are recomputed
+    block by block in the backward pass instead of being kept. Each process uses its own vectors.
+    """
+    total_entropy = vectors.new_zeros(())
+    total = vectors.new_zeros(len(entries))
+    for rows in _blocks(len(vectors), len(entries)):
+        entropy, assignments = checkpoint(  # pyright: ignore[reportGeneralTypeIssues]
+            _assignment_sums, vectors[rows], entries, temperature, use_reentrant=False
+        )
+        total_entropy = total_entropy + entropy
+        total = total + assignments
+    return total_entropy / len(vectors) - _entropy(total / len(vectors))
+
+
+def check_codes(codes: Tensor, codebook_size: int) -> None:
+    """Raises ValueError if a code lies outside [0, codebook_size)."""
+    if codes.numel() == 0:
+        return
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= codebook_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"code {wrong} is outside the codebook: codes lie in 0..{codebook_size - 1}.")
+
+
+def _blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Slices of rows such that a float32 block (rows, num_columns) takes at most `SEARCH_BYTES`."""
+    step = max(1, SEARCH_BYTES // (4 * num_columns))
+    return (slice(start, start + step) for start in range(0, num_rows, step))
+
+
+def _assignment_sums(vectors: Tensor, entries: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    # -|v - e|^2 = 2 v.e - |e|^2 - |v|^2, of which the last is the same for all entries and leaves softmax
+    # alone.
+    logits = torch.addmm(-entries.square().sum(-1), vectors, entries.t(), alpha=2.0) / temperature
+    log_assignments = logits.log_softmax(-1)
+    assignments = log_assignments.exp()
+    return -(assignments * log_assignments).sum(), assignments.sum(0)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    """Entropy in nats; the floor keeps the gradient finite where an entry is never chosen."""
+    return -(probabilities * probabilities.clamp(min=1e-5).log()).sum(-1)
+
+
+def _smoothed(counts: Tensor) -> Tensor:
+    """Counts with 1e-5 added to each and the same total: an entry never chosen must not divide by zero."""
+    total, epsilon = counts.sum(), 1e-5
+    return (counts + epsilon) / (total + len(counts) * epsilon) * total
+
+
+def _sums_by_code(flat: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """How many vectors have each code (K,), and their sums (K, E), over all processes."""
+    counts = torch.bincount(codes, minlength=codebook_size).to(flat.dtype)
+    sums = flat.new_zeros(codebook_size, flat.shape[-1]).index_add_(0, codes, flat)
+    if _several_processes():
+        dist.all_reduce(counts)
+        dist.all_reduce(sums)
+    return counts, sums
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _draw_vectors(flat: Tensor, num: int, *, distinct: bool) -> Tensor:
+    """(num, E) vectors at random from the batch of all processes; `distinct` rows where there are enough.
+
+    The first process draws for all, from its global generator, as a single process with the joined batch
+    would.
+    """
+    first, total = 0, len(flat)
+    if _several_processes():
+        sizes = [torch.zeros((), dtype=torch.long, device=flat.device) for _ in range(dist.get_world_size())]
+        dist.all_gather(sizes, torch.tensor(len(flat), device=flat.device))
+        first = int(sum(sizes[: dist.get_rank()]))
+        total = int(sum(sizes))
+    if distinct and total >= num:
+        rows = torch.randperm(total, device=flat.device)[:num]
+    else:
+        rows = torch.randint(total, (num,), device=flat.device)
+    if not _several_processes():
+        return flat[rows]
+    dist.broadcast(rows, src=0)
+    here = (rows >= first) & (rows < first + len(flat))
+    drawn = flat[(rows - first).clamp(0, len(flat) - 1)] * here[:, None]
+    dist.all_reduce(drawn)  # each row is non-zero on one process only
+    return drawn
+
+
+def _closest_vectors(flat: Tensor, entries: Tensor) -> Tensor:
+    """(K, E): for each entry the closest vector of the batch of all processes."""
+    closest = flat[nearest(entries, flat)]
+    if not _several_processes():
+        return closest
+    distances = (closest - entries).square().sum(-1)
+    every_distance = [torch.empty_like(distances) for _ in range(dist.get_world_size())]
+    every_closest = [torch.empty_like(closest) for _ in range(dist.get_world_size())]
+    dist.all_gather(every_distance, distances)
+    dist.all_gather(every_closest, closest)
+    winner = torch.stack(every_distance).argmin(0)
+    return torch.stack(every_closest)[winner, torch.arange(len(entries), device=flat.device)]
+
+
+def _check_at_least(config, least: float, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {least}.")
