@@ -1,0 +1,140 @@
+"""Models: token embeddings, the transformer, and a head of which any slice can be computed alone.
+
+What generates and what scores sees a model only through `prefill`, `decode_step`, `hidden` and `logits`.
+
+Letters: B batch, T tokens, V vocabulary, D model width, n the ids of a slot.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from smalti.layout import Layout, Packed, Slot
+from smalti.transformer import KVCache, Transformer, TransformerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderOnlyConfig:
+    """A causal transformer over one vocabulary. Raises ValueError if the transformer is not causal."""
+
+    vocab_size: int
+    transformer: TransformerConfig
+    tie_embeddings: bool = False
+    """Use the embedding table as the head."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size is {self.vocab_size}; it must be at least 1.")
+        if not self.transformer.causal or self.transformer.cross_attention:
+            raise ValueError("a decoder-only model needs causal=True and cross_attention=False.")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict) -> "DecoderOnlyConfig":
+        transformer = dict(content["transformer"])
+        if transformer.get("grid") is not None:  # JSON has no tuples
+            transformer["grid"] = tuple(transformer["grid"])
+        return cls(**{**content, "transformer": TransformerConfig(**transformer)})
+
+
+class DecoderOnly(nn.Module):
+    """Reads `token_ids`, predicts the next one: p(token t | tokens < t)."""
+
+    def __init__(self, config: DecoderOnlyConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.transformer.d_model)
+        self.transformer = Transformer(config.transformer)
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        if not config.tie_embeddings:
+            self.head = nn.Parameter(torch.empty(config.vocab_size, config.transformer.d_model))
+            nn.init.normal_(self.head, std=0.02)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        return self.embed_tokens.weight if self.config.tie_embeddings else self.head
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def hidden(self, token_ids: Int[Tensor, "B T"], kv_cache: KVCache | None = None) -> Float[Tensor, "B T D"]:
+        """Hidden states; the one at position t predicts token t + 1. Does not advance the cache."""
+        return self.transformer(self.embed_tokens(token_ids), kv_cache)
+
+    def prefill(self, token_ids: Int[Tensor, "B T"], kv_cache: KVCache) -> Float[Tensor, "B D"]:
+        """Runs a whole prompt into the cache; returns what predicts the token behind it."""
+        hidden = self.hidden(token_ids, kv_cache)
+        kv_cache.advance(token_ids.shape[1])
+        return hidden[:, -1]
+
+    def decode_step(self, token_ids: Int[Tensor, " B"], kv_cache: KVCache) -> Float[Tensor, "B D"]:
+        """Runs one new token of each row; returns what predicts the next."""
+        return self.prefill(token_ids[:, None], kv_cache)
+
+    def logits(self, hidden: Float[Tensor, "... D"], slot: Slot | None = None) -> Float[Tensor, "... n"]:
+        """Scores of a slot's ids alone, in the slot's own numbering; None: of all V ids."""
+        weight = self.head_weight
+        if slot is not None:
+            pieces = [weight[start:end] for start, end in slot.ranges]
+            weight = pieces[0] if len(pieces) == 1 else torch.cat(pieces)  # one range is a view: nothing is copied
+        return F.linear(hidden, weight.to(hidden.dtype))
+
+    def new_cache(
+        self, batch_size: int, max_length: int | None = None, starts: Int[Tensor, " B"] | None = None
+    ) -> KVCache:
+        return KVCache(
+            self.config.transformer,
+            batch_size,
+            max_length or self.config.transformer.max_length,
+            starts=starts,
+            device=self.device,
+            dtype=self.embed_tokens.weight.dtype,
+        )
+
+
+def token_nll(
+    model: DecoderOnly, packed: Packed, slots: Sequence[Slot], *, full_softmax: bool = False
+) -> Float[Tensor, "B T"]:
+    """−ln p(token t | tokens < t), in nats, from one teacher-forced pass; 0 where nothing was predicted.
+
+    The softmax runs over the position's slot; `full_softmax` takes all V ids instead, for comparison. A slot of one
+    id costs exactly 0 nats and no arithmetic. Positions of one slot are gathered, so the head computes only rows
+    and columns that are wanted.
+    """
+    hidden = model.hidden(packed.token_ids[:, :-1]).flatten(0, 1)  # (B * (T - 1), D)
+    targets = packed.token_ids[:, 1:].flatten()
+    target_slots = packed.slot_ids[:, 1:].flatten()
+    nll = hidden.new_zeros(targets.shape, dtype=torch.float32)
+    for index, slot in enumerate(slots):
+        if slot.size == 1 and not full_softmax:
+            continue
+        rows = (target_slots == index).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        logits = model.logits(hidden[rows], None if full_softmax else slot)
+        local = targets[rows] if full_softmax else slot.local(targets[rows])
+        nll = nll.index_copy(0, rows, F.cross_entropy(logits.float(), local, reduction="none"))
+    return F.pad(nll.view(len(packed.token_ids), -1), (1, 0))
+
+
+def new_model(layout: Layout, transformer: TransformerConfig, *, tie_embeddings: bool = False) -> DecoderOnly:
+    """A fresh model for a layout. Raises ValueError if a sequence can be longer than the transformer takes."""
+    if layout.max_length > transformer.max_length:
+        raise ValueError(
+            f"the layout's sequences have up to {layout.max_length} tokens, max_length is {transformer.max_length}."
+        )
+    config = DecoderOnlyConfig(
+        vocab_size=layout.vocabulary.size, transformer=transformer, tie_embeddings=tie_embeddings
+    )
+    return DecoderOnly(config)
