@@ -1,0 +1,1 @@
+"""Pictures, captions and token tables: reading, making and loading them."""
