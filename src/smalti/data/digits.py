@@ -26,6 +26,7 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from smalti.data.pairs import PairTable
 from smalti.errors import InputError
 
 Colour = tuple[int, int, int]
@@ -342,6 +343,20 @@ def write_digits(
             "choose a folder that can be written, with some 40 MB free"
         ) from error
     return paths
+
+
+def read_digits(path: Path | str) -> ColouredDigits:
+    """The pictures (levels 0..3) and captions of one table that `write_digits` made, or one like it.
+
+    Raises InputError naming the file and the row of a picture that is not 28×28 or not of values 0, 85, 170, 255.
+    """
+    pairs = PairTable(path).read()
+    if pairs.pictures.shape[1:3] != (PICTURE_SIZE, PICTURE_SIZE):
+        raise InputError(f"{path}: expected pictures of 28×28, found {'×'.join(map(str, pairs.pictures.shape[1:3]))}")
+    odd = (pairs.pictures % LEVEL_STEP).reshape(len(pairs.keys), -1).any(axis=1)
+    if odd.any():
+        raise InputError(f"{path}: row {odd.argmax()}: the picture has values other than 0, 85, 170 and 255")
+    return ColouredDigits(pairs.pictures // LEVEL_STEP, pairs.captions)
 
 
 def _note(
