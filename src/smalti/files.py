@@ -1,0 +1,50 @@
+"""Writing a file so that it is there whole or not at all, and never over another one unasked."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from smalti.errors import InputError
+
+
+def refuse_existing(paths: Iterable[Path | str], *, force: bool = False) -> None:
+    """Raises InputError naming the first of the paths that exists, unless `force`: before work, not after it."""
+    for path in map(Path, paths):
+        if path.is_dir() and any(path.iterdir()) and not force:
+            raise InputError(f"the folder {path} exists and is not empty: give another name, or --force to replace it.")
+        if path.is_file() and not force:
+            raise InputError(f"{path} exists already: give another name, or --force to replace it.")
+
+
+@contextmanager
+def new_file(path: Path | str, *, force: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name if the block ends well, and is removed if it does not.
+
+    Raises InputError if `path` exists and `force` is not set, its folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give the name of a file in it.")
+    refuse_existing([path], force=force)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror}; give a path in a folder you can write."
+        ) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp makes it readable by its owner alone
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise InputError(f"{path}: no space left on its disk; free some, or write elsewhere.") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,152 @@
+"""Picture files: a user's picture to the floats a tokenizer takes, floats to a picture, and the receipt in its PNG.
+
+Letters: B batch, C H W image.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from smalti.errors import InputError
+from smalti.files import new_file
+
+RECEIPT = "smalti"
+"""The PNG text chunk, and the key of `PIL.Image.Image.info`, that holds how a picture was made, as JSON."""
+
+MAX_SIDE = 4096
+"""A picture with a longer side is refused before its pixels are unpacked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureConfig:
+    """The pictures a bundle reads and draws: RGB, `height` by `width` pixels."""
+
+    height: int
+    width: int
+    levels: int = 256
+    """How many values a channel can have: 4 for values 0, 85, 170, 255. What is drawn is rounded to them."""
+    scale: int = 1
+    """Drawn pictures are enlarged this many times, every pixel to a square; what is read may be so enlarged."""
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "scale"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 2 <= self.levels <= 256 or 255 % (self.levels - 1):
+            raise ValueError(f"levels is {self.levels}; expected 2 to 256 evenly spaced values of a byte (255 / 4 …).")
+
+
+def to_pictures(images: Float[Tensor, "B 3 H W"], config: PictureConfig, scale: int | None = None) -> list[Image.Image]:
+    """Images in [0, 1] (others are clamped) as RGB pictures, each pixel `scale` × `scale`."""
+    scale = config.scale if scale is None else scale
+    if scale < 1 or scale * max(config.height, config.width) > MAX_SIDE:
+        raise ValueError(f"scale is {scale}; expected 1 to {MAX_SIDE // max(config.height, config.width)}.")
+    top = config.levels - 1
+    bytes_ = (images.detach().float().cpu().clamp(0, 1) * top).round().mul(255 // top).to(torch.uint8)
+    bytes_ = bytes_.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1)
+    return [Image.fromarray(picture.numpy()) for picture in bytes_.contiguous()]
+
+
+def to_images(pictures: Sequence[Image.Image | Path | str], config: PictureConfig) -> Float[Tensor, "B 3 H W"]:
+    """Pictures, or the paths of their files, as images in [0, 1].
+
+    Raises InputError unless each is RGB and of the bundle's size, or that size enlarged a whole number of times with
+    every pixel an even square, as smalti itself writes them.
+    """
+    if not pictures:
+        return torch.zeros(0, 3, config.height, config.width)
+    return torch.stack([_to_image(picture, config) for picture in pictures])
+
+
+def _to_image(picture: Image.Image | Path | str, config: PictureConfig) -> Float[Tensor, "3 H W"]:
+    if isinstance(picture, Image.Image):
+        name = getattr(picture, "filename", "") or "the picture"
+    else:
+        name, picture = str(picture), read_picture(picture)
+    wanted = f"{config.width}×{config.height}"
+    if picture.mode != "RGB":
+        raise InputError(
+            f"{name}: mode {picture.mode}, expected RGB; convert it, for example "
+            f"Image.open(path).convert('RGB').save(path)."
+        )
+    width, height = picture.size
+    scale = width // config.width
+    if scale < 1 or (width, height) != (config.width * scale, config.height * scale):
+        raise InputError(
+            f"{name}: {width}×{height} pixels, expected {wanted} or a whole multiple of it; resize it, for example "
+            f"picture.resize(({config.width}, {config.height}), Image.Resampling.BOX)."
+        )
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    small = pixels[::scale, ::scale]
+    if not torch.equal(small.repeat_interleave(scale, 0).repeat_interleave(scale, 1), pixels):
+        raise InputError(
+            f"{name}: {width}×{height} pixels, but not {wanted} enlarged {scale} times pixel by pixel; resize it "
+            f"yourself, for example picture.resize(({config.width}, {config.height}), Image.Resampling.BOX)."
+        )
+    return small.permute(2, 0, 1).float() / 255
+
+
+def read_picture(path: Path | str) -> Image.Image:
+    """The picture in a file. Raises InputError naming the file if it is missing, no picture, cut short or too large."""
+    try:
+        with Image.open(path) as picture:
+            if max(picture.size) > MAX_SIDE:
+                raise InputError(
+                    f"{path}: {picture.width}×{picture.height} pixels; at most {MAX_SIDE} a side are read."
+                )
+            picture.load()
+            return picture
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is not a picture that Pillow can read; give a PNG file.") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: {error}; at most {MAX_SIDE} pixels a side are read.") from error
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}; give the path of a picture.") from error
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
+        raise InputError(
+            f"cannot read {path}: {error}; the picture is damaged or cut short, write it again."
+        ) from error
+
+
+def save_picture(picture: Image.Image, path: Path | str, *, force: bool = False) -> None:
+    """Writes a PNG, with the receipt of a picture that `Pipeline` drew in a text chunk.
+
+    Raises InputError if the file exists (unless `force`) or the name does not end in .png.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise InputError(f"{path}: pictures are written as PNG; give a name that ends in .png.")
+    chunks = PngImagePlugin.PngInfo()
+    if RECEIPT in picture.info:
+        chunks.add_itxt(RECEIPT, picture.info[RECEIPT])
+    with new_file(path, force=force) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=chunks)
+
+
+def with_receipt(picture: Image.Image, receipt: Mapping[str, Any]) -> Image.Image:
+    """The picture itself, its `info` now holding the receipt that `save_picture` writes."""
+    picture.info[RECEIPT] = json.dumps(dict(receipt), ensure_ascii=False)
+    return picture
+
+
+def read_receipt(picture: Image.Image | Path | str) -> dict[str, Any]:
+    """How a picture was made: prompt, seed, settings, weights hash, codes. Raises InputError if it does not say."""
+    name = "the picture" if isinstance(picture, Image.Image) else str(picture)
+    picture = picture if isinstance(picture, Image.Image) else read_picture(picture)
+    try:
+        receipt = json.loads(picture.info[RECEIPT])
+    except KeyError as error:
+        raise InputError(
+            f"{name} has no receipt: it was not drawn by smalti, or another program wrote it anew and dropped it."
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{name}: its receipt is damaged ({error}).") from error
+    if not isinstance(receipt, dict):
+        raise InputError(f"{name}: its receipt is not a JSON object.")
+    return receipt
