@@ -115,7 +115,7 @@ def token_nll(
     hidden = model.hidden(packed.token_ids[:, :-1]).flatten(0, 1)  # (B * (T - 1), D)
     targets = packed.token_ids[:, 1:].flatten()
     target_slots = packed.slot_ids[:, 1:].flatten()
-    nll = hidden.new_zeros(targets.shape, dtype=torch.float32)
+    nll = hidden.new_zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     for index, slot in enumerate(slots):
         if slot.size == 1 and not full_softmax:
             continue
@@ -124,7 +124,7 @@ def token_nll(
             continue
         logits = model.logits(hidden[rows], None if full_softmax else slot)
         local = targets[rows] if full_softmax else slot.local(targets[rows])
-        nll = nll.index_copy(0, rows, F.cross_entropy(logits.float(), local, reduction="none"))
+        nll = nll.index_copy(0, rows, F.cross_entropy(logits.to(nll.dtype), local, reduction="none"))
     return F.pad(nll.view(len(packed.token_ids), -1), (1, 0))
 
 

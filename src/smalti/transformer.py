@@ -152,8 +152,12 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
+def at_least_float32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Norm(nn.Module):
-    """LayerNorm, or RMSNorm (arXiv:1910.07467), over the last axis. RMSNorm is computed in float32."""
+    """LayerNorm, or RMSNorm (arXiv:1910.07467), over the last axis. RMSNorm is computed in float32 or better."""
 
     def __init__(self, kind: str, width: int, eps: float):
         super().__init__()
@@ -164,7 +168,7 @@ class Norm(nn.Module):
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         if self.kind == "layer":
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 class Attention(nn.Module):
@@ -360,7 +364,8 @@ class Transformer(nn.Module):
         slots = torch.arange(past, past + num_tokens, device=device)
         if kv_cache is None or kv_cache.starts is None:
             return slots
-        return (slots - kv_cache.starts[:, None]).clamp(min=0)
+        # padding before a start, and rows that are done while others go on, need some position: nobody reads them
+        return (slots - kv_cache.starts[:, None]).clamp(0, self.config.max_length - 1)
 
 
 def cache_mask(
@@ -384,7 +389,7 @@ def cache_mask(
 
 def rotate(x: Float[Tensor, "B N T Dh"], rotation: Float[Tensor, "... T half 2"]) -> Float[Tensor, "B N T Dh"]:
     """Rotary positions (arXiv:2104.09864) on neighbouring channel pairs: (a, b) → (a cos − b sin, b cos + a sin)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotation.unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
 
