@@ -1,0 +1,116 @@
+"""How likely sequences are: exact nats by span from teacher-forced passes.
+
+Nats are sums of −ln p(token | tokens before), the softmax taken over what can stand at the place (the slot), with
+dropout and guidance off. Averages are micro averages: total nats over total tokens. Standard errors treat sequences,
+not tokens, as the independent draws, since the tokens of one picture hang together.
+
+Letters: N sequences, B batch, T tokens.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from smalti.layout import NO_SLOT, PARTS, Layout, Packed, SpanValues
+from smalti.models import DecoderOnly, token_nll
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """Nats of one part over a set of sequences."""
+
+    total_nats: float
+    num_tokens: int
+    standard_error: float
+    """Of `nats_per_token`, from the spread between sequences."""
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.total_nats / self.num_tokens if self.num_tokens else math.nan
+
+    @property
+    def bits_per_token(self) -> float:
+        return self.nats_per_token / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats_per_token)
+
+
+@torch.no_grad()
+def segment_nats(model: DecoderOnly, layout: Layout, packed: Packed) -> dict[str, Float[Tensor, " B"]]:
+    """Each row's nats by the segment of the predicted tokens ("image", "text", "special", ...)."""
+    nll = token_nll(model, packed, layout.slots).double()
+    return {name: (nll * inside).sum(1) for name, inside in _segment_masks(layout, packed).items()}
+
+
+def _segment_masks(layout: Layout, packed: Packed) -> dict[str, Tensor]:
+    """Where each segment's predicted tokens stand."""
+    predicted = packed.slot_ids != NO_SLOT
+    masks = {}
+    for segment in layout.vocabulary.segments.values():
+        inside = (packed.token_ids >= segment.offset) & (packed.token_ids < segment.end)
+        masks[segment.name] = inside & predicted
+    return masks
+
+
+def score(
+    model: DecoderOnly, layout: Layout, order: str, spans: Mapping[str, SpanValues], *, batch_size: int = 256
+) -> dict[str, Float[Tensor, " N"]]:
+    """Nats of N sequences in one order, by segment.
+
+    In an order with the caption first, "image" is −ln p(picture | caption) and "text" is −ln p(caption); in one with
+    the picture first, "text" is −ln p(caption | picture) and "image" is −ln p(picture).
+    """
+    was_training = model.training
+    model.eval()
+    found = [segment_nats(model, layout, to_device(b, model.device)) for b in _packed(layout, order, spans, batch_size)]
+    model.train(was_training)
+    return {name: torch.cat([part[name] for part in found]).cpu() for name in layout.vocabulary.segments}
+
+
+def _packed(layout: Layout, order: str, spans: Mapping[str, SpanValues], batch_size: int) -> Iterator[Packed]:
+    num_rows = len(next(iter(spans.values())).lengths)
+    for start in range(0, num_rows, batch_size):
+        chosen = slice(start, start + batch_size)
+        yield layout.pack(order, {name: SpanValues(v.values[chosen], v.lengths[chosen]) for name, v in spans.items()})
+
+
+def to_device(packed: Packed, device: torch.device) -> Packed:
+    return Packed(*(tensor.to(device) for tensor in packed))
+
+
+def evaluate_nll(model: DecoderOnly, layout: Layout, batches: Iterable[Packed]) -> dict[str, Likelihood]:
+    """Likelihood of packed sequences: by part ("picture", "caption", "markers", ...) and in all ("total").
+
+    Every predicted token is counted, also those that only one id can be, at 0 nats: only the first token of a
+    sequence and padding are left out. "total" therefore divides by all positions but the first.
+    """
+    was_training = model.training
+    model.eval()
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    with torch.no_grad():
+        for packed in batches:
+            moved = to_device(packed, model.device)
+            nll = token_nll(model, moved, layout.slots).double()
+            masks = _segment_masks(layout, moved)
+            for name, inside in masks.items():
+                rows.setdefault(PARTS.get(name, name), []).append(((nll * inside).sum(1).cpu(), inside.sum(1).cpu()))
+            predicted = moved.slot_ids != NO_SLOT
+            rows.setdefault("total", []).append(((nll * predicted).sum(1).cpu(), predicted.sum(1).cpu()))
+    model.train(was_training)
+    return {part: _likelihood(*map(torch.cat, zip(*found, strict=True))) for part, found in rows.items()}
+
+
+def _likelihood(nats: Float[Tensor, " N"], counts: Float[Tensor, " N"]) -> Likelihood:
+    """The ratio Σ nats / Σ tokens, with the standard error of a ratio of sums over N independent sequences."""
+    total, tokens, N = float(nats.sum()), int(counts.sum()), len(nats)
+    error = math.nan
+    if N > 1 and tokens:
+        residual = nats - total / tokens * counts
+        error = math.sqrt(float((residual**2).sum()) * N / (N - 1)) / tokens
+    return Likelihood(total_nats=total, num_tokens=tokens, standard_error=error)
