@@ -1,0 +1,35 @@
+# make demo    train a whole system on bundled digits and look at it (about five minutes on two cores)
+# make test    install what the tests need and run them
+# make lint    formatting, lint and types
+PYTHON ?= python3.11
+PIP = .venv/bin/python -m pip install --quiet -c constraints.txt
+
+.PHONY: demo test lint
+
+# A stamp a set of extras: pip runs again only when the dependencies change. The install is editable, so that what
+# runs is what stands in src/.
+.venv/demo.stamp: pyproject.toml constraints.txt | .venv
+	$(PIP) -e .
+	touch $@
+
+.venv/test.stamp: pyproject.toml constraints.txt | .venv
+	$(PIP) -e '.[test]'
+	touch $@ .venv/demo.stamp
+
+.venv/dev.stamp: pyproject.toml constraints.txt | .venv
+	$(PIP) -e '.[dev]'
+	touch $@ .venv/test.stamp .venv/demo.stamp
+
+.venv:
+	$(PYTHON) -m venv .venv
+
+demo: .venv/demo.stamp
+	.venv/bin/smalti train demo out=out/demo
+
+test: .venv/test.stamp
+	.venv/bin/python -m pytest
+
+lint: .venv/dev.stamp
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright
