@@ -8,7 +8,7 @@ the batch that one process would see.
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from functools import lru_cache
 from typing import TypeVar
 
@@ -56,7 +56,7 @@ def _batches(
         first += batch_size
 
 
-def prefetch(items: Iterable[Item], num_ready: int = 4) -> Iterator[Item]:
+def prefetch(items: Iterable[Item], num_ready: int = 4) -> Generator[Item, None, None]:
     """The same items in the same order, up to `num_ready` of them made ahead by one thread, so that a loop over
     `prefetch(map(table.batch, batches(...)))` does not wait for its data.
 
@@ -68,7 +68,7 @@ def prefetch(items: Iterable[Item], num_ready: int = 4) -> Iterator[Item]:
     return _prefetch(items, num_ready)
 
 
-def _prefetch(items: Iterable[Item], num_ready: int) -> Iterator[Item]:
+def _prefetch(items: Iterable[Item], num_ready: int) -> Generator[Item, None, None]:
     ready: deque[Item] = deque()
     failures: list[BaseException] = []
     finished = False

@@ -74,7 +74,7 @@ def token_rows(
         pa.array(keys, pa.string()),
         _list_array(image_tokens),
         _list_array(np.zeros((num_rows, 0), np.int64) if text_tokens is None else text_tokens),
-        pa.array([""] * num_rows if texts is None else texts, pa.string()),
+        pa.repeat("", num_rows) if texts is None else pa.array(texts, pa.string()),
     ]
     for name, column in zip(SCHEMA.names, columns, strict=True):
         if len(column) != num_rows:

@@ -1,0 +1,538 @@
+"""Text files of tokenized pictures: on each line a tag and the codes of one picture as decimal integers.
+
+    000d1f2aa107dbed4cea301effa6e0d8.png 0 152 276 348 643 1005 99 180 816 265 348 557 721 754 429 847 ...
+
+White space separates them. The tag names the picture for people and becomes `__key__` of a token table; it never
+reaches a model. Files may be plain, gzip or zstd and larger than memory: they are read in blocks of whole lines, and a
+block is parsed by array operations over its bytes. Only a line that these find wrong is looked at word by word, to say
+what is wrong where.
+Letters in shapes: n lines, m codes in all of them together.
+"""
+
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Int64, Integer, Shaped, UInt8, UInt64
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from smalti.data.loader import prefetch
+from smalti.data.tokens import PAD, ROWS_PER_GROUP, TokenTable, new_file, token_rows, write_token_table
+from smalti.errors import InputError
+
+# Small enough that the arrays made of a block stay in the processor's cache, large enough to hide Python's own time.
+_BLOCK_BYTES = 2**20
+_MAX_LINE_BYTES = 64 * 2**20
+_MAX_DIGITS = 18  # what an int64 holds for certain
+_MAX_VOCAB_SIZE = 2**31  # a larger "code" is a damaged line, whatever the vocabulary
+_WORD = re.compile(rb"[^ \t\n\r\v\f]+")
+_UTF8_MARK = b"\xef\xbb\xbf"
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineFormat:
+    """What a good line looks like. Without `vocab_size` any code below 2^31 is good; without `length` the most common
+    length of the file's first lines is expected of all. `allow_short` admits lines of any length up to `length`, also
+    0: prefixes to be completed."""
+
+    vocab_size: int | None = None
+    length: int | None = None
+    allow_short: bool = False
+
+    def __post_init__(self) -> None:
+        if self.vocab_size is not None and not 1 <= self.vocab_size <= _MAX_VOCAB_SIZE:
+            raise ValueError(f"vocab_size {self.vocab_size} must be 1 to {_MAX_VOCAB_SIZE}.")
+        if self.length is not None and self.length < 0:
+            raise ValueError(f"length {self.length} must be at least 0.")
+
+    @property
+    def max_code(self) -> int:
+        return (self.vocab_size or _MAX_VOCAB_SIZE) - 1
+
+
+class Lines(NamedTuple):
+    """Some lines, in the order of the file: their tags, and their codes one after the other."""
+
+    tags: pa.StringArray
+    codes: Int64[np.ndarray, " m"]
+    lengths: Int64[np.ndarray, " n"]
+
+    def padded(self) -> Int64[np.ndarray, "n L"]:
+        """The codes line by line, short lines filled up with -1."""
+        inside = np.arange(self.lengths.max(initial=0)) < self.lengths[:, None]
+        padded = np.full(inside.shape, PAD, np.int64)
+        padded[inside] = self.codes
+        return padded
+
+
+# ---- reading ----
+
+
+def read_lines(paths: str | Path | Sequence[str | Path], line_format: LineFormat | None = None) -> Iterator[Lines]:
+    """The lines of one or several files, some thousands at a time. Raises InputError, naming file, line and column,
+    for a line that is not as `line_format` says, is empty, or is not UTF-8."""
+    with _BadLines(0, None) as bad_lines:
+        for _, lines in _read(_paths(paths), line_format or LineFormat(), bad_lines):
+            yield lines
+
+
+def _paths(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    found = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    for path in found:
+        if not path.is_file():
+            raise InputError(f"no such file: {path}. Expected a text file of lines, plain, gzip or zstd.")
+    return found
+
+
+def _read(paths: list[Path], line_format: LineFormat, bad_lines: "_BadLines") -> Iterator[tuple[int, Lines]]:
+    """Blocks of good lines, each with the number of bytes read so far of the files as they lie on disk."""
+    for path in paths:
+        num_lines = 0
+        for bytes_read, block in _blocks(path):
+            words = _split(block)
+            if line_format.length is None and not line_format.allow_short:
+                line_format = replace(line_format, length=int(np.bincount(words.lengths).argmax()))
+            lines, bad = _parse(block, words, line_format)
+            for index in np.flatnonzero(bad).tolist():
+                line = block[words.line_starts[index] : words.line_ends[index]]
+                column, reason = _complaint(line, line_format)
+                bad_lines.add(f"{path}, line {num_lines + index + 1}, column {column}: {reason}", line)
+            num_lines += len(words.lengths)
+            yield bytes_read, lines
+
+
+def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Whole lines, each block ending with a line feed, with the number of bytes read since the last block."""
+    reported, num_lines, rest = 0, 0, b""
+    with path.open("rb") as file, _decompressed(file) as stream:
+        first = True
+        while chunk := _read_chunk(stream, path, num_lines):
+            if first:
+                chunk, first = chunk.removeprefix(_UTF8_MARK), False
+            cut = chunk.rfind(b"\n") + 1
+            if not cut:
+                rest += chunk
+                if len(rest) > _MAX_LINE_BYTES:
+                    raise InputError(
+                        f"{path}, line {num_lines + 1}: longer than {_MAX_LINE_BYTES // 2**20} MB; "
+                        "expected a text file with one picture a line."
+                    )
+                continue
+            block, rest = rest + chunk[:cut], chunk[cut:]
+            num_lines += block.count(b"\n")
+            position = file.tell()
+            yield position - reported, block
+            reported = position
+        if rest:
+            yield file.tell() - reported, rest + b"\n"
+
+
+@contextmanager
+def _decompressed(file: IO[bytes]) -> Iterator[Any]:
+    """The file's content, by what its first bytes say rather than by its name."""
+    magic = file.read(4)
+    file.seek(0)
+    for start, compression in _COMPRESSIONS.items():
+        if magic.startswith(start):
+            with pa.CompressedInputStream(pa.PythonFile(file, mode="r"), compression) as stream:
+                yield stream
+            return
+    yield file
+
+
+def _read_chunk(stream: Any, path: Path, num_lines: int) -> bytes:
+    try:
+        return stream.read(_BLOCK_BYTES)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"{path}: damaged or cut short after line {num_lines} ({error}). Copy or compress the file again."
+        ) from error
+
+
+class _Words(NamedTuple):
+    """Where the words of a block stand. The first word of a line is its tag; an empty line has none."""
+
+    text: UInt8[np.ndarray, " bytes"]
+    line_starts: Int64[np.ndarray, " n"]
+    line_ends: Int64[np.ndarray, " n"]
+    num_words: Int64[np.ndarray, " n"]
+    lengths: Int64[np.ndarray, " n"]  # how many words follow the tag
+    tag_starts: Int64[np.ndarray, " tagged"]
+    tag_ends: Int64[np.ndarray, " tagged"]
+    code_starts: Int64[np.ndarray, " m"]
+    code_ends: Int64[np.ndarray, " m"]
+
+
+def _split(block: bytes) -> _Words:
+    text = np.frombuffer(block, np.uint8)
+    # 9 to 13 are tab, line feed, vertical tab, form feed, carriage return; below 9 the subtraction wraps to 247 and up.
+    is_space = (text == 32) | ((text - np.uint8(9)) < 5)
+    edges = np.flatnonzero(is_space[1:] != is_space[:-1]) + 1
+    if not is_space[0]:
+        edges = np.concatenate([[0], edges])
+    starts, ends = edges[0::2], edges[1::2]  # the block ends with white space, so every word has its end
+    line_ends = np.flatnonzero(text == 10)
+    words_so_far = np.searchsorted(starts, line_ends)
+    num_words = np.diff(words_so_far, prepend=0)
+    tags = (words_so_far - num_words)[num_words > 0]
+    is_code = np.ones(len(starts), bool)
+    is_code[tags] = False
+    return _Words(
+        text=text,
+        line_starts=np.concatenate([[0], line_ends[:-1] + 1]),
+        line_ends=line_ends,
+        num_words=num_words,
+        lengths=np.maximum(num_words - 1, 0),
+        tag_starts=starts[tags],
+        tag_ends=ends[tags],
+        code_starts=starts[is_code],
+        code_ends=ends[is_code],
+    )
+
+
+def _parse(block: bytes, words: _Words, line_format: LineFormat) -> tuple[Lines, Bool[np.ndarray, " lines"]]:
+    """The good lines, and which of all lines are bad."""
+    codes, is_number = _decimals(words.text, words.code_starts, words.code_ends)
+    is_wrong = ~is_number | (codes > line_format.max_code)
+    bad = words.num_words == 0
+    if line_format.length is not None:
+        too_short = (words.lengths < line_format.length) & (not line_format.allow_short)
+        bad |= too_short | (words.lengths > line_format.length)
+    if is_wrong.any():
+        bad[np.searchsorted(np.cumsum(words.lengths), np.flatnonzero(is_wrong), side="right")] = True
+    if not _is_utf8(block):
+        bad |= [not _is_utf8(block[start:end]) for start, end in zip(words.line_starts, words.line_ends, strict=True)]
+    tags = _strings(words.text, words.tag_starts, words.tag_ends)
+    if not bad.any():
+        return Lines(tags, codes, words.lengths), bad
+    good = ~bad
+    tags = tags.filter(pa.array(good[words.num_words > 0]))
+    return Lines(tags, codes[np.repeat(good, words.lengths)], words.lengths[good]), bad
+
+
+def _decimals(
+    text: UInt8[np.ndarray, " bytes"], starts: Int64[np.ndarray, " m"], ends: Int64[np.ndarray, " m"]
+) -> tuple[Int64[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
+    """The words from `starts` to `ends` read as decimal integers, and which of them are such, digit by digit from the
+    last; every round goes on with the words that have a further digit."""
+    num_digits = ends - starts
+    values = np.zeros(len(starts), np.int64)
+    is_number = num_digits <= _MAX_DIGITS
+    going_on: Any = slice(None)
+    for place in range(min(int(num_digits.max(initial=0)), _MAX_DIGITS)):
+        if place >= num_digits.min():
+            going_on = np.flatnonzero(num_digits > place)
+        digits = text[ends[going_on] - (place + 1)] - np.uint8(ord("0"))  # wraps to above 9 for what is no digit
+        values[going_on] += digits * np.int64(10**place)
+        if digits.max() > 9:
+            is_number[going_on] &= digits <= 9
+    return values, is_number
+
+
+def _is_utf8(block: bytes) -> bool:
+    if block.isascii():
+        return True
+    try:
+        block.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _strings(
+    text: UInt8[np.ndarray, " bytes"], starts: Int64[np.ndarray, " n"], ends: Int64[np.ndarray, " n"]
+) -> pa.StringArray:
+    offsets = np.concatenate([[0], np.cumsum(ends - starts)])
+    places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
+    return pa.StringArray.from_buffers(len(starts), pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(text[places]))
+
+
+# ---- bad lines ----
+
+
+def _complaint(line: bytes, line_format: LineFormat) -> tuple[int, str]:
+    """The column (in characters, from 1) and what is wrong there, for a line known to be bad."""
+
+    def column(place: int) -> int:
+        return len(line[:place].decode(errors="replace")) + 1
+
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return column(error.start), f"the byte 0x{line[error.start]:02x} is not UTF-8"
+    words = list(_WORD.finditer(line))
+    if not words:
+        return 1, "an empty line, expected a tag and its codes"
+    for word in words[1:]:
+        shown = word[0][:40].decode(errors="replace")
+        if not re.fullmatch(rb"[+-]?[0-9]+", word[0]):
+            return column(word.start()), f"the word {shown!r} among the codes, expected integers"
+        if not word[0].isdigit() or len(word[0]) > _MAX_DIGITS or int(word[0]) > line_format.max_code:
+            return column(word.start()), f"the code {shown} is out of range, expected 0 to {line_format.max_code}"
+    num_codes, length = len(words) - 1, line_format.length
+    assert length is not None and num_codes != length
+    first_wrong = words[length + 1].start() if num_codes > length else words[-1].end()
+    at_most = "at most " if line_format.allow_short else ""
+    return column(first_wrong), f"{num_codes} codes after the tag, expected {at_most}{length}"
+
+
+class _BadLines:
+    """Counts bad lines and writes each with its place to a side file, until there are more than allowed."""
+
+    def __init__(self, num_allowed: int, path: Path | None):
+        self.count = 0
+        self._num_allowed = num_allowed
+        self._path = path
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> "_BadLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, complaint: str, line: bytes) -> None:
+        self.count += 1
+        if self.count > self._num_allowed:
+            advice = "Mend the line, or set bad lines aside with --skip-bad (skip_bad=N)."
+            if self._num_allowed:
+                advice = f"That is more than {self._num_allowed} bad lines; the others are listed in {self._path}."
+            raise InputError(f"{complaint}. {advice}")
+        if self._file is None:
+            assert self._path is not None
+            self._file = self._path.open("wb")
+        self._file.write(f"{complaint}\t".encode() + line + b"\n")
+
+
+# ---- import ----
+
+
+class ImportReport(NamedTuple):
+    """What came of an import. `length` is None if the lines differ in it. A duplicate has the codes of an earlier
+    line, whatever its tag; it is written all the same (see `split_rows`)."""
+
+    num_lines: int
+    num_bad: int
+    num_duplicates: int
+    length: int | None
+    vocab_size: int
+    bad_lines_path: Path | None
+
+
+def import_lines(
+    paths: str | Path | Sequence[str | Path],
+    output: str | Path,
+    vocab_size: int | None = None,
+    length: int | None = None,
+    skip_bad: int = 0,
+    *,
+    allow_short: bool = False,
+    force: bool = False,
+    show_progress: bool = False,
+) -> ImportReport:
+    """Writes the lines of one or several files, in order, as a token table (see `tokens.py`) with empty captions.
+
+    Vocabulary size and length are found from the data unless given; see `LineFormat` for them and `allow_short`.
+    Up to `skip_bad` bad lines are left out and listed in `<output without suffix>.bad.txt`: place and reason, a tab,
+    the line as it was. One more raises InputError, and nothing is written but that list. The table's metadata holds
+    `image_vocab_size`, `image_length` and `num_duplicates`.
+    """
+    paths, output = _paths(paths), Path(output)
+    line_format = LineFormat(vocab_size=vocab_size, length=length, allow_short=allow_short)
+    bad_lines_path = output.with_suffix(".bad.txt") if skip_bad else None
+    metadata: dict[str, Any] = {}
+    with (
+        tempfile.TemporaryFile(prefix="smalti-hashes-") as hashes_file,
+        _BadLines(skip_bad, bad_lines_path) as bad_lines,
+        _progress(paths, show_progress) as advance,
+        # Reading and parsing run in a thread beside the writing; both are array code that leaves Python's lock free.
+        closing(prefetch(_read(paths, line_format, bad_lines))) as blocks,
+    ):
+        found = _Found(hashes_file)
+
+        def rows() -> Iterator[pa.RecordBatch]:
+            for num_bytes, lines in blocks:
+                found.add(lines)
+                offsets = pa.array(np.concatenate([[0], np.cumsum(lines.lengths)]), pa.int32())
+                yield token_rows(lines.tags, pa.ListArray.from_arrays(offsets, pa.array(lines.codes)))
+                advance(num_bytes)
+            if not found.num_lines:
+                raise InputError(f"{', '.join(map(str, paths))}: no good line, nothing to import.")
+            metadata.update(
+                image_vocab_size=vocab_size or found.max_code + 1,
+                image_length=found.length,
+                num_duplicates=found.num_duplicates(),
+            )
+
+        write_token_table(output, rows(), metadata, force=force)
+    return ImportReport(
+        num_lines=found.num_lines,
+        num_bad=bad_lines.count,
+        num_duplicates=metadata["num_duplicates"],
+        length=metadata["image_length"],
+        vocab_size=metadata["image_vocab_size"],
+        bad_lines_path=bad_lines_path if bad_lines.count else None,
+    )
+
+
+class _Found:
+    """What the lines tell when all are read. Their hashes wait in a temporary file, so that memory stays flat."""
+
+    def __init__(self, hashes_file: IO[bytes]) -> None:
+        self.num_lines = 0
+        self.max_code = -1
+        self._lengths: set[int] = set()  # at most two: one length is worth knowing, others are just "several"
+        self._hashes_file = hashes_file
+
+    def add(self, lines: Lines) -> None:
+        self.num_lines += len(lines.lengths)
+        self.max_code = max(self.max_code, int(lines.codes.max(initial=-1)))
+        if len(self._lengths) < 2 and len(lines.lengths):
+            self._lengths |= {int(lines.lengths.min()), int(lines.lengths.max())}
+        self._hashes_file.write(code_hashes(lines.codes, lines.lengths).tobytes())
+
+    @property
+    def length(self) -> int | None:
+        return next(iter(self._lengths)) if len(self._lengths) == 1 else None
+
+    def num_duplicates(self) -> int:
+        self._hashes_file.flush()
+        hashes = np.memmap(self._hashes_file, np.uint64, mode="r+")
+        hashes.sort()
+        return int(np.count_nonzero(hashes[1:] == hashes[:-1]))
+
+
+@contextmanager
+def _progress(paths: list[Path], show: bool) -> Iterator[Callable[[int], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not show) as progress:
+        task = progress.add_task("reading lines", total=sum(path.stat().st_size for path in paths))
+        yield lambda num_bytes: progress.advance(task, num_bytes)
+
+
+# ---- duplicates and splits ----
+
+
+def code_hashes(codes: Int64[np.ndarray, " m"], lengths: Int64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """A 64-bit hash of each sequence, given one after the other; it depends on nothing but the codes and their order.
+    Among 5 million different sequences the chance that any two agree is one in a million."""
+    hashes = np.full(len(lengths), 0x9E3779B97F4A7C15, np.uint64)
+    if len(lengths) and lengths.min() == lengths.max():
+        for column in np.ascontiguousarray(codes.reshape(len(lengths), -1).T).view(np.uint64):
+            hashes = _mixed(hashes, column)
+        return _mixed(hashes, lengths.astype(np.uint64))
+    starts = np.cumsum(lengths) - lengths
+    going_on = np.arange(len(lengths))
+    for place in range(lengths.max(initial=0)):
+        going_on = going_on[lengths[going_on] > place]
+        hashes[going_on] = _mixed(hashes[going_on], codes[starts[going_on] + place].astype(np.uint64))
+    return _mixed(hashes, lengths.astype(np.uint64))
+
+
+def _mixed(hashes: UInt64[np.ndarray, " n"], values: UInt64[np.ndarray, " #n"]) -> UInt64[np.ndarray, " n"]:
+    """A step that is one-to-one in `hashes`, and carries every bit upwards (product) and downwards (shift). The
+    multiplier is that of Steele, Lea and Flood 2014 (SplitMix)."""
+    hashes = (hashes ^ values) * np.uint64(0xBF58476D1CE4E5B9)
+    return hashes ^ (hashes >> np.uint64(31))
+
+
+def split_rows(
+    table: TokenTable, held_out: float | int, seed: int = 0
+) -> tuple[Int64[np.ndarray, " kept"], Int64[np.ndarray, " held"]]:
+    """Row numbers to keep and to hold out, both ascending, so that rows with equal image tokens are on the same side.
+
+    `held_out` is a share in (0, 1), met on average, with which a sequence stays on its side when rows are added; or a
+    number of rows, met exactly unless that would part equal rows (then a few more). Raises InputError if either side
+    would be empty.
+    """
+    values = np.empty(len(table), np.uint64)
+    salt = _mixed(np.zeros(1, np.uint64), np.array([seed % 2**64], np.uint64))
+    for start in range(0, len(table), ROWS_PER_GROUP):
+        batch = table.batch(np.arange(start, min(start + ROWS_PER_GROUP, len(table))))
+        codes = batch.image_tokens[batch.image_tokens != PAD]
+        values[start : start + len(batch.image_lengths)] = _mixed(code_hashes(codes, batch.image_lengths), salt)
+    is_held = np.zeros(len(table), bool)
+    if isinstance(held_out, int) and 0 < held_out <= len(table):
+        is_held = values <= np.partition(values, held_out - 1)[held_out - 1]
+    elif 0 < held_out < 1:
+        is_held = values < np.uint64(held_out * 2**64)
+    if is_held.all() or not is_held.any():
+        raise InputError(
+            f"held_out {held_out} of {len(table)} rows would leave one side of the split empty: "
+            "give a share between 0 and 1, or a number of rows."
+        )
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+
+# ---- writing ----
+
+
+def write_lines(path: str | Path, blocks: Iterable[Lines], *, force: bool = False) -> int:
+    """Writes lines in the order given and returns their number; a name ending in .gz or .zst compresses. Raises
+    InputError if a tag is empty or has white space, or if the file exists and `force` is not set."""
+    num_lines = 0
+    with new_file(path, force=force) as temporary:
+        compression = _SUFFIXES.get(Path(path).suffix)
+        with pa.output_stream(str(temporary), compression=compression) as stream:
+            for lines in blocks:
+                stream.write("".join(_formatted(lines)).encode())
+                num_lines += len(lines.lengths)
+    return num_lines
+
+
+def _formatted(lines: Lines) -> Iterator[str]:
+    codes = list(map(str, lines.codes.tolist()))
+    ends = np.cumsum(lines.lengths)
+    places = zip((ends - lines.lengths).tolist(), ends.tolist(), strict=True)
+    for tag, (start, end) in zip(lines.tags.to_pylist(), places, strict=True):
+        if not _WORD.fullmatch(tag.encode()):
+            raise InputError(
+                f"the tag {tag!r} is empty or has white space, which a line cannot hold; rename the picture."
+            )
+        yield " ".join([tag, *codes[start:end]]) + "\n"
+
+
+def table_lines(
+    table: TokenTable,
+    rows: Integer[np.ndarray, " n"] | None = None,
+    *,
+    before: Sequence[int] = (),
+    after: Sequence[int] = (),
+    code_offset: int = 0,
+    num_codes: int | None = None,
+) -> Iterator[Lines]:
+    """The image tokens of a table (of these rows, in this order) as lines tagged with their keys, for `write_lines`.
+
+    Every code is raised by `code_offset` and the line put between the codes `before` and `after`, as special codes
+    stand in foreign files. `num_codes` cuts what results to its first so many: prefixes to be completed.
+    """
+    rows = np.arange(len(table)) if rows is None else rows
+    for start in range(0, len(rows), ROWS_PER_GROUP):
+        here = rows[start : start + ROWS_PER_GROUP]
+        batch = table.batch(here)
+        n = len(here)
+        parts: list[Shaped[np.ndarray, "n P"]] = [
+            np.tile(np.array(before, np.int64), (n, 1)),
+            np.where(batch.image_tokens == PAD, PAD, batch.image_tokens + code_offset),
+            np.tile(np.array(after, np.int64), (n, 1)),
+        ]
+        codes = np.concatenate(parts, axis=1)
+        is_code = codes != PAD
+        if num_codes is not None:
+            is_code &= np.cumsum(is_code, axis=1) <= num_codes
+        yield Lines(pa.array(table.keys(here), pa.string()), codes[is_code], is_code.sum(axis=1))
