@@ -1,0 +1,340 @@
+"""VQGAN: a convolutional image tokenizer (Esser et al. 2021, arXiv:2012.09841).
+
+Letters: B batch, C H W image, h w code grid, E code width, D channels inside the network.
+
+Two forms of one network. "llamagen" is LlamaGen's VQ-8 and VQ-16 (Sun et al. 2024, arXiv:2406.06525), which
+differ from taming-transformers' models only in where attention stands. "maskgit" is MaskGIT-VQGAN (Chang et
+al. 2022, arXiv:2202.04200) as ported in 1d-tokenizer, whose decoder TiTok borrows. Its departures: no
+attention, residual convolutions without bias, average pooling, no 1x1 convolutions around the quantizer,
+pictures used in [0, 1] as they come, and a shortcut that reads the branch's own output (see `ResidualBlock`).
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smalti.image_tokenizers.quantizer import Quantized, QuantizerConfig, VectorQuantizer
+
+NORM_GROUPS = 32
+LLAMAGEN_QUANTIZER = QuantizerConfig(codebook_size=16384, code_dim=8, update="gradient", l2_normalised=True)
+
+
+class Reconstructed(NamedTuple):
+    """What training needs: the decoded pictures, in [0, 1] but not clamped, and the quantizer's results."""
+
+    images: Float[Tensor, "B C H W"]
+    quantized: Quantized
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANConfig:
+    """`channels` times `encoder_multipliers[i]` is the width at level i, where level 0 has the resolution of
+    the picture and each further level half of it; attention stands at the levels listed. `image_size` (rows,
+    columns) is only the default: any size that halves evenly from level to level can be encoded.
+    """
+
+    quantizer: QuantizerConfig = LLAMAGEN_QUANTIZER
+    image_size: tuple[int, int] = (256, 256)
+    channels: int = 128
+    encoder_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    decoder_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    encoder_attention_levels: tuple[int, ...] = (4,)
+    decoder_attention_levels: tuple[int, ...] = (4,)
+    num_res_blocks: int = 2
+    latent_channels: int = 256
+    image_channels: int = 3
+    dropout: float = 0.0
+    resample_with_conv: bool = True
+    form: Literal["llamagen", "maskgit"] = "llamagen"
+
+    def __post_init__(self):
+        for name in ("image_size", "encoder_multipliers", "decoder_multipliers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
+        for name in ("encoder_attention_levels", "decoder_attention_levels"):
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+        for name in ("channels", "num_res_blocks", "latent_channels", "image_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1).")
+        self._check_levels("encoder", self.encoder_multipliers, self.encoder_attention_levels)
+        self._check_levels("decoder", self.decoder_multipliers, self.decoder_attention_levels)
+        if self.form not in ("llamagen", "maskgit"):
+            raise ValueError(f'form is {self.form!r}; use "llamagen" or "maskgit".')
+        if self.form == "maskgit":
+            self._check_maskgit()
+        check_image_size(*self.image_size, self.patch_size, "image_size")
+
+    def _check_levels(self, side: str, multipliers: tuple[int, ...], attention: tuple[int, ...]) -> None:
+        for multiplier in multipliers:
+            if multiplier < 1 or multiplier * self.channels % NORM_GROUPS:
+                raise ValueError(
+                    f"{side}_multipliers {list(multipliers)} times channels {self.channels} gives a width of "
+                    f"{multiplier * self.channels}; every width must be a multiple of the {NORM_GROUPS} groups "
+                    "of GroupNorm."
+                )
+        if not multipliers or not all(0 <= level < len(multipliers) for level in attention):
+            raise ValueError(
+                f"{side}_attention_levels {list(attention)} must lie in 0..{len(multipliers) - 1}, the levels "
+                f"of {side}_multipliers {list(multipliers)}."
+            )
+
+    def _check_maskgit(self) -> None:
+        if self.encoder_attention_levels or self.decoder_attention_levels:
+            raise ValueError('form "maskgit" has no attention; leave both lists of attention levels empty.')
+        if self.quantizer.code_dim != self.latent_channels:
+            raise ValueError(
+                f'form "maskgit" quantizes the latents as they are: code_dim {self.quantizer.code_dim} must equal '
+                f"latent_channels {self.latent_channels}."
+            )
+
+    @property
+    def codebook_size(self) -> int:
+        return self.quantizer.codebook_size
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per code, along each axis."""
+        return 2 ** (len(self.encoder_multipliers) - 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of codes for a picture of `image_size`."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+
+def check_image_size(rows: int, columns: int, patch_size: int, name: str) -> None:
+    """Raises ValueError if a picture cannot be cut into whole patches."""
+    if rows < 1 or columns < 1 or rows % patch_size or columns % patch_size:
+        nearest_rows, nearest_columns = (max(1, round(s / patch_size)) * patch_size for s in (rows, columns))
+        raise ValueError(
+            f"{name} {rows} x {columns} does not divide into patches of {patch_size} x {patch_size} pixels; "
+            f"crop or resize to {nearest_rows} x {nearest_columns}."
+        )
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, swish, 3x3 convolution, twice, plus the input.
+
+    Where widths differ, a 1x1 convolution brings the input to the new width. In MaskGIT-VQGAN it is applied to
+    the branch's output instead and the input is not added at all; its weights were trained that way.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, config: VQGANConfig):
+        super().__init__()
+        self.maskgit = config.form == "maskgit"
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=not self.maskgit)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=not self.maskgit)
+        self.shortcut = None
+        if in_channels != out_channels:
+            shortcut_in = out_channels if self.maskgit else in_channels
+            self.shortcut = nn.Conv2d(shortcut_in, out_channels, 1, bias=not self.maskgit)
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B Dout H W"]:
+        branch = self.conv1(F.silu(self.norm1(x)))
+        branch = self.conv2(self.dropout(F.silu(self.norm2(branch))))
+        if self.shortcut is None:
+            return x + branch
+        return branch + self.shortcut(branch if self.maskgit else x)
+
+
+class SpatialAttention(nn.Module):
+    """Every cell attends to all cells of its picture, with one head as wide as the layer."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+        normed = self.norm(x)
+        q, k, v = (layer(normed).flatten(2).mT for layer in (self.q, self.k, self.v))  # (B, H*W, D)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(mixed.mT.reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halves rows and columns: pad right and bottom by one, then a 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D h w"]:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles rows and columns by repetition, then smooths by a 3x3 convolution if `with_conv`."""
+
+    def __init__(self, channels: int, with_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D H W"]:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks, each followed by attention where the level has it, then the change of resolution."""
+
+    def __init__(self, widths: list[int], attention: bool, resample: nn.Module, config: VQGANConfig):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(before, after, config) for before, after in pairwise(widths))
+        self.attentions = nn.ModuleList(SpatialAttention(width) if attention else nn.Identity() for width in widths[1:])
+        self.resample = resample
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B Dout Hout Wout"]:
+        for block, attention in zip(self.blocks, self.attentions, strict=True):
+            x = attention(block(x))
+        return self.resample(x)
+
+
+class Encoder(nn.Module):
+    """`levels[0]` has the resolution of the picture."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        maskgit = config.form == "maskgit"
+        widths = [config.channels * multiplier for multiplier in config.encoder_multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1, bias=not maskgit)
+        self.levels = nn.ModuleList()
+        before = config.channels
+        for i, width in enumerate(widths):
+            with_conv = config.resample_with_conv and not maskgit
+            halve = Downsample(width) if with_conv else nn.AvgPool2d(2)
+            self.levels.append(
+                Level(
+                    [before] + [width] * config.num_res_blocks,
+                    i in config.encoder_attention_levels,
+                    halve if i < last else nn.Identity(),
+                    config,
+                )
+            )
+            before = width
+        self.mid = middle(before, config)
+        self.norm_out = group_norm(before)
+        kernel_size = 1 if maskgit else 3
+        self.conv_out = nn.Conv2d(before, config.latent_channels, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
+        x = self.conv_in(x)
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """`levels[0]` has the resolution of the code grid: the reverse of the encoder's order."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.decoder_multipliers]
+        num_blocks = config.num_res_blocks + (config.form == "llamagen")
+        before = widths[-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, before, 3, padding=1)
+        self.mid = middle(before, config)
+        self.levels = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            double = Upsample(width, config.resample_with_conv) if i > 0 else nn.Identity()
+            attention = i in config.decoder_attention_levels
+            self.levels.append(Level([before] + [width] * num_blocks, attention, double, config))
+            before = width
+        self.norm_out = group_norm(before)
+        self.conv_out = nn.Conv2d(before, config.image_channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "B D h w"]) -> Float[Tensor, "B C H W"]:
+        x = self.mid(self.conv_in(x))
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+
+
+def middle(channels: int, config: VQGANConfig) -> nn.Sequential:
+    """What stands at the lowest resolution between the levels and the code side."""
+    if config.form == "maskgit":
+        return nn.Sequential(*[ResidualBlock(channels, channels, config) for _ in range(config.num_res_blocks)])
+    return nn.Sequential(
+        ResidualBlock(channels, channels, config),
+        SpatialAttention(channels),
+        ResidualBlock(channels, channels, config),
+    )
+
+
+class VQGAN(nn.Module):
+    """Pictures in [0, 1] to a grid of codes and back. Weights may be bf16; pictures come back in float32."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantizer = VectorQuantizer(config.quantizer)
+        self.to_code: nn.Module = nn.Identity()
+        self.from_code: nn.Module = nn.Identity()
+        if config.form == "llamagen":
+            self.to_code = nn.Conv2d(config.latent_channels, config.quantizer.code_dim, 1)
+            self.from_code = nn.Conv2d(config.quantizer.code_dim, config.latent_channels, 1)
+
+    def encode_latents(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w E"]:
+        """What the quantizer is given, not yet normalised. Raises ValueError if H or W does not divide into
+        patches of `config.patch_size`."""
+        check_image_size(images.shape[-2], images.shape[-1], self.config.patch_size, "picture")
+        images = images.to(self.encoder.conv_in.weight.dtype)
+        if self.config.form == "llamagen":
+            images = 2 * images - 1
+        return self.to_code(self.encoder(images)).movedim(1, -1)
+
+    def decode_latents(self, latents: Float[Tensor, "B h w E"]) -> Float[Tensor, "B C H W"]:
+        """Pictures from quantized latents, float32 on the scale [0, 1], not clamped."""
+        latents = latents.to(self.decoder.conv_in.weight.dtype)
+        images = self.decoder(self.from_code(latents.movedim(-1, 1))).float()
+        return images / 2 + 0.5 if self.config.form == "llamagen" else images
+
+    def encode_images(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B h w"]:
+        """Codes of pictures in [0, 1]; h = H / patch_size and w = W / patch_size."""
+        return self.quantizer.encode(self.encode_latents(images))
+
+    def decode_codes(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B C H W"]:
+        """Pictures on the scale [0, 1], not clamped. Raises ValueError if a code is outside the codebook."""
+        return self.decode_latents(self.quantizer.lookup(codes))
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Reconstructed:
+        """Encode, quantize with straight-through gradients, decode."""
+        quantized = self.quantizer(self.encode_latents(images))
+        return Reconstructed(self.decode_latents(quantized.latents), quantized)
+
+
+PRESETS: dict[str, VQGANConfig] = {
+    # 71,883,403 parameters, 16 x 16 pixels per code; LlamaGen, tokenizer/tokenizer_image/vq_model.py
+    "vq-16": VQGANConfig(),
+    # 70,109,835 parameters, 8 x 8 pixels per code; same source
+    "vq-8": VQGANConfig(
+        encoder_multipliers=(1, 2, 2, 4),
+        decoder_multipliers=(1, 2, 2, 4),
+        encoder_attention_levels=(3,),
+        decoder_attention_levels=(3,),
+    ),
+    # 54,515,587 parameters, 16 x 16 pixels per code; 1d-tokenizer, modeling/modules/maskgit_vqgan.py
+    "maskgit": VQGANConfig(
+        quantizer=QuantizerConfig(codebook_size=1024, code_dim=256, update="gradient"),
+        encoder_attention_levels=(),
+        decoder_attention_levels=(),
+        form="maskgit",
+    ),
+}

@@ -1,0 +1,182 @@
+"""Carrying tensors between a foreign state dict and an image tokenizer, key by key.
+
+A key map says for every tensor of ours the foreign key and the foreign shape. Import and export read the same
+map, so that one undoes the other.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from smalti.errors import InputError
+
+
+class Foreign(NamedTuple):
+    """A tensor in a foreign state dict. The shape may differ from ours by axes of length 1."""
+
+    key: str
+    shape: tuple[int, ...]
+
+
+KeyMap = dict[str, Foreign]
+
+
+class Moved(NamedTuple):
+    foreign_key: str
+    our_key: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportReport:
+    """What was done with every tensor of a foreign file: `moved` to a key of ours, or `dropped` with the reason.
+    `sizes` tells where the sizes of the network were taken from."""
+
+    sizes: str
+    moved: tuple[Moved, ...]
+    dropped: tuple[tuple[str, str], ...]
+
+    def lines(self) -> list[str]:
+        """The report as text, one line per tensor."""
+        return [
+            *(f"{m.foreign_key} -> {m.our_key} {list(m.shape)}" for m in self.moved),
+            *(f"{key} dropped: {reason}" for key, reason in self.dropped),
+            f"{len(self.moved)} tensors read, {len(self.dropped)} dropped, none missing or unexpected",
+            f"sizes: {self.sizes}",
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """All that is particular to one kind of foreign checkpoint.
+
+    `read_config` and `write_config` translate the original's field names; `key_map` gives the foreign key of each
+    tensor of a module; `published` holds the sizes of files that need no config; `droppable` the beginnings of
+    keys to pass over, with the reason; `container` the outer key under which the original keeps its state dict;
+    `outputs` recomputes the arrays of a reference folder (see `verifying`).
+    """
+
+    name: str
+    build: Callable[[Any], nn.Module]
+    read_config: Callable[[dict], Any]
+    write_config: Callable[[Any], dict]
+    key_map: Callable[[Any], KeyMap]
+    outputs: Callable[[Any, Any], Mapping[str, Callable[[], Tensor]]]
+    published: Mapping[str, Any] = field(default_factory=dict)
+    droppable: Mapping[str, str] = field(default_factory=dict)
+    container: str | None = None
+
+
+def import_foreign(
+    layout: Layout, state: Mapping[str, Tensor], config: dict | None = None
+) -> tuple[nn.Module, ImportReport]:
+    """The module that a foreign state dict describes, in evaluation mode. `config` has the original's field names;
+    without one the shapes must be those of exactly one published model. Raises InputError if a tensor is
+    missing, has another shape, or is left over."""
+    dropped = {key: reason for key in state if (reason := _why_dropped(key, layout.droppable)) is not None}
+    if config is not None:
+        ours, sizes = layout.read_config(config), "from the config"
+    else:
+        name = _choose_published(layout, state, dropped)
+        ours, sizes = layout.published[name], f"of the published {name}"
+    module = layout.build(ours)
+    key_map = layout.key_map(module)
+    problems = _shape_problems(state, key_map, dropped)
+    if problems:
+        raise InputError(_summary(problems))
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    module.load_state_dict({name: state[foreign.key].reshape(shapes[name]) for name, foreign in key_map.items()})
+    moved = tuple(Moved(foreign.key, name, foreign.shape) for name, foreign in key_map.items())
+    return module.eval(), ImportReport(sizes=sizes, moved=moved, dropped=tuple(dropped.items()))
+
+
+def export_foreign(layout: Layout, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `module` under their foreign keys and in their foreign shapes. Raises ValueError if the
+    layout cannot express the module, so that its import would be another one."""
+    layout.write_config(module)
+    state, key_map = module.state_dict(), layout.key_map(module)
+    return {foreign.key: state[name].detach().cpu().reshape(foreign.shape).clone() for name, foreign in key_map.items()}
+
+
+def rename_all(module: nn.Module, foreign_key: Callable[[str], str]) -> KeyMap:
+    """The key map of a layout whose shapes are ours and whose keys are a function of ours. How a codebook was
+    learning (running counts and the like) has no place in a foreign file."""
+    return {
+        name: Foreign(foreign_key(name), tuple(tensor.shape))
+        for name, tensor in module.state_dict().items()
+        if not name.startswith("quantizer.") or name == "quantizer.codebook"
+    }
+
+
+def check_expressible(ours: Any, read_back: Any, layout_name: str, *ignored: str) -> None:
+    """Raises ValueError if exporting would lose something: `read_back` is the config that an import of the
+    export would have. How a codebook learns is not part of any layout."""
+    for name in (f.name for f in fields(ours)):
+        mine, theirs = getattr(ours, name), getattr(read_back, name)
+        if name == "quantizer":
+            for part in ("kind", "codebook_size", "code_dim", "l2_normalised"):
+                _require_equal(getattr(mine, part), getattr(theirs, part), f"quantizer.{part}", layout_name)
+        elif name not in ignored:
+            _require_equal(mine, theirs, name, layout_name)
+
+
+def _require_equal(mine: Any, theirs: Any, name: str, layout_name: str) -> None:
+    if mine != theirs:
+        raise ValueError(f"the {layout_name} layout cannot hold {name} {mine!r}; it would be read as {theirs!r}.")
+
+
+def _choose_published(layout: Layout, state: Mapping[str, Tensor], dropped: Mapping[str, str]) -> str:
+    """The one published model whose every shape agrees with `state`; InputError if none agrees, or several do."""
+    problems = {}
+    for name, config in layout.published.items():
+        with torch.device("meta"):  # shapes alone, no memory for weights
+            key_map = layout.key_map(layout.build(config))
+        problems[name] = _shape_problems(state, key_map, dropped)
+    fitting = [name for name, found in problems.items() if not found]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise InputError(
+            f"the shapes of these weights fit several published {layout.name} models ({', '.join(fitting)}); "
+            "give the original's config."
+        )
+    if not problems:
+        raise InputError(f"no sizes of published {layout.name} models are known; give the original's config.")
+    closest = min(problems, key=lambda name: len(problems[name]))
+    raise InputError(
+        f"the shapes of these weights fit none of the published {layout.name} models. Closest is {closest}, where "
+        f"{len(problems[closest])} tensors differ ({problems[closest][0]}). Give the original's config."
+    )
+
+
+def _shape_problems(state: Mapping[str, Tensor], key_map: KeyMap, dropped: Mapping[str, str]) -> list[str]:
+    """One line for every tensor of `state` that is missing, unexpected or of another shape than mapped."""
+    expected = {foreign.key: foreign.shape for foreign in key_map.values()}
+    missing = [f"missing: {key} {list(shape)}" for key, shape in expected.items() if key not in state]
+    unexpected = [
+        f"unexpected: {key} {list(tensor.shape)}"
+        for key, tensor in state.items()
+        if key not in expected and key not in dropped
+    ]
+    other_shape = [
+        f"shape: {key} is {list(state[key].shape)}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    return missing + unexpected + other_shape
+
+
+def _why_dropped(key: str, droppable: Mapping[str, str]) -> str | None:
+    return next((reason for start, reason in droppable.items() if key.startswith(start)), None)
+
+
+def _summary(problems: list[str], most: int = 8) -> str:
+    shown = "; ".join(problems[:most])
+    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    return (
+        f"the weights do not fit the network, {len(problems)} tensors differ: {shown}{more}. "
+        "Check that the kind and the config belong to this file."
+    )

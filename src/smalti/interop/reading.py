@@ -1,0 +1,173 @@
+"""Reading foreign weight and config files without running anything they contain.
+
+Pickled files go through `torch.load(weights_only=True)`, which builds tensors and plain containers and refuses
+every other object. Three harmless kinds are let in: `argparse.Namespace`, which training scripts save beside
+their weights, and what Lightning and NumPy leave in a checkpoint, which is replaced by an inert stand-in.
+"""
+
+import argparse
+import json
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeGuard
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from smalti.errors import InputError
+
+EMA_NAMES = ("ema", "model_ema", "state_dict_ema")
+CONTAINER_NAMES = ("model", "module", "state_dict")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignWeights:
+    """The tensors of a weight file by their names, and notes on where in the file they were found."""
+
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...]
+
+
+class Unread(dict):
+    """Stands where a checkpoint holds an object of a class that is not needed for its weights."""
+
+    def __init__(self, *_args):
+        super().__init__()
+
+
+def read_weights(path: Path) -> ForeignWeights:
+    """The state dict in a `.safetensors` file or in anything `torch.save` wrote: bare, or under `model`,
+    `module` or `state_dict`, with or without the prefixes that DDP and torch.compile add. Averaged (EMA)
+    weights are chosen where there are any. Raises InputError if the file cannot be read as that, or asks for
+    anything but tensors and plain values."""
+    content = read_torch_file(path) if not _is_safetensors(path) else _read_safetensors(path)
+    state, notes = _choose_state(content, path)
+    tensors, prefixes = _strip_wrappers(state, path)
+    if prefixes:
+        notes.append(f"took off the prefix {' and '.join(prefixes)}")
+    return ForeignWeights(tensors=tensors, notes=tuple(notes))
+
+
+def read_config(path: Path) -> dict:
+    """A config as a dict, from JSON, YAML, or a dict or Namespace that `torch.save` wrote."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; give a JSON, YAML or .pt file with the original's config.")
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        content = read_torch_file(path)
+        content = vars(content) if isinstance(content, argparse.Namespace) else content
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{path} cannot be read as a config: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}; expected a mapping of names to values.")
+    return content
+
+
+def read_torch_file(path: Path) -> object:
+    """What `torch.save` wrote, on the CPU. Raises InputError on anything but tensors and plain values."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; give the weight file itself.")
+    allowed = [argparse.Namespace, *((Unread, name) for name in _inert_names(path))]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        asks = f"it asks to load {wanted[1]}" if wanted else _one_line(error)
+        raise InputError(
+            f"{path} is refused and nothing in it was run: {asks}, where only tensors and plain values are "
+            "read. If you trust its author, have it saved again as a bare state dict or as safetensors."
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnicodeDecodeError, TypeError) as error:
+        raise InputError(f"{path} cannot be read as a PyTorch weight file: {_one_line(error)}") from None
+
+
+def _inert_names(path: Path) -> list[str]:
+    """Full names of classes in the file that may be passed over, found without unpickling it."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a zip file of torch.save: torch.load will say what is wrong with it
+        return []
+    return [name for name in names if _INERT.fullmatch(name)]
+
+
+_INERT = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf)\.[\w.]+"
+    r"|numpy\.(_?core\.multiarray\.scalar|dtype|dtypes\.\w+|float64|float32|int64)"
+    r"|typing\.Any|collections\.defaultdict|builtins\.(list|dict|int)"
+)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """A safetensors file starts with the length of its JSON header, whatever the file is called."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; give the weight file itself.")
+    with path.open("rb") as file:
+        start = file.read(9)
+    return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read as safetensors: {_one_line(error)}") from None
+
+
+def _choose_state(content: object, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    if _is_state(content):
+        return content, ["the file is a bare state dict"]
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a state dict.")
+    for name in (*EMA_NAMES, *CONTAINER_NAMES):
+        state = content.get(name)
+        if not _is_state(state):
+            continue
+        notes = [f"weights taken from `{name}`"]
+        if name in EMA_NAMES:
+            notes = [f"averaged (EMA) weights taken from `{name}`, not the last ones"]
+        passed_over = sorted(str(other) for other in content if other != name)
+        if passed_over:
+            notes.append(f"passed over beside it: {', '.join(passed_over)}")
+        return state, notes
+    names = ", ".join(sorted(map(str, content))[:8])
+    raise InputError(
+        f"{path} holds no state dict: expected names to tensors, alone or under one of "
+        f"{', '.join((*EMA_NAMES, *CONTAINER_NAMES))}; found {names or 'nothing'}."
+    )
+
+
+def _is_state(content: object) -> TypeGuard[dict[str, Tensor]]:
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    )
+
+
+def _strip_wrappers(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    stripped: list[str] = []
+    state = {key: tensor for key, tensor in state.items() if key != "n_averaged"}  # of torch's AveragedModel
+    while prefix := next((p for p in WRAPPER_PREFIXES if state and all(k.startswith(p) for k in state)), None):
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+        stripped.append(prefix)
+    if any("_orig_mod." in key for key in state):  # parts compiled one by one
+        renamed = {key.replace("_orig_mod.", ""): tensor for key, tensor in state.items()}
+        if len(renamed) < len(state):
+            raise InputError(f"{path} holds some weights both with and without the prefix _orig_mod.")
+        state = renamed
+        stripped.append("_orig_mod.")
+    return state, stripped
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

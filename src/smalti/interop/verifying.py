@@ -1,0 +1,149 @@
+"""Recomputing every output array of a reference folder: `config.json`, a weight file, `io.npz`.
+
+The folder's inputs are run through the image tokenizer as imported from its weights, and the results compared
+with the folder's outputs: real numbers to `TOLERANCE`, whole numbers exactly.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from smalti.errors import InputError
+from smalti.image_tokenizers.quantizer import Quantized
+from smalti.image_tokenizers.vit_vqgan import ViTVQGAN
+from smalti.image_tokenizers.vqgan import VQGAN
+from smalti.interop.keys import Layout, import_foreign
+from smalti.interop.reading import read_config, read_weights
+
+TOLERANCE = 1e-4
+"""Largest absolute error in float32 on a CPU."""
+
+INPUT_NAMES = ("image", "image_nonsquare", "random_indices")
+WEIGHT_NAMES = ("weights.pt", "weights.bin", "model.safetensors", "weights.safetensors", "weights.ckpt")
+
+
+class ArrayError(NamedTuple):
+    """`largest_error` is the largest absolute difference, or for whole numbers the count of unequal entries;
+    infinite where the shapes differ."""
+
+    name: str
+    shape: tuple[int, ...]
+    largest_error: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.largest_error <= self.tolerance  # false for NaN
+
+
+class ReferenceArrays(dict[str, Tensor]):
+    """The arrays of an `io.npz` by name."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise InputError(f"io.npz has no array {name!r}, which the outputs it has are computed from.")
+
+
+def verify(layout: Layout, directory: Path) -> list[ArrayError]:
+    """The largest error of every output array of a reference folder. Raises InputError if a file is missing,
+    the weights do not fit the config, or an array is not known for this kind."""
+    weights = read_weights(find_weights(directory))
+    module, _ = import_foreign(layout, weights.tensors, read_config(directory / "config.json"))
+    return compare(layout, module, read_arrays(directory / "io.npz"))
+
+
+@torch.inference_mode()
+def compare(layout: Layout, module: nn.Module, arrays: ReferenceArrays) -> list[ArrayError]:
+    """The largest error of every output in `arrays`, as `module` computes them from its inputs."""
+    outputs = layout.outputs(module, arrays)
+    wanted = [name for name in arrays if name not in INPUT_NAMES]
+    unknown = [name for name in wanted if name not in outputs]
+    if unknown:
+        raise InputError(
+            f"io.npz holds {', '.join(unknown)}, which is not known for {layout.name}; known outputs are "
+            f"{', '.join(outputs)}, and inputs {', '.join(INPUT_NAMES)}."
+        )
+    return [_array_error(name, arrays[name], outputs[name]()) for name in wanted]
+
+
+def find_weights(directory: Path) -> Path:
+    """The weight file of a reference folder."""
+    found = [directory / name for name in WEIGHT_NAMES if (directory / name).is_file()]
+    if len(found) != 1:
+        raise InputError(
+            f"{directory} holds {len(found)} weight files; a reference folder has exactly one of "
+            f"{', '.join(WEIGHT_NAMES)}, beside config.json and io.npz."
+        )
+    return found[0]
+
+
+def read_arrays(path: Path) -> ReferenceArrays:
+    """The arrays of an `.npz` file; one that would need unpickling is refused."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return ReferenceArrays({name: torch.from_numpy(np.array(arrays[name])) for name in arrays})
+    except (OSError, ValueError, TypeError, BadZipFile) as error:
+        raise InputError(f"{path} cannot be read as reference arrays: {error}") from None
+
+
+def _array_error(name: str, expected: Tensor, ours: Tensor) -> ArrayError:
+    shape = tuple(expected.shape)
+    whole = not expected.is_floating_point()
+    tolerance = 0.0 if whole else TOLERANCE
+    if ours.is_floating_point() == whole or tuple(ours.shape) != shape:
+        return ArrayError(name, shape, float("inf"), tolerance)
+    if whole:
+        error = float((ours != expected).sum())
+    else:
+        error = float((ours.double() - expected.double()).abs().max())
+    return ArrayError(name, shape, error, tolerance)
+
+
+def grid_outputs(
+    image_tokenizer: VQGAN | ViTVQGAN, arrays: ReferenceArrays, low: float, decoder_patch: int
+) -> dict[str, Callable[[], Tensor]]:
+    """The outputs shared by all folders with pictures in [low, 1], channels first, and a grid of codes. Latents
+    come as (B, E, h, w); codes in the shape the folder has them, often (B, h*w)."""
+
+    def to_ours(pictures: Tensor) -> Tensor:
+        return (pictures - low) / (1 - low)
+
+    def latents_of(pictures: str) -> Tensor:
+        return image_tokenizer.encode_latents(to_ours(arrays[pictures]))
+
+    def codes_of(pictures: str) -> Tensor:
+        return image_tokenizer.quantizer.encode(latents_of(pictures))
+
+    def decode(codes: Tensor) -> Tensor:
+        return image_tokenizer.decode_codes(codes) * (1 - low) + low
+
+    def on_grid(codes: str, decoded: str) -> Tensor:
+        rows, columns = (side // decoder_patch for side in arrays[decoded].shape[-2:])
+        return arrays[codes].view(-1, rows, columns)
+
+    def as_listed(pictures: str, codes: str) -> Tensor:
+        ours = codes_of(pictures)
+        return ours.view(arrays[codes].shape) if ours.numel() == arrays[codes].numel() else ours
+
+    return {
+        "z_e": lambda: latents_of("image").movedim(-1, 1),
+        "indices": lambda: as_listed("image", "indices"),
+        "z_q": lambda: image_tokenizer.quantizer.lookup(codes_of("image")).movedim(-1, 1),
+        "reconstruction": lambda: decode(codes_of("image")),
+        "decoded": lambda: decode(on_grid("indices", "decoded")),
+        "random_decoded": lambda: decode(on_grid("random_indices", "random_decoded")),
+        "nonsquare_z_e": lambda: latents_of("image_nonsquare").movedim(-1, 1),
+        "nonsquare_indices": lambda: as_listed("image_nonsquare", "nonsquare_indices"),
+        "nonsquare_z_q": lambda: image_tokenizer.quantizer.lookup(codes_of("image_nonsquare")).movedim(-1, 1),
+        "nonsquare_reconstruction": lambda: decode(codes_of("image_nonsquare")),
+    }
+
+
+def quantized(image_tokenizer: VQGAN | ViTVQGAN, arrays: ReferenceArrays, low: float) -> Quantized:
+    """The quantizer's results on the folder's `image`, losses included."""
+    images = (arrays["image"] - low) / (1 - low)
+    return image_tokenizer.quantizer(image_tokenizer.encode_latents(images))

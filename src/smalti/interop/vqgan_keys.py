@@ -1,0 +1,49 @@
+"""The keys of VQGAN checkpoints: LlamaGen, taming-transformers and MaskGIT-VQGAN name the same layers differently.
+
+Each function gives the foreign key of a key of ours; `num_levels` counts the decoder's levels.
+"""
+
+import re
+
+_OUTER = {
+    "to_code.": "quant_conv.",
+    "from_code.": "post_quant_conv.",
+    "quantizer.codebook": "quantize.embedding.weight",
+}
+
+
+def llamagen_key(name: str) -> str:
+    """`decoder.conv_blocks.0` is the lowest resolution, as with us."""
+    name = _common(name)
+    name = re.sub(r"\blevels\.(\d+)\.blocks\.", r"conv_blocks.\1.res.", name)
+    name = re.sub(r"\blevels\.(\d+)\.", r"conv_blocks.\1.", name)
+    name = re.sub(r"^(encoder.*)\.resample\.", r"\1.downsample.", name)
+    return re.sub(r"^(decoder.*)\.resample\.", r"\1.upsample.", name)
+
+
+def taming_key(name: str, num_levels: int) -> str:
+    """`decoder.up.0` is the highest resolution, the reverse of ours."""
+    name = _down_and_up(_common(name), num_levels)
+    for ours, theirs in (("mid.0.", "mid.block_1."), ("mid.1.", "mid.attn_1."), ("mid.2.", "mid.block_2.")):
+        name = name.replace(ours, theirs)
+    name = re.sub(r"^(encoder.*)\.resample\.", r"\1.downsample.", name)
+    return re.sub(r"^(decoder.*)\.resample\.", r"\1.upsample.", name)
+
+
+def maskgit_key(name: str, num_levels: int) -> str:
+    """As in taming, but the middle is a plain list and the convolution after an upsampling has its own name."""
+    return _down_and_up(_common(name), num_levels).replace(".resample.conv.", ".upsample_conv.")
+
+
+def _common(name: str) -> str:
+    for ours, theirs in _OUTER.items():
+        if name.startswith(ours):
+            return name.replace(ours, theirs, 1)
+    name = name.replace(".shortcut.", ".nin_shortcut.").replace(".attentions.", ".attn.")
+    return re.sub(r"\.out\.", ".proj_out.", name)
+
+
+def _down_and_up(name: str, num_levels: int) -> str:
+    name = re.sub(r"\bblocks\.(\d+)\.", r"block.\1.", name)
+    name = re.sub(r"^encoder\.levels\.", "encoder.down.", name)
+    return re.sub(r"^decoder\.levels\.(\d+)\.", lambda m: f"decoder.up.{num_levels - 1 - int(m[1])}.", name)
