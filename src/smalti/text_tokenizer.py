@@ -103,7 +103,7 @@ class TextTokenizer:
             raise InputError(f"caption {caption!r} has words outside the vocabulary: {hints}.")
 
     def _near(self, word: str) -> str:
-        near = difflib.get_close_matches(word, self.words, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(word, self.words, n=3)
         if near:
             return f"{word!r} (did you mean {' or '.join(near)}?)"
         some = self.words[:40]

@@ -1,0 +1,537 @@
+"""The bundle as one object: pictures from captions, captions from pictures, both from nothing, and what each costs.
+
+    pipe = Pipeline.load("digits")
+    [picture] = pipe.generate("dark green eight on bright cyan", seed=3)
+    [caption] = pipe.caption([picture])
+
+Letters: B sequences, C H W image, h w code grid, L tokens of a caption.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+
+from smalti import bundle
+from smalti.errors import InputError
+from smalti.generate import Generated, Request, generate, stream
+from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
+from smalti.layout import Layout, SpanValues
+from smalti.likelihood import score
+from smalti.models import DecoderOnly, DecoderOnlyConfig
+from smalti.pictures import PictureConfig, to_images, to_pictures, with_receipt
+from smalti.sampling import SampleConfig
+from smalti.text_tokenizer import TextTokenizer
+
+RERANKERS = ("picture", "caption", "pmi")
+"""What best-of-n keeps the largest of: p(picture | caption), p(caption | picture), or their mutual information."""
+
+Pictures = Sequence[Image.Image | Path | str]
+Codes = Int[Tensor, "B h w"]
+
+
+class Scores(NamedTuple):
+    """Nats of B pairs of picture and caption; the smaller the first two, the likelier."""
+
+    picture_nll_nats: Float[Tensor, " B"]
+    """−ln p(picture | caption)."""
+    caption_nll_nats: Float[Tensor, " B"]
+    """−ln p(caption | picture)."""
+    pmi_nats: Float[Tensor, " B"]
+    """Pointwise mutual information, ln p(picture | caption) − ln p(picture): how much the caption tells."""
+
+
+class Pair(NamedTuple):
+    picture: Image.Image
+    caption: str
+
+
+class Partial(NamedTuple):
+    """A picture on its way."""
+
+    codes: Int[Tensor, " drawn"]
+    """The codes so far, in raster order."""
+    picture: Image.Image
+    """Their picture; what is not drawn yet is grey."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What a bundle draws with unless told otherwise."""
+
+    picture: SampleConfig = field(default_factory=SampleConfig)
+    caption: SampleConfig = field(default_factory=lambda: SampleConfig(temperature=0.0))
+
+
+class Pipeline:
+    """Image tokenizer, text tokenizer, layout and model. `load` reads a bundle, `save` writes one.
+
+    Raises ValueError where the four do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: DecoderOnly,
+        layout: Layout,
+        image_tokenizer: nn.Module,
+        text_tokenizer: TextTokenizer,
+        pictures: PictureConfig,
+        sampling: Sampling = Sampling(),
+        figures: Mapping[str, Any] = {},
+        name: str = "a bundle",
+    ):
+        self.model, self.image_tokenizer = model.eval(), image_tokenizer.eval()
+        self.layout, self.text_tokenizer = layout, text_tokenizer
+        self.pictures, self.sampling, self.figures, self.name = pictures, sampling, dict(figures), name
+        self._check()
+
+    def _check(self) -> None:
+        vocabulary = self.layout.vocabulary
+        for what, found, wanted in (
+            ("the model's vocab_size", self.model.config.vocab_size, vocabulary.size),
+            ("the text tokenizer's size", self.text_tokenizer.vocab_size, vocabulary["text"].size),
+            (
+                "the image tokenizer's codebook_size",
+                self.image_tokenizer.config.codebook_size,
+                vocabulary["image"].size,
+            ),
+            ("the cells of the image tokenizer's grid", self.grid[0] * self.grid[1], self._image_length),
+        ):
+            if found != wanted:
+                raise ValueError(f"{what} is {found}, the layout says {wanted}.")
+
+    # Reading and writing ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, name: str | Path) -> Self:
+        """A bundle from its folder, by the name of one that ships, or by a hub's `owner/name` (extra "hub").
+
+        Raises InputError if there is none, a file of it is missing or damaged, or another version wrote it.
+        """
+        directory = bundle.find_bundle(name)
+        config = bundle.read_config(directory)
+        try:
+            model = DecoderOnly(DecoderOnlyConfig.from_dict(config["model"]))
+            model.load_state_dict(bundle.load_weights(directory / bundle.WEIGHTS))
+            return cls(
+                model=model,
+                layout=Layout.from_dict(config["layout"]),
+                image_tokenizer=load_image_tokenizer(directory / bundle.IMAGE_TOKENIZER),
+                text_tokenizer=TextTokenizer.load(directory / bundle.TEXT_TOKENIZER),
+                pictures=PictureConfig(**config["pictures"]),
+                sampling=Sampling(**{part: _sample_config(given) for part, given in config["sampling"].items()}),
+                figures=config["figures"],
+                name=directory.name,
+            )
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            what = f"the entry {reason} is missing" if isinstance(error, KeyError) else reason
+            raise InputError(
+                f"{directory / bundle.CONFIG} does not describe a bundle ({what}); fetch or save the bundle again."
+            ) from error
+
+    def save(self, directory: Path | str, *, half: bool = False, force: bool = False) -> None:
+        """Writes the bundle as a folder, the weights in float16 if `half`; loaded, they are float32 again.
+
+        Raises InputError if the folder exists and is not empty, unless `force`; then it must be a bundle.
+        """
+
+        def write_files(folder: Path) -> dict[str, Any]:
+            bundle.save_weights(self.model.state_dict(), folder / bundle.WEIGHTS, half=half)
+            self.text_tokenizer.save(folder / bundle.TEXT_TOKENIZER)
+            save_image_tokenizer(self.image_tokenizer, folder / bundle.IMAGE_TOKENIZER)
+            if half:
+                image_weights = folder / bundle.IMAGE_TOKENIZER / bundle.WEIGHTS
+                bundle.save_weights(bundle.load_weights(image_weights), image_weights, half=True)
+            (folder / bundle.CARD).write_text(self.card(), encoding="utf-8")
+            return {
+                "smalti_version": version("smalti"),
+                "layout": self.layout.to_dict(),
+                "model": self.model.config.to_dict(),
+                "pictures": asdict(self.pictures),
+                "sampling": asdict(self.sampling),
+                "figures": self.figures,
+            }
+
+        bundle.write_bundle(directory, write_files, force=force)
+
+    def save_pretrained(self, directory: Path | str) -> None:
+        """`save` under the name that Hugging Face libraries use, replacing a bundle as they do."""
+        self.save(directory, force=True)
+
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Uploads the bundle to the hub's `owner/name`; returns its address. Needs the extra "hub"."""
+        hub = bundle.import_hub()
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / "bundle")
+            api = hub.HfApi()
+            address = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=str(Path(folder) / "bundle"))
+        return str(address)
+
+    def card(self) -> str:
+        """The model card: what it is, how to use it, its measured figures."""
+        rows = "\n".join(f"| {name} | {value} |" for name, value in self.figures.items())
+        figures = f"\n## Measured\n\n| | |\n|---|---|\n{rows}\n" if self.figures else ""
+        return CARD.format(
+            name=self.name,
+            num_parameters=f"{self.model.num_parameters:,}",
+            orders="\n".join(f"    {order}" for order in self.layout.orders.values()),
+            num_words=self.text_tokenizer.vocab_size,
+            codebook_size=f"{self.image_tokenizer.config.codebook_size:,}",
+            size=f"{self.pictures.width}×{self.pictures.height}",
+            figures=figures,
+        )
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """A hash of all weights as they are in memory, in float32: the same however the bundle is stored."""
+        return bundle.weights_sha256(self.model, self.image_tokenizer)
+
+    # Pictures from captions ------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        n: int = 1,
+        best_of: int = 1,
+        rerank: str = "caption",
+        negative_prompt: str | None = None,
+        scale: int | None = None,
+        batch_size: int = 64,
+        **sampling: Any,
+    ) -> list[Image.Image]:
+        """`n` pictures of each prompt, those of one prompt together, each enlarged `scale` times.
+
+        Picture i of a prompt is drawn with the seed `seed + i`, whatever else is asked for. With `best_of` m > 1 it is
+        the best, by `rerank` (see RERANKERS), of m pictures drawn with the seeds from `seed + i · m` on. Guidance
+        steers away from pictures without a caption, or from those of `negative_prompt`. `sampling` are fields of
+        `SampleConfig`. Every picture carries its receipt in `info["smalti"]`. Raises InputError for unknown words.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        config = self._sample_config(self.sampling.picture, sampling)
+        drawn = self._draw_pictures(prompts, config, seed, n, best_of, rerank, negative_prompt, batch_size)
+        codes = self._codes([found for _, found in drawn])
+        pictures = self.decode(codes, scale=scale, batch_size=batch_size)
+        shared = {"negative_prompt": negative_prompt, "sampling": asdict(config)}
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        return [
+            with_receipt(
+                picture,
+                self._receipt(
+                    task="generate", prompt=prompt, seed=drawn_seed, codes=found.flatten().tolist(), **shared
+                ),
+            )
+            for picture, prompt, (drawn_seed, _), found in zip(pictures, repeated, drawn, codes, strict=True)
+        ]
+
+    def generate_codes(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        n: int = 1,
+        best_of: int = 1,
+        rerank: str = "caption",
+        negative_prompt: str | None = None,
+        batch_size: int = 64,
+        **sampling: Any,
+    ) -> Codes:
+        """The codes of what `generate` draws."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        config = self._sample_config(self.sampling.picture, sampling)
+        drawn = self._draw_pictures(prompts, config, seed, n, best_of, rerank, negative_prompt, batch_size)
+        return self._codes([found for _, found in drawn])
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        negative_prompt: str | None = None,
+        scale: int | None = None,
+        **sampling: Any,
+    ) -> Iterator[Partial]:
+        """The picture of a prompt as it comes, code by code; the last is what `generate` returns."""
+        config = self._sample_config(self.sampling.picture, sampling)
+        request = self._picture_request(self._whole(prompt), seed, negative_prompt, config)
+        offset, found = self.layout.vocabulary["image"].offset, []
+        for step in stream(self.model, self.layout, [request], config):
+            found.append(int(step.token_ids[0]) - offset)
+            yield Partial(torch.tensor(found), self._partial_picture(found, scale))
+
+    def _partial_picture(self, found: list[int], scale: int | None) -> Image.Image:
+        rest = self._image_length - len(found)
+        codes = torch.tensor(found + found[:1] * rest).view(1, *self.grid)
+        image = self._decode(codes)
+        cell_height, cell_width = self.pictures.height // self.grid[0], self.pictures.width // self.grid[1]
+        drawn = torch.arange(self._image_length).view(self.grid) < len(found)
+        drawn = drawn.repeat_interleave(cell_height, 0).repeat_interleave(cell_width, 1)
+        return to_pictures(torch.where(drawn, image, 0.5), self.pictures, scale)[0]
+
+    def _draw_pictures(
+        self,
+        prompts: list[str],
+        config: SampleConfig,
+        seed: int,
+        n: int,
+        best_of: int,
+        rerank: str,
+        negative_prompt: str | None,
+        batch_size: int,
+    ) -> list[tuple[int, Generated]]:
+        """Each kept sequence with the seed it was drawn from."""
+        if n < 1 or best_of < 1:
+            raise ValueError(f"n is {n} and best_of {best_of}; both must be at least 1.")
+        if rerank not in RERANKERS:
+            raise ValueError(f"rerank {rerank!r} is unknown; choose one of {', '.join(RERANKERS)}.")
+        words = [self._whole(prompt) for prompt in prompts]
+        requests = [
+            self._picture_request(ids, seed + i, negative_prompt, config) for ids in words for i in range(n * best_of)
+        ]
+        found = generate(self.model, self.layout, requests, config, batch_size=batch_size)
+        seeded = [(request.seed, drawn) for request, drawn in zip(requests, found, strict=True)]
+        if best_of == 1:
+            return seeded
+        merit = self._merit(found, rerank, batch_size).view(-1, best_of)
+        return [seeded[i * best_of + int(best)] for i, best in enumerate(merit.argmax(1))]
+
+    def _picture_request(
+        self, words: Int[Tensor, " L"], seed: int, negative_prompt: str | None, config: SampleConfig
+    ) -> Request:
+        order = self._order("text", "image")
+        request = Request(order=order, given={"text": words}, seed=seed)
+        if config.guidance_scale == 1:
+            return request
+        if negative_prompt is not None:
+            return replace(request, null=Request(order=order, given={"text": self._whole(negative_prompt)}))
+        return replace(request, null=Request(order=self._order("image", "text")))  # pictures without a caption
+
+    def _merit(self, found: Sequence[Generated], rerank: str, batch_size: int) -> Float[Tensor, " B"]:
+        """What best-of-n keeps the largest of."""
+        words = [sequence.spans["text"] for sequence in found]
+        scores = self.score_codes(self._codes(found), words, batch_size=batch_size)
+        return {"picture": -scores.picture_nll_nats, "caption": -scores.caption_nll_nats, "pmi": scores.pmi_nats}[
+            rerank
+        ]
+
+    # Captions from pictures, both from nothing -----------------------------------------------------------------
+
+    def caption(self, pictures: Pictures, *, seed: int = 0, batch_size: int = 64, **sampling: Any) -> list[str]:
+        """A caption of each picture (or of the picture in each file), by default the likeliest word at each place.
+
+        Raises InputError for a picture of the wrong size or mode.
+        """
+        config = self._sample_config(self.sampling.caption, sampling)
+        codes = self.encode(pictures, batch_size=batch_size)
+        null = None if config.guidance_scale == 1 else Request(order=self._order("text", "image"))
+        order = self._order("image", "text")
+        requests = [Request(order=order, given={"image": row.flatten()}, seed=seed, null=null) for row in codes]
+        found = generate(self.model, self.layout, requests, config, batch_size=batch_size)
+        return [self._text(sequence) for sequence in found]
+
+    def pairs(
+        self,
+        n: int,
+        seed: int = 0,
+        *,
+        order: str | None = None,
+        best_of: int = 1,
+        rerank: str = "caption",
+        scale: int | None = None,
+        batch_size: int = 64,
+        **sampling: Any,
+    ) -> list[Pair]:
+        """`n` pictures with captions from nothing, pair i with the seed `seed + i`; with `best_of` m, the best of m
+        pairs with the seeds from `seed + i · m` on. `order` names the layout's order to follow; by default the model
+        chooses. Drawn from the model's own distribution unless `sampling` says otherwise; guidance has no null here.
+        """
+        config = self._sample_config(SampleConfig(), sampling)
+        if config.guidance_scale != 1:
+            raise ValueError(
+                "pairs are drawn from nothing, so there is no condition to guide by; leave guidance_scale 1."
+            )
+        requests = [Request(order=order, seed=seed + i) for i in range(n * best_of)]
+        found = generate(self.model, self.layout, requests, config, batch_size=batch_size)
+        if best_of > 1:
+            merit = self._merit(found, rerank, batch_size).view(-1, best_of)
+            found = [found[i * best_of + int(best)] for i, best in enumerate(merit.argmax(1))]
+        pictures = self.decode(self._codes(found), scale=scale, batch_size=batch_size)
+        return [Pair(picture, self._text(sequence)) for picture, sequence in zip(pictures, found, strict=True)]
+
+    # Completing what is begun ----------------------------------------------------------------------------------
+
+    def complete(
+        self,
+        picture: Image.Image | Path | str,
+        *,
+        rows: int,
+        caption: str | None = None,
+        seed: int = 0,
+        n: int = 1,
+        scale: int | None = None,
+        **sampling: Any,
+    ) -> list[Image.Image]:
+        """`n` pictures that keep the first `rows` rows of the picture's codes and draw the rest, to fit `caption` if
+        one is given. Guidance needs a caption."""
+        if not 0 <= rows <= self.grid[0]:
+            raise ValueError(f"rows is {rows}; expected 0 to {self.grid[0]}, the rows of codes in a picture.")
+        kept = self.encode([picture])[0, :rows].flatten()
+        config = self._sample_config(self.sampling.picture if caption else SampleConfig(), sampling)
+        alone = Request(order=self._order("image", "text"), given={"image": kept}, seed=seed)
+        request = alone
+        if caption is not None:
+            given = {"text": self._whole(caption), "image": kept}
+            null = None if config.guidance_scale == 1 else alone
+            request = Request(order=self._order("text", "image"), given=given, seed=seed, null=null)
+        requests = [replace(request, seed=seed + i) for i in range(n)]
+        codes = self._codes(generate(self.model, self.layout, requests, config))
+        details = {"task": "complete", "prompt": caption, "rows": rows, "sampling": asdict(config)}
+        return [
+            with_receipt(drawn, self._receipt(seed=seed + i, codes=row.flatten().tolist(), **details))
+            for i, (drawn, row) in enumerate(zip(self.decode(codes, scale=scale), codes, strict=True))
+        ]
+
+    def complete_caption(self, beginning: str, *, seed: int = 0, n: int = 1, **sampling: Any) -> list[str]:
+        """`n` captions that start with the given words, which may be none."""
+        config = self._sample_config(SampleConfig(), sampling)
+        order, words = self._order("text", "image"), self._words(beginning)
+        requests = [Request(order=order, given={"text": words}, seed=seed + i) for i in range(n)]
+        return [self._text(sequence) for sequence in generate(self.model, self.layout, requests, config)]
+
+    # Likelihood ------------------------------------------------------------------------------------------------
+
+    def score(self, pictures: Pictures, captions: Sequence[str], *, batch_size: int = 64) -> Scores:
+        """What each picture and its caption cost given the other, in nats. Raises InputError for unknown words."""
+        if len(pictures) != len(captions):
+            raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions; give one caption a picture.")
+        words = [self._whole(caption) for caption in captions]
+        return self.score_codes(self.encode(pictures, batch_size=batch_size), words, batch_size=batch_size)
+
+    def score_codes(self, codes: Codes, words: Sequence[Int[Tensor, " L"]], *, batch_size: int = 64) -> Scores:
+        """`score` of codes and word numbers."""
+        if not len(codes):
+            return Scores(*torch.zeros(3, 0))
+        lengths = torch.tensor([len(ids) for ids in words])
+        spans = {
+            "image": SpanValues(codes.flatten(1), torch.full((len(codes),), self._image_length)),
+            "text": SpanValues(nn.utils.rnn.pad_sequence(list(words), batch_first=True), lengths),
+        }
+        text_first = score(self.model, self.layout, self._order("text", "image"), spans, batch_size=batch_size)
+        image_first = score(self.model, self.layout, self._order("image", "text"), spans, batch_size=batch_size)
+        return Scores(text_first["image"], image_first["text"], image_first["image"] - text_first["image"])
+
+    # Pictures and codes ----------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def encode(self, pictures: Pictures, *, batch_size: int = 64) -> Codes:
+        """Codes of pictures or picture files. Raises InputError for a picture of the wrong size or mode."""
+        if not pictures:
+            return torch.zeros(0, *self.grid, dtype=torch.long)
+        images = to_images(pictures, self.pictures)
+        return torch.cat([self.image_tokenizer.encode_images(batch) for batch in images.split(batch_size)])
+
+    def decode(self, codes: Codes, *, scale: int | None = None, batch_size: int = 64) -> list[Image.Image]:
+        """Pictures of codes, each enlarged `scale` times."""
+        return [picture for batch in codes.split(batch_size) for picture in self._pictures(batch, scale)]
+
+    def _pictures(self, codes: Codes, scale: int | None) -> list[Image.Image]:
+        return to_pictures(self._decode(codes), self.pictures, scale) if len(codes) else []
+
+    @torch.inference_mode()
+    def _decode(self, codes: Codes) -> Float[Tensor, "B 3 H W"]:
+        return self.image_tokenizer.decode_codes(codes)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.image_tokenizer.config.grid
+
+    @property
+    def _image_length(self) -> int:
+        return next(iter(self.layout.orders.values())).span("image").length
+
+    # Small things ----------------------------------------------------------------------------------------------
+
+    def _codes(self, found: Sequence[Generated]) -> Codes:
+        rows = [sequence.spans["image"].view(self.grid) for sequence in found]
+        return torch.stack(rows) if rows else torch.zeros(0, *self.grid, dtype=torch.long)
+
+    def _text(self, sequence: Generated) -> str:
+        return self.text_tokenizer.decode(sequence.spans["text"].tolist())
+
+    def _words(self, caption: str) -> Int[Tensor, " L"]:
+        return torch.tensor(self.text_tokenizer.encode(caption), dtype=torch.long)
+
+    def _whole(self, caption: str) -> Int[Tensor, " L"]:
+        """The numbers of a caption that must be whole: of a shorter one the model would make up the rest."""
+        words, span = self._words(caption), self.layout[self._order("text", "image")].span("text")
+        if span.end is None and len(words) != span.length:
+            raise InputError(f"caption {caption!r} has {len(words)} words; this bundle's captions have {span.length}.")
+        if len(words) > span.length:
+            raise InputError(f"caption {caption!r} has {len(words)} tokens; at most {span.length} fit this bundle.")
+        return words
+
+    def _order(self, first: str, then: str) -> str:
+        """The name of the order in which one segment is given and the other follows."""
+        for order in self.layout.orders.values():
+            if [span.segment for span in order.spans] == [first, then]:
+                return order.name
+        raise InputError(
+            f"the bundle {self.name} has no order with {first} before {then}, which this needs; it has:\n{self.layout}"
+        )
+
+    def _sample_config(self, default: SampleConfig, given: Mapping[str, Any]) -> SampleConfig:
+        known = [known.name for known in fields(SampleConfig)]
+        for name in given:
+            if name not in known:
+                raise ValueError(f"sampling has no setting {name!r}; there are {', '.join(known)}.")
+        return replace(default, **given)
+
+    def _receipt(self, **details: Any) -> dict[str, Any]:
+        return {
+            "smalti_version": version("smalti"),
+            "bundle": self.name,
+            "weights_sha256": self.weights_sha256,
+            **details,
+        }
+
+
+def _sample_config(given: Mapping[str, Any]) -> SampleConfig:
+    return SampleConfig(**{**given, "guidance_interval": tuple(given["guidance_interval"])})
+
+
+CARD = """---
+library_name: smalti
+tags: [image-generation, autoregressive, discrete-tokens]
+---
+# {name}
+
+A transformer of {num_parameters} parameters over one vocabulary: {num_words} words and {codebook_size} picture codes.
+Pictures are {size} pixels. Its sequences:
+
+{orders}
+
+## Use
+
+```python
+from smalti.pipeline import Pipeline
+
+pipe = Pipeline.load("PATH OR NAME OF THIS BUNDLE")
+[picture] = pipe.generate("A CAPTION", seed=3)
+picture.save("picture.png")
+print(pipe.caption([picture]))
+```
+{figures}"""

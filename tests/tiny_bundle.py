@@ -1,0 +1,53 @@
+"""A whole bundle small enough to build in a test: random weights, real vocabulary, the digits layout."""
+
+from pathlib import Path
+
+import torch
+
+from smalti.data.digits import words
+from smalti.image_tokenizers.quantizer import QuantizerConfig
+from smalti.image_tokenizers.vqvae import VQVAE, VQVAEConfig
+from smalti.layout import Layout
+from smalti.models import new_model
+from smalti.pictures import PictureConfig
+from smalti.pipeline import Pipeline
+from smalti.text_tokenizer import TextTokenizer
+from smalti.transformer import TransformerConfig
+from smalti.vocabulary import Vocabulary
+
+CODEBOOK_SIZE = 37
+ORDERS = {
+    "text to image": "<bos> <end of image> text{6} <end of text> image{49}",
+    "image to text": "<bos> <end of text> image{49} <end of image> text{6}",
+}
+
+
+def tiny_pipeline(seed: int = 0) -> Pipeline:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        text_tokenizer = TextTokenizer.from_words(words(), spellings={"eigth": "eight"})
+        specials = ["<bos>", "<end of image>", "<end of text>"]
+        vocabulary = Vocabulary({"special": specials, "image": CODEBOOK_SIZE, "text": text_tokenizer.vocab_size})
+        layout = Layout.parse(vocabulary, ORDERS)
+        transformer = TransformerConfig(num_layers=1, d_model=24, num_heads=3, d_ff=29, max_length=layout.max_length)
+        model = new_model(layout, transformer)
+        for parameter in model.parameters():  # far from even odds, so that what is likely shows
+            torch.nn.init.normal_(parameter, std=0.3)
+        quantizer = QuantizerConfig(codebook_size=CODEBOOK_SIZE, code_dim=5, update="gradient")
+        image_tokenizer = VQVAE(
+            VQVAEConfig(width=8, num_heads=2, encoder_blocks=1, decoder_blocks=1, quantizer=quantizer)
+        )
+        return Pipeline(
+            model=model,
+            layout=layout,
+            image_tokenizer=image_tokenizer,
+            text_tokenizer=text_tokenizer,
+            pictures=PictureConfig(height=28, width=28, levels=4, scale=2),
+            figures={"test nats per token": 3.25},
+            name="tiny",
+        )
+
+
+def save_tiny_bundle(directory: Path) -> Path:
+    tiny_pipeline().save(directory)
+    return directory
