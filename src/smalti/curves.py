@@ -1,0 +1,120 @@
+"""The curves of a training run: one CSV to keep, tensorboard to watch, one PNG to show.
+
+A row's step is the number of updates made before it was measured, so a training row stands at the step whose batch it
+measured, and all rows below a step are known when a checkpoint of that step is written.
+"""
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch.utils.tensorboard.writer import SummaryWriter
+
+CSV_NAME = "curves.csv"
+PNG_NAME = "curves.png"
+TENSORBOARD_NAME = "tensorboard"
+
+Row = tuple[int, float, dict[str, float | None]]
+"""Step, epoch, and the values by column; None where nothing was measured."""
+
+
+class Curves:
+    """Rows of named values by split ("train", "test"). Rows from `start_step` on that a killed run left are dropped.
+
+    The first of `columns` is the one drawn large. `label` names the unit on the picture's axis.
+    """
+
+    def __init__(self, directory: Path, columns: Sequence[str], *, start_step: int = 0, label: str):
+        self.columns, self.label = tuple(columns), label
+        self.rows: dict[str, list[Row]] = {"train": [], "test": []}
+        self._path, self._png = directory / CSV_NAME, directory / PNG_NAME
+        kept = _read_rows(self._path, self.columns) if start_step else []
+        temporary = self._path.with_suffix(".part")
+        self._file = temporary.open("w", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        self._writer.writerow(("split", "step", "epoch", *self.columns))
+        self._tensorboard = SummaryWriter(str(directory / TENSORBOARD_NAME), purge_step=start_step or None)
+        for split, (step, epoch, values) in kept:
+            if step < start_step:
+                self._write(split, (step, epoch, values))
+        self._file.flush()
+        os.replace(temporary, self._path)  # the open file goes on under its name
+
+    def add(self, split: str, step: int, epoch: float, values: Mapping[str, float | None]) -> None:
+        self._write(split, (step, epoch, dict(values)))
+        for name, value in values.items():
+            if value is not None:
+                self._tensorboard.add_scalar(f"{name}/{split}", value, step)
+
+    def _write(self, split: str, row: Row) -> None:
+        self.rows[split].append(row)
+        step, epoch, values = row
+        self._writer.writerow((split, step, f"{epoch:.6g}", *(_written(values.get(name)) for name in self.columns)))
+
+    def flush(self) -> None:
+        """Hands what was added to the operating system, so that a killed process has left it."""
+        self._file.flush()
+        self._tensorboard.flush()
+
+    def draw(self) -> None:
+        """Writes the picture: the first column by minibatch and by evaluation, and the others by evaluation."""
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        axes = figure.subplots(1, 2)
+        steps, values = _series(self.rows["train"], self.columns[0])
+        axes[0].plot(steps, values, color="0.75", linewidth=0.6, label="training, each minibatch")
+        axes[0].plot(steps, _smoothed(values), color="C0", linewidth=1.2, label="training, running mean")
+        axes[0].plot(*_series(self.rows["test"], self.columns[0]), "o-", color="C3", markersize=3, label="test")
+        axes[0].set(xlabel="step", ylabel=self.label)
+        for index, name in enumerate(self.columns[1:]):
+            steps, values = _series(self.rows["test"], name)
+            axes[1].plot(steps, values, "o-", color=f"C{index + 1}", markersize=3, label=f"test, {name}")
+        axes[1].set(xlabel="step", ylabel="nats per token of the part")
+        for ax in axes:
+            ax.grid(alpha=0.3)
+            ax.legend()
+        temporary = self._png.with_suffix(".part")
+        figure.savefig(temporary, format="png", dpi=110)
+        os.replace(temporary, self._png)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+def _written(value: float | None) -> str:
+    return "" if value is None else repr(float(value))
+
+
+def _read_rows(path: Path, columns: Sequence[str]) -> list[tuple[str, Row]]:
+    """The whole rows of a file; a kill can leave the last one cut off."""
+    found = []
+    with path.open(newline="") if path.exists() else open(os.devnull) as file:
+        for line in csv.DictReader(file):
+            text = [line.get(name) for name in columns]
+            try:
+                values = {name: float(t) if t else None for name, t in zip(columns, text, strict=True)}
+                row = (int(line["step"]), float(line["epoch"]), values)
+            except (KeyError, TypeError, ValueError):
+                break
+            if None in text:
+                break
+            found.append((line["split"], row))
+    return found
+
+
+def _series(rows: Sequence[Row], name: str) -> tuple[list[int], list[float]]:
+    points = [(step, value) for step, _, values in rows if (value := values.get(name)) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _smoothed(values: Sequence[float], share: float = 0.02) -> list[float]:
+    """An exponential running mean over about this share of all points, its start corrected for having seen few."""
+    keep = 1 - 1 / max(1.0, share * len(values))
+    total = weight = 0.0
+    means = []
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        means.append(total / weight)
+    return means

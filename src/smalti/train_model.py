@@ -1,0 +1,637 @@
+"""The training loop of the token models, one story from top to bottom.
+
+The loss is the mean of −ln p over the *counted* predicted positions of a batch, in nats per token: all but the first
+token of a sequence, padding, and what the layout writes in parentheses. A marker that can only be itself is counted and
+costs 0. Every digits sequence counts 57: 49 of the picture, 6 of the caption, 2 markers, of which only the first costs.
+
+Everything random is a function of (seed, step): which rows a batch holds, in which order each is laid out, what dropout
+drops. So a step number, the weights and the optimizer are all that a run needs to go on as if it had never stopped.
+
+Letters: B batch, T tokens, n counted positions that cost something, P parts.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int, Integer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+from smalti.checkpoint import check_writable, latest_checkpoint, load_checkpoint, save_checkpoint
+from smalti.curves import Curves
+from smalti.data.loader import batches, prefetch
+from smalti.data.tokens import TokenBatch
+from smalti.errors import InputError
+from smalti.layout import NO_SLOT, PARTS, Layout, Order, Packed, Span, SpanValues
+from smalti.likelihood import evaluate_nll
+from smalti.models import DecoderOnly, SlotTargets, new_model, slot_nll, slot_targets
+from smalti.transformer import TransformerConfig
+from smalti.vocabulary import SPECIAL
+
+SCHEDULES = ("constant", "cosine")
+EVALUATION_BATCH_SIZE = 256
+CHECKPOINTS = "checkpoints"
+LOG_EVERY = 50
+"""Steps between fetches of the losses from the device."""
+
+
+class Pairs(Protocol):
+    """Rows of picture and caption tokens by number: a `TokenTable`, or `TokenArrays`."""
+
+    def __len__(self) -> int: ...
+    def batch(self, rows: Integer[np.ndarray, " n"]) -> TokenBatch: ...
+
+
+@dataclass(frozen=True)
+class TokenArrays:
+    """Pairs in memory, all pictures of one length and all captions of one length; numbers count from 0."""
+
+    image_tokens: Integer[np.ndarray, "N L"]
+    text_tokens: Integer[np.ndarray, "N Lt"]
+
+    def __len__(self) -> int:
+        return len(self.image_tokens)
+
+    def batch(self, rows: Integer[np.ndarray, " n"]) -> TokenBatch:
+        image, text = self.image_tokens[rows].astype(np.int64), self.text_tokens[rows].astype(np.int64)
+        return TokenBatch(
+            image, np.full(len(rows), image.shape[1]), text, np.full(len(rows), text.shape[1], dtype=np.int64)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained. Raises ValueError for a number out of range."""
+
+    num_epochs: float | None = None
+    """Length of the training in passes over the rows; give this or `num_steps`."""
+    num_steps: int | None = None
+    """Length of the training in updates of the weights."""
+    batch_size: int = 32
+    """Sequences per update, over all processes and micro-batches together."""
+    num_micro_batches: int = 1
+    """Pieces in which each process takes its share of a batch, to save memory; gradients are accumulated."""
+    learning_rate: float = 1e-3
+    schedule: str = "constant"
+    """After the warm-up: "constant", or "cosine" down to `final_share` of the learning rate at the last step."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises linearly."""
+    final_share: float = 0.1
+    weight_decay: float = 0.0
+    """AdamW's (arXiv:1711.05101), on tensors of two or more dimensions; at 0 this is Adam."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float | None = None
+    """Gradients of a larger norm are scaled down to it; None: never."""
+    ema_decay: float = 0.0
+    """Of the average of the weights that is evaluated and returned; it starts lower, min(decay, (1 + s) / (10 + s)) at
+    step s. 0: no average."""
+    bf16: bool = False
+    """Autocast to bfloat16; weights and optimizer stay in float32."""
+    compile: bool = False
+    """Pass the model through `torch.compile`: faster steps after a minute of compiling."""
+    full_softmax: bool = False
+    """Take the softmax over the whole vocabulary instead of what can stand at a position, for comparison."""
+    seed: int = 0
+    evaluation_rows: int | None = None
+    """Validation rows evaluated before training and after every epoch; None: all."""
+    checkpoint_every: int = 1000
+    """Updates between checkpoints."""
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if (self.num_epochs is None) == (self.num_steps is None):
+            raise ValueError(f"give num_epochs ({self.num_epochs}) or num_steps ({self.num_steps}), and not both.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule {self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}.")
+        positive = "num_epochs num_steps batch_size num_micro_batches learning_rate max_grad_norm evaluation_rows"
+        for name in (*positive.split(), "checkpoint_every", "keep_checkpoints"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be more than 0.")
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0.")
+        for name, value in (("ema_decay", self.ema_decay), *(("betas", beta) for beta in self.betas)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; expected a number in [0, 1).")
+        if not 0 <= self.final_share <= 1:
+            raise ValueError(f"final_share is {self.final_share}; expected a share in [0, 1].")
+
+    def steps(self, num_rows: int) -> int:
+        """Updates in all, for this many rows."""
+        if self.num_steps is not None:
+            return self.num_steps
+        assert self.num_epochs is not None
+        return math.ceil(self.num_epochs * num_rows / self.batch_size)
+
+
+def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
+    """Of the update after `step` updates: a linear rise over the warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps)
+    share = config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.learning_rate * share
+
+
+# ---- batches ----
+
+
+class MicroBatch(NamedTuple):
+    """What one forward and backward pass takes."""
+
+    token_ids: Int[Tensor, "B T"]
+    targets: list[SlotTargets]
+    parts: Int[Tensor, " n"]
+    """Which part each target belongs to, as an index into `part_names`."""
+    counts: Int[Tensor, " P"]
+    """Counted positions of each part, those that cost nothing included; stays on the CPU."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        if device.type == "cpu":
+            return self
+        moved = [SlotTargets(t.slot, t.rows.to(device), t.local.to(device)) for t in self.targets]
+        return MicroBatch(self.token_ids.to(device), moved, self.parts.to(device), self.counts)
+
+
+def part_names(layout: Layout) -> list[str]:
+    """What the loss is split into: one part for each segment of the vocabulary."""
+    return [PARTS.get(name, name) for name in layout.vocabulary.segments]
+
+
+def draw_orders(weights: Sequence[float], num_rows: int, seed: int, step: int) -> Int[np.ndarray, " rows"]:
+    """Which order each row of a step's batch is laid out in, ascending: the first rows have the first order.
+
+    Systematic sampling: num_rows points, evenly spaced behind one random offset, fall into intervals as long as the
+    weights. So every order gets its share of every batch rounded down or up (two equal orders get exactly half
+    each of an even batch) and exactly its share on average.
+    """
+    ends = np.cumsum(weights) / np.sum(weights)
+    offset = np.random.default_rng([seed, step, 0]).random()
+    return np.searchsorted(ends[:-1], (np.arange(num_rows) + offset) / num_rows, side="right")
+
+
+def pack_rows(
+    layout: Layout, pairs: Pairs, rows: Integer[np.ndarray, " n"], orders: Integer[np.ndarray, " n"]
+) -> Packed:
+    """Sequences of these rows, each in its order (an index into `layout.orders`), which must ascend."""
+    packed = []
+    for index, order in enumerate(layout.orders):
+        chosen = rows[orders == index]
+        if len(chosen):
+            image, image_lengths, text, text_lengths = map(torch.from_numpy, pairs.batch(chosen))
+            spans = {"image": SpanValues(image, image_lengths), "text": SpanValues(text, text_lengths)}
+            packed.append(layout.pack(order, {s.segment: spans[s.segment] for s in layout[order].spans}))
+    return _join(packed)
+
+
+def _join(packed: Sequence[Packed]) -> Packed:
+    """Packed batches one below the other, padded to the longest."""
+    length = max(batch.token_ids.shape[1] for batch in packed)
+    padded = [
+        [nn.functional.pad(tensor, (0, length - tensor.shape[1]), value=fill) for tensor in tensors]
+        for fill, tensors in zip((0, NO_SLOT, False), zip(*packed, strict=True), strict=True)
+    ]
+    return Packed(*map(torch.cat, padded))
+
+
+def make_micro_batch(layout: Layout, packed: Packed, *, full_softmax: bool) -> MicroBatch:
+    """Targets by slot, and the part of each, in the order in which `slot_nll` gives their nats."""
+    targets = slot_targets(packed, layout.slots, full_softmax=full_softmax)
+    ends = torch.tensor([segment.end for segment in layout.vocabulary.segments.values()])
+    parts = torch.bucketize(packed.token_ids, ends, right=True)
+    rows = torch.cat([target.rows for target in targets])
+    counts = torch.bincount(parts[packed.counted], minlength=len(ends))
+    return MicroBatch(packed.token_ids, targets, parts[:, 1:].flatten()[rows], counts)
+
+
+def micro_batches(
+    layout: Layout, pairs: Pairs, config: TrainConfig, *, start_step: int, rank: int, world_size: int
+) -> Iterator[list[MicroBatch]]:
+    """For each step from `start_step` on, without end, this process's share of the batch.
+
+    Of the pieces that a batch falls into, one for each process and micro-batch, piece i takes the rows i, i + pieces,
+    i + 2 pieces ..., so that each has its share of every order, and a layout of fixed length gives equal shapes.
+    """
+    weights = [order.weight for order in layout.orders.values()]
+    num_pieces = world_size * config.num_micro_batches
+    for step, rows in enumerate(batches(len(pairs), config.batch_size, config.seed, start_step), start_step):
+        orders = draw_orders(weights, len(rows), config.seed, step)
+        yield [
+            make_micro_batch(
+                layout,
+                pack_rows(layout, pairs, rows[piece::num_pieces], orders[piece::num_pieces]),
+                full_softmax=config.full_softmax,
+            )
+            for piece in range(rank, num_pieces, world_size)
+        ]
+
+
+# ---- one step ----
+
+
+class NextTokenLoss(nn.Module):
+    """The nats of a micro-batch's targets, as a module, so that it can be compiled and wrapped."""
+
+    def __init__(self, model: DecoderOnly, layout: Layout):
+        super().__init__()
+        self.model, self.slots = model, layout.slots
+
+    def forward(self, token_ids: Int[Tensor, "B T"], targets: list[SlotTargets]) -> Float[Tensor, " n"]:
+        return slot_nll(self.model, token_ids, targets, self.slots)
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """What must survive a restart: exactly what a checkpoint holds."""
+
+    step: int
+    """Updates made."""
+    model: DecoderOnly
+    averaged: DecoderOnly | None
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def trained(self) -> DecoderOnly:
+        """The model that is evaluated and returned."""
+        return self.averaged or self.model
+
+    @property
+    def num_bytes(self) -> int:
+        """About the size of a checkpoint: weights, Adam's two moments, perhaps the average, each in 4 bytes."""
+        return self.model.num_parameters * 4 * (4 if self.averaged else 3)
+
+    def save(self, directory: Path, run: dict[str, Any], keep: int) -> None:
+        state = {"run": run, "optimizer": self.optimizer.state_dict()}
+        if self.averaged:
+            state["model"] = self.model.state_dict()
+        save_checkpoint(directory, self.step, self.trained.state_dict(), state, keep=keep)
+
+    def load(self, path: Path, run: dict[str, Any]) -> None:
+        """Raises InputError if the checkpoint is of another run than the one that goes on here."""
+        step, weights, state = load_checkpoint(path)
+        for name in run:
+            if state["run"].get(name) != run[name]:
+                raise InputError(
+                    f"{path.parent} holds a run with {name} {state['run'].get(name)!r}, not {run[name]!r}: "
+                    "go on with the same settings, or give a new folder."
+                )
+        self.trained.load_state_dict(weights)
+        if self.averaged:
+            self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = step
+
+
+def describe_run(model: DecoderOnly, layout: Layout, config: TrainConfig, num_rows: int) -> dict[str, Any]:
+    """All that decides the weights, for a checkpoint to be compared with."""
+    irrelevant = ("evaluation_rows", "checkpoint_every", "keep_checkpoints")
+    settings = {name: value for name, value in asdict(config).items() if name not in irrelevant}
+    shape = json.dumps(model.config.to_dict(), sort_keys=True)
+    return settings | {"num_rows": num_rows, "model": shape, "layout": json.dumps(layout.to_dict(), sort_keys=True)}
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    plain = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    # Fused, in one pass over memory: a third of the time of the other ways on a CPU.
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
+
+
+def compute_precision(device: torch.device, bf16: bool) -> AbstractContextManager:
+    """Autocast to bfloat16 if asked for, and the attention kernel that goes with it."""
+    stack = ExitStack()
+    stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=bf16))
+    if bf16 and device.type == "cpu":
+        # The CPU's fused attention takes 4 times as long as the plain one in bfloat16 at some 60 tokens.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    return stack
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Sets torch's generators, which dropout draws from, by the step alone."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, 1, rank]).generate_state(1, np.uint64)[0]))
+
+
+@torch.no_grad()
+def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+    """averaged ← d · averaged + (1 − d) · model with d = min(decay, (1 + step) / (10 + step))."""
+    share = 1 - min(decay, (1 + step) / (10 + step))
+    lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
+    lerp_(list(averaged.parameters()), list(model.parameters()), share)
+
+
+# ---- several processes ----
+
+
+@contextmanager
+def processes() -> Iterator[tuple[int, int]]:
+    """Rank and number of the processes that `torchrun` started; (0, 1), and nothing set up, for a single one."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield 0, 1
+        return
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.get_rank(), world_size
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def _gradients_kept_back(loss_module: nn.Module, keep: bool) -> AbstractContextManager:
+    """Of a batch's micro-batches only the last has the processes exchange gradients."""
+    if keep and isinstance(loss_module, DistributedDataParallel):
+        return loss_module.no_sync()
+    return nullcontext()
+
+
+def summed(values: Tensor, world_size: int) -> Tensor:
+    """The sum over all processes."""
+    if world_size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+# ---- evaluation ----
+
+
+def evaluate(
+    model: DecoderOnly, layout: Layout, pairs: Pairs, num_rows: int, *, rank: int = 0, world_size: int = 1
+) -> dict[str, float | None]:
+    """Nats per counted token, in all and by part, of the first `num_rows` pairs, each in every order.
+
+    Orders count by their weight. Always in float32 and over slots, whatever the training does.
+    """
+    names = ["total", *part_names(layout)]
+    sums = torch.zeros(2, len(names), dtype=torch.float64)  # nats, tokens
+    for index, order in enumerate(layout.orders.values()):
+        found = evaluate_nll(model, layout, _evaluation_batches(layout, pairs, num_rows, index, rank, world_size))
+        for column, name in enumerate(names):
+            if name in found:
+                sums[0, column] += order.weight * found[name].total_nats
+                sums[1, column] += order.weight * found[name].num_tokens
+    nats, tokens = summed(sums.to(model.device), world_size).tolist()
+    means = [n / t if t else None for n, t in zip(nats, tokens, strict=True)]
+    return dict(zip(curve_columns(layout), means, strict=True))
+
+
+def _evaluation_batches(
+    layout: Layout, pairs: Pairs, num_rows: int, order: int, rank: int, world_size: int
+) -> Iterator[Packed]:
+    for start in range(rank * EVALUATION_BATCH_SIZE, num_rows, world_size * EVALUATION_BATCH_SIZE):
+        rows = np.arange(start, min(start + EVALUATION_BATCH_SIZE, num_rows))
+        packed = pack_rows(layout, pairs, rows, np.full(len(rows), order))
+        yield packed._replace(slot_ids=torch.where(packed.counted, packed.slot_ids, NO_SLOT))
+
+
+def curve_columns(layout: Layout) -> list[str]:
+    return ["nats_per_token", *part_names(layout)]
+
+
+# ---- the loop ----
+
+
+class LossLog:
+    """Losses by minibatch: kept on the device, fetched together every LOG_EVERY steps, so that no step waits."""
+
+    def __init__(self, layout: Layout, num_rows: int, config: TrainConfig, world_size: int):
+        self.columns = curve_columns(layout)
+        self.epochs_per_step = config.batch_size / num_rows
+        self.world_size = world_size
+        self.nats: list[Float[Tensor, " P"]] = []
+        self.counts: list[Int[Tensor, " P"]] = []
+
+    def add(self, nats: Float[Tensor, " P"], counts: Int[Tensor, " P"]) -> None:
+        """One step's sum of nats, and number of counted positions, by part."""
+        self.nats.append(nats)
+        self.counts.append(counts)
+
+    def fetch(self, step: int, curves: Curves | None) -> float | None:
+        """Moves what was added before `step` to the curves; returns the last loss. Raises InputError if one is not
+        finite."""
+        if not self.nats:
+            return None
+        nats = torch.stack(self.nats).double()
+        counts = torch.stack(self.counts).to(nats)
+        nats, counts = summed(torch.stack((nats, counts)), self.world_size).cpu()
+        first = step - len(nats)
+        self.nats.clear()
+        self.counts.clear()
+        means = torch.cat((nats.sum(1, keepdim=True), nats), 1) / torch.cat((counts.sum(1, keepdim=True), counts), 1)
+        for index, loss in enumerate(means[:, 0].tolist()):
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"the loss of step {first + index} is {loss}: training went astray. Start again from the last "
+                    "checkpoint or anew with a lower learning_rate, a longer warm-up or max_grad_norm=1."
+                )
+            if curves is not None:
+                values = [None if math.isnan(value) else value for value in means[index].tolist()]
+                at = first + index
+                curves.add("train", at, at * self.epochs_per_step, dict(zip(self.columns, values, strict=True)))
+        return float(means[-1, 0])
+
+
+def train_model(
+    model: DecoderOnly | TransformerConfig,
+    layout: Layout,
+    train: Pairs,
+    validation: Pairs,
+    config: TrainConfig,
+    directory: Path | str,
+    *,
+    resume: bool = True,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> DecoderOnly:
+    """Trains a model, or a fresh one of this shape, on pairs packed by the layout; returns it, averaged if so asked.
+
+    `directory` gets `checkpoints/`, `curves.csv`, `curves.png` and `tensorboard/`. A run found there goes on from its
+    last checkpoint and ends with the weights it would have had without the stop. Under `torchrun` all processes work
+    on shares of the same batches. `device` None takes a GPU if there is one.
+
+    Raises InputError if the folder cannot be written or holds a run with other settings (any run, if not `resume`),
+    or if the loss is not finite; ValueError if batches cannot be divided or the layout counts nothing.
+    """
+    directory = Path(directory)
+    with processes() as (rank, world_size), ExitStack() as stack:
+        # What there is to do.
+        _check_division(config, world_size)
+        num_steps = config.steps(len(train))
+        evaluation_rows = min(len(validation), config.evaluation_rows or len(validation))
+        evaluation_steps = _evaluation_steps(len(train), num_steps, config)
+
+        # The model, wrapped for the loss.
+        device = _device(device)
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        if isinstance(model, TransformerConfig):
+            torch.manual_seed(config.seed)
+            model = new_model(layout, model)
+        model.to(device).train()
+        loss_module = NextTokenLoss(model, layout)
+        if config.compile:
+            loss_module = cast(NextTokenLoss, torch.compile(loss_module))
+        if world_size > 1:
+            loss_module = DistributedDataParallel(loss_module)
+        averaged = deepcopy(model).eval() if config.ema_decay else None
+        state = TrainState(step=0, model=model, averaged=averaged, optimizer=make_optimizer(model, config, device))
+
+        # Where it goes on, and where it is written down.
+        checkpoints = directory / CHECKPOINTS
+        run = describe_run(model, layout, config, len(train))
+        if (found := latest_checkpoint(checkpoints)) is not None:
+            if not resume:
+                raise InputError(f"{directory} holds a run already: resume it, or give a new folder.")
+            state.load(found, run)
+        if state.step == num_steps:
+            return state.trained.eval()
+        curves = None
+        if rank == 0:
+            check_writable(checkpoints, state.num_bytes * (config.keep_checkpoints + 1))
+            curves = Curves(directory, curve_columns(layout), start_step=state.step, label=_label(layout))
+            stack.callback(curves.close)
+        log = LossLog(layout, len(train), config, world_size)
+        progress = stack.enter_context(_progress_bar(show_progress and rank == 0))
+        task = progress.add_task("train", total=num_steps, completed=state.step, loss="–", speed="–")
+        stream = prefetch(micro_batches(layout, train, config, start_step=state.step, rank=rank, world_size=world_size))
+        stack.callback(stream.close)
+
+        num_tokens, started_at = 0, time.perf_counter()
+        first_step = state.step
+        for step in range(first_step, num_steps + 1):
+            if step in evaluation_steps:
+                log.fetch(step, curves)
+                nats = evaluate(state.trained, layout, validation, evaluation_rows, rank=rank, world_size=world_size)
+                if curves is not None:
+                    curves.add("test", step, step * config.batch_size / len(train), nats)
+                    curves.draw()
+                num_tokens, started_at = 0, time.perf_counter()
+
+            if step > first_step and (step % config.checkpoint_every == 0 or step == num_steps):
+                log.fetch(step, curves)
+                _require_finite(model, step)
+                if curves is not None:
+                    curves.flush()
+                    state.save(checkpoints, run, config.keep_checkpoints)
+            if step == num_steps:
+                break
+
+            seed_step(config.seed, step, rank)
+            for group in state.optimizer.param_groups:
+                group["lr"] = learning_rate(step, num_steps, config)
+            pieces = [piece.to(device) for piece in next(stream)]
+            counts = torch.stack([piece.counts for piece in pieces]).sum(0)
+            total = summed(counts.sum().to(device), world_size) if world_size > 1 else counts.sum()
+            nats = torch.zeros(len(counts), device=device)
+            for piece in pieces:
+                with (
+                    _gradients_kept_back(loss_module, piece is not pieces[-1]),
+                    compute_precision(device, config.bf16),
+                ):
+                    nll = loss_module(piece.token_ids, piece.targets)
+                    # Processes average their gradients: times their number, it is the sum over the joined batch.
+                    (nll.sum() * (world_size / total)).backward()
+                nats.index_add_(0, piece.parts, nll.detach())
+            if config.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            if state.averaged is not None:
+                update_average(state.averaged, model, step, config.ema_decay)
+            state.step = step + 1
+
+            log.add(nats, counts)
+            num_tokens += world_size * sum(piece.token_ids.numel() for piece in pieces)
+            progress.update(task, completed=step + 1)
+            if (step + 1) % LOG_EVERY == 0:
+                loss = log.fetch(step + 1, curves)
+                speed = num_tokens / (time.perf_counter() - started_at)
+                progress.update(task, loss=f"{loss:.4f}", speed=f"{speed:,.0f}")
+        return state.trained.eval()
+
+
+def _check_division(config: TrainConfig, world_size: int) -> None:
+    pieces = world_size * config.num_micro_batches
+    if config.batch_size % pieces:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not divisible by {world_size} processes × {config.num_micro_batches} "
+            f"micro-batches; use {-(-config.batch_size // pieces) * pieces}."
+        )
+
+
+def _evaluation_steps(num_rows: int, num_steps: int, config: TrainConfig) -> set[int]:
+    """Before training, after every epoch, and at the end."""
+    num_epochs = num_steps * config.batch_size // num_rows
+    ends = {math.ceil(epoch * num_rows / config.batch_size) for epoch in range(num_epochs + 1)}
+    return {step for step in ends if step <= num_steps} | {num_steps}
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def _require_finite(model: nn.Module, step: int) -> None:
+    if not bool(nn.utils.get_total_norm(list(model.parameters())).isfinite()):
+        raise InputError(
+            f"the weights after step {step} are not finite, so they are not saved. Start the run again from the last "
+            "checkpoint or anew with a lower learning_rate, a longer warm-up or max_grad_norm=1."
+        )
+
+
+def _label(layout: Layout) -> str:
+    """What a nat of the curves is per: how many positions of a sequence are counted, of which part."""
+    counted = {order.name: _counted_positions(order) for order in layout.orders.values()}
+    kinds = list(dict.fromkeys(counted.values()))
+    return "nats per counted token\n(" + " or ".join(kinds) + ")"
+
+
+def _counted_positions(order: Order) -> str:
+    counts: dict[str, int] = {}
+    upto = False
+    for index, part in enumerate(order.parts):
+        if isinstance(part, Span) and not part.counted:
+            continue
+        segment = part.segment if isinstance(part, Span) else SPECIAL
+        length = part.length if isinstance(part, Span) else 1
+        counts[segment] = counts.get(segment, 0) + length - (index == 0)
+        if isinstance(part, Span) and part.end:
+            counts[SPECIAL] = counts.get(SPECIAL, 0) + 1
+            upto = True
+    pieces = ", ".join(f"{count} {PARTS.get(name, name)}" for name, count in sorted(counts.items()) if count)
+    return f"{'up to ' if upto else ''}{sum(counts.values())} a sequence: {pieces}"
+
+
+def _progress_bar(show: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]} nats/token"),
+        TextColumn("{task.fields[speed]} tokens/s"),
+        TimeRemainingColumn(),
+        disable=not show,
+    )
