@@ -12,6 +12,8 @@ slot, the sampler draws from it, likelihood counts by it. A slot that holds one 
 Letters: B batch, T tokens.
 """
 
+import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,8 +141,8 @@ class SpanValues(NamedTuple):
 class Layout:
     """A vocabulary and the orders in which its spans may stand.
 
-    Orders must tell themselves apart by a marker: where two of them first differ, each has a marker of its own.
-    Raises ValueError for what the vocabulary does not hold, or an open span (`{..n}`) that no marker ends.
+    Orders must tell themselves apart by a marker: where two of them first differ, each has a marker of its own, so
+    none is the beginning of another. Raises ValueError where that fails, and for what the vocabulary does not hold.
     """
 
     def __init__(self, vocabulary: Vocabulary, orders: Sequence[Order]):
@@ -153,6 +155,12 @@ class Layout:
         self.slots: list[Slot] = []
         for order in orders:
             self._check(order)
+        for short, long in itertools.permutations(orders, 2):
+            if long.parts[: len(short.parts)] == short.parts:
+                raise ValueError(
+                    f"order {long.name!r} begins with all of order {short.name!r}, {short}: nothing tells the two "
+                    "apart. Give each a marker of its own where they part."
+                )
         self._templates = {order.name: self._template(order) for order in orders}
         self._end_slots = {
             part.end: self._slot_of([self._marker(part.end)]) for o in orders for part in o.spans if part.end
@@ -207,16 +215,17 @@ class Layout:
     def pack(self, order: str, spans: Mapping[str, SpanValues]) -> Packed:
         """Sequences of one order from each span's own numbers (codes, word numbers, both from 0).
 
-        Raises ValueError where a span is missing, has the wrong length, or a number outside its segment.
+        Raises ValueError where a span is missing, has other rows than the rest, the wrong length, or a number outside
+        its segment.
         """
-        rows = len(next(iter(spans.values())).lengths) if spans else 1
+        rows = self._check_spans(self[order], spans)
         length = max(self._row_lengths(self[order], spans), default=0)
         token_ids = torch.zeros(rows, length, dtype=torch.long)
         slot_ids = torch.full((rows, length), NO_SLOT, dtype=torch.long)
         counted = torch.zeros(rows, length, dtype=torch.bool)
         at = torch.zeros(rows, dtype=torch.long)  # where each row's next part starts
         for index, part in enumerate(self[order].parts):
-            values, lengths, counts = self._part_tokens(part, spans, rows, order)
+            values, lengths, counts = self._part_tokens(part, spans, rows)
             columns = torch.arange(values.shape[1])
             real = columns < lengths[:, None]
             row, column = real.nonzero(as_tuple=True)
@@ -233,15 +242,12 @@ class Layout:
         return Packed(token_ids, slot_ids, counted)
 
     def _part_tokens(
-        self, part: Marker | Span, spans: Mapping[str, SpanValues], rows: int, order: str
+        self, part: Marker | Span, spans: Mapping[str, SpanValues], rows: int
     ) -> tuple[Int[Tensor, "B L"], Int[Tensor, " B"], bool]:
         if isinstance(part, Marker):
             marker = self.vocabulary.special(part.special)
             return torch.full((rows, 1), marker), torch.ones(rows, dtype=torch.long), True
-        if part.segment not in spans:
-            raise ValueError(f"order {order!r} needs a span of {part.segment!r}; given were {sorted(spans)}.")
         values, lengths = spans[part.segment]
-        self._check_values(part, values, lengths)
         token_ids = self.vocabulary.ids(part.segment, values.long())
         if part.end:  # the marker that ends the span takes the place after each row's last token
             token_ids = torch.nn.functional.pad(token_ids, (0, 1))
@@ -249,12 +255,29 @@ class Layout:
             lengths = lengths + 1
         return token_ids, lengths, part.counted
 
+    def _check_spans(self, order: Order, spans: Mapping[str, SpanValues]) -> int:
+        """How many rows there are."""
+        counts = {name: (len(values), len(lengths)) for name, (values, lengths) in spans.items()}
+        if len(set(itertools.chain(*counts.values()))) > 1:
+            found = ", ".join(f"{name} {a} of values and {b} of lengths" for name, (a, b) in counts.items())
+            raise ValueError(f"the spans have different numbers of rows: {found}.")
+        for span in order.spans:
+            if span.segment not in spans:
+                raise ValueError(f"order {order.name!r} needs a span of {span.segment!r}; given were {sorted(spans)}.")
+            self._check_values(span, *spans[span.segment])
+        return next(iter(counts.values()))[0] if counts else 1
+
     def _check_values(self, span: Span, values: Int[Tensor, "B L"], lengths: Int[Tensor, " B"]) -> None:
-        wrong = lengths > span.length if span.end else lengths != span.length
+        wrong = (lengths < 0) | (lengths > span.length) if span.end else lengths != span.length
         if wrong.any():
             row = int(wrong.nonzero()[0])
             rule = f"at most {span.length}" if span.end else f"exactly {span.length}"
             raise ValueError(f"row {row} has {int(lengths[row])} {span.segment} tokens; the layout wants {rule}.")
+        if (lengths > values.shape[1]).any():
+            row = int((lengths > values.shape[1]).nonzero()[0])
+            raise ValueError(
+                f"row {row} is said to have {int(lengths[row])} {span.segment} tokens; {values.shape[1]} are given."
+            )
         size = self.vocabulary[span.segment].size
         real = torch.arange(values.shape[1]) < lengths[:, None]
         bad = real & ((values < 0) | (values >= size))
@@ -265,12 +288,14 @@ class Layout:
 
     def _row_lengths(self, order: Order, spans: Mapping[str, SpanValues]) -> list[int]:
         fixed = sum(1 if isinstance(part, Marker) else bool(part.end) for part in order.parts)
-        used = [spans[s.segment].lengths for s in order.spans if s.segment in spans]
+        used = [spans[span.segment].lengths for span in order.spans]
         return (fixed + torch.stack(used).sum(0)).tolist() if used else [fixed]
 
     def _check(self, order: Order) -> None:
-        if order.weight <= 0:
-            raise ValueError(f"order {order.name!r} has weight {order.weight}; weights are positive.")
+        if not order.parts:
+            raise ValueError(f"order {order.name!r} is empty; an order holds at least one marker or span.")
+        if not 0 < order.weight < math.inf:
+            raise ValueError(f"order {order.name!r} has weight {order.weight}; weights are positive and finite.")
         for part in order.parts:
             if isinstance(part, Span):
                 self.vocabulary[part.segment]
