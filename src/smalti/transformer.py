@@ -60,6 +60,8 @@ class TransformerConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by num_heads {self.num_heads}.")
+        if self.num_kv_heads is not None and self.num_kv_heads < 1:
+            raise ValueError(f"num_kv_heads is {self.num_kv_heads}; it must be at least 1, or None for one per head.")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.kv_heads}.")
         if self.positions == "rotary" and self.head_dim % 2:
@@ -75,6 +77,11 @@ class TransformerConfig:
             raise ValueError(f"2-D rotary positions need a head width divisible by 4, not {self.head_dim}.")
         if self.grid is None:
             raise ValueError("2-D rotary positions need grid=(rows, columns).")
+        if min(self.grid) < 1 or self.prefix_length < 0:
+            raise ValueError(
+                f"grid is {self.grid} and prefix_length {self.prefix_length}; "
+                "expected at least 1 row and 1 column, and no negative prefix."
+            )
         cells = self.prefix_length + self.grid[0] * self.grid[1]
         if cells < self.max_length:
             raise ValueError(
@@ -88,7 +95,7 @@ class TransformerConfig:
 
     @property
     def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -337,7 +344,9 @@ class Transformer(nn.Module):
         """
         config, T = self.config, x.shape[1]
         past = 0 if kv_cache is None else kv_cache.length
-        limit = config.max_length if kv_cache is None else kv_cache.max_length
+        limit = config.max_length
+        if kv_cache is not None:  # padding on the left may take slots beyond max_length, a sequence itself may not
+            limit = kv_cache.max_length if kv_cache.starts is not None else min(limit, kv_cache.max_length)
         if past + T > limit:
             raise ValueError(f"{past + T} tokens exceed the limit of {limit} (max_length).")
         positions = self._positions(past, T, kv_cache, x.device)
