@@ -1,0 +1,194 @@
+"""Checkpoints that a kill at any moment cannot spoil, and the state of all random numbers.
+
+A run's directory holds one folder per checkpoint, `step_00001200`, with `model.safetensors` (what is
+published) and `training_state.pt` (what only the run itself needs). A folder is written and synced under a
+temporary name and then renamed: a folder that has its final name is complete, and everything else is ignored
+and later removed.
+"""
+
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from smalti.errors import InputError
+
+WEIGHTS_FILE = "model.safetensors"
+STATE_FILE = "training_state.pt"
+_NAME = re.compile(r"step_(\d{8,})")
+_PARTIAL = ".partial-"
+
+
+class Checkpoint(NamedTuple):
+    step: int
+    weights: dict[str, Tensor]
+    training_state: dict[str, Any]
+
+
+def check_writable(directory: Path | str, expected_bytes: int = 0) -> None:
+    """Makes the directory and proves that it can be written, so that a run fails before its first step, not
+    at its first checkpoint; also removes what an interrupted save left there.
+
+    Raises InputError if it cannot be made or written, or has fewer than `expected_bytes` free.
+    """
+    directory = Path(directory)
+    probe = directory / f"{_PARTIAL}probe-{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"probe")
+        probe.unlink()
+        for leftover in directory.glob(f"{_PARTIAL}step_*"):
+            shutil.rmtree(leftover)
+        free_bytes = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise InputError(
+            f"cannot write checkpoints to {directory}: {error.strerror or error}; choose a folder that can be written."
+        ) from error
+    if free_bytes < expected_bytes:
+        raise InputError(
+            f"{directory} has {_megabytes(free_bytes)} free, but the checkpoints of this run need about "
+            f"{_megabytes(expected_bytes)}; free some space, keep fewer of them or choose another folder."
+        )
+
+
+def save_checkpoint(
+    directory: Path | str,
+    step: int,
+    weights: dict[str, Tensor],
+    training_state: dict[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Writes the checkpoint of `step` and removes all but the last `keep`; returns the new folder.
+
+    `training_state` may nest dicts, lists, tuples, tensors, numbers, strings and None, which is what
+    `load_checkpoint` can read back without running code. Raises InputError if the disk is full or cannot be
+    written; checkpoints already there are then untouched.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; at least 1 checkpoint must be kept.")
+    directory = Path(directory)
+    final = directory / f"step_{step:08d}"
+    partial = directory / f"{_PARTIAL}{final.name}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        safetensors.torch.save_file(_unshared(weights), partial / WEIGHTS_FILE)
+        with open(partial / STATE_FILE, "wb") as file:
+            torch.save(training_state, file)
+        for name in (WEIGHTS_FILE, STATE_FILE, "."):
+            _sync(partial / name)
+        _remove(final)
+        os.rename(partial, final)
+        _sync(directory)
+        for old in _complete(directory)[:-keep]:
+            _remove(old)
+    # torch and safetensors report a full disk by errors of their own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        latest = latest_checkpoint(directory)
+        kept = f"the run can go on from {latest.name}" if latest else "there is no earlier checkpoint"
+        raise InputError(
+            f"cannot save the checkpoint of step {step} to {directory}: {error}; {kept}. "
+            "Free some space or make the folder writable, then start the same run again."
+        ) from error
+    return final
+
+
+def latest_checkpoint(directory: Path | str) -> Path | None:
+    """The folder of the last complete checkpoint, or None; incomplete ones are ignored."""
+    complete = _complete(Path(directory))
+    return complete[-1] if complete else None
+
+
+def load_checkpoint(path: Path | str) -> Checkpoint:
+    """Reads one checkpoint folder, on the CPU. Raises InputError naming the file that is missing or
+    damaged."""
+    path = Path(path)
+    match = _NAME.fullmatch(path.name)
+    if not match:
+        raise InputError(f"{path} is not a checkpoint; expected a folder with a name such as step_00001200.")
+    file = path / WEIGHTS_FILE
+    try:
+        weights = safetensors.torch.load_file(file)
+        file = path / STATE_FILE
+        training_state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        raise InputError(
+            f"cannot read {file}: {error}; remove the folder {path} to go on from the checkpoint before it."
+        ) from error
+    return Checkpoint(int(match[1]), weights, training_state)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of the global generators of Python, NumPy and torch (with every GPU), for
+    `training_state`."""
+    kind, keys, *rest = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    return {
+        "python": (version, torch.tensor(internal), gauss_next),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts back what `random_state` returned. The number of GPUs must be the same."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss_next))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _complete(directory: Path) -> list[Path]:
+    """Checkpoint folders in the order of their steps."""
+    if not directory.is_dir():
+        return []
+    found = {int(match[1]): path for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))}
+    return [found[step] for step in sorted(found)]
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes the final name away first: a folder half removed must not look complete."""
+    if not checkpoint.exists():
+        return
+    doomed = checkpoint.with_name(f"{_PARTIAL}{checkpoint.name}-old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def _unshared(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors; safetensors refuses two names for one memory, so tied weights are written
+    twice."""
+    seen: set[int] = set()
+    unshared = {}
+    for name, tensor in weights.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        unshared[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return unshared
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB"
