@@ -122,7 +122,7 @@ class PairTable:
             raise InputError(f"{self.path}: row {row}: {error}") from error
 
     def read(self) -> Pairs:
-        """All pairs in memory, for small tables of pictures of one size. Raises InputError for another size or no rows."""
+        """All pairs in memory, for small tables of one picture size. Raises InputError for another size or no rows."""
         if not len(self):
             raise InputError(f"{self.path} holds no rows")
         keys: list[str] = []
