@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
+from smalti.cli_interop import app as interop_app
+
 app = typer.Typer(
     name="smalti",
     help="Autoregressive image generation with discrete tokens: tokenize, train, measure, generate.",
@@ -20,6 +22,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make the tables that training reads.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(interop_app)
 console = Console()
 
 Bundle = Annotated[
@@ -282,6 +285,40 @@ def tokenize(
     typer.echo(f"{output}: {num_rows} rows")
 
 
+@app.command(epilog="Example: smalti evaluate digits --data out/digits -o out/report")
+def evaluate(
+    bundle: Annotated[str, typer.Argument(help="A shipped bundle's name, a folder, or a hub's owner/name.")],
+    data: Annotated[Path, typer.Option(help="Folder with test.parquet, or a parquet table of pictures and captions.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for report.json, report.md and the 3×3 figures.")
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Captions drawn, pictures captioned, and pairs from nothing.")] = 1000,
+    best_of: Annotated[str, typer.Option(help="Candidates for reranking; the empty string measures none.")] = "1,4,16",
+    seed: Annotated[int, typer.Option(help="The i-th picture is drawn with the seed SEED + i.")] = 0,
+    force: Force = False,
+) -> None:
+    """Measure a bundle of digits: likelihood, prompt and caption accuracy, agreement of pairs, reranking, tokenizer."""
+    from smalti.evaluate.galleries import GALLERIES, draw_galleries
+    from smalti.evaluate.report import REPORT_FILES, ReportConfig, evaluate_digits, read_held_out
+    from smalti.files import refuse_existing
+    from smalti.pipeline import Pipeline
+
+    config = ReportConfig(
+        num_prompts=num, num_captions=num, num_pairs=num, best_of=_numbers("best_of", best_of), seed=seed
+    )
+    if output:
+        refuse_existing([output / name for name in (*REPORT_FILES, *GALLERIES)], force=force)
+    held_out = read_held_out(data)
+    pipe = Pipeline.load(bundle)
+    command = f"smalti evaluate {bundle} --data {data} --num {num} --best-of {best_of!r} --seed {seed}"
+    report = evaluate_digits(pipe, held_out, config, command=command)
+    console.print(report.table())
+    if output:
+        report.write(output, force=force)
+        draw_galleries(pipe, held_out.pictures, held_out.captions, output, seed=seed, force=force)
+        typer.echo(f"{output}: {', '.join((*REPORT_FILES, *GALLERIES))}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and ends the process: 0, or 2 with one line on stderr for what the user can mend."""
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
@@ -316,6 +353,13 @@ def _complain(message: str) -> int:
 def _given(**settings: Any) -> dict[str, Any]:
     """The settings that were given; the others are the bundle's own."""
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(",") if number.strip())
+    except ValueError as error:
+        raise ValueError(f"{name} is {text!r}; expected whole numbers with commas between, such as 1,4,16.") from error
 
 
 def _output_names(output: Path, n: int) -> list[Path]:

@@ -48,6 +48,10 @@ class Scores(NamedTuple):
     pmi_nats: Float[Tensor, " B"]
     """Pointwise mutual information, ln p(picture | caption) − ln p(picture): how much the caption tells."""
 
+    def merit(self, rerank: str) -> Float[Tensor, " B"]:
+        """What best-of-n keeps the largest of (see RERANKERS)."""
+        return {"picture": -self.picture_nll_nats, "caption": -self.caption_nll_nats, "pmi": self.pmi_nats}[rerank]
+
 
 class Pair(NamedTuple):
     picture: Image.Image
@@ -89,7 +93,8 @@ class Pipeline:
         figures: Mapping[str, Any] = {},
         name: str = "a bundle",
     ):
-        self.model, self.image_tokenizer = model.eval(), image_tokenizer.eval()
+        self.model = model.eval()
+        self.image_tokenizer: Any = image_tokenizer.eval()  # of any family: the package's __init__ says what all have
         self.layout, self.text_tokenizer = layout, text_tokenizer
         self.pictures, self.sampling, self.figures, self.name = pictures, sampling, dict(figures), name
         self._check()
@@ -205,7 +210,7 @@ class Pipeline:
         self,
         prompts: str | Sequence[str],
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         n: int = 1,
         best_of: int = 1,
         rerank: str = "caption",
@@ -216,7 +221,8 @@ class Pipeline:
     ) -> list[Image.Image]:
         """`n` pictures of each prompt, those of one prompt together, each enlarged `scale` times.
 
-        Picture i of a prompt is drawn with the seed `seed + i`, whatever else is asked for. With `best_of` m > 1 it is
+        Picture i of a prompt is drawn with the seed `seed + i`, whatever else is asked for; `seed` may be one for each
+        prompt. With `best_of` m > 1 it is
         the best, by `rerank` (see RERANKERS), of m pictures drawn with the seeds from `seed + i · m` on. Guidance
         steers away from pictures without a caption, or from those of `negative_prompt`. `sampling` are fields of
         `SampleConfig`. Every picture carries its receipt in `info["smalti"]`. Raises InputError for unknown words.
@@ -242,7 +248,7 @@ class Pipeline:
         self,
         prompts: str | Sequence[str],
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         n: int = 1,
         best_of: int = 1,
         rerank: str = "caption",
@@ -276,7 +282,7 @@ class Pipeline:
     def _partial_picture(self, found: list[int], scale: int | None) -> Image.Image:
         rest = self._image_length - len(found)
         codes = torch.tensor(found + found[:1] * rest).view(1, *self.grid)
-        image = self._decode(codes)
+        image = self.decode_images(codes)
         cell_height, cell_width = self.pictures.height // self.grid[0], self.pictures.width // self.grid[1]
         drawn = torch.arange(self._image_length).view(self.grid) < len(found)
         drawn = drawn.repeat_interleave(cell_height, 0).repeat_interleave(cell_width, 1)
@@ -286,7 +292,7 @@ class Pipeline:
         self,
         prompts: list[str],
         config: SampleConfig,
-        seed: int,
+        seed: int | Sequence[int],
         n: int,
         best_of: int,
         rerank: str,
@@ -294,20 +300,20 @@ class Pipeline:
         batch_size: int,
     ) -> list[tuple[int, Generated]]:
         """Each kept sequence with the seed it was drawn from."""
-        if n < 1 or best_of < 1:
-            raise ValueError(f"n is {n} and best_of {best_of}; both must be at least 1.")
-        if rerank not in RERANKERS:
-            raise ValueError(f"rerank {rerank!r} is unknown; choose one of {', '.join(RERANKERS)}.")
-        words = [self._whole(prompt) for prompt in prompts]
+        _check_drawing(n, best_of, rerank)
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for all, or one each.")
         requests = [
-            self._picture_request(ids, seed + i, negative_prompt, config) for ids in words for i in range(n * best_of)
+            self._picture_request(self._whole(prompt), first + i, negative_prompt, config)
+            for prompt, first in zip(prompts, seeds, strict=True)
+            for i in range(n * best_of)
         ]
         found = generate(self.model, self.layout, requests, config, batch_size=batch_size)
         seeded = [(request.seed, drawn) for request, drawn in zip(requests, found, strict=True)]
         if best_of == 1:
             return seeded
-        merit = self._merit(found, rerank, batch_size).view(-1, best_of)
-        return [seeded[i * best_of + int(best)] for i, best in enumerate(merit.argmax(1))]
+        return [seeded[i] for i in self._best(found, best_of, rerank, batch_size)]
 
     def _picture_request(
         self, words: Int[Tensor, " L"], seed: int, negative_prompt: str | None, config: SampleConfig
@@ -320,13 +326,11 @@ class Pipeline:
             return replace(request, null=Request(order=order, given={"text": self._whole(negative_prompt)}))
         return replace(request, null=Request(order=self._order("image", "text")))  # pictures without a caption
 
-    def _merit(self, found: Sequence[Generated], rerank: str, batch_size: int) -> Float[Tensor, " B"]:
-        """What best-of-n keeps the largest of."""
+    def _best(self, found: Sequence[Generated], best_of: int, rerank: str, batch_size: int) -> list[int]:
+        """Which of every `best_of` sequences is kept."""
         words = [sequence.spans["text"] for sequence in found]
-        scores = self.score_codes(self._codes(found), words, batch_size=batch_size)
-        return {"picture": -scores.picture_nll_nats, "caption": -scores.caption_nll_nats, "pmi": scores.pmi_nats}[
-            rerank
-        ]
+        merit = self.score_codes(self._codes(found), words, batch_size=batch_size).merit(rerank)
+        return [i * best_of + int(best) for i, best in enumerate(merit.view(-1, best_of).argmax(1))]
 
     # Captions from pictures, both from nothing -----------------------------------------------------------------
 
@@ -335,15 +339,24 @@ class Pipeline:
 
         Raises InputError for a picture of the wrong size or mode.
         """
-        config = self._sample_config(self.sampling.caption, sampling)
         codes = self.encode(pictures, batch_size=batch_size)
+        return self.caption_codes(codes, seed=seed, batch_size=batch_size, **sampling)
+
+    def caption_codes(self, codes: Codes, *, seed: int = 0, batch_size: int = 64, **sampling: Any) -> list[str]:
+        """`caption` of codes."""
+        config = self._sample_config(self.sampling.caption, sampling)
         null = None if config.guidance_scale == 1 else Request(order=self._order("text", "image"))
         order = self._order("image", "text")
         requests = [Request(order=order, given={"image": row.flatten()}, seed=seed, null=null) for row in codes]
         found = generate(self.model, self.layout, requests, config, batch_size=batch_size)
         return [self._text(sequence) for sequence in found]
 
-    def pairs(
+    def pairs(self, n: int, seed: int = 0, *, scale: int | None = None, **settings: Any) -> list[Pair]:
+        """`n` pictures with captions, both from nothing; `settings` are those of `pair_codes`."""
+        codes, captions = self.pair_codes(n, seed, **settings)
+        return [Pair(*pair) for pair in zip(self.decode(codes, scale=scale), captions, strict=True)]
+
+    def pair_codes(
         self,
         n: int,
         seed: int = 0,
@@ -351,26 +364,21 @@ class Pipeline:
         order: str | None = None,
         best_of: int = 1,
         rerank: str = "caption",
-        scale: int | None = None,
         batch_size: int = 64,
         **sampling: Any,
-    ) -> list[Pair]:
-        """`n` pictures with captions from nothing, pair i with the seed `seed + i`; with `best_of` m, the best of m
-        pairs with the seeds from `seed + i · m` on. `order` names the layout's order to follow; by default the model
-        chooses. Drawn from the model's own distribution unless `sampling` says otherwise; guidance has no null here.
-        """
+    ) -> tuple[Codes, list[str]]:
+        """Codes and captions of `n` pairs, pair i drawn with the seed `seed + i`; with `best_of` m > 1, the best of m
+        with the seeds from `seed + i · m` on. `order` names the layout's order to follow; by default the model chooses.
+        Drawn from the model's own distribution unless `sampling` says otherwise; there is nothing to guide by."""
         config = self._sample_config(SampleConfig(), sampling)
+        _check_drawing(n, best_of, rerank)
         if config.guidance_scale != 1:
-            raise ValueError(
-                "pairs are drawn from nothing, so there is no condition to guide by; leave guidance_scale 1."
-            )
+            raise ValueError("pairs come from nothing, so there is no condition to guide by; leave guidance_scale 1.")
         requests = [Request(order=order, seed=seed + i) for i in range(n * best_of)]
         found = generate(self.model, self.layout, requests, config, batch_size=batch_size)
         if best_of > 1:
-            merit = self._merit(found, rerank, batch_size).view(-1, best_of)
-            found = [found[i * best_of + int(best)] for i, best in enumerate(merit.argmax(1))]
-        pictures = self.decode(self._codes(found), scale=scale, batch_size=batch_size)
-        return [Pair(picture, self._text(sequence)) for picture, sequence in zip(pictures, found, strict=True)]
+            found = [found[i] for i in self._best(found, best_of, rerank, batch_size)]
+        return self._codes(found), [self._text(sequence) for sequence in found]
 
     # Completing what is begun ----------------------------------------------------------------------------------
 
@@ -446,14 +454,14 @@ class Pipeline:
 
     def decode(self, codes: Codes, *, scale: int | None = None, batch_size: int = 64) -> list[Image.Image]:
         """Pictures of codes, each enlarged `scale` times."""
-        return [picture for batch in codes.split(batch_size) for picture in self._pictures(batch, scale)]
-
-    def _pictures(self, codes: Codes, scale: int | None) -> list[Image.Image]:
-        return to_pictures(self._decode(codes), self.pictures, scale) if len(codes) else []
+        return to_pictures(self.decode_images(codes, batch_size=batch_size), self.pictures, scale)
 
     @torch.inference_mode()
-    def _decode(self, codes: Codes) -> Float[Tensor, "B 3 H W"]:
-        return self.image_tokenizer.decode_codes(codes)
+    def decode_images(self, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
+        """Images of codes as the image tokenizer gives them, not clamped to [0, 1]."""
+        if not len(codes):
+            return torch.zeros(0, 3, self.pictures.height, self.pictures.width)
+        return torch.cat([self.image_tokenizer.decode_codes(batch) for batch in codes.split(batch_size)])
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -507,6 +515,13 @@ class Pipeline:
             "weights_sha256": self.weights_sha256,
             **details,
         }
+
+
+def _check_drawing(n: int, best_of: int, rerank: str) -> None:
+    if n < 1 or best_of < 1:
+        raise ValueError(f"n is {n} and best_of {best_of}; both must be at least 1.")
+    if rerank not in RERANKERS:
+        raise ValueError(f"rerank {rerank!r} is unknown; choose one of {', '.join(RERANKERS)}.")
 
 
 def _sample_config(given: Mapping[str, Any]) -> SampleConfig:
