@@ -4,6 +4,7 @@ import gzip
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -216,7 +217,7 @@ def test_import_finds_length_and_vocabulary(tmp_path: Path) -> None:
 
 
 def test_the_most_common_length_is_expected_even_if_the_first_line_is_wrong(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.txt", "a 1\n" + text_of(random_rows(5, length=3)))
+    path = write(tmp_path / "a.txt", "a 1\n" + 9 * "\n" + text_of(random_rows(5, length=3)))
     with pytest.raises(InputError, match=r"line 1, column 4: 1 codes after the tag, expected 3"):
         import_lines(path, tmp_path / "a.parquet")
 
@@ -277,7 +278,7 @@ def test_a_progress_bar_counts_the_bytes_on_disk(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("values", "message"), [({"vocab_size": 0}, "vocab_size 0 must be 1 to"), ({"length": -1}, "length -1 must be")]
 )
-def test_formats_that_cannot_be(values: dict[str, int], message: str) -> None:
+def test_formats_that_cannot_be(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LineFormat(**values)
 

@@ -99,7 +99,8 @@ def _read(paths: list[Path], line_format: LineFormat, bad_lines: "_BadLines") ->
         for bytes_read, block in _blocks(path):
             words = _split(block)
             if line_format.length is None and not line_format.allow_short:
-                line_format = replace(line_format, length=int(np.bincount(words.lengths).argmax()))
+                not_empty = words.lengths[words.num_words > 0]
+                line_format = replace(line_format, length=int(np.bincount(not_empty, minlength=1).argmax()))
             lines, bad = _parse(block, words, line_format)
             for index in np.flatnonzero(bad).tolist():
                 line = block[words.line_starts[index] : words.line_ends[index]]
