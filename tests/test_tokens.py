@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smalti.data import tokens
-from smalti.data.tokens import TokenTable, new_file, token_rows, write_token_table
+from smalti.data.tokens import TokenTable, token_rows, write_token_table
 from smalti.errors import InputError
 
 ROWS = [
@@ -278,7 +278,7 @@ def test_rows_outside_the_table(tmp_path: Path) -> None:
 def test_an_existing_file_is_kept_and_a_failed_one_leaves_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "t.parquet", ROWS)
     before = path.read_bytes()
-    with pytest.raises(InputError, match="exists already: give another name, or use --force"):
+    with pytest.raises(InputError, match="exists already: give another name, or --force"):
         write(path, ROWS[:1])
 
     def failing():
@@ -288,9 +288,6 @@ def test_an_existing_file_is_kept_and_a_failed_one_leaves_nothing(tmp_path: Path
     with pytest.raises(RuntimeError, match="stop"):
         write_token_table(path, failing(), {}, force=True)
     assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["t.parquet"]
-    with pytest.raises(RuntimeError), new_file(tmp_path / "new", force=False):
-        raise RuntimeError
     assert os.listdir(tmp_path) == ["t.parquet"]
 
 
@@ -304,3 +301,24 @@ def test_the_file_is_plain_parquet(tmp_path: Path) -> None:
     table = pq.read_table(write(tmp_path / "t.parquet", ROWS, grid=[1, 3]))
     assert [tuple(row.values()) for row in table.to_pylist()] == ROWS
     assert json.loads(pq.ParquetFile(tmp_path / "t.parquet").metadata.metadata[b"smalti"]) == {"grid": [1, 3]}
+
+
+def test_a_cache_that_cannot_be_made(tmp_path: Path, memory_mapped: Path) -> None:
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    with pytest.raises(
+        InputError, match=r"t\.parquet cannot be unpacked in .*tables: .* Set XDG_CACHE_HOME to a folder"
+    ):
+        TokenTable.open(write(tmp_path / "t.parquet", ROWS))
+
+
+def test_an_interrupted_unpacking_is_begun_again(
+    tmp_path: Path, memory_mapped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "t.parquet", ROWS)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "_bytes_of", lambda column: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            TokenTable.open(path)
+    assert [folder.name[-10:] for folder in memory_mapped.glob("*-*")] == ["unfinished"]
+    check_rows(TokenTable.open(path), ROWS, [2, 1])
+    assert [folder.name[-10:] == "unfinished" for folder in memory_mapped.glob("*-*")] == [False]

@@ -23,8 +23,9 @@ from jaxtyping import Bool, Int64, Integer, Shaped, UInt8, UInt64
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from smalti.data.loader import prefetch
-from smalti.data.tokens import PAD, ROWS_PER_GROUP, TokenTable, new_file, token_rows, write_token_table
+from smalti.data.tokens import PAD, ROWS_PER_GROUP, TokenTable, token_rows, write_token_table
 from smalti.errors import InputError
+from smalti.files import new_file
 
 # Small enough that the arrays made of a block stay in the processor's cache, large enough to hide Python's own time.
 _BLOCK_BYTES = 2**20

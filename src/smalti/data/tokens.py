@@ -7,7 +7,6 @@ a large table is unpacked once into memory-mapped arrays in a cache folder and r
 Letters in shapes: n rows asked for, L the length of the longest of them.
 """
 
-import errno
 import fcntl
 import glob
 import hashlib
@@ -28,6 +27,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64, Integer, Shaped
 
 from smalti.errors import InputError
+from smalti.files import new_file
 
 SCHEMA = pa.schema(
     [
@@ -130,41 +130,6 @@ def _row_groups(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
             waiting, num_waiting = [], 0
     if num_waiting:
         yield pa.Table.from_batches(waiting, SCHEMA)
-
-
-@contextmanager
-def new_file(path: str | Path, *, force: bool) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name if the block ends well, and is removed if it does not.
-    Raises InputError if `path` exists and `force` is not set, or if its folder cannot be written."""
-    path = Path(path)
-    if path.exists() and not force:
-        raise InputError(f"{path} exists already: give another name, or use --force (force=True) to replace it.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written: {error.strerror}. Give a path in a folder you can write."
-        ) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp makes the file readable by its owner alone; a finished table is an ordinary file.
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise InputError(f"{path}: no space left on its disk; free some or write elsewhere.") from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # ---- reading ----
