@@ -382,3 +382,7 @@ def _save(pictures: Sequence[Any], outputs: Sequence[Path], force: bool) -> None
     for picture, output in zip(pictures, outputs, strict=True):
         save_picture(picture, output, force=force)
         typer.echo(output)
+
+
+if __name__ == "__main__":
+    main()

@@ -155,10 +155,8 @@ class Pipeline:
         def write_files(folder: Path) -> dict[str, Any]:
             bundle.save_weights(self.model.state_dict(), folder / bundle.WEIGHTS, half=half)
             self.text_tokenizer.save(folder / bundle.TEXT_TOKENIZER)
-            save_image_tokenizer(self.image_tokenizer, folder / bundle.IMAGE_TOKENIZER)
-            if half:
-                image_weights = folder / bundle.IMAGE_TOKENIZER / bundle.WEIGHTS
-                bundle.save_weights(bundle.load_weights(image_weights), image_weights, half=True)
+            image_dtype = torch.float16 if half else None
+            save_image_tokenizer(self.image_tokenizer, folder / bundle.IMAGE_TOKENIZER, dtype=image_dtype)
             (folder / bundle.CARD).write_text(self.card(), encoding="utf-8")
             return {
                 "smalti_version": version("smalti"),
