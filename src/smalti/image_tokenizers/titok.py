@@ -1,7 +1,7 @@
 """TiTok: pictures as a short 1-D sequence of codes (Yu et al. 2024, arXiv:2406.07550).
 
-Letters: B batch, C H W image, h w patch grid, T = h*w patches, n latent tokens, D model width, N heads, Dh head
-width, E code width, P proxy codes of width F, p patch side.
+Letters: B batch, C H W image, h w patch grid, T = h*w patches, n latent tokens, D model width, N heads, Dh
+head width, E code width, P proxy codes of width F, p patch side.
 
 The encoder reads the patches of a picture and n learned latent tokens together and keeps only the latter; the
 decoder rebuilds a grid of patches from mask tokens and the quantized latents. What stands in that grid is
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smalti.image_tokenizers.quantizer import QuantizerConfig, VectorQuantizer
+from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig, make_quantizer
 from smalti.image_tokenizers.vqgan import PRESETS as VQGAN_PRESETS
 from smalti.image_tokenizers.vqgan import VQGAN, Reconstructed, VQGANConfig, check_image_size
 from smalti.image_tokenizers.vqgan import Decoder as ProxyDecoder
@@ -56,14 +56,14 @@ class TiTokConfig:
     """`image_size` is (rows, columns); positions are learned, so no other size can be encoded. `proxy` is the
     MaskGIT-VQGAN behind "proxy_codes".
 
-    `mixed_latents` repeats a slip of the released two-stage models: the encoder's (n, D) output is read as (D, n)
-    without transposing, which mixes channels and tokens. Off for anything newly trained.
+    `mixed_latents` repeats a slip of the released two-stage models: the encoder's (n, D) output is read as
+    (D, n) without transposing, which mixes channels and tokens. Off for anything newly trained.
     """
 
     encoder: ViTConfig = LARGE
     decoder: ViTConfig = LARGE
     num_latents: int = 32
-    quantizer: QuantizerConfig = TWO_STAGE_CODES
+    quantizer: AnyQuantizerConfig = TWO_STAGE_CODES
     image_size: tuple[int, int] = (256, 256)
     target: Literal["proxy_codes", "pixels"] = "proxy_codes"
     proxy: VQGANConfig | None = VQGAN_PRESETS["maskgit"]
@@ -126,7 +126,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks over [class token, patches, latents], with a learned position for each and a norm at either end."""
+    """Blocks over [class token, patches, latents], with a learned position for each and a norm at either
+    end."""
 
     def __init__(self, config: ViTConfig, num_patches: int, num_latents: int):
         super().__init__()
@@ -162,7 +163,7 @@ class TiTok(nn.Module):
         self.latent_tokens = nn.Parameter(encoder.width**-0.5 * torch.randn(n, encoder.width))
         self.encoder = Transformer(encoder, rows * columns, n)
         self.to_code = nn.Linear(encoder.width, config.quantizer.code_dim)
-        self.quantizer = VectorQuantizer(config.quantizer)
+        self.quantizer = make_quantizer(config.quantizer)
         self.from_code = nn.Linear(config.quantizer.code_dim, decoder.width)
         rows, columns = config.patch_grid(decoder)
         self.mask_token = nn.Parameter(decoder.width**-0.5 * torch.randn(decoder.width))
@@ -175,7 +176,8 @@ class TiTok(nn.Module):
             self.proxy_decoder = ProxyDecoder(config.proxy)
 
     def encode_latents(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 1 n E"]:
-        """What the quantizer is given, in one row. Raises ValueError if pictures are not of `config.image_size`."""
+        """What the quantizer is given, in one row. Raises ValueError if pictures are not of
+        `config.image_size`."""
         if tuple(images.shape[-2:]) != self.config.image_size:
             rows, columns = self.config.image_size
             raise ValueError(
@@ -198,8 +200,8 @@ class TiTok(nn.Module):
         return patches.mT.unflatten(2, (rows, columns))
 
     def proxy_logits(self, latents: Float[Tensor, "B 1 n E"]) -> Float[Tensor, "B P h w"]:
-        """Logits over the proxy's codes for each patch: what the first of the two stages trains by cross-entropy.
-        For models with target "proxy_codes" only."""
+        """Logits over the proxy's codes for each patch: what the first of the two stages trains by
+        cross-entropy. For models with target "proxy_codes" only."""
         return self.head(self.decode_grid(latents))
 
     def proxy_latents(self, logits: Float[Tensor, "B P h w"]) -> Float[Tensor, "B F h w"]:
@@ -227,11 +229,13 @@ class TiTok(nn.Module):
         return Reconstructed(self.decode_latents(quantized.latents), quantized)
 
     def load_proxy(self, proxy: VQGAN) -> None:
-        """Copies codebook and decoder of a trained proxy. Raises ValueError if its sizes are not `config.proxy`'s."""
+        """Copies codebook and decoder of a trained proxy. Raises ValueError if its sizes are not
+        `config.proxy`'s."""
         if self.config.proxy != proxy.config:
             raise ValueError(f"the proxy given has {proxy.config}; this TiTok was built for {self.config.proxy}.")
         self.proxy_decoder.load_state_dict(proxy.decoder.state_dict())
-        self.proxy_codebook.data.copy_(proxy.quantizer.codebook)
+        every_code = torch.arange(proxy.config.codebook_size, device=self.proxy_codebook.device)
+        self.proxy_codebook.data.copy_(proxy.quantizer.lookup(every_code))
 
 
 class PixelHead(nn.Module):

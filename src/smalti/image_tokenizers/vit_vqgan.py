@@ -1,10 +1,11 @@
 """ViT-VQGAN: a transformer image tokenizer (Yu et al. 2021, arXiv:2110.04627).
 
-Letters: B batch, C H W image, h w patch grid, T = h*w patches, D model width, N heads, Dh head width, E code width.
+Letters: B batch, C H W image, h w patch grid, T = h*w patches, D model width, N heads, Dh head width, E code
+width.
 
 The layers follow the one public re-implementation with weights, thuanz123/enhancing-transformers: fixed
-sine-cosine positions, pre-norm blocks, tanh in every feed-forward layer, one linear layer on either side of the
-codes. The paper instead puts one extra tanh feed-forward layer after the encoder's blocks.
+sine-cosine positions, pre-norm blocks, tanh in every feed-forward layer, one linear layer on either side of
+the codes. The paper instead puts one extra tanh feed-forward layer after the encoder's blocks.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smalti.image_tokenizers.quantizer import QuantizerConfig, VectorQuantizer
+from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig, make_quantizer
 from smalti.image_tokenizers.vqgan import Reconstructed, check_image_size
 
 
@@ -52,7 +53,7 @@ class ViTVQGANConfig:
 
     encoder: ViTConfig = SMALL
     decoder: ViTConfig = SMALL
-    quantizer: QuantizerConfig = FACTORISED_CODES
+    quantizer: AnyQuantizerConfig = FACTORISED_CODES
     image_size: tuple[int, int] = (256, 256)
     patch_size: int = 8
     image_channels: int = 3
@@ -76,7 +77,8 @@ class ViTVQGANConfig:
 
 def position_table(rows: int, columns: int, width: int) -> Float[Tensor, "T D"]:
     """Sines and cosines of the column in the first half of the channels, of the row in the second; quarter
-    q = width / 4 frequencies 10000^(-i/q). Computed in float64, so that every caller gets the same float32."""
+    q = width / 4 frequencies 10000^(-i/q). Computed in float64, so that every caller gets the same
+    float32."""
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row_angles = torch.arange(rows, dtype=torch.float64)[:, None] * frequencies
     column_angles = torch.arange(columns, dtype=torch.float64)[:, None] * frequencies
@@ -117,7 +119,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Adds positions, then the blocks and a last norm. The table for the default grid is kept with the weights."""
+    """Adds positions, then the blocks and a last norm. The table for the default grid is kept with the
+    weights."""
 
     positions: Tensor
 
@@ -158,15 +161,15 @@ class ViTVQGAN(nn.Module):
         self.patches_in = nn.Conv2d(C, config.encoder.width, patch_size, stride=patch_size)
         self.encoder = Transformer(config.encoder, config.grid)
         self.to_code = nn.Linear(config.encoder.width, config.quantizer.code_dim)
-        self.quantizer = VectorQuantizer(config.quantizer)
+        self.quantizer = make_quantizer(config.quantizer)
         self.from_code = nn.Linear(config.quantizer.code_dim, config.decoder.width)
         self.decoder = Transformer(config.decoder, config.grid)
         self.patches_out = nn.ConvTranspose2d(config.decoder.width, C, patch_size, stride=patch_size)
         self.apply(init_weights)
 
     def encode_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
-        """What the encoder makes of each patch, before the projection to code width. Raises ValueError if H or W
-        does not divide into patches."""
+        """What the encoder makes of each patch, before the projection to code width. Raises ValueError if H
+        or W does not divide into patches."""
         check_image_size(images.shape[-2], images.shape[-1], self.config.patch_size, "picture")
         patches = self.patches_in(images.to(self.patches_in.weight.dtype))
         return self.encoder(patches.movedim(1, -1))
@@ -194,13 +197,16 @@ class ViTVQGAN(nn.Module):
         return Reconstructed(self.decode_latents(quantized.latents), quantized)
 
     def with_decoder(self, decoder: ViTConfig) -> "ViTVQGAN":
-        """A copy with the same, now frozen, encoder and codebook and a new untrained decoder, often a far larger
-        one. Codes are unchanged, so it fits under a generator already trained on them (Parti, arXiv:2206.10789,
-        section 2.1)."""
-        # An EMA codebook would go on moving in training mode, so the copy's is an ordinary parameter.
-        quantizer = replace(self.config.quantizer, update="gradient", kmeans_rounds=0, restart_below=0.0)
+        """A copy with the same, now frozen, encoder and codebook and a new untrained decoder, often a far
+        larger one. Codes are unchanged, so it fits under a generator already trained on them (Parti,
+        arXiv:2206.10789, section 2.1)."""
+        quantizer, codes = self.config.quantizer, self.quantizer.state_dict()
+        if isinstance(quantizer, QuantizerConfig):
+            # An EMA codebook would go on moving in training mode, so the copy's is an ordinary parameter.
+            quantizer = replace(quantizer, update="gradient", kmeans_rounds=0, restart_below=0.0)
+            codes = {"codebook": codes["codebook"]}
         copy = ViTVQGAN(replace(self.config, quantizer=quantizer, decoder=decoder)).to(self.patches_in.weight.device)
-        copy.quantizer.load_state_dict({"codebook": self.quantizer.codebook})
+        copy.quantizer.load_state_dict(codes)
         for name in ("patches_in", "encoder", "to_code"):
             getattr(copy, name).load_state_dict(getattr(self, name).state_dict())
         for name in ("patches_in", "encoder", "to_code", "quantizer"):

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smalti.image_tokenizers.quantizer import Quantized, QuantizerConfig, VectorQuantizer
+from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, Quantized, QuantizerConfig, make_quantizer
 
 NORM_GROUPS = 32
 LLAMAGEN_QUANTIZER = QuantizerConfig(codebook_size=16384, code_dim=8, update="gradient", l2_normalised=True)
@@ -37,7 +37,7 @@ class VQGANConfig:
     columns) is only the default: any size that halves evenly from level to level can be encoded.
     """
 
-    quantizer: QuantizerConfig = LLAMAGEN_QUANTIZER
+    quantizer: AnyQuantizerConfig = LLAMAGEN_QUANTIZER
     image_size: tuple[int, int] = (256, 256)
     channels: int = 128
     encoder_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -120,8 +120,8 @@ def check_image_size(rows: int, columns: int, patch_size: int, name: str) -> Non
 class ResidualBlock(nn.Module):
     """GroupNorm, swish, 3x3 convolution, twice, plus the input.
 
-    Where widths differ, a 1x1 convolution brings the input to the new width. In MaskGIT-VQGAN it is applied to
-    the branch's output instead and the input is not added at all; its weights were trained that way.
+    Where widths differ, a 1x1 convolution brings the input to the new width. In MaskGIT-VQGAN it is applied
+    to the branch's output instead and the input is not added at all; its weights were trained that way.
     """
 
     def __init__(self, in_channels: int, out_channels: int, config: VQGANConfig):
@@ -284,7 +284,7 @@ class VQGAN(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quantizer = VectorQuantizer(config.quantizer)
+        self.quantizer = make_quantizer(config.quantizer)
         self.to_code: nn.Module = nn.Identity()
         self.from_code: nn.Module = nn.Identity()
         if config.form == "llamagen":

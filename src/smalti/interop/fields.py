@@ -77,11 +77,12 @@ class Fields:
                 raise InputError(f"{self.where}.{name} is not a field known here; its value is {self.values[name]!r}.")
 
 
-def check_header(config: dict, class_name: str, image_range: tuple[float, float]) -> None:
-    """Raises InputError if a config in the golden form names another class or range of pixel values."""
+def check_header(config: dict, class_name: str, image_range: tuple[float, float] | None) -> None:
+    """Raises InputError if a config in the golden form names another class or range of pixel values, where the
+    kind has one."""
     fields = Fields(config, "config")
     given = fields.take("class", str, class_name)
     if given.rpartition(".")[2] != class_name.rpartition(".")[2]:
         raise InputError(f"config.class is {given!r}; this kind reads {class_name}.")
-    if tuple(fields.take("image_range", list, list(image_range))) != image_range:
+    if image_range and tuple(fields.take("image_range", list, list(image_range))) != image_range:
         raise InputError(f"config.image_range is {config['image_range']}; this kind has {list(image_range)}.")

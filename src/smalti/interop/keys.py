@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from smalti.errors import InputError
+from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig
 
 
 class Foreign(NamedTuple):
-    """A tensor in a foreign state dict. The shape may differ from ours by axes of length 1."""
+    """A tensor in a foreign state dict. The shape may differ from ours by axes of length 1. `copies` are further
+    keys that hold the same values, where a layer is used several times."""
 
     key: str
     shape: tuple[int, ...]
+    copies: tuple[str, ...] = ()
 
 
 KeyMap = dict[str, Foreign]
@@ -56,7 +59,8 @@ class Layout:
     `read_config` and `write_config` translate the original's field names; `key_map` gives the foreign key of each
     tensor of a module; `published` holds the sizes of files that need no config; `droppable` the beginnings of
     keys to pass over, with the reason; `container` the outer key under which the original keeps its state dict;
-    `outputs` recomputes the arrays of a reference folder (see `verifying`).
+    `outputs` recomputes the arrays of a reference folder (see `verifying`). Where weights tell all sizes,
+    `infer_config` finds them, and there is no need of published ones.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Layout:
     published: Mapping[str, Any] = field(default_factory=dict)
     droppable: Mapping[str, str] = field(default_factory=dict)
     container: str | None = None
+    infer_config: Callable[[Mapping[str, Tensor]], Any] | None = None
 
 
 def import_foreign(
@@ -79,17 +84,21 @@ def import_foreign(
     dropped = {key: reason for key in state if (reason := _why_dropped(key, layout.droppable)) is not None}
     if config is not None:
         ours, sizes = layout.read_config(config), "from the config"
+    elif layout.infer_config is not None:
+        ours, sizes = layout.infer_config(state), "from the shapes of the weights"
     else:
         name = _choose_published(layout, state, dropped)
         ours, sizes = layout.published[name], f"of the published {name}"
     module = layout.build(ours)
     key_map = layout.key_map(module)
-    problems = _shape_problems(state, key_map, dropped)
+    problems = _shape_problems(state, key_map, dropped) or _unequal_copies(state, key_map)
     if problems:
         raise InputError(_summary(problems))
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     module.load_state_dict({name: state[foreign.key].reshape(shapes[name]) for name, foreign in key_map.items()})
-    moved = tuple(Moved(foreign.key, name, foreign.shape) for name, foreign in key_map.items())
+    moved = tuple(
+        Moved(key, name, foreign.shape) for name, foreign in key_map.items() for key in (foreign.key, *foreign.copies)
+    )
     return module.eval(), ImportReport(sizes=sizes, moved=moved, dropped=tuple(dropped.items()))
 
 
@@ -97,8 +106,12 @@ def export_foreign(layout: Layout, module: nn.Module) -> dict[str, Tensor]:
     """The tensors of `module` under their foreign keys and in their foreign shapes. Raises ValueError if the
     layout cannot express the module, so that its import would be another one."""
     layout.write_config(module)
-    state, key_map = module.state_dict(), layout.key_map(module)
-    return {foreign.key: state[name].detach().cpu().reshape(foreign.shape).clone() for name, foreign in key_map.items()}
+    state = module.state_dict()
+    return {
+        key: state[name].detach().cpu().reshape(foreign.shape).clone()
+        for name, foreign in layout.key_map(module).items()
+        for key in (foreign.key, *foreign.copies)
+    }
 
 
 def rename_all(module: nn.Module, foreign_key: Callable[[str], str]) -> KeyMap:
@@ -111,13 +124,22 @@ def rename_all(module: nn.Module, foreign_key: Callable[[str], str]) -> KeyMap:
     }
 
 
+def learned_codebook(quantizer: AnyQuantizerConfig, layout_name: str) -> QuantizerConfig:
+    """Raises ValueError if the codes are not those of a learned codebook, which is all that foreign layouts hold."""
+    if not isinstance(quantizer, QuantizerConfig):
+        raise ValueError(
+            f"the {layout_name} layout holds a learned codebook; this tokenizer's codes are {quantizer.kind!r}."
+        )
+    return quantizer
+
+
 def check_expressible(ours: Any, read_back: Any, layout_name: str, *ignored: str) -> None:
     """Raises ValueError if exporting would lose something: `read_back` is the config that an import of the
     export would have. How a codebook learns is not part of any layout."""
     for name in (f.name for f in fields(ours)):
         mine, theirs = getattr(ours, name), getattr(read_back, name)
         if name == "quantizer":
-            for part in ("kind", "codebook_size", "code_dim", "l2_normalised"):
+            for part in ("codebook_size", "code_dim", "l2_normalised"):
                 _require_equal(getattr(mine, part), getattr(theirs, part), f"quantizer.{part}", layout_name)
         elif name not in ignored:
             _require_equal(mine, theirs, name, layout_name)
@@ -154,7 +176,7 @@ def _choose_published(layout: Layout, state: Mapping[str, Tensor], dropped: Mapp
 
 def _shape_problems(state: Mapping[str, Tensor], key_map: KeyMap, dropped: Mapping[str, str]) -> list[str]:
     """One line for every tensor of `state` that is missing, unexpected or of another shape than mapped."""
-    expected = {foreign.key: foreign.shape for foreign in key_map.values()}
+    expected = {key: foreign.shape for foreign in key_map.values() for key in (foreign.key, *foreign.copies)}
     missing = [f"missing: {key} {list(shape)}" for key, shape in expected.items() if key not in state]
     unexpected = [
         f"unexpected: {key} {list(tensor.shape)}"
@@ -167,6 +189,15 @@ def _shape_problems(state: Mapping[str, Tensor], key_map: KeyMap, dropped: Mappi
         if key in state and tuple(state[key].shape) != shape
     ]
     return missing + unexpected + other_shape
+
+
+def _unequal_copies(state: Mapping[str, Tensor], key_map: KeyMap) -> list[str]:
+    return [
+        f"unequal: {copy} should repeat {foreign.key}, which is the same layer"
+        for foreign in key_map.values()
+        for copy in foreign.copies
+        if not torch.equal(state[copy], state[foreign.key])
+    ]
 
 
 def _why_dropped(key: str, droppable: Mapping[str, str]) -> str | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqgan import PRESETS, VQGAN, VQGANConfig
 from smalti.interop.fields import HEADER, Fields, check_header
-from smalti.interop.keys import KeyMap, Layout, check_expressible, rename_all
+from smalti.interop.keys import KeyMap, Layout, check_expressible, learned_codebook, rename_all
 from smalti.interop.verifying import ReferenceArrays, grid_outputs, quantized
 from smalti.interop.vqgan_keys import llamagen_key
 
@@ -23,8 +23,8 @@ def read_config(config: dict) -> VQGANConfig:
     """Our config from LlamaGen's field names: the sections `ModelArgs` and `Encoder_Decoder`, or the fields of
     `ModelArgs` alone."""
     check_header(config, CLASS_NAME, IMAGE_RANGE)
-    if "ModelArgs" in config:
-        args = Fields(config["ModelArgs"], "config.ModelArgs")
+    if "ModelArgs" in config or "Encoder_Decoder" in config:
+        args = Fields(config.get("ModelArgs", {}), "config.ModelArgs")
         sides = Fields(config.get("Encoder_Decoder", {}), "config.Encoder_Decoder")
     else:
         args, sides = Fields(config, "config"), Fields({}, "config.Encoder_Decoder")
@@ -61,14 +61,15 @@ def read_config(config: dict) -> VQGANConfig:
 def write_config(image_tokenizer: VQGAN) -> dict:
     """LlamaGen's field names for the sizes of `image_tokenizer`."""
     ours = image_tokenizer.config
+    codes = learned_codebook(ours.quantizer, "llamagen-vq")
     config = {
         "class": CLASS_NAME,
         "ModelArgs": {
-            "codebook_size": ours.codebook_size,
-            "codebook_embed_dim": ours.quantizer.code_dim,
-            "codebook_l2_norm": ours.quantizer.l2_normalised,
-            "commit_loss_beta": ours.quantizer.commitment_weight,
-            "entropy_loss_ratio": ours.quantizer.entropy_weight,
+            "codebook_size": codes.codebook_size,
+            "codebook_embed_dim": codes.code_dim,
+            "codebook_l2_norm": codes.l2_normalised,
+            "commit_loss_beta": codes.commitment_weight,
+            "entropy_loss_ratio": codes.entropy_weight,
             "encoder_ch_mult": list(ours.encoder_multipliers),
             "decoder_ch_mult": list(ours.decoder_multipliers),
             "z_channels": ours.latent_channels,
@@ -84,7 +85,7 @@ def write_config(image_tokenizer: VQGAN) -> dict:
         },
         "image_range": list(IMAGE_RANGE),
     }
-    check_expressible(ours, read_config(config), "LlamaGen", "image_size")
+    check_expressible(ours, read_config(config), "llamagen-vq", "image_size")
     return config
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqgan import PRESETS, VQGAN, VQGANConfig
 from smalti.interop.fields import HEADER, Fields, check_header
-from smalti.interop.keys import KeyMap, Layout, check_expressible, rename_all
+from smalti.interop.keys import KeyMap, Layout, check_expressible, learned_codebook, rename_all
 from smalti.interop.verifying import ReferenceArrays, grid_outputs, quantized
 from smalti.interop.vqgan_keys import maskgit_key
 
@@ -63,11 +63,12 @@ def read_sections(config: Fields) -> VQGANConfig:
 def write_config(image_tokenizer: VQGAN) -> dict:
     """The original's field names for the sizes of `image_tokenizer`."""
     config = {"class": CLASS_NAME, **write_sections(image_tokenizer.config), "image_range": list(IMAGE_RANGE)}
-    check_expressible(image_tokenizer.config, read_config(config), "MaskGIT-VQGAN")
+    check_expressible(image_tokenizer.config, read_config(config), "maskgit-vq")
     return config
 
 
 def write_sections(ours: VQGANConfig) -> dict:
+    codes = learned_codebook(ours.quantizer, "maskgit-vq")
     return {
         "pixel_decoder": {
             "channel_mult": list(ours.decoder_multipliers),
@@ -80,9 +81,9 @@ def write_sections(ours: VQGANConfig) -> dict:
             "z_channels": ours.latent_channels,
         },
         "pixel_quantize": {
-            "num_embeddings": ours.codebook_size,
-            "embedding_dim": ours.quantizer.code_dim,
-            "commitment_cost": ours.quantizer.commitment_weight,
+            "num_embeddings": codes.codebook_size,
+            "embedding_dim": codes.code_dim,
+            "commitment_cost": codes.commitment_weight,
         },
     }
 

@@ -40,6 +40,9 @@ class Unread(dict):
     def __init__(self, *_args):
         super().__init__()
 
+    def __setstate__(self, _state):
+        """Whatever the object held is not kept."""
+
 
 def read_weights(path: Path) -> ForeignWeights:
     """The state dict in a `.safetensors` file or in anything `torch.save` wrote: bare, or under `model`,

@@ -8,7 +8,7 @@ from torch import Tensor
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqgan import VQGAN, VQGANConfig
 from smalti.interop.fields import HEADER, Fields, check_header
-from smalti.interop.keys import KeyMap, Layout, check_expressible, rename_all
+from smalti.interop.keys import KeyMap, Layout, check_expressible, learned_codebook, rename_all
 from smalti.interop.verifying import ReferenceArrays, grid_outputs, quantized
 from smalti.interop.vqgan_keys import taming_key
 
@@ -73,6 +73,7 @@ def read_config(config: dict) -> VQGANConfig:
 def write_config(image_tokenizer: VQGAN) -> dict:
     """Taming's field names for the sizes of `image_tokenizer`."""
     ours = image_tokenizer.config
+    codes = learned_codebook(ours.quantizer, "taming")
     resolution = ours.image_size[0]
     network = {
         "double_z": False,
@@ -87,7 +88,7 @@ def write_config(image_tokenizer: VQGAN) -> dict:
         "dropout": ours.dropout,
         "resamp_with_conv": ours.resample_with_conv,
     }
-    params = {"embed_dim": ours.quantizer.code_dim, "n_embed": ours.codebook_size, "ddconfig": network}
+    params = {"embed_dim": codes.code_dim, "n_embed": codes.codebook_size, "ddconfig": network}
     config = {"class": CLASS_NAME, "model": {"params": params}, "image_range": list(IMAGE_RANGE)}
     check_expressible(ours, read_config(config), "taming", "image_size")
     return config

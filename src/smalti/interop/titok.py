@@ -10,7 +10,7 @@ from smalti.errors import InputError
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.titok import BASE, LARGE, PRESETS, SMALL, TiTok, TiTokConfig, ViTConfig
 from smalti.interop.fields import HEADER, Fields, check_header
-from smalti.interop.keys import Foreign, KeyMap, Layout, check_expressible, rename_all
+from smalti.interop.keys import Foreign, KeyMap, Layout, check_expressible, learned_codebook, rename_all
 from smalti.interop.maskgit_vq import read_sections, write_sections
 from smalti.interop.verifying import ReferenceArrays
 from smalti.interop.vqgan_keys import maskgit_key
@@ -129,12 +129,13 @@ def _read_side(model: Fields, side: str, sizes: dict[str, ViTConfig]) -> ViTConf
 def write_config(image_tokenizer: TiTok) -> dict:
     """The original's field names for the sizes of `image_tokenizer`."""
     ours = image_tokenizer.config
+    codes = learned_codebook(ours.quantizer, "titok")
     legacy = ours.target == "proxy_codes"
     model = {
-        "codebook_size": ours.codebook_size,
-        "token_size": ours.quantizer.code_dim,
-        "use_l2_norm": ours.quantizer.l2_normalised,
-        "commitment_cost": ours.quantizer.commitment_weight,
+        "codebook_size": codes.codebook_size,
+        "token_size": codes.code_dim,
+        "use_l2_norm": codes.l2_normalised,
+        "commitment_cost": codes.commitment_weight,
         "vit_enc_model_size": "encoder",
         "vit_dec_model_size": "decoder",
         "vit_enc_patch_size": ours.encoder.patch_size,

@@ -48,17 +48,18 @@ class ReferenceArrays(dict[str, Tensor]):
         raise InputError(f"io.npz has no array {name!r}, which the outputs it has are computed from.")
 
 
-def verify(layout: Layout, directory: Path) -> list[ArrayError]:
-    """The largest error of every output array of a reference folder. Raises InputError if a file is missing,
-    the weights do not fit the config, or an array is not known for this kind."""
+def read_reference(layout: Layout, directory: Path) -> tuple[nn.Module, ReferenceArrays]:
+    """The image tokenizer of a reference folder, from its own weights and config, and its arrays. Raises InputError
+    if a file is missing or the weights do not fit the config."""
     weights = read_weights(find_weights(directory))
     module, _ = import_foreign(layout, weights.tensors, read_config(directory / "config.json"))
-    return compare(layout, module, read_arrays(directory / "io.npz"))
+    return module, read_arrays(directory / "io.npz")
 
 
 @torch.inference_mode()
 def compare(layout: Layout, module: nn.Module, arrays: ReferenceArrays) -> list[ArrayError]:
-    """The largest error of every output in `arrays`, as `module` computes them from its inputs."""
+    """The largest error of every output in `arrays`, as `module` computes them from the inputs there. Raises
+    InputError if an array is not known for this kind."""
     outputs = layout.outputs(module, arrays)
     wanted = [name for name in arrays if name not in INPUT_NAMES]
     unknown = [name for name in wanted if name not in outputs]
@@ -122,8 +123,13 @@ def grid_outputs(
         return image_tokenizer.decode_codes(codes) * (1 - low) + low
 
     def on_grid(codes: str, decoded: str) -> Tensor:
-        rows, columns = (side // decoder_patch for side in arrays[decoded].shape[-2:])
-        return arrays[codes].view(-1, rows, columns)
+        B, _, height, width = arrays[decoded].shape
+        rows, columns = height // decoder_patch, width // decoder_patch
+        if arrays[codes].numel() != B * rows * columns:
+            raise InputError(
+                f"{codes} {list(arrays[codes].shape)} does not fill the grid of {rows} x {columns} codes of {decoded}."
+            )
+        return arrays[codes].view(B, rows, columns)
 
     def as_listed(pictures: str, codes: str) -> Tensor:
         ours = codes_of(pictures)

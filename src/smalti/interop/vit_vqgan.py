@@ -9,7 +9,7 @@ from smalti.errors import InputError
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vit_vqgan import PRESETS, ViTConfig, ViTVQGAN, ViTVQGANConfig
 from smalti.interop.fields import HEADER, Fields, check_header
-from smalti.interop.keys import Foreign, KeyMap, Layout, check_expressible, rename_all
+from smalti.interop.keys import Foreign, KeyMap, Layout, check_expressible, learned_codebook, rename_all
 from smalti.interop.verifying import ReferenceArrays, grid_outputs, quantized
 
 CLASS_NAME = "enhancing.modules.stage1.vitvqgan.ViTVQ"
@@ -106,16 +106,17 @@ def _read_quantizer(codes: Fields, defaults: Fields) -> QuantizerConfig:
 def write_config(image_tokenizer: ViTVQGAN) -> dict:
     """The original's field names for the sizes of `image_tokenizer`."""
     ours = image_tokenizer.config
+    codes = learned_codebook(ours.quantizer, "vit-vqgan")
     params = {
         "image_size": list(ours.image_size),
         "patch_size": ours.patch_size,
         "encoder": _write_side(ours.encoder, ours.image_channels),
         "decoder": _write_side(ours.decoder, ours.image_channels),
         "quantizer": {
-            "embed_dim": ours.quantizer.code_dim,
-            "n_embed": ours.codebook_size,
-            "beta": ours.quantizer.commitment_weight,
-            "use_norm": ours.quantizer.l2_normalised,
+            "embed_dim": codes.code_dim,
+            "n_embed": codes.codebook_size,
+            "beta": codes.commitment_weight,
+            "use_norm": codes.l2_normalised,
         },
     }
     config = {"class": CLASS_NAME, "model": {"params": params}, "image_range": list(IMAGE_RANGE)}

@@ -1,0 +1,157 @@
+"""Import, verify and export foreign weights: what the commands of the same names do."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import nn
+
+from smalti.errors import InputError
+from smalti.files import new_file, refuse_existing
+from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
+from smalti.interop import deepul, llamagen_vq, maskgit_vq, taming, titok, verifying, vit_vqgan
+from smalti.interop.keys import ImportReport, Layout, export_foreign, import_foreign
+from smalti.interop.reading import read_config, read_weights
+from smalti.interop.verifying import ArrayError
+
+KINDS: Mapping[str, Layout] = {
+    "llamagen-vq": llamagen_vq.LAYOUT,
+    "taming": taming.LAYOUT,
+    "titok": titok.LAYOUT,
+    "maskgit-vq": maskgit_vq.LAYOUT,
+    "vit-vqgan": vit_vqgan.LAYOUT,
+    "deepul": deepul.LAYOUT,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What an import did. `errors` are those of the reference folder's arrays, where one was given."""
+
+    report: ImportReport
+    notes: tuple[str, ...]
+    errors: tuple[ArrayError, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Whether every array of the reference folder came out within tolerance."""
+        return all(error.holds for error in self.errors)
+
+
+def import_weights(
+    kind: str,
+    file: Path,
+    output_dir: Path,
+    config: Path | None = None,
+    verify_dir: Path | None = None,
+    *,
+    force: bool = False,
+) -> Imported:
+    """Writes the image tokenizer in a foreign weight file as a folder that `load_image_tokenizer` reads.
+
+    With `verify_dir` every output array of that reference folder is recomputed first, and nothing is written
+    unless all of them hold. Raises InputError if a file cannot be read or does not fit.
+    """
+    layout = layout_of(kind)
+    refuse_existing([output_dir], force=force)
+    module, report, notes = _import(layout, file, config)
+    errors: list[ArrayError] = []
+    if verify_dir is not None:
+        errors, note = _verify_imported(layout, module, verify_dir)
+        notes = (*notes, note)
+    imported = Imported(report=report, notes=notes, errors=tuple(errors))
+    if imported.holds:
+        _save(module, output_dir)
+    return imported
+
+
+def verify(kind: str, directory: Path) -> list[ArrayError]:
+    """The largest error of every output array of a reference folder, from the folder's own weights and config."""
+    layout = layout_of(kind)
+    return verifying.compare(layout, *verifying.read_reference(layout, directory))
+
+
+def export_weights(kind: str, bundle_dir: Path, file: Path, *, force: bool = False) -> Path:
+    """Writes an image tokenizer's weights in a foreign layout, as safetensors if `file` is called so and as the
+    original saves them otherwise, and beside it the original's config, whose path is returned."""
+    layout = layout_of(kind)
+    config_file = file.with_suffix(".config.json")
+    refuse_existing([file, config_file], force=force)
+    inner = bundle_dir / "image_tokenizer"
+    module = load_image_tokenizer(inner if inner.is_dir() else bundle_dir)
+    if type(module) is not layout.build:
+        raise InputError(f"{bundle_dir} holds a {type(module).__name__}, which the {kind} layout is not for.")
+    state = export_foreign(layout, module)
+    with new_file(file, force=force) as temporary:
+        if file.suffix == ".safetensors":
+            save_file(state, temporary)
+        else:
+            torch.save({layout.container: state} if layout.container else state, temporary)
+    with new_file(config_file, force=force) as temporary:
+        temporary.write_text(json.dumps(layout.write_config(module), indent=2) + "\n", encoding="utf-8")
+    return config_file
+
+
+def layout_of(kind: str) -> Layout:
+    if kind not in KINDS:
+        raise InputError(f"there is no kind {kind!r}; known are {', '.join(KINDS)}.")
+    return KINDS[kind]
+
+
+def error_table(errors: tuple[ArrayError, ...]) -> Table:
+    """The largest error by array, for the terminal."""
+    table = Table("array", "shape", "largest error", "allowed", "", box=None)
+    for error in errors:
+        unit = f"{error.largest_error:.2e}" if error.tolerance else f"{error.largest_error:g} unequal"
+        allowed = f"{error.tolerance:.0e}" if error.tolerance else "0 unequal"
+        shape = "×".join(map(str, error.shape)) or "scalar"
+        table.add_row(error.name, shape, unit, allowed, "holds" if error.holds else "FAILS")
+    return table
+
+
+def _import(layout: Layout, file: Path, config: Path | None) -> tuple[nn.Module, ImportReport, tuple[str, ...]]:
+    """Sizes come from `config`; without one from the published models, or else from a config beside the file."""
+    weights = read_weights(file)
+    if config is not None:
+        return *import_foreign(layout, weights.tensors, read_config(config)), weights.notes
+    beside = next((c for c in (file.with_suffix(".config.json"), file.parent / "config.json") if c.is_file()), None)
+    try:
+        return *import_foreign(layout, weights.tensors), weights.notes
+    except InputError:
+        if beside is None:
+            raise
+    notes = (*weights.notes, f"not a published size, so {beside} was read")
+    return *import_foreign(layout, weights.tensors, read_config(beside)), notes
+
+
+def _verify_imported(layout: Layout, module: nn.Module, directory: Path) -> tuple[list[ArrayError], str]:
+    """Checks the imported weights themselves where the folder is of their sizes. A folder of another size (small
+    reference models, for a large published file) certifies the same code with its own weights."""
+    reference, arrays = verifying.read_reference(layout, directory)
+    if reference.config == module.config:
+        return verifying.compare(layout, module, arrays), f"the imported weights were run on {directory / 'io.npz'}"
+    return (
+        verifying.compare(layout, reference, arrays),
+        f"{directory} is of other sizes than the imported file, so its own weights were run",
+    )
+
+
+def _save(module: nn.Module, output_dir: Path) -> None:
+    """Puts the folder in place whole."""
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}.", suffix=".part"))
+    try:
+        save_image_tokenizer(module, temporary)
+        temporary.chmod(0o755)
+        if output_dir.exists():
+            shutil.rmtree(output_dir)
+        os.replace(temporary, output_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
