@@ -272,7 +272,7 @@ def test_a_progress_bar_counts_the_bytes_on_disk(tmp_path: Path, capsys: pytest.
     path.write_bytes(gzip.compress(text_of(random_rows(300)).encode()))
     import_lines(path, tmp_path / "a.parquet", show_progress=True)
     size = path.stat().st_size
-    assert f"{size / 1000:.1f}/{size / 1000:.1f} kB" in capsys.readouterr().out.replace("\n", "")
+    assert f"{size / 1000:.1f}/{size / 1000:.1f} kB" in capsys.readouterr().err.replace("\n", "")
 
 
 @pytest.mark.parametrize(

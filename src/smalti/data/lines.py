@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int64, Integer, Shaped, UInt8, UInt64
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from smalti.data.loader import prefetch
@@ -422,7 +423,7 @@ def _progress(paths: list[Path], show: bool) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=not show) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
         task = progress.add_task("reading lines", total=sum(path.stat().st_size for path in paths))
         yield lambda num_bytes: progress.advance(task, num_bytes)
 
