@@ -46,11 +46,12 @@ def picture(tmp_path, smalti) -> Path:
 
 
 def complaint(result: tuple[int, str, str]) -> str:
-    """The one line of an error; fails unless it is one line, on stderr, with exit code 2."""
+    """The one line of an error; fails unless it is the last on stderr, after a progress bar at most, with exit code 2."""
     code, out, err = result
-    assert (code, err.count("\n")) == (2, 1), (code, out, err)
-    assert err.startswith("error: ")
-    return err.removeprefix("error: ").strip()
+    assert (code, out) == (2, ""), (code, out, err)
+    *before, line = err.splitlines()
+    assert line.startswith("error: ") and "Traceback" not in err and len(before) < 2, err
+    return line.removeprefix("error: ")
 
 
 def test_generate_writes_the_pictures_the_library_draws(smalti, tmp_path):

@@ -31,6 +31,7 @@ from smalti.evaluate.report import (
     Row,
     describe_sampling,
     evaluate_digits,
+    find_report,
     pairs_agree,
     read_held_out,
 )
@@ -168,6 +169,10 @@ def test_report_files_hold_every_row_and_are_not_overwritten(report: Report, tmp
     markdown = (tmp_path / "report.md").read_text()
     assert markdown.count("\n|") == 2 + len(report.rows)
     assert "    smalti evaluate …\n" in markdown
+    assert find_report(tmp_path, report.weights_sha256, report.config) == report
+    assert find_report(tmp_path, "other weights", report.config) is None
+    assert find_report(tmp_path, report.weights_sha256, ReportConfig()) is None
+    assert find_report(tmp_path / "none", report.weights_sha256, report.config) is None
     with pytest.raises(InputError, match=r"report\.json exists already"):
         report.write(tmp_path)
     report.write(tmp_path, force=True)

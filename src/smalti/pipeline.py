@@ -135,7 +135,7 @@ class Pipeline:
                 pictures=PictureConfig(**config["pictures"]),
                 sampling=Sampling(**{part: _sample_config(given) for part, given in config["sampling"].items()}),
                 figures=config["figures"],
-                name=directory.name,
+                name=config["name"],
             )
         except InputError:
             raise
@@ -159,6 +159,7 @@ class Pipeline:
             save_image_tokenizer(self.image_tokenizer, folder / bundle.IMAGE_TOKENIZER, dtype=image_dtype)
             (folder / bundle.CARD).write_text(self.card(), encoding="utf-8")
             return {
+                "name": self.name,
                 "smalti_version": version("smalti"),
                 "layout": self.layout.to_dict(),
                 "model": self.model.config.to_dict(),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
@@ -38,7 +39,7 @@ def tokenize_pairs(
     picture has another size than the first or a caption has words outside the vocabulary.
     """
     table = PairTable(pairs)
-    with Progress(disable=not show_progress) as progress:
+    with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
         task = progress.add_task(f"tokenize {Path(pairs).name}", total=len(table))
 
         def batches() -> Iterator[pa.RecordBatch]:

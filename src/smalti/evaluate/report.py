@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
@@ -84,6 +85,7 @@ class Report:
     bundle: str
     weights_sha256: str
     data: str
+    config: ReportConfig
     command: str
     """What to run to get the same figures."""
     elapsed_s: float
@@ -131,6 +133,18 @@ class HeldOut(NamedTuple):
     source: str
 
 
+def find_report(directory: Path, weights_sha256: str, config: ReportConfig) -> Report | None:
+    """The report in a folder, if there is one of these weights, measured as `config` says."""
+    try:
+        content = json.loads((directory / REPORT_FILES[0]).read_text(encoding="utf-8"))
+        rows = [Row(**row) for row in content.pop("rows")]
+        given = content.pop("config")
+        report = Report(rows=rows, config=ReportConfig(**{**given, "best_of": tuple(given["best_of"])}), **content)
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that another version wrote
+        return None
+    return report if report.weights_sha256 == weights_sha256 and report.config == config else None
+
+
 def read_held_out(path: Path | str) -> HeldOut:
     """The pairs of a parquet table of digits, or of the `test.parquet` in a folder. Raises InputError naming the row
     where a picture is not one of 28×28 with values 0, 85, 170 and 255."""
@@ -162,7 +176,7 @@ def evaluate_digits(
     judge = classifier or load_digit_classifier()
     codes = _encode(pipe, pairs.pictures)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, disable=not show_progress) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
         rows = []
         for part, measure in (
             ("likelihood", lambda _: _likelihood_rows(pipe, codes, pairs.captions)),
@@ -183,6 +197,7 @@ def evaluate_digits(
         bundle=pipe.name,
         weights_sha256=pipe.weights_sha256,
         data=f"{len(pairs.captions):,} pairs of {pairs.source}",
+        config=config,
         command=command,
         elapsed_s=round(time.perf_counter() - started_at, 1),
     )
