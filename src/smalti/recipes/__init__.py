@@ -1,0 +1,282 @@
+"""Recipes: one YAML file says all that a system is trained with, from data to output folder.
+
+A recipe is checked before anything runs. Its sections are the config dataclasses themselves, so their fields, ranges
+and defaults are written down once, where they are used; this file only says which sections there are.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from smalti.data.digits import ColouringConfig
+from smalti.errors import InputError
+from smalti.evaluate.report import ReportConfig
+from smalti.image_tokenizers.vqvae import VQVAEConfig
+from smalti.layout import Layout, Order, parse_order
+from smalti.pipeline import Sampling
+from smalti.train_model import TrainConfig
+from smalti.transformer import TransformerConfig
+from smalti.vocabulary import SPECIAL, Vocabulary
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DigitsData(Section):
+    """Coloured, captioned digits, made from uncoloured ones, or read from the original pickle."""
+
+    source: Literal["scikit-learn", "mnist", "pickle"]
+    path: Path | None = None
+    """MNIST's folder with the four idx files, or the pickle file; scikit-learn's digits need none."""
+    colouring: ColouringConfig = ColouringConfig()
+
+    @model_validator(mode="after")
+    def _has_path(self) -> "DigitsData":
+        if (self.path is None) == (self.source != "scikit-learn"):
+            rule = "has no path" if self.source == "scikit-learn" else "needs a path"
+            raise ValueError(f'path is {self.path}, and source "{self.source}" {rule}.')
+        return self
+
+
+class ImageTokenizer(Section):
+    family: Literal["vqvae"]
+    model: VQVAEConfig = VQVAEConfig()
+
+
+class Orders(Section):
+    """The specials, and the orders in which spans stand, in the notation of `smalti.layout`."""
+
+    specials: tuple[str, ...]
+    orders: dict[str, str | tuple[str, float]]
+    """The line of each order, or the line and its weight."""
+
+    def make(self, *, codebook_size: int, text_vocab_size: int) -> Layout:
+        sizes = {SPECIAL: self.specials, "image": codebook_size, "text": text_vocab_size}
+        return Layout.parse(Vocabulary(sizes), self.orders)
+
+
+class Recipe(Section):
+    """A checked recipe. `load_recipe` reads one."""
+
+    system: Literal["digits"]
+    description: str
+    expects: str
+    """What a run gives and takes: figures with the data and machine they were measured on."""
+    data: DigitsData
+    image_tokenizer: ImageTokenizer
+    layout: Orders
+    model: TransformerConfig
+    """Without `max_length`, which is that of the layout's longest sequence."""
+    train: TrainConfig
+    sample: Sampling = Sampling()
+    evaluate: ReportConfig = ReportConfig()
+    output: Path
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        tokenizer = self.image_tokenizer.model
+        layout = self.layout.make(codebook_size=tokenizer.codebook_size, text_vocab_size=1)
+        rows, columns = tokenizer.grid
+        for order in layout.orders.values():
+            for span in order.spans:
+                if span.segment == "image" and span.length != rows * columns:
+                    raise ValueError(
+                        f'layout order "{order.name}" has {span}, but the image tokenizer gives {rows} × {columns} '
+                        f"codes; write image{{{rows * columns}}} or change image_tokenizer.model."
+                    )
+        return self
+
+
+# Reading -------------------------------------------------------------------------------------------------------
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(Path(str(resources.files(__name__))).glob("*.yaml"))}
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe by its name, or the one in a YAML file, with settings changed by `overrides`.
+
+    An override is "key=value": the key dotted, as in `train.learning_rate`, or its last word alone where only one
+    setting ends in it; the value as in YAML. Raises InputError, in one line, for a recipe, key or value that is not
+    as expected.
+    """
+    known = shipped_recipes()
+    path = known.get(str(name), Path(name))
+    if not path.is_file():
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise InputError(
+            f"there is no recipe {str(name)!r}; there are {', '.join(known)}, or give the path of a .yaml file.{hint}"
+        )
+    content = _read_yaml(path)
+    for override in overrides:
+        _apply(content, override)
+    return _checked(content, str(name))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML, but 1e-3 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.MarkedYAMLError(problem=f"{twice[0]!r} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{path}{line}: not a recipe in YAML: {error.problem}.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read the recipe {path}: {str(error).splitlines()[0]}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a recipe: expected sections such as data: and train:, in YAML.")
+    return content
+
+
+def _checked(content: dict[str, Any], name: str) -> Recipe:
+    content = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
+    _set_max_length(content, name)
+    try:
+        # As JSON, whose strict rules take a list for a tuple and text for a path, but never text for a number.
+        return Recipe.model_validate_json(json.dumps(content, default=str), strict=True)
+    except ValidationError as error:
+        found = error.errors()[0]
+        key = _place(content, found["loc"])
+        raise InputError(f"recipe {name}: {_explain(key, found['type'], found['msg'], found['input'])}") from error
+
+
+def _set_max_length(content: dict[str, Any], name: str) -> None:
+    """Gives the model section the length of the layout's longest sequence."""
+    model, layout = content.get("model"), content.get("layout")
+    if not isinstance(model, dict) or not isinstance(layout, dict) or not isinstance(layout.get("orders"), dict):
+        return  # the check that follows says so
+    if "max_length" in model:
+        raise InputError(f"recipe {name}: model.max_length follows from the layout; leave it out.")
+    try:
+        lines = [line if isinstance(line, str) else str(line[0]) for line in layout["orders"].values()]
+        model["max_length"] = max(Order(name="", parts=parse_order(line)).max_length for line in lines)
+    except (ValueError, TypeError, LookupError) as error:
+        raise InputError(f"recipe {name}: layout.orders: {error}") from error
+
+
+def _place(content: Any, location: Sequence[int | str]) -> str:
+    """A validation error's location as a dotted key, without the tag by which a kind of section was chosen, which is
+    not a place in the file."""
+    places = []
+    for place in location:
+        inside = place in content if isinstance(content, dict) else isinstance(place, int)
+        if inside or place == location[-1]:
+            places.append(str(place))
+        if inside:
+            content = content[place] if isinstance(content, dict) else None  # lists hold no sections
+    return ".".join(places)
+
+
+_WORDS = {
+    "a valid integer": "a whole number",
+    "an object": "a section",
+    "a valid array": "a list",
+    "a valid ": "a ",
+    "Input tag": "the kind",
+}
+"""JSON's words in error messages, and what a writer of YAML calls them."""
+
+
+def _explain(key: str, kind: str, message: str, given: object) -> str:
+    message = message.removeprefix("Value error, ").replace("Input should be", "expected")
+    if kind == "value_error":
+        return f"{key}: {message}" if key else message
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"there is no setting {key}; {_suggest(key)}"
+    if kind in ("missing", "missing_argument"):
+        return f"{key} is missing; add it."
+    for json_word, word in _WORDS.items():
+        message = message.replace(json_word, word)
+    return f"{key} is {given!r}; {message}."
+
+
+# Overrides -----------------------------------------------------------------------------------------------------
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"{override!r} is no setting; write key=value, for example train.learning_rate=1e-3.")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{override!r}: the value cannot be read as YAML; put it in quotes.") from error
+    *sections, last = _full_key(key).split(".")
+    for section in sections:
+        if content.get(section) is None:
+            content[section] = {}
+        content = content[section]
+        if not isinstance(content, dict):
+            raise InputError(f"{override!r}: the recipe's {section} is not a section but {content!r}.")
+    content[last] = value
+
+
+def _full_key(key: str) -> str:
+    known = list(_keys(Recipe))
+    patterns = [re.escape(name).replace(r"\*", r"[^.]+") for name in known]
+    if any(re.fullmatch(pattern, key) for pattern in patterns) or any(name.startswith(f"{key}.") for name in known):
+        return key
+    found = [name for name in known if name.rpartition(".")[2] == key]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"several settings are named {key}; write {' or '.join(found)}.")
+    raise InputError(f"there is no setting {key}; {_suggest(key)}")
+
+
+def _suggest(key: str) -> str:
+    known = [name for name in _keys(Recipe) if "*" not in name]
+    by_last_word = {name.rpartition(".")[2]: name for name in [*known, *Recipe.model_fields]}
+    near = [by_last_word[word] for word in difflib.get_close_matches(key.rpartition(".")[2], by_last_word, n=1)]
+    near += difflib.get_close_matches(key, known, n=1)
+    if near:
+        return f"did you mean {' or '.join(dict.fromkeys(near))}?"
+    section = key.partition(".")[0]
+    inside = [name for name in known if name.startswith(f"{section}.")]
+    return f"there are {', '.join(inside or Recipe.model_fields)}."
+
+
+def _keys(annotation: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all settings below a section; `*` stands for a name of one's own."""
+    for name, inner in _fields(annotation).items():
+        below = [kind for kind in (inner, *get_args(inner)) if _fields(kind)]
+        if name == "max_length" and annotation is TransformerConfig:
+            continue
+        if not below:
+            yield f"{prefix}{name}"
+            if getattr(inner, "__origin__", None) is dict:
+                yield f"{prefix}{name}.*"
+        yield from dict.fromkeys(key for kind in below for key in _keys(kind, f"{prefix}{name}."))
+
+
+def _fields(annotation: Any) -> Mapping[str, Any]:
+    """Names and kinds of the settings of a section; none for anything else."""
+    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
+        return {name: kind for name, kind in get_type_hints(annotation).items() if name != "model_config"}
+    return {}
