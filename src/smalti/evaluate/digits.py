@@ -72,7 +72,7 @@ class DigitClassifier(nn.Module):
 
 def _block(num_in: int, num_out: int, *, kernel_size: int) -> tuple[nn.Module, ...]:
     convolution = nn.Conv2d(num_in, num_out, kernel_size, padding=kernel_size // 2, bias=False)
-    # Pooled first: the normalisation then has a quarter of the values to work on, for the same accuracy.
+    # Pooled before it is normalised: that leaves the normalisation a quarter of the values to work on.
     return convolution, nn.MaxPool2d(2), nn.BatchNorm2d(num_out), nn.ReLU()
 
 
