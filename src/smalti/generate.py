@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from smalti.fast_decode import PackedDecoder, make_stepper
 from smalti.layout import NO_SLOT, Layout, Marker, Order, Slot, Span
 from smalti.models import DecoderOnly
 from smalti.sampling import SampleConfig, guide, log_prob_of, sample
@@ -158,7 +159,7 @@ def _beam(model: DecoderOnly, layout: Layout, batch: list["_Sequence"], width: i
         added, new = torch.zeros(B * width), torch.full((B * width,), forced)
         if forced < 0:
             slot = layout.slots[slot_id]
-            step_log_probs = model.logits(decoder.hidden, slot).float().log_softmax(-1).cpu()  # (B * width, n)
+            step_log_probs = decoder.model.logits(decoder.hidden, slot).float().log_softmax(-1).cpu()  # (B * width, n)
             total = scores[:, :, None] + step_log_probs.view(B, width, -1).double()
             scores, best = total.flatten(1).topk(width, dim=-1)
             parents = (best // slot.size + torch.arange(B)[:, None] * width).flatten()
@@ -363,7 +364,7 @@ def _run_batch(model: DecoderOnly, layout: Layout, batch: list[_Sequence], confi
             running = running & (stage.slot_ids[:, step] != NO_SLOT)
             if not running.any():
                 break
-        token_ids, log_probs, draw_log_probs = stage.pick(model, decoder, step)
+        token_ids, log_probs, draw_log_probs = stage.pick(decoder, step)
         steps.append(_Drawn(running, stage.positions(step), token_ids, log_probs, draw_log_probs))
         yield steps[-1]
         if stage.ends_early:
@@ -422,7 +423,7 @@ class _Stage:
         return [length + step for length in self.lengths]
 
     def pick(
-        self, model: DecoderOnly, decoder: "_Decoder", step: int
+        self, decoder: "_Decoder", step: int
     ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " B"]]:
         """The token of each row at a step, with its ln p under the model and under what it was drawn from."""
         forced = self.forced[:, step]
@@ -431,23 +432,23 @@ class _Stage:
             return forced, zeros, zeros
         same = self._same_slot[step]
         if same is not None:
-            return self._draw(model, decoder, step, self.layout.slots[same], slice(None))
+            return self._draw(decoder, step, self.layout.slots[same], slice(None))
         token_ids, log_probs, draw_log_probs = forced.clamp(min=0), *torch.zeros(2, len(forced), device=forced.device)
         slot_ids = torch.where(forced < 0, self.slot_ids[:, step], NO_SLOT)
         for slot_id in set(slot_ids.tolist()) - {NO_SLOT}:
             rows = (slot_ids == slot_id).nonzero()[:, 0]
-            drawn = self._draw(model, decoder, step, self.layout.slots[slot_id], rows)
+            drawn = self._draw(decoder, step, self.layout.slots[slot_id], rows)
             for held, new in zip((token_ids, log_probs, draw_log_probs), drawn, strict=True):
                 held[rows] = new
         return token_ids, log_probs, draw_log_probs
 
     def _draw(
-        self, model: DecoderOnly, decoder: "_Decoder", step: int, slot: Slot, rows: slice | Int[Tensor, " R"]
+        self, decoder: "_Decoder", step: int, slot: Slot, rows: slice | Int[Tensor, " R"]
     ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
-        cond = model.logits(decoder.hidden[rows], slot).float()
+        cond = decoder.model.logits(decoder.hidden[rows], slot).float()
         logits = cond
         if self._guided[step]:
-            null = model.logits(decoder.null_hidden[rows], slot).float()
+            null = decoder.model.logits(decoder.null_hidden[rows], slot).float()
             logits = guide(cond, null, self.scales[rows, step, None])
         local, draw_log_probs = sample(logits, self.uniforms[rows, step], self.config)
         log_probs = draw_log_probs if self.config.is_plain else log_prob_of(cond, local)
@@ -465,7 +466,8 @@ class _Decoder:
     """
 
     def __init__(self, model: DecoderOnly, prefixes: list[list[int]], nulls: list[list[int]], num_steps: int):
-        self.model, self.num_rows = model, len(prefixes)
+        self.model: DecoderOnly | PackedDecoder = make_stepper(model, num_steps)
+        self.num_rows = len(prefixes)
         every = prefixes + nulls
         width = max(map(len, every))
         padded = torch.tensor([[0] * (width - len(row)) + row for row in every], device=model.device)

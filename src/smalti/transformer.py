@@ -344,11 +344,7 @@ class Transformer(nn.Module):
         """
         config, T = self.config, x.shape[1]
         past = 0 if kv_cache is None else kv_cache.length
-        limit = config.max_length
-        if kv_cache is not None:  # padding on the left may take slots beyond max_length, a sequence itself may not
-            limit = kv_cache.max_length if kv_cache.starts is not None else min(limit, kv_cache.max_length)
-        if past + T > limit:
-            raise ValueError(f"{past + T} tokens exceed the limit of {limit} (max_length).")
+        self.check_length(past + T, kv_cache)
         positions = self._positions(past, T, kv_cache, x.device)
         rotation = None
         if config.positions == "learned":
@@ -365,6 +361,14 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, mask, context_and_mask, kv_cache, layer)
         return self.norm(x)
+
+    def check_length(self, num_tokens: int, kv_cache: KVCache | None) -> None:
+        """Raises ValueError if there is no room for this many tokens, those in the cache included."""
+        limit = self.config.max_length
+        if kv_cache is not None:  # padding on the left may take slots beyond max_length, a sequence itself may not
+            limit = kv_cache.max_length if kv_cache.starts is not None else min(limit, kv_cache.max_length)
+        if num_tokens > limit:
+            raise ValueError(f"{num_tokens} tokens exceed the limit of {limit} (max_length).")
 
     def _positions(
         self, past: int, num_tokens: int, kv_cache: KVCache | None, device: torch.device

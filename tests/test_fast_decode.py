@@ -1,0 +1,183 @@
+"""The packed decoder against the plain path: the same hidden states at every position, the same tokens."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import smalti.fast_decode
+from smalti.fast_decode import FEWEST_STEPS, PackedDecoder, make_stepper
+from smalti.generate import Request, beam_search, generate
+from smalti.layout import Layout, Slot
+from smalti.models import DecoderOnly, DecoderOnlyConfig, new_model
+from smalti.sampling import SampleConfig
+from smalti.transformer import TransformerConfig
+from smalti.vocabulary import Vocabulary
+
+B, V, MAX_LENGTH = 5, 29, 13
+LAYOUT = Layout.parse(
+    Vocabulary({"special": ["<bos>", "<end of image>", "<end of text>"], "image": 13, "text": 7}),
+    {
+        "text to image": "<bos> <end of image> text{3} <end of text> image{11}",
+        "image to text": "<bos> <end of text> image{11} <end of image> text{3}",
+    },
+)
+KINDS = {
+    "gpt-2": {},
+    "gelu_tanh, sinusoidal": dict(feed_forward="gelu_tanh", positions="sinusoidal"),
+    "relu, no positions": dict(feed_forward="relu", positions="none"),
+    "tanh, one key-value head": dict(feed_forward="tanh", num_kv_heads=1),
+    "llama, grouped heads": dict(
+        num_kv_heads=2, norm="rms", feed_forward="swiglu", bias=False, positions="rotary", rotary_base=100.0
+    ),
+    "llamagen": dict(norm="rms", feed_forward="swiglu", positions="rotary_2d", grid=(3, 4), prefix_length=1),
+    "qk_norm, rms, grouped": dict(qk_norm=True, norm="rms", positions="rotary", num_kv_heads=3),
+    "qk_norm, layer": dict(qk_norm=True),
+}
+
+
+def decoder_only(dtype: torch.dtype = torch.float64, **options) -> DecoderOnly:
+    torch.manual_seed(0)
+    sizes = dict(num_layers=3, d_model=24, num_heads=6, d_ff=17, max_length=MAX_LENGTH)
+    model = DecoderOnly(DecoderOnlyConfig(vocab_size=V, transformer=TransformerConfig(**(sizes | options))))
+    return _with_large_weights(model).to(dtype)
+
+
+def _with_large_weights(model: DecoderOnly) -> DecoderOnly:
+    for parameter in model.parameters():  # biases too: a tiny model at its usual start hides mistakes
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def tokens(length: int) -> torch.Tensor:
+    return torch.randint(0, V, (B, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_position_equals_the_full_forward_pass(kind):
+    # float32 where rotary positions are: they are computed in it
+    dtype, atol = (torch.float32, 3e-5) if "rotary" in KINDS[kind].get("positions", "") else (torch.float64, 1e-12)
+    model, token_ids = decoder_only(dtype, **KINDS[kind]), tokens(MAX_LENGTH)
+    packed, cache = PackedDecoder(model), model.new_cache(B)
+    with torch.no_grad():
+        expected = model.hidden(token_ids)
+    for position in range(MAX_LENGTH):
+        hidden = packed.decode_step(token_ids[:, position], cache)
+        assert cache.length == position + 1
+        assert torch.allclose(hidden, expected[:, position], atol=atol, rtol=atol)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_padded_on_the_left_equal_the_plain_path_behind_a_prefill(kind):
+    model, token_ids = decoder_only(torch.float32, **KINDS[kind]), tokens(MAX_LENGTH)
+    starts = torch.tensor([2, 0, 3, 1, 0])
+    packed, caches = PackedDecoder(model), [model.new_cache(B, starts=starts) for _ in range(2)]
+    with torch.no_grad():
+        assert torch.equal(packed.prefill(token_ids[:, :2], caches[0]), model.prefill(token_ids[:, :2], caches[1]))
+        for position in range(2, MAX_LENGTH):  # the row that starts in slot 3 still has padding to come
+            hidden = packed.decode_step(token_ids[:, position], caches[0])
+            expected = model.decode_step(token_ids[:, position], caches[1])
+            real = position >= starts
+            assert torch.allclose(hidden[real], expected[real], atol=3e-5, rtol=3e-5)
+
+
+def test_a_cache_may_change_hands_and_its_rows_their_places():
+    model, token_ids = decoder_only(), tokens(9)
+    starts, parents = torch.tensor([2, 0, 1, 0, 1]), torch.tensor([3, 3, 0, 1, 2])
+    found = []
+    for stepper in (PackedDecoder(model), model):
+        cache, other = model.new_cache(B, starts=starts), model.new_cache(2)
+        with torch.no_grad():
+            stepper.prefill(token_ids[:, :3], cache)
+            stepper.decode_step(token_ids[:, 3], cache)
+            cache.select(parents)  # beams: keys, values and starts move
+            found.append(stepper.decode_step(token_ids[:, 4], cache))
+            found.append(stepper.decode_step(token_ids[:2, 4], other))
+            part = cache.rows(1, 4)  # guidance: the conditional rows go on alone
+            found.append(stepper.decode_step(token_ids[1:4, 5], part))
+            found.append(stepper.decode_step(token_ids[1:4, 6], part))
+    for ours, plain in zip(found[:4], found[4:], strict=True):
+        assert torch.allclose(ours, plain, atol=1e-12)
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+@pytest.mark.parametrize("slot", [None, Slot(((3, 17),)), Slot(((2, 3), (11, 29)))], ids=str)
+def test_logits_of_a_slot_equal_the_plain_ones(slot, tie_embeddings):
+    model = decoder_only()
+    model = _with_large_weights(DecoderOnly(replace(model.config, tie_embeddings=tie_embeddings)).double())
+    packed, hidden = PackedDecoder(model), torch.randn(7, 24, dtype=torch.float64)
+    for _ in range(2):
+        assert torch.allclose(packed.logits(hidden, slot), model.logits(hidden, slot), atol=1e-12)
+
+
+def test_weights_of_a_large_model_are_used_where_they_lie(monkeypatch):
+    model, token_ids = decoder_only(), tokens(MAX_LENGTH)
+    monkeypatch.setattr(smalti.fast_decode, "MOST_COPIED_BYTES", 100)
+    packed, cache = PackedDecoder(model), model.new_cache(B)
+    assert packed.layers[0].up.data_ptr() == model.transformer.blocks[0].feed_forward.up.weight.data_ptr()
+    for position in range(MAX_LENGTH):
+        hidden = packed.decode_step(token_ids[:, position], cache)
+    assert torch.allclose(hidden, model.hidden(token_ids)[:, -1], atol=1e-12)
+
+
+def test_a_full_cache_is_an_error():
+    model = decoder_only()
+    cache = model.new_cache(B, 1)
+    packed = PackedDecoder(model)
+    packed.decode_step(tokens(1)[:, 0], cache)
+    with pytest.raises(ValueError, match=r"2 tokens exceed the limit of 1 \(max_length\)"):
+        packed.decode_step(tokens(1)[:, 0], cache)
+
+
+def test_short_jobs_training_and_low_precision_stay_on_the_plain_path():
+    model = decoder_only(torch.float32)
+    assert isinstance(make_stepper(model, FEWEST_STEPS), PackedDecoder)
+    assert make_stepper(model, FEWEST_STEPS - 1) is model
+    assert make_stepper(model.train(), FEWEST_STEPS) is model
+    with torch.autocast("cpu", torch.bfloat16):
+        assert make_stepper(model.eval(), FEWEST_STEPS) is model
+    assert make_stepper(model.bfloat16(), FEWEST_STEPS) is model
+
+
+def layout_model(**options) -> DecoderOnly:
+    torch.manual_seed(0)
+    sizes = dict(num_layers=2, d_model=24, num_heads=4, d_ff=20, max_length=LAYOUT.max_length)
+    return _with_large_weights(new_model(LAYOUT, TransformerConfig(**(sizes | options))))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SampleConfig(temperature=0),
+        SampleConfig(),
+        SampleConfig(temperature=0.7, top_k=5, guidance_scale=2.5),
+        SampleConfig(guidance_scale=2.0, guidance_interval=(2, 7)),
+    ],
+    ids=["greedy", "sampled", "guided", "guided for a while"],
+)
+@pytest.mark.parametrize("kind", ["gpt-2", "llama, grouped heads"])
+def test_generated_tokens_are_those_of_the_plain_path(kind, config, monkeypatch):
+    model = layout_model(**(KINDS[kind] | ({"num_kv_heads": 2} if "num_kv_heads" in KINDS[kind] else {})))
+    null = Request(order="image to text")
+    requests = [Request(order="image to text", seed=seed, null=null) for seed in range(17)]
+    captioned = [
+        Request(order="text to image", given={"text": torch.tensor([seed % 7, 3, 5])}, seed=seed, null=null)
+        for seed in range(17)
+    ]
+    for batch in (requests, captioned):
+        ours = generate(model, LAYOUT, batch, config)
+        with monkeypatch.context() as patch:
+            patch.setattr(smalti.fast_decode, "FEWEST_STEPS", 1000)
+            plain = generate(model, LAYOUT, batch, config)
+        for one, other in zip(ours, plain, strict=True):
+            assert torch.equal(one.token_ids, other.token_ids)
+            assert torch.allclose(one.log_probs, other.log_probs, atol=1e-5)
+
+
+def test_beams_are_those_of_the_plain_path(monkeypatch):
+    model, requests = layout_model(), [Request(order="text to image", seed=0), Request(order="image to text", seed=0)]
+    ours = beam_search(model, LAYOUT, requests, 3)
+    monkeypatch.setattr(smalti.fast_decode, "FEWEST_STEPS", 1000)
+    plain = beam_search(model, LAYOUT, requests, 3)
+    found = [[beam.token_ids.tolist() for beam in beams] for beams in ours]
+    assert found == [[beam.token_ids.tolist() for beam in beams] for beams in plain]
