@@ -11,13 +11,15 @@ All three have `encode`, `lookup` and `forward`. Straight-through outputs are `c
 whose forward value is the code to the last bit; the usual `x + (code - x).detach()` is off by a rounding.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -380,3 +382,247 @@ def _check_at_least(config, least: float, *names: str) -> None:
     for name in names:
         if getattr(config, name) < least:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {least}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSQConfig:
+    """A fixed codebook: the grid of `levels[j]` values in each of len(levels) numbers.
+
+    Levels of at least 5 work best (arXiv:2309.15505, section 3.2); (8, 5, 5, 5) stands in for a codebook of
+    1,024.
+    """
+
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    kind: Literal["fsq"] = "fsq"
+
+    def __post_init__(self):
+        if not self.levels or min(self.levels) < 2:
+            raise ValueError(f"levels is {self.levels}; give at least one number, each at least 2.")
+
+    @property
+    def codebook_size(self) -> int:
+        return math.prod(self.levels)
+
+    @property
+    def code_dim(self) -> int:
+        return len(self.levels)
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """Bounds each of E numbers to its L levels and rounds it; no codebook and no losses (all are zero).
+
+    The value of level r = 0..L-1 is (r - floor(L / 2)) / floor(L / 2), in [-1, 1]; even levels reach -1 and
+    stop short of 1. The code counts the first number fastest: sum over j of r_j times the product of the
+    levels before j.
+    """
+
+    levels: Tensor
+    strides: Tensor
+
+    def __init__(self, config: FSQConfig):
+        super().__init__()
+        self.config = config
+        levels = torch.tensor(config.levels)
+        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("strides", levels.cumprod(0) // levels, persistent=False)
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    def encode(self, latents: Float[Tensor, "... E"]) -> Int[Tensor, "..."]:
+        """The code in [0, K) of each latent."""
+        return self._codes(self._bounded(latents).round())
+
+    def lookup(self, codes: Int[Tensor, "..."]) -> Float[Tensor, "... E"]:
+        """The grid points of the given codes. Raises ValueError if one lies outside [0, K)."""
+        check_codes(codes, self.config.codebook_size)
+        half = self.levels // 2
+        return ((codes[..., None] // self.strides) % self.levels - half) / half
+
+    def forward(self, latents: Float[Tensor, "... E"]) -> Quantized:
+        """The grid points, with the gradient of the bounding (not of the rounding) towards `latents`."""
+        bounded = self._bounded(latents)
+        rounded = bounded.round()
+        zero = bounded.new_zeros(())
+        return Quantized(
+            latents=straight_through(bounded, rounded) / (self.levels // 2),
+            codes=self._codes(rounded),
+            codebook_loss=zero,
+            commitment_loss=zero,
+            entropy_loss=zero,
+        )
+
+    def _bounded(self, latents: Tensor) -> Tensor:
+        """Latents squashed so that rounding gives the integers -floor(L/2) .. L-1-floor(L/2)."""
+        # The factor 1.001 keeps the outermost levels reachable; the shift centres 0 between levels when L is
+        # even.
+        half_range = (self.levels - 1) * 1.001 / 2
+        offset = 0.5 * (self.levels % 2 == 0)
+        shift = torch.atanh(offset / half_range)
+        return torch.tanh(latents.float() + shift) * half_range - offset
+
+    def _codes(self, rounded: Tensor) -> Tensor:
+        return ((rounded.long() + self.levels // 2) * self.strides).sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LFQConfig:
+    """A fixed codebook of the 2^`num_bits` corners of a cube.
+
+    `entropy_weight` times (mean entropy per vector - `diversity` x entropy of the mean) is added to the loss,
+    of soft assignments at the given inverse temperature.
+    """
+
+    num_bits: int = 10
+    commitment_weight: float = 0.25
+    entropy_weight: float = 0.1
+    diversity: float = 1.0
+    inverse_temperature: float = 100.0
+    kind: Literal["lfq"] = "lfq"
+
+    def __post_init__(self):
+        _check_at_least(self, 1, "num_bits")
+        _check_at_least(self, 0, "commitment_weight", "entropy_weight", "diversity", "inverse_temperature")
+
+    @property
+    def codebook_size(self) -> int:
+        return 2**self.num_bits
+
+    @property
+    def code_dim(self) -> int:
+        return self.num_bits
+
+
+class LookupFreeQuantizer(nn.Module):
+    """Each of E = log2 K numbers becomes its sign, -1 or 1; the code is the sum of 2^j over the positive
+    numbers j."""
+
+    bit_values: Tensor
+
+    def __init__(self, config: LFQConfig):
+        super().__init__()
+        self.config = config
+        self.register_buffer("bit_values", 2 ** torch.arange(config.num_bits), persistent=False)
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    def encode(self, latents: Float[Tensor, "... E"]) -> Int[Tensor, "..."]:
+        """The code in [0, K) of each latent; zero counts as negative."""
+        return ((latents > 0) * self.bit_values).sum(-1)
+
+    def lookup(self, codes: Int[Tensor, "..."]) -> Float[Tensor, "... E"]:
+        """The corners of the given codes. Raises ValueError if one lies outside [0, K)."""
+        check_codes(codes, self.config.codebook_size)
+        return (codes[..., None] & self.bit_values != 0).float() * 2 - 1
+
+    def forward(self, latents: Float[Tensor, "... E"]) -> Quantized:
+        """The corners, with gradients passed straight through."""
+        config = self.config
+        with torch.autocast(latents.device.type, enabled=False):
+            flat = latents.float().reshape(-1, config.num_bits)
+            codes = self.encode(flat)
+            corners = self.lookup(codes)
+            zero = flat.new_zeros(())
+            entropy_loss = zero
+            if config.entropy_weight:
+                entropy_loss = config.entropy_weight * self._entropy_penalty(flat)
+            commitment_loss = config.commitment_weight * F.mse_loss(flat, corners)
+            through = straight_through(flat, corners)
+        return Quantized(
+            latents=through.view(latents.shape),
+            codes=codes.view(latents.shape[:-1]),
+            codebook_loss=zero,
+            commitment_loss=commitment_loss,
+            entropy_loss=entropy_loss,
+        )
+
+    def _entropy_penalty(self, flat: Tensor) -> Tensor:
+        """softmax(2 inverse_temperature x.corner) over all corners is a product over the bits, so the entropy
+        of one vector is a sum of binary entropies; only the mean over vectors needs all K corners, in blocks
+        of vectors."""
+        bit_logits = 4 * self.config.inverse_temperature * flat
+        p = torch.sigmoid(bit_logits)
+        # H = -p log p - (1-p) log (1-p), written so that neither logarithm meets a zero.
+        per_vector = (F.softplus(bit_logits) - p * bit_logits).sum(-1).mean()
+        total = flat.new_zeros(self.config.codebook_size)
+        for rows in _blocks(len(flat), self.config.codebook_size):
+            total = total + checkpoint(_corner_assignments, p[rows], use_reentrant=False)
+        return per_vector - self.config.diversity * _entropy(total / len(flat))
+
+
+def _corner_assignments(p: Tensor) -> Tensor:
+    """(2^E,): how much of the vectors, with probabilities p (N, E) of their bits being set, falls to each
+    corner."""
+    joint = p.new_ones(len(p), 1)
+    for bit in p.t():
+        joint = torch.cat([joint * (1 - bit)[:, None], joint * bit[:, None]], dim=1)
+    return joint.sum(0)
+
+
+AnyQuantizerConfig = Annotated[QuantizerConfig | FSQConfig | LFQConfig, Field(discriminator="kind")]
+"""Read from JSON or YAML, `kind` says which."""
+
+
+def make_quantizer(
+    config: QuantizerConfig | FSQConfig | LFQConfig,
+) -> VectorQuantizer | FiniteScalarQuantizer | LookupFreeQuantizer:
+    """The quantizer that a config describes."""
+    if isinstance(config, FSQConfig):
+        return FiniteScalarQuantizer(config)
+    if isinstance(config, LFQConfig):
+        return LookupFreeQuantizer(config)
+    return VectorQuantizer(config)
+
+
+class HealthReport(NamedTuple):
+    """`usage` is the share of entries seen in the window, `perplexity` = exp of the entropy of their shares
+    (between 1 and K), `dead_codes` the number of entries not seen, `num_codes` how many codes the window
+    holds."""
+
+    usage: float
+    perplexity: float
+    dead_codes: int
+    num_codes: int
+
+
+class CodebookHealth:
+    """Usage, perplexity and dead codes over the last `window` codes. `update` never waits for the device.
+
+    A window much longer than the codebook is needed to call an entry dead: with K = 1,024 entries in even
+    use, 8,192 codes miss none of them in about 7 of 10 windows.
+    """
+
+    def __init__(self, codebook_size: int, window: int = 65_536):
+        if window < 1:
+            raise ValueError(f"window is {window}; it must hold at least 1 code.")
+        self.codebook_size = codebook_size
+        self._recent = torch.zeros(window, dtype=torch.long)
+        self._num_seen = 0
+
+    def update(self, codes: Int[Tensor, "..."]) -> None:
+        codes = codes.detach().flatten()
+        window = len(self._recent)
+        self._recent = self._recent.to(codes.device)
+        self._num_seen += len(codes) - len(codes[-window:])
+        codes = codes[-window:]
+        places = torch.arange(self._num_seen, self._num_seen + len(codes), device=codes.device) % window
+        self._recent[places] = codes
+        self._num_seen += len(codes)
+
+    def report(self) -> HealthReport:
+        """Raises ValueError before the first update."""
+        num_codes = min(self._num_seen, len(self._recent))
+        if num_codes == 0:
+            raise ValueError("no codes were seen yet; call update first.")
+        counts = torch.bincount(self._recent[:num_codes], minlength=self.codebook_size)
+        shares = counts.double() / num_codes
+        used = int((counts > 0).sum())
+        return HealthReport(
+            usage=used / self.codebook_size,
+            perplexity=float(torch.special.entr(shares).sum().exp()),
+            dead_codes=self.codebook_size - used,
+            num_codes=num_codes,
+        )

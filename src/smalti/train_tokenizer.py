@@ -1,0 +1,386 @@
+"""Training an image tokenizer on pictures in memory: one loop, read top to bottom.
+
+The run's directory gets `training.csv`, `evaluation.csv`, `curves.png`, tensorboard events,
+`reconstructions/` (pictures above, reconstructions below), checkpoints, and at the end `image_tokenizer/`.
+Starting the same run again goes on from its last checkpoint, and ends with the same weights to the last bit
+as a run that never stopped (on one machine).
+
+Letters: N pictures, C H W image.
+"""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.tensorboard import SummaryWriter
+
+from smalti.checkpoint import (
+    check_writable,
+    latest_checkpoint,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from smalti.data.loader import batches
+from smalti.errors import InputError
+from smalti.image_tokenizers import FAMILIES, save_image_tokenizer
+from smalti.image_tokenizers.quantizer import CodebookHealth
+
+_LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "entropy_loss", "gradient_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerConfig:
+    """How to train. `max_value` is the channel value that stands for 1.0 (3 for digits of levels 0..3).
+
+    The learning rate rises over `warmup_steps` and falls to 0 by a cosine. What is evaluated and returned is
+    a running mean of the weights with `weight_ema_decay` (0: the weights themselves). "Every" counts steps; 0
+    is never.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    weight_ema_decay: float = 0.99
+    max_value: int = 255
+    bf16: bool = True
+    seed: int = 0
+    device: str = "cpu"
+    held_out_pictures: int = 1000
+    evaluate_every: int = 200
+    sample_every: int = 500
+    save_every: int = 500
+    log_every: int = 20
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "max_value", "held_out_pictures", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("warmup_steps", "weight_decay", "evaluate_every", "sample_every", "save_every", "log_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("learning_rate", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if not 0 <= self.weight_ema_decay < 1:
+            raise ValueError(f"weight_ema_decay is {self.weight_ema_decay}; it must lie in [0, 1).")
+
+
+def train_tokenizer(
+    images: UInt8[np.ndarray, "N H W C"] | UInt8[Tensor, "N H W C"],
+    held_out: UInt8[np.ndarray, "M H W C"] | UInt8[Tensor, "M H W C"],
+    model_config: Any,
+    config: TrainTokenizerConfig,
+    directory: Path | str,
+    *,
+    show_progress: bool = True,
+) -> nn.Module:
+    """The trained image tokenizer of `model_config`'s family, in eval mode; also saved in `directory`.
+
+    Raises InputError before the first step if `directory` cannot be written, lacks space, or holds a run of
+    other settings; FloatingPointError if the loss stops being finite.
+    """
+    # Pictures, network, optimiser
+    directory = Path(directory)
+    images, held_out = torch.as_tensor(images), torch.as_tensor(held_out)[: config.held_out_pictures]
+    torch.manual_seed(config.seed)
+    model = _family_of(model_config)(model_config).to(config.device)
+    averaged = AveragedModel(model, multi_avg_fn=_running_mean(config.weight_ema_decay))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True
+    )
+    window = CodebookHealth(model_config.codebook_size)
+
+    # Where to write, and what an earlier start of this run has left there
+    weights_bytes = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
+    check_writable(directory, expected_bytes=(config.keep_checkpoints + 1) * 4 * weights_bytes)
+    run = json.loads(json.dumps({"model": asdict(model_config), "training": asdict(config)}))
+    start, pending = 0, []
+    if latest := latest_checkpoint(directory):
+        start, weights, state = load_checkpoint(latest)
+        if state["run"] != run:
+            raise InputError(
+                f"{directory} holds a run with other settings ({_difference(state['run'], run)}); "
+                "choose another folder, or remove that one."
+            )
+        averaged.module.load_state_dict(weights)
+        averaged.n_averaged.copy_(state["n_averaged"])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        pending = list(state["pending"])
+        set_random_state(state["random"])
+    training_log = CsvLog(directory / "training.csv", ["step", "learning_rate", *_LOSSES], keep_to=start)
+    evaluation_log = CsvLog(directory / "evaluation.csv", ["step", *ReconstructionReport._fields], keep_to=start)
+    board = SummaryWriter(str(directory), purge_step=start)
+
+    with _progress(show_progress) as progress, board:
+        task = progress.add_task("image tokenizer", total=config.steps, completed=start, report="")
+        rows = batches(len(images), config.batch_size, config.seed, start)
+        for step in range(start, config.steps + 1):
+            last = step == config.steps
+            resumed_here = step == start and latest is not None
+
+            # Evaluate
+            if (_every(config.evaluate_every, step) or last) and not resumed_here:
+                report = evaluate_reconstruction(averaged.module, held_out, config.max_value)
+                evaluation_log.write(step, report)
+                for name, value in report._asdict().items():
+                    board.add_scalar(f"held_out/{name}", value, step)
+                draw_curves(directory)
+                progress.update(task, report=report.brief())
+
+            # Sample
+            if (_every(config.sample_every, step) or last) and not resumed_here:
+                path = directory / "reconstructions" / f"step_{step:08d}.png"
+                draw_reconstructions(averaged.module, held_out[:16], config.max_value, path)
+
+            # Save
+            if (_every(config.save_every, step) and step > start) or last:
+                state = {
+                    "run": run,
+                    "model": model.state_dict(),
+                    "n_averaged": averaged.n_averaged,
+                    "optimizer": optimizer.state_dict(),
+                    "pending": pending,
+                    "random": random_state(),
+                }
+                weights = averaged.module.state_dict()
+                save_checkpoint(directory, step, weights, state, config.keep_checkpoints)
+            if last:
+                break
+
+            # Step
+            model.train()
+            learning_rate = learning_rate_at(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            batch = _to_images(images[torch.from_numpy(next(rows))], config.max_value, config.device)
+            with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
+                reconstruction_loss, quantized = model(batch)
+            optimizer.zero_grad(set_to_none=True)
+            (reconstruction_loss + quantized.loss).backward()
+            gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+            optimizer.step()
+            averaged.update_parameters(model)
+
+            # Log. The losses stay on the device until a row is due: reading them makes the host wait.
+            window.update(quantized.codes)
+            pending.append(torch.stack([reconstruction_loss.detach(), *_parts(quantized), gradient_norm.detach()]))
+            if _every(config.log_every, step + 1):
+                means = torch.stack(pending).mean(0).tolist()
+                pending = []
+                if not math.isfinite(means[0]):
+                    raise FloatingPointError(
+                        f"the loss is {means[0]} at step {step + 1}; lower learning_rate ({config.learning_rate}) "
+                        f"or gradient_clip ({config.gradient_clip}), or set bf16 to false."
+                    )
+                training_log.write(step + 1, [learning_rate, *means])
+                for name, value in zip(_LOSSES, means, strict=True):
+                    board.add_scalar(f"training/{name}", value, step + 1)
+                for name, value in window.report()._asdict().items():
+                    board.add_scalar(f"codebook/{name}", value, step + 1)
+            progress.advance(task)
+
+    image_tokenizer = averaged.module.eval()
+    save_image_tokenizer(image_tokenizer, directory / "image_tokenizer")
+    return image_tokenizer
+
+
+def learning_rate_at(step: int, config: TrainTokenizerConfig) -> float:
+    """Linear from 0 (not included) over the warm-up, then half a cosine down to 0 at the last step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+class ReconstructionReport(NamedTuple):
+    """Figures over a set of pictures. `mse` and `psnr_db` are over dims on the scale [0, 1] after clamping;
+    `exact_pixels` is the share of pixels all of whose channels are right after rounding to whole values."""
+
+    mse: float
+    psnr_db: float
+    exact_pixels: float
+    codebook_usage: float
+    perplexity: float
+    dead_codes: int
+
+    def brief(self) -> str:
+        return f"{self.psnr_db:.1f} dB, exact {self.exact_pixels:.2%}, usage {self.codebook_usage:.0%}"
+
+
+@torch.inference_mode()
+def evaluate_reconstruction(
+    image_tokenizer: Any,
+    pictures: UInt8[Tensor, "N H W C"],
+    max_value: int,
+    batch_size: int = 256,
+) -> ReconstructionReport:
+    """How well pictures survive encoding and decoding, in float32, and how much of the codebook they use."""
+    image_tokenizer.eval()
+    health = CodebookHealth(image_tokenizer.config.codebook_size, window=_num_codes(image_tokenizer, pictures))
+    squared_error, num_exact = 0.0, 0
+    for part in pictures.split(batch_size):
+        images = _to_images(part, max_value, _device_of(image_tokenizer))
+        codes = image_tokenizer.encode_images(images)
+        decoded = image_tokenizer.decode_codes(codes).clamp(0, 1)
+        health.update(codes)
+        squared_error += float((decoded - images).double().square().sum())
+        num_exact += int(((decoded * max_value).round() == (images * max_value).round()).all(1).sum())
+    mse = squared_error / pictures.numel()
+    seen = health.report()
+    return ReconstructionReport(
+        mse=mse,
+        psnr_db=-10 * math.log10(mse) if mse else math.inf,
+        exact_pixels=num_exact / pictures[..., 0].numel(),
+        codebook_usage=seen.usage,
+        perplexity=seen.perplexity,
+        dead_codes=seen.dead_codes,
+    )
+
+
+@torch.inference_mode()
+def draw_reconstructions(image_tokenizer: Any, pictures: UInt8[Tensor, "N H W C"], max_value: int, path: Path) -> None:
+    """Writes a PNG with rows of up to 8 pictures, each row above the row of its reconstructions."""
+    image_tokenizer.eval()
+    images = _to_images(pictures, max_value, _device_of(image_tokenizer))
+    decoded = image_tokenizer.decode_codes(image_tokenizer.encode_images(images)).clamp(0, 1)
+    _, C, H, W = images.shape
+    columns, gap = min(8, len(images)), 2
+    pairs = list(zip(images.split(columns), decoded.split(columns), strict=True))
+    sheet = torch.ones(C, 2 * len(pairs) * (H + gap), columns * (W + gap))
+    for row, strip in enumerate(part for pair in pairs for part in pair):
+        for column, image in enumerate(strip.cpu()):
+            top, left = row * (H + gap), column * (W + gap)
+            sheet[:, top : top + H, left : left + W] = image
+    pixels = (sheet * 255).round().byte().permute(1, 2, 0).numpy()
+    zoom = max(1, 96 // W)
+    picture = Image.fromarray(pixels[..., 0] if C == 1 else pixels)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path)
+
+
+def draw_curves(directory: Path) -> None:
+    """Writes `curves.png` from the run's two CSV files."""
+    training, evaluation = (_read_columns(directory / f"{name}.csv") for name in ("training", "evaluation"))
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    loss, exact, codebook = figure.subplots(1, 3)
+    loss.plot(training["step"], training["reconstruction_loss"])
+    loss.set(title="training: reconstruction loss", xlabel="step", yscale="log" if training["step"] else "linear")
+    exact.plot(evaluation["step"], [1 - share for share in evaluation["exact_pixels"]], marker=".")
+    exact.set(title="held out: share of pixels not exact", xlabel="step", ylim=(0, None))
+    codebook.plot(evaluation["step"], evaluation["codebook_usage"], marker=".", label="usage")
+    codebook.set(title="held out: codebook", xlabel="step", ylabel="share of codes used", ylim=(0, 1))
+    perplexity = codebook.twinx()
+    perplexity.plot(evaluation["step"], evaluation["perplexity"], marker=".", color="C1")
+    perplexity.set(ylabel="perplexity (orange)", ylim=(0, None))
+    partial = directory / ".curves.partial.png"
+    figure.savefig(partial, dpi=100)
+    os.replace(partial, directory / "curves.png")
+
+
+class CsvLog:
+    """A CSV file of rows by step; rows after step `keep_to`, of an earlier start of the run, are dropped."""
+
+    def __init__(self, path: Path, columns: list[str], *, keep_to: int):
+        kept = []
+        if path.exists():
+            with open(path, newline="") as file:
+                kept = [row for row in list(csv.reader(file))[1:] if row and int(row[0]) <= keep_to]
+        partial = path.with_name(f".{path.name}.partial")
+        with open(partial, "w", newline="") as file:
+            csv.writer(file).writerows([columns, *kept])
+        os.replace(partial, path)
+        self.path = path
+
+    def write(self, step: int, values) -> None:
+        with open(self.path, "a", newline="") as file:
+            csv.writer(file).writerow([step, *values])
+
+
+def _read_columns(path: Path) -> dict[str, list[float]]:
+    with open(path, newline="") as file:
+        header, *rows = csv.reader(file)
+    return {name: [float(row[i]) for row in rows] for i, name in enumerate(header)}
+
+
+def _every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _parts(quantized) -> Iterator[Tensor]:
+    return (part.detach() for part in (quantized.codebook_loss, quantized.commitment_loss, quantized.entropy_loss))
+
+
+def _running_mean(decay: float):
+    """An update for AveragedModel whose decay grows to `decay`, so that the first, random weights are soon
+    forgotten."""
+
+    def update(averages, values, num_averaged) -> None:
+        step = float(num_averaged)
+        share = 1 - min(decay, (1 + step) / (10 + step))
+        for average, value in zip(averages, values, strict=True):
+            average.lerp_(value, share)
+
+    return update
+
+
+def _family_of(model_config: Any) -> type[nn.Module]:
+    for config_class, module_class in FAMILIES.values():
+        if type(model_config) is config_class:
+            return module_class
+    raise ValueError(f"{type(model_config).__name__} is not the config of an image tokenizer.")
+
+
+def _device_of(image_tokenizer: Any) -> torch.device:
+    return next(image_tokenizer.parameters()).device
+
+
+def _num_codes(image_tokenizer: Any, pictures: Tensor) -> int:
+    rows, columns = image_tokenizer.config.grid
+    return len(pictures) * rows * columns
+
+
+def _to_images(
+    pictures: UInt8[Tensor, "N H W C"], max_value: int, device: torch.device | str
+) -> Float[Tensor, "N C H W"]:
+    return pictures.to(device).permute(0, 3, 1, 2).float() / max_value
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """The first setting in which two runs differ."""
+    for part in other:
+        for name, value in other[part].items():
+            if one.get(part, {}).get(name) != value:
+                return f"{part} {name} is {one.get(part, {}).get(name)} there, {value} here"
+    return "settings that are not known here"
+
+
+def _progress(shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[report]}"),
+        disable=not shown,
+    )
