@@ -1,0 +1,133 @@
+"""Known defects of other projects' generation and scoring, put in on purpose: the contract's checks must notice them.
+
+The checks are the tests of generation and likelihood themselves. Defects of the transformer and its cache are in
+test_transformer.py, those of the filters in test_sampling.py.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import test_generate
+import test_likelihood
+import torch
+
+import smalti.generate
+import smalti.likelihood
+from smalti.generate import _Decoder, _Sequence
+from smalti.models import DecoderOnly, token_nll
+
+
+def test_a_guidance_scale_that_is_ignored_is_noticed(monkeypatch):
+    """parti-pytorch always takes 3."""
+    guide = smalti.generate.guide
+    monkeypatch.setattr(smalti.generate, "guide", lambda cond, null, scale: guide(cond, null, 3.0))
+    with pytest.raises(AssertionError):
+        test_generate.test_guidance_of_one_is_the_conditional_model_and_of_zero_the_null()
+    with pytest.raises(AssertionError):
+        test_generate.test_guided_draws_follow_the_formula_at_every_step()
+
+
+def test_guidance_with_its_arguments_swapped_is_noticed(monkeypatch):
+    guide = smalti.generate.guide
+    monkeypatch.setattr(smalti.generate, "guide", lambda cond, null, scale: guide(null, cond, scale))
+    with pytest.raises(AssertionError):
+        test_generate.test_guided_draws_follow_the_formula_at_every_step()
+
+
+def test_a_prompt_that_is_lost_after_the_first_step_is_noticed(monkeypatch):
+    """DALLE-pytorch zeroes the text in place when it makes the null condition."""
+    step = _Decoder.step
+
+    def forgetful(self, token_ids, *, guided):
+        for values in self.cache.values if guided else ():
+            values[: self.num_rows, :, : self.cache.length] = 0
+        step(self, token_ids, guided=guided)
+
+    monkeypatch.setattr(_Decoder, "step", forgetful)
+    test_generate.test_temperature_zero_is_greedy()
+    with pytest.raises(AssertionError):
+        test_generate.test_guided_draws_follow_the_formula_at_every_step()
+
+
+def test_a_second_pass_outside_the_guidance_interval_is_noticed(monkeypatch):
+    """LlamaGen computes both halves at every step."""
+    step = _Decoder.step
+    monkeypatch.setattr(_Decoder, "step", lambda self, token_ids, *, guided: step(self, token_ids, guided=True))
+    with monkeypatch.context() as inner, pytest.raises(AssertionError):
+        test_generate.test_an_interval_skips_the_null_pass_and_changes_nothing_else((0, 2), inner)
+
+
+def test_null_rows_that_do_not_catch_up_are_noticed(monkeypatch):
+    step = _Decoder.step
+
+    def late(self, token_ids, *, guided):
+        self.behind = self.behind[-1:] if guided else self.behind
+        step(self, token_ids, guided=guided)
+
+    monkeypatch.setattr(_Decoder, "step", late)
+    with monkeypatch.context() as inner, pytest.raises(AssertionError):
+        test_generate.test_an_interval_skips_the_null_pass_and_changes_nothing_else((3, None), inner)
+
+
+def test_randomness_that_belongs_to_the_batch_is_noticed(monkeypatch):
+    init = _Sequence.__init__
+    shared = torch.Generator().manual_seed(0)
+
+    def drawing_in_turn(self, layout, request):
+        init(self, layout, request)
+        self.uniforms = torch.rand(layout.max_length, generator=shared, dtype=torch.float64)
+
+    monkeypatch.setattr(_Sequence, "__init__", drawing_in_turn)
+    with pytest.raises(AssertionError):
+        test_generate.test_tokens_do_not_depend_on_the_batch_or_the_order_of_requests(test_generate.DIGITS)
+
+
+def test_scores_that_are_not_shifted_are_noticed(monkeypatch):
+    """In evaluation mode LlamaGen's logits at t meet the target at t."""
+
+    def unshifted(model, packed, slots):
+        token_ids = torch.cat((packed.token_ids[:, 1:], packed.token_ids[:, :1]), dim=1)
+        hidden = DecoderOnly.hidden
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(DecoderOnly, "hidden", lambda self, ids: hidden(self, token_ids)[:, : ids.shape[1]])
+            return token_nll(model, packed, slots)
+
+    monkeypatch.setattr(smalti.likelihood, "token_nll", unshifted)
+    with pytest.raises(AssertionError):
+        test_likelihood.test_scores_equal_a_plain_loop_and_do_not_depend_on_the_batch("text first")
+    with pytest.raises(AssertionError):
+        test_likelihood.test_scores_equal_the_generators_log_probs()
+
+
+def test_log_probs_of_the_unfiltered_distribution_are_noticed(monkeypatch):
+    """A draw that is reported with the model's own log-probability although a filter reshaped it."""
+    sample = smalti.generate.sample
+
+    def unfiltered(logits, uniforms, config):
+        ids, _ = sample(logits, uniforms, config)
+        return ids, smalti.generate.log_prob_of(logits, ids)
+
+    monkeypatch.setattr(smalti.generate, "sample", unfiltered)
+    with pytest.raises(AssertionError):
+        test_generate.test_guided_draws_follow_the_formula_at_every_step()
+
+
+SIDE_EFFECTS = """
+import logging, socket
+import torch
+def refuse(*args, **kwargs):
+    raise OSError("an import opened a socket")
+socket.socket.connect = refuse
+state, threads = torch.random.get_rng_state(), torch.get_num_threads()
+import smalti.generate, smalti.likelihood
+assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+assert torch.get_num_threads() == threads and torch.equal(torch.random.get_rng_state(), state)
+assert not logging.getLogger().handlers
+assert not torch.are_deterministic_algorithms_enabled()
+"""
+
+
+def test_importing_changes_nothing():
+    """min-dalle switches gradients off for whoever imports it."""
+    subprocess.run([sys.executable, "-c", SIDE_EFFECTS], check=True)

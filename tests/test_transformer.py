@@ -1,0 +1,642 @@
+"""The transformer against plain formulas, forward and gradient; cached decoding against one full pass.
+
+The oracle at the top is written from the papers' formulas with loops and complex numbers, and shares with the
+library nothing but the parameters.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import smalti.transformer
+from smalti.transformer import (
+    KVCache,
+    Norm,
+    Transformer,
+    TransformerConfig,
+    cache_mask,
+    rotary_table,
+    rotary_table_2d,
+    rotate,
+    sinusoids,
+)
+
+B, T, S = 3, 7, 5
+
+
+def config(**options) -> TransformerConfig:
+    return TransformerConfig(**(dict(num_layers=2, d_model=20, num_heads=5, d_ff=23, max_length=11) | options))
+
+
+CONFIGS = {
+    "gpt-2": config(),
+    "gelu_tanh, sinusoidal, odd width": config(
+        feed_forward="gelu_tanh", positions="sinusoidal", d_model=21, num_heads=3
+    ),
+    "relu, no positions": config(feed_forward="relu", positions="none"),
+    "tanh, both ways": config(feed_forward="tanh", causal=False),
+    "llama, grouped heads": config(
+        d_model=24, num_heads=6, num_kv_heads=2, norm="rms", feed_forward="swiglu", bias=False, positions="rotary"
+    ),
+    "one key-value head": config(num_kv_heads=1, positions="rotary", rotary_base=500.0, norm_eps=1e-6),
+    "llamagen": config(
+        norm="rms", feed_forward="swiglu", bias=False, positions="rotary_2d", grid=(3, 3), prefix_length=2
+    ),
+    "llamagen, released": config(positions="rotary_2d", grid=(2, 5), prefix_length=1, zero_prefix_rotation=True),
+    "qk_norm, layer": config(qk_norm=True, positions="rotary"),
+    "qk_norm, rms, grouped": config(
+        qk_norm=True, norm="rms", positions="rotary", d_model=24, num_heads=6, num_kv_heads=3
+    ),
+    "decoder with context": config(cross_attention=True, positions="sinusoidal"),
+}
+CAUSAL = {name: c for name, c in CONFIGS.items() if c.causal}
+every_config = pytest.mark.parametrize("config_", CONFIGS.values(), ids=CONFIGS)
+every_causal_config = pytest.mark.parametrize("config_", CAUSAL.values(), ids=CAUSAL)
+
+
+def new(config_: TransformerConfig, seed: int = 0) -> Transformer:
+    """A transformer in float64 whose every parameter, norms and biases included, is random and large."""
+    torch.manual_seed(seed)
+    model = Transformer(config_).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def inputs(config_: TransformerConfig, seed: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    given = {"x": torch.randn(B, T, config_.d_model, generator=generator, dtype=torch.float64)}
+    if config_.cross_attention:
+        given["context"] = torch.randn(B, S, config_.d_model, generator=generator, dtype=torch.float64)
+        given["context_mask"] = torch.arange(S) < torch.tensor([[5], [1], [3]])
+    return given
+
+
+def plain_norm(norm: Norm, x: Tensor) -> Tensor:
+    if norm.kind == "rms":
+        return x / (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x / 2 * (1 + ((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)).tanh()),
+    "relu": lambda x: x.clamp(min=0),
+    "tanh": lambda x: 1 - 2 / ((2 * x).exp() + 1),
+}
+
+
+def plain_linear(layer: torch.nn.Linear, x: Tensor) -> Tensor:
+    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+
+
+def plain_feed_forward(layer, x: Tensor) -> Tensor:
+    x = plain_linear(layer.up, x)
+    if layer.kind != "swiglu":
+        return plain_linear(layer.down, ACTIVATIONS[layer.kind](x))
+    gate, up = x[..., : layer.down.in_features], x[..., layer.down.in_features :]
+    return plain_linear(layer.down, gate / (1 + (-gate).exp()) * up)
+
+
+def turns(config_: TransformerConfig, position: int) -> Tensor:
+    """What each channel pair is multiplied by at a position: e^(i·angle), in the float32 the tables are kept in."""
+    pairs = config_.head_dim // 2
+    if config_.positions == "rotary":
+        angles = [position * config_.rotary_base ** (-2 * j / config_.head_dim) for j in range(pairs)]
+    elif position < config_.prefix_length:
+        return torch.full((pairs,), 0 if config_.zero_prefix_rotation else 1, dtype=torch.complex128)
+    else:
+        row, column = divmod(position - config_.prefix_length, config_.grid[1])
+        thetas = [config_.rotary_base ** (-2 * j / pairs) for j in range(pairs // 2)]
+        angles = [row * theta for theta in thetas] + [column * theta for theta in thetas]
+    return torch.tensor([complex(np.float32(math.cos(a)), np.float32(math.sin(a))) for a in angles])
+
+
+def plain_rotation(config_: TransformerConfig, x: Tensor, position: int) -> Tensor:
+    if "rotary" not in config_.positions:
+        return x
+    turned = torch.complex(x[0::2], x[1::2]) * turns(config_, position)
+    return torch.stack((turned.real, turned.imag), dim=-1).flatten()
+
+
+def plain_softmax_average(scores: list[Tensor], values: list[Tensor]) -> Tensor:
+    weights = (torch.stack(scores) - torch.stack(scores).detach().max()).exp()
+    return (weights[:, None] * torch.stack(values)).sum(0) / weights.sum()
+
+
+def plain_attention(layer, config_: TransformerConfig, x: Tensor) -> Tensor:
+    """One sequence, one head, one query after the other."""
+    D, Dh = config_.d_model, config_.head_dim
+    qkv = plain_linear(layer.qkv, x)
+    heads = []
+    for head in range(config_.num_heads):
+        shared = head // (config_.num_heads // config_.kv_heads)
+        q = qkv[:, head * Dh : (head + 1) * Dh]
+        k = qkv[:, D + shared * Dh : D + (shared + 1) * Dh]
+        v = qkv[:, D + (config_.kv_heads + shared) * Dh : D + (config_.kv_heads + shared + 1) * Dh]
+        if config_.qk_norm:
+            q, k = plain_norm(layer.q_norm, q), plain_norm(layer.k_norm, k)
+        q = [plain_rotation(config_, q[t], t) for t in range(len(x))]
+        k = [plain_rotation(config_, k[t], t) for t in range(len(x))]
+        rows = []
+        for t in range(len(x)):
+            seen = range(t + 1) if config_.causal else range(len(x))
+            rows.append(plain_softmax_average([q[t] @ k[s] / math.sqrt(Dh) for s in seen], [v[s] for s in seen]))
+        heads.append(torch.stack(rows))
+    return plain_linear(layer.out, torch.cat(heads, dim=-1))
+
+
+def plain_cross_attention(layer, config_: TransformerConfig, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+    D, Dh = config_.d_model, config_.head_dim
+    q, kv = plain_linear(layer.q, x), plain_linear(layer.kv, context[mask])
+    heads = []
+    for head in range(config_.num_heads):
+        own = slice(head * Dh, (head + 1) * Dh)
+        k, v = kv[:, :D][:, own], kv[:, D:][:, own]
+        rows = [plain_softmax_average([row @ key / math.sqrt(Dh) for key in k], list(v)) for row in q[:, own]]
+        heads.append(torch.stack(rows))
+    return plain_linear(layer.out, torch.cat(heads, dim=-1))
+
+
+def plain_positions(model: Transformer, length: int) -> Tensor:
+    D = model.config.d_model
+    if model.config.positions == "learned":
+        return model.positions.weight[:length]
+    if model.config.positions != "sinusoidal":
+        return torch.zeros(length, D, dtype=torch.float64)
+    half = (D + 1) // 2
+    rows = [
+        [math.sin(p / 10000 ** (j / half)) for j in range(half)]
+        + [math.cos(p / 10000 ** (j / half)) for j in range(half)]
+        for p in range(length)
+    ]
+    return torch.tensor(rows)[:, :D].double()
+
+
+def plain_transformer(model: Transformer, x: Tensor, context: Tensor | None = None, context_mask=None) -> Tensor:
+    outputs = []
+    for b in range(len(x)):
+        h = x[b] + plain_positions(model, x.shape[1])
+        for block in model.blocks:
+            h = h + plain_attention(block.attention, model.config, plain_norm(block.attention_norm, h))
+            if context is not None:
+                normed = plain_norm(block.cross_norm, h)
+                mask = torch.ones(S, dtype=torch.bool) if context_mask is None else context_mask[b]
+                h = h + plain_cross_attention(block.cross_attention, model.config, normed, context[b], mask)
+            h = h + plain_feed_forward(block.feed_forward, plain_norm(block.feed_forward_norm, h))
+        outputs.append(plain_norm(model.norm, h))
+    return torch.stack(outputs)
+
+
+def check_formulas(config_: TransformerConfig) -> None:
+    """Hidden states, and the gradients of a random projection of them by inputs and every parameter."""
+    model, given = new(config_), inputs(config_)
+    wanted = [given["x"].requires_grad_(), *model.parameters()]
+    if "context" in given:
+        wanted.append(given["context"].requires_grad_())
+    projection = torch.randn(B, T, config_.d_model, dtype=torch.float64)
+    found, expected = model(**given), plain_transformer(model, **given)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-9)
+    gradients = torch.autograd.grad((found * projection).sum(), wanted)
+    expected_gradients = torch.autograd.grad((expected * projection).sum(), wanted)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert torch.allclose(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+
+
+@every_config
+def test_forward_and_gradient_follow_the_formulas(config_):
+    check_formulas(config_)
+
+
+def test_a_context_without_a_mask_is_all_real():
+    model, given = new(config(cross_attention=True)), inputs(config(cross_attention=True))
+    found = model(given["x"], context=given["context"])
+    assert torch.allclose(found, plain_transformer(model, given["x"], given["context"]), atol=1e-9)
+
+
+def test_a_context_that_is_all_padding_gives_finite_numbers():
+    model, given = new(config(cross_attention=True)), inputs(config(cross_attention=True))
+    given["context_mask"][1] = False
+    given["context"].requires_grad_()
+    hidden = model(**given)
+    hidden.sum().backward()
+    assert bool(hidden.isfinite().all())
+    assert bool(given["context"].grad.isfinite().all())
+    assert bool((given["context"].grad[1] == 0).all())
+
+
+def test_a_mask_replaces_the_causal_one():
+    model, x = new(config()), inputs(config())["x"]
+    everything = torch.ones(B, 1, T, T, dtype=torch.bool)
+    assert torch.allclose(model(x, mask=everything.tril()), model(x), atol=1e-12)
+    both_ways = Transformer(replace(config(), causal=False)).double().eval()
+    both_ways.load_state_dict(model.state_dict())
+    assert torch.allclose(model(x, mask=everything), both_ways(x), atol=1e-12)
+
+
+@every_causal_config
+def test_what_predicts_a_token_does_not_see_it_or_what_follows(config_):
+    """The hidden state at t predicts token t + 1: its gradient by the inputs from t + 1 on is exactly 0."""
+    model, given = new(config_), inputs(config_)
+    given["x"].requires_grad_()
+    hidden = model(**given)
+    for t in range(T):
+        (gradient,) = torch.autograd.grad(hidden[:, t].sin().sum(), given["x"], retain_graph=True)
+        assert bool((gradient[:, t + 1 :] == 0).all())
+        seen = gradient[:, : t + 1].abs().amax(-1)
+        assert bool((seen > 0).all())
+
+
+CHUNKS = ([1] * T, [T], [3, 1, 1, 2], [1, 4, 2])
+
+
+def cached(model: Transformer, x: Tensor, chunks, starts: Tensor | None = None, **context) -> Tensor:
+    cache = KVCache(model.config, len(x), x.shape[1], starts=starts, dtype=x.dtype)
+    outputs = []
+    for size in chunks:
+        outputs.append(model(x[:, cache.length : cache.length + size], cache, **context))
+        cache.advance(size)
+    return torch.cat(outputs, dim=1)
+
+
+@torch.no_grad()
+def check_cache(config_: TransformerConfig) -> None:
+    """In any chunks, decoding with the cache gives the hidden states of one full pass."""
+    model, given = new(config_), inputs(config_)
+    full = model(**given)
+    for chunks in CHUNKS:
+        found = cached(model, given["x"], chunks, **{k: v for k, v in given.items() if k != "x"})
+        assert torch.allclose(found, full, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def check_padded_cache(config_: TransformerConfig) -> None:
+    """A row padded on the left, whatever the padding, is what it is alone."""
+    model, given = new(config_), inputs(config_)
+    x, starts = given.pop("x"), torch.tensor([0, 4, 2])
+    x[1, :4], x[2, :2] = 1e3, -7.0
+    for chunks in ([5, 1, 1], [T], [1] * T):
+        found = cached(model, x, chunks, starts, **given)
+        assert bool(found.isfinite().all())
+        for row, start in enumerate(starts.tolist()):
+            own = {name: value[row : row + 1] for name, value in given.items()}
+            alone = model(x[row : row + 1, start:], **own)[0]
+            assert torch.allclose(found[row, start:], alone, rtol=0, atol=1e-10)
+
+
+@every_causal_config
+def test_cached_decoding_equals_the_full_pass(config_):
+    check_cache(config_)
+
+
+@every_causal_config
+def test_padding_on_the_left_changes_nothing(config_):
+    check_padded_cache(config_)
+
+
+@torch.no_grad()
+def test_a_padded_row_may_use_more_slots_than_it_has_positions():
+    """A cache shared by rows of different lengths is longer than any of them."""
+    model = new(config(max_length=T))
+    x = inputs(config())["x"]
+    padded = torch.cat((torch.zeros(B, 4, 20, dtype=x.dtype), x), dim=1)
+    found = cached(model, padded, [T, 4], torch.tensor([4, 4, 4]))
+    assert torch.allclose(found[:, 4:], model(x), atol=1e-10)
+
+
+@pytest.mark.parametrize("starts", [None, torch.tensor([0, 1, 3])])
+@torch.no_grad()
+def test_rows_of_a_cache_are_a_view_and_select_moves_them(starts):
+    model, x = new(config(positions="rotary")), inputs(config())["x"]
+    cache = KVCache(model.config, B, T, starts=starts, dtype=x.dtype)
+    model(x[:, :4], cache)
+    cache.advance(4)
+    whole = model(x[:, 4:5], cache)
+
+    view = cache.rows(1, 3)
+    assert view.keys[1].data_ptr() == cache.keys[1][1:].data_ptr()
+    assert view.values[0].data_ptr() == cache.values[0][1:].data_ptr()
+    assert torch.allclose(model(x[1:, 4:5], view), whole[1:], atol=1e-12)
+    view.advance(1)
+    assert (view.length, cache.length) == (5, 4)
+
+    rows = torch.tensor([2, 2, 0])
+    cache.select(rows)
+    assert torch.allclose(model(x[rows, 4:5], cache), whole[rows], atol=1e-12)
+
+
+@pytest.mark.parametrize("starts", [[0, 0, 0], [0, 2, 6], [3, 1, 0]])
+@pytest.mark.parametrize(("past", "num_tokens"), [(0, 7), (4, 3), (6, 1)])
+def test_every_query_may_look_somewhere(past, num_tokens, starts):
+    check_masks(past, num_tokens, starts)
+
+
+def check_masks(past: int, num_tokens: int, starts: list[int]) -> None:
+    mask = smalti.transformer.cache_mask(past, num_tokens, torch.tensor(starts), torch.device("cpu"))
+    assert mask.shape == (len(starts), 1, num_tokens, past + num_tokens)
+    for row, start in enumerate(starts):
+        for t in range(num_tokens):
+            looks_at = set(mask[row, 0, t].nonzero()[:, 0].tolist())
+            slot = past + t
+            assert looks_at == (set(range(start, slot + 1)) or {slot})
+
+
+def test_plain_attention_needs_no_mask():
+    cpu = torch.device("cpu")
+    assert cache_mask(0, 5, None, cpu) is None
+    assert cache_mask(4, 1, None, cpu) is None
+    assert cache_mask(2, 2, None, cpu).tolist() == [[True, True, True, False], [True] * 4]
+
+
+def check_rotation_of_the_prefix(config_: TransformerConfig) -> None:
+    """Rotation keeps every query's length, and where the prefix looks hangs on what is there."""
+    table = new(config_).table.double()
+    x = torch.randn(2, 5, len(table), config_.head_dim, dtype=torch.float64)
+    assert torch.allclose(rotate(x, table).norm(dim=-1), x.norm(dim=-1), rtol=1e-6)
+    prefix = config_.prefix_length
+    turned = rotate(x, table)
+    scores = turned[:, :, -1:] @ turned[:, :, :prefix].transpose(-1, -2)
+    assert bool((scores.std(-1) > 1e-3).all())
+
+
+LLAMAGEN = config(positions="rotary_2d", grid=(2, 4), prefix_length=3)
+
+
+def test_rotation_keeps_lengths_also_in_the_prefix():
+    check_rotation_of_the_prefix(LLAMAGEN)
+    with pytest.raises(AssertionError):
+        check_rotation_of_the_prefix(replace(LLAMAGEN, zero_prefix_rotation=True))
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    table = rotary_table(64, 10, 10000.0).double()
+    q, k = torch.randn(2, 1, 1, 1, 10, dtype=torch.float64)
+    scores = [(rotate(q, table[t : t + 1]) * rotate(k, table[t - 7 : t - 6])).sum().item() for t in range(7, 64)]
+    assert scores == pytest.approx([scores[0]] * 57, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llamagen_gpt_c2i", "llamagen_gpt_t2i"])
+def test_the_2d_table_is_llamagens(shared_dir, name):
+    folder = shared_dir / "golden" / name
+    peer = json.loads((folder / "config.json").read_text())["ModelArgs"]
+    prefix, cells = peer["cls_token_num"], peer["block_size"]
+    expected = torch.from_numpy(np.load(folder / "io.npz")["freqs_cis"])
+    config_ = TransformerConfig(
+        num_layers=1,
+        d_model=peer["dim"],
+        num_heads=peer["n_head"],
+        d_ff=8,
+        max_length=prefix + cells,
+        positions="rotary_2d",
+        rotary_base=peer["rope_base"],
+        grid=(math.isqrt(cells), math.isqrt(cells)),
+        prefix_length=prefix,
+        zero_prefix_rotation=True,
+    )
+    assert torch.allclose(rotary_table_2d(config_), expected, rtol=0, atol=1e-6)
+    ours = rotary_table_2d(replace(config_, zero_prefix_rotation=False))
+    assert torch.equal(ours[prefix:], rotary_table_2d(config_)[prefix:])
+    assert torch.equal(ours[:prefix], torch.tensor([1.0, 0.0]).expand_as(ours[:prefix]))
+
+
+def test_low_precision_rotates_and_norms_in_float32():
+    x = torch.randn(2, 3, 5, 8).bfloat16()
+    table = rotary_table(5, 8, 10000.0)
+    assert torch.equal(rotate(x, table), rotate(x.float(), table).bfloat16())
+    norm = Norm("rms", 8, 1e-5)
+    assert torch.equal(norm.bfloat16()(x), Norm("rms", 8, 1e-5)(x.float()).bfloat16())
+
+
+def test_sinusoids_by_hand():
+    table = sinusoids(3, 4)
+    expected = [[math.sin(p), math.sin(p / 100), math.cos(p), math.cos(p / 100)] for p in range(3)]
+    assert table.flatten().tolist() == pytest.approx([value for row in expected for value in row], abs=1e-7)
+
+
+@every_config
+def test_every_parameter_gets_a_gradient(config_):
+    model = Transformer(config_)  # as it is initialised
+    given = {name: value.float() if value.is_floating_point() else value for name, value in inputs(config_).items()}
+    model(**given).sin().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert float(parameter.grad.abs().max()) > 0, name
+
+
+@pytest.mark.parametrize("kind", ["dropout", "attention_dropout"])
+def test_dropout_acts_in_training_alone(kind):
+    plain = new(config(cross_attention=True))
+    dropped = Transformer(config(cross_attention=True, **{kind: 0.5})).double()
+    dropped.load_state_dict(plain.state_dict())
+    given = inputs(plain.config)
+    expected = plain(**given)
+    assert torch.equal(plain.train()(**given), expected)  # training alone changes nothing
+    assert torch.equal(dropped.eval()(**given), expected)
+    torch.manual_seed(0)
+    first, second = dropped.train()(**given), dropped(**given)
+    assert not torch.allclose(first, expected)
+    assert not torch.allclose(first, second)
+
+
+def test_dropout_keeps_the_mean():
+    model = Transformer(config(num_layers=1, dropout=0.3)).double().train()
+    torch.nn.init.zeros_(model.blocks[0].attention.out.weight)
+    seen = []
+    model.blocks[0].attention_norm.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    x = torch.ones(2000, T, 20, dtype=torch.float64)
+    model(x)
+    expected = x[0] + model.positions.weight[:T]
+    assert torch.allclose(seen[0].mean(0), expected, rtol=0, atol=0.12)
+    assert float((seen[0] == 0).double().mean()) == pytest.approx(0.3, abs=0.01)
+
+
+def test_weights_start_as_in_gpt_2():
+    torch.manual_seed(0)
+    model = Transformer(config(num_layers=8, d_model=60, d_ff=90, cross_attention=True))
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            assert bool((parameter == 1).all())
+        elif name.endswith("bias"):
+            assert bool((parameter == 0).all())
+        else:
+            residual = name.endswith(("out.weight", "down.weight"))
+            expected = 0.02 / math.sqrt(16) if residual else 0.02
+            assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.1), name
+
+
+LLAMAGEN_SIZES = {
+    "B": (12, 12, 768, 2048, 110_888_448),
+    "L": (24, 16, 1024, 2816, 342_910_976),
+    "XL": (36, 20, 1280, 3584, 774_699_520),
+    "3B": (24, 32, 3200, 8704, 3_096_659_200),
+    "7B": (32, 32, 4096, 11008, 6_614_589_440),
+}
+
+
+@pytest.mark.parametrize("sizes", LLAMAGEN_SIZES.values(), ids=LLAMAGEN_SIZES)
+def test_parameter_counts_are_llamagens(sizes):
+    layers, heads, d_model, d_ff, expected = sizes
+    with torch.device("meta"):
+        model = Transformer(
+            TransformerConfig(
+                num_layers=layers,
+                d_model=d_model,
+                num_heads=heads,
+                d_ff=d_ff,
+                max_length=257,
+                norm="rms",
+                feed_forward="swiglu",
+                bias=False,
+                positions="rotary_2d",
+                grid=(16, 16),
+                prefix_length=1,
+            )
+        )
+    classes, embeddings, head = 1001 * d_model, 16384 * d_model, 16384 * d_model
+    assert sum(p.numel() for p in model.parameters()) + classes + embeddings + head == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_layers": 0}, "num_layers is 0; it must be at least 1"),
+        ({"max_length": -1}, "max_length is -1"),
+        ({"d_model": 21}, "d_model 21 is not divisible by num_heads 5"),
+        ({"num_kv_heads": 2}, "num_heads 5 is not divisible by num_kv_heads 2"),
+        ({"num_kv_heads": 0}, "num_kv_heads is 0; it must be at least 1, or None"),
+        ({"num_kv_heads": -5}, "num_kv_heads is -5"),
+        ({"norm": "batch"}, "norm 'batch' is unknown; choose one of layer, rms"),
+        ({"feed_forward": "silu"}, "feed_forward 'silu' is unknown; choose one of gelu, gelu_tanh, relu, tanh, swiglu"),
+        ({"positions": "alibi"}, "positions 'alibi' is unknown; choose one of learned"),
+        ({"positions": "rotary", "d_model": 15}, "rotary positions need an even head width, not 3"),
+        ({"positions": "rotary_2d", "d_model": 30, "grid": (3, 4)}, "head width divisible by 4, not 6"),
+        ({"positions": "rotary_2d"}, r"need grid=\(rows, columns\)"),
+        ({"positions": "rotary_2d", "grid": (2, 5)}, r"prefix_length \+ the grid's cells, 0 \+ 2 × 5 = 10"),
+        ({"positions": "rotary_2d", "grid": (-3, -4)}, r"grid is \(-3, -4\) and prefix_length 0; expected at least 1"),
+        ({"positions": "rotary_2d", "grid": (4, 4), "prefix_length": -1}, "prefix_length -1; .* no negative prefix"),
+        ({"dropout": 1.0}, r"dropout is 1\.0; expected a share in \[0, 1\)"),
+        ({"attention_dropout": -0.1}, r"attention_dropout is -0\.1"),
+    ],
+)
+def test_a_config_that_cannot_be_is_explained(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_too_many_tokens_are_refused():
+    model = new(config(max_length=T))
+    x = torch.randn(1, T + 1, 20, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"8 tokens exceed the limit of 7 \(max_length\)"):
+        model(x)
+    for room in (T, 50):  # a longer cache gives no more positions
+        cache = KVCache(model.config, 1, room, dtype=x.dtype)
+        model(x[:, :T], cache)
+        cache.advance(T)
+        with pytest.raises(ValueError, match="8 tokens exceed the limit of 7"):
+            model(x[:, T:], cache)
+    with pytest.raises(ValueError, match="6 tokens exceed the limit of 5"):
+        model(x[:, :6], KVCache(model.config, 1, 5, dtype=x.dtype))
+
+
+# Known defects of other projects, put in on purpose: each check above must notice its own.
+
+GROUPED = CONFIGS["llama, grouped heads"]
+
+
+def test_a_wrong_order_of_shared_heads_is_noticed(monkeypatch):
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def tiled(q, k, v, *, enable_gqa=False, **options):
+        times = q.shape[1] // k.shape[1]
+        return attention(q, k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1), **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", tiled)
+    with pytest.raises(AssertionError):
+        check_formulas(GROUPED)
+
+
+def test_a_cache_as_wide_as_the_query_heads_is_noticed(monkeypatch):
+    """LlamaGen's cache has room for all heads: grouped keys fill the first ones, the rest stay empty."""
+    original = KVCache.__init__
+
+    def wide(self, config_, *args, **options):
+        original(self, replace(config_, num_kv_heads=None), *args, **options)
+
+    def write(self, layer, keys, values):
+        end = self.length + keys.shape[2]
+        for held, new_ in ((self.keys, keys), (self.values, values)):
+            held[layer][:, : keys.shape[1], self.length : end] = new_
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    monkeypatch.setattr(KVCache, "__init__", wide)
+    monkeypatch.setattr(KVCache, "write", write)
+    check_cache(CONFIGS["gpt-2"])
+    with pytest.raises(AssertionError):
+        check_cache(GROUPED)
+
+
+def test_a_cache_that_holds_one_position_is_noticed(monkeypatch):
+    """Torchsmith's cache fills one slot of a buffer and attends to all of it."""
+
+    def write(self, layer, keys, values):
+        end = self.length + keys.shape[2]
+        self.keys[layer][:, :, -keys.shape[2] :] = keys
+        self.values[layer][:, :, -keys.shape[2] :] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    monkeypatch.setattr(KVCache, "write", write)
+    with pytest.raises(AssertionError):
+        check_cache(CONFIGS["gpt-2"])
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "gelu_tanh, sinusoidal, odd width", "llamagen"])
+def test_positions_off_by_one_behind_the_prompt_are_noticed(monkeypatch, name):
+    original = Transformer._positions
+
+    def late(self, past, num_tokens, kv_cache, device):
+        return original(self, past + (past > 0), num_tokens, kv_cache, device)
+
+    monkeypatch.setattr(Transformer, "_positions", late)
+    with pytest.raises(AssertionError):
+        check_cache(CONFIGS[name])
+
+
+def test_positions_that_count_the_padding_are_noticed(monkeypatch):
+    monkeypatch.setattr(
+        Transformer,
+        "_positions",
+        lambda self, past, num_tokens, kv_cache, device: torch.arange(past, past + num_tokens),
+    )
+    check_cache(CONFIGS["gpt-2"])
+    with pytest.raises(AssertionError):
+        check_padded_cache(CONFIGS["gpt-2"])
+
+
+def test_padding_that_is_looked_at_is_noticed(monkeypatch):
+    monkeypatch.setattr(
+        smalti.transformer,
+        "cache_mask",
+        lambda past, num_tokens, starts, device: cache_mask(past, num_tokens, None, device),
+    )
+    check_cache(CONFIGS["gpt-2"])
+    with pytest.raises(AssertionError):
+        check_padded_cache(CONFIGS["gpt-2"])
+
+
+def test_rows_of_a_mask_with_nowhere_to_look_are_noticed(monkeypatch):
+    def strict(past, num_tokens, starts, device):
+        queries = torch.arange(past, past + num_tokens)[:, None]
+        keys = torch.arange(past + num_tokens)
+        return (keys <= queries) & (keys >= starts[:, None, None, None])
+
+    monkeypatch.setattr(smalti.transformer, "cache_mask", strict)
+    check_masks(4, 3, [3, 1, 0])
+    with pytest.raises(AssertionError):
+        check_masks(0, 7, [0, 2, 6])
