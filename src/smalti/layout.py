@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -82,10 +83,9 @@ class Slot:
 
     def token_ids(self, local: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """The inverse of `local`."""
-        token_ids, before = torch.zeros_like(local), 0
-        for start, end in self.ranges:
-            token_ids = torch.where(local >= before, local - before + start, token_ids)
-            before += end - start
+        token_ids = local + self.ranges[0][0]
+        for (_, end), (start, _) in pairwise(self.ranges):  # what lies behind a gap moves over it
+            token_ids = torch.where(token_ids >= end, token_ids + (start - end), token_ids)
         return token_ids
 
     def contains(self, token_ids: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
@@ -261,7 +261,11 @@ class Layout:
         if len(set(itertools.chain(*counts.values()))) > 1:
             found = ", ".join(f"{name} {a} of values and {b} of lengths" for name, (a, b) in counts.items())
             raise ValueError(f"the spans have different numbers of rows: {found}.")
-        for span in order.spans:
+        for index, span in enumerate(order.spans):
+            if span.segment in (earlier.segment for earlier in order.spans[:index]):
+                raise ValueError(
+                    f"order {order.name!r} has two spans of {span.segment!r}; values are given by segment."
+                )
             if span.segment not in spans:
                 raise ValueError(f"order {order.name!r} needs a span of {span.segment!r}; given were {sorted(spans)}.")
             self._check_values(span, *spans[span.segment])
