@@ -103,9 +103,9 @@ def filter_logits(
     return logits
 
 
-def draw(logits: Float[Tensor, "B n"], uniforms: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+def draw(probs: Float[Tensor, "B n"], uniforms: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
     """The id at which the cumulative distribution passes the row's uniform number in [0, 1)."""
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
     # The sum is 1 only up to rounding; staying a hair below it keeps the last id from being drawn at probability 0.
     passed = uniforms[:, None] * (cumulative[:, -1:] * (1 - 2**-52))
     return torch.searchsorted(cumulative, passed, right=True)[:, 0]
@@ -119,9 +119,9 @@ def sample(
         return logits.argmax(-1), logits.new_zeros(len(logits))
     if config.temperature != 1:
         logits = logits / config.temperature
-    logits = filter_logits(logits, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
-    ids = draw(logits, uniforms)
-    return ids, log_prob_of(logits, ids)
+    probs = filter_logits(logits, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p).softmax(-1)
+    ids = draw(probs, uniforms)
+    return ids, probs.gather(-1, ids[:, None])[:, 0].log()
 
 
 def log_prob_of(logits: Float[Tensor, "B n"], ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
