@@ -24,7 +24,7 @@ PIP = .venv/bin/python -m pip install --quiet -c constraints.txt
 	$(PYTHON) -m venv .venv
 
 demo: .venv/demo.stamp
-	.venv/bin/smalti train demo out=out/demo
+	.venv/bin/smalti train demo
 
 test: .venv/test.stamp
 	.venv/bin/python -m pytest

@@ -285,6 +285,35 @@ def tokenize(
     typer.echo(f"{output}: {num_rows} rows")
 
 
+@app.command(
+    epilog="Examples: smalti train demo · smalti train digits data.path=mnist train.num_epochs=2 output=out/short"
+)
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe (demo, digits, digits-best), or a YAML file.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, each key=value; the last word of a key will often do.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")] = False,
+) -> None:
+    """Train a whole system, from data to bundle and report. Run again, it goes on where it stopped."""
+    import shlex
+
+    from smalti.recipes import load_recipe
+    from smalti.train_digits import train_digits
+
+    checked = load_recipe(recipe, settings or [])
+    command = shlex.join(["smalti", "train", recipe, *(settings or [])])
+    bundle = train_digits(checked, command=command, show_progress=not quiet)
+    output = checked.output
+    typer.echo(
+        f"\nOpen {output}/report.md (what it learned), {output}/text_conditioned.png, image_conditioned.png and\n"
+        f"unconditional.png (nine of each), and {output}/model/curves.png. The bundle is {bundle}.\n"
+        "Try next:\n"
+        f'  smalti generate "dark green eight on bright cyan" -o eight.png --bundle {bundle}\n'
+        f"  smalti caption eight.png --bundle {bundle}"
+    )
+
+
 @app.command(epilog="Example: smalti evaluate digits --data out/digits -o out/report")
 def evaluate(
     bundle: Annotated[str, typer.Argument(help="A shipped bundle's name, a folder, or a hub's owner/name.")],

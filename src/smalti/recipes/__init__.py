@@ -23,6 +23,7 @@ from smalti.image_tokenizers.vqvae import VQVAEConfig
 from smalti.layout import Layout, Order, parse_order
 from smalti.pipeline import Sampling
 from smalti.train_model import TrainConfig
+from smalti.train_tokenizer import TrainTokenizerConfig
 from smalti.transformer import TransformerConfig
 from smalti.vocabulary import SPECIAL, Vocabulary
 
@@ -50,6 +51,9 @@ class DigitsData(Section):
 class ImageTokenizer(Section):
     family: Literal["vqvae"]
     model: VQVAEConfig = VQVAEConfig()
+    train: TrainTokenizerConfig = TrainTokenizerConfig()
+    path: Path | None = None
+    """Folder of a trained image tokenizer to use as it is, instead of training one."""
 
 
 class Orders(Section):

@@ -1,0 +1,162 @@
+"""The digits system from top to bottom: data, image tokenizer, tokens, transformer, bundle, report.
+
+Everything lies in one folder, each stage in a place of its own, written whole or not at all. A run that was stopped,
+or killed, goes on from what is there; run again when it is done, it finds nothing left to do.
+
+    data/              pictures and captions: train, validation and test as parquet
+    image_tokenizer/   the trained image tokenizer, and its training in image_tokenizer_training/
+    tokens/            the same three tables as codes and word numbers
+    model/             the transformer's training: checkpoints, curves.csv, curves.png, tensorboard
+    bundle/            what `Pipeline.load` reads
+    report.md, report.json, and the 3×3 figures
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from smalti.data.digit_sources import read_coloured_pickle, read_mnist, scikit_learn_digits
+from smalti.data.digits import PICTURE_SIZE, SPLITS, ColouredDigits, SourceDigits, words, write_digits
+from smalti.data.pairs import PairTable
+from smalti.data.tokenize_pairs import tokenize_pairs, tokenizer_metadata
+from smalti.data.tokens import TokenTable
+from smalti.errors import InputError
+from smalti.evaluate.galleries import draw_galleries
+from smalti.evaluate.report import evaluate_digits, find_report, read_held_out
+from smalti.files import new_file
+from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
+from smalti.layout import Layout
+from smalti.models import DecoderOnly
+from smalti.pictures import PictureConfig
+from smalti.pipeline import Pipeline
+from smalti.recipes import DigitsData, ImageTokenizer, Recipe
+from smalti.text_tokenizer import TextTokenizer
+from smalti.train_model import processes, train_model
+from smalti.train_tokenizer import train_tokenizer
+
+PICTURES = PictureConfig(height=PICTURE_SIZE, width=PICTURE_SIZE, levels=4, scale=8)
+
+
+def train_digits(recipe: Recipe, *, command: str = "", show_progress: bool = True) -> Path:
+    """Trains the system of a recipe in its output folder, from wherever it stands; returns the bundle's folder.
+
+    Under `torchrun` the first process makes the tables and the image tokenizer, all of them train the transformer.
+    Raises InputError if the folder holds a run of another recipe, or as the stages do.
+    """
+    output = recipe.output
+    text_tokenizer = TextTokenizer.from_words(words(), spellings={"eigth": "eight"})
+    with processes() as (rank, world_size):
+        if rank == 0:
+            _claim(recipe, output)
+            write_digits(output / "data", recipe.data.source, _read_source(recipe.data), recipe.data.colouring)
+            _train_image_tokenizer(recipe.image_tokenizer, output, show_progress)
+            _tokenize(output, load_image_tokenizer(output / "image_tokenizer"), text_tokenizer, show_progress)
+        if world_size > 1:
+            dist.barrier()
+        layout = _layout(recipe, output, text_tokenizer)
+        train, validation = (TokenTable.open(output / "tokens" / f"{split}.parquet") for split in SPLITS[:2])
+        folder = output / "model"
+        model = train_model(recipe.model, layout, train, validation, recipe.train, folder, show_progress=show_progress)
+        if rank == 0:
+            _finish(recipe, model, layout, text_tokenizer, command, show_progress)
+    return output / "bundle"
+
+
+def _claim(recipe: Recipe, output: Path) -> None:
+    """Writes the recipe into the folder, or checks that the run there is of the same one."""
+    path = output / "recipe.json"
+    settings = json.loads(recipe.model_dump_json(exclude={"output", "description", "expects", "evaluate", "sample"}))
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name in settings if found.get(name) != settings[name]]
+        if differing:
+            raise InputError(
+                f"{output} holds a run with other settings in the section {differing[0]!r} (see {path}): go on with "
+                "the same settings, or give another folder, output=FOLDER."
+            )
+        return
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+# Data, image tokenizer, tokens ---------------------------------------------------------------------------------
+
+
+def _read_source(data: DigitsData) -> dict[str, SourceDigits] | dict[str, ColouredDigits]:
+    if data.path is None:
+        return scikit_learn_digits()
+    return read_mnist(data.path) if data.source == "mnist" else read_coloured_pickle(data.path)
+
+
+def _train_image_tokenizer(recipe: ImageTokenizer, output: Path, show_progress: bool) -> None:
+    """Puts an image tokenizer into its folder: the one given, or a new one. Stored in half precision, as the bundle
+    holds it, and read back, so that the tables have the codes that the bundle gives."""
+    folder = output / "image_tokenizer"
+    if (folder / "config.json").exists():
+        return
+    if recipe.path is not None:
+        trained = load_image_tokenizer(recipe.path)
+    else:
+        train, validation = (PairTable(output / "data" / f"{split}.parquet").read().pictures for split in SPLITS[:2])
+        training = output / "image_tokenizer_training"
+        trained = train_tokenizer(train, validation, recipe.model, recipe.train, training, show_progress=show_progress)
+    save_image_tokenizer(trained, folder, dtype=torch.float16)
+
+
+def _tokenize(output: Path, image_tokenizer: nn.Module, text_tokenizer: TextTokenizer, show_progress: bool) -> None:
+    for split in SPLITS:
+        pairs, tokens = output / "data" / f"{split}.parquet", output / "tokens" / f"{split}.parquet"
+        if not tokens.exists():
+            tokenize_pairs(pairs, tokens, image_tokenizer, text_tokenizer, show_progress=show_progress)
+        elif TokenTable.open(tokens).metadata != tokenizer_metadata(image_tokenizer, text_tokenizer):
+            raise InputError(f"{tokens} was made with another image tokenizer: remove {tokens.parent} to make it anew.")
+
+
+# Model, bundle, report -----------------------------------------------------------------------------------------
+
+
+def _layout(recipe: Recipe, output: Path, text_tokenizer: TextTokenizer) -> Layout:
+    config: Any = load_image_tokenizer(output / "image_tokenizer").config
+    layout = recipe.layout.make(codebook_size=config.codebook_size, text_vocab_size=text_tokenizer.vocab_size)
+    rows, columns = config.grid
+    for order in layout.orders.values():
+        if order.span("image").length != rows * columns:
+            raise InputError(
+                f"{recipe.image_tokenizer.path} gives {rows} × {columns} codes, but the order {order.name!r} has "
+                f"{order.span('image')}; write image{{{rows * columns}}}."
+            )
+    return layout
+
+
+def _finish(
+    recipe: Recipe,
+    model: DecoderOnly,
+    layout: Layout,
+    text_tokenizer: TextTokenizer,
+    command: str,
+    show_progress: bool,
+) -> None:
+    """Bundles, then measures the bundle as a user will load it, rounded to half precision."""
+    output, bundle = recipe.output, recipe.output / "bundle"
+    Pipeline(
+        model=model.cpu(),
+        layout=layout,
+        image_tokenizer=load_image_tokenizer(output / "image_tokenizer"),
+        text_tokenizer=text_tokenizer,
+        pictures=PICTURES,
+        sampling=recipe.sample,
+        name=output.name,
+    ).save(bundle, half=True, force=True)
+    pipe = Pipeline.load(bundle)
+    report = find_report(output, pipe.weights_sha256, recipe.evaluate)
+    if report is None:
+        held_out = read_held_out(output / "data")
+        report = evaluate_digits(pipe, held_out, recipe.evaluate, command=command, show_progress=show_progress)
+        draw_galleries(pipe, held_out.pictures, held_out.captions, output, seed=recipe.evaluate.seed, force=True)
+        report.write(output, force=True)
+    pipe.figures = report.figures()
+    pipe.save(bundle, half=True, force=True)
