@@ -51,8 +51,11 @@ def train_digits(recipe: Recipe, *, command: str = "", show_progress: bool = Tru
     text_tokenizer = TextTokenizer.from_words(words(), spellings={"eigth": "eight"})
     with processes() as (rank, world_size):
         if rank == 0:
+            splits = _read_source(recipe.data)
             _claim(recipe, output)
-            write_digits(output / "data", recipe.data.source, _read_source(recipe.data), recipe.data.colouring)
+            write_digits(
+                output / "data", recipe.data.source, splits, recipe.data.colouring, show_progress=show_progress
+            )
             _train_image_tokenizer(recipe.image_tokenizer, output, show_progress)
             _tokenize(output, load_image_tokenizer(output / "image_tokenizer"), text_tokenizer, show_progress)
         if world_size > 1:
