@@ -97,6 +97,17 @@ def test_nothing_is_overwritten_without_force(tmp_path, vit_files, capsys):
     assert run(export) == 2
 
 
+def test_force_replaces_nothing_but_an_image_tokenizer(tmp_path, vit_files, capsys):
+    file, config, _ = vit_files
+    precious = tmp_path / "home" / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("years of work")
+    command = ["import", "vit-vqgan", str(file), "-o", str(precious.parent), "--config", str(config), "--force"]
+    assert run(command) == 2
+    assert "so --force does not replace it" in capsys.readouterr().err
+    assert precious.exists()
+
+
 @pytest.mark.parametrize("changed", ["folder", "weights"])
 def test_verify_fails_with_status_1_and_writes_nothing(shared_dir, tmp_path, capsys, changed):
     reference = tmp_path / "reference"

@@ -379,6 +379,15 @@ def test_the_report_names_each_tensor_and_why_one_was_dropped():
     assert len(report.moved) == len(state) - 1
 
 
+@pytest.mark.parametrize(("name", "prefix"), [("llamagen-vq", "gen_vision_model."), ("taming", "first_stage_model.")])
+def test_a_tokenizer_inside_a_larger_model_is_found(name, prefix):
+    layout, config, state = tiny_state(name)
+    larger = {f"{prefix}{key}": tensor for key, tensor in state.items()} | {"transformer.head.weight": torch.zeros(2)}
+    module, report = import_foreign(layout, larger, config)
+    assert torch.equal(module.quantizer.codebook, state["quantize.embedding.weight"])
+    assert report.dropped == (("transformer.head.weight", f"outside {prefix}"),)
+
+
 def test_a_layer_used_several_times_must_be_listed_alike():
     layout, _, state = tiny_state("deepul")
     again, report = import_foreign(layout, state)

@@ -61,7 +61,9 @@ def import_weights(
     """
     layout = layout_of(kind)
     refuse_existing([output_dir], force=force)
-    module, report, notes = _import(layout, file, config)
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / "model.safetensors").is_file():
+        raise InputError(f"{output_dir} holds no image tokenizer, so --force does not replace it: give another name.")
+    module, report, notes = _import(layout, file, config, verify_dir)
     errors: list[ArrayError] = []
     if verify_dir is not None:
         errors, note = _verify_imported(layout, module, verify_dir)
@@ -116,19 +118,23 @@ def error_table(errors: tuple[ArrayError, ...]) -> Table:
     return table
 
 
-def _import(layout: Layout, file: Path, config: Path | None) -> tuple[nn.Module, ImportReport, tuple[str, ...]]:
-    """Sizes come from `config`; without one from the published models, or else from a config beside the file."""
+def _import(
+    layout: Layout, file: Path, config: Path | None, verify_dir: Path | None
+) -> tuple[nn.Module, ImportReport, tuple[str, ...]]:
+    """Sizes come from `config`; without one from the published models, or else from a config beside the file or in
+    the reference folder."""
     weights = read_weights(file)
     if config is not None:
         return *import_foreign(layout, weights.tensors, read_config(config)), weights.notes
-    beside = next((c for c in (file.with_suffix(".config.json"), file.parent / "config.json") if c.is_file()), None)
+    nearby = [file.with_suffix(".config.json"), *(f / "config.json" for f in (file.parent, verify_dir) if f)]
+    found = next((path for path in nearby if path.is_file()), None)
     try:
         return *import_foreign(layout, weights.tensors), weights.notes
     except InputError:
-        if beside is None:
+        if found is None:
             raise
-    notes = (*weights.notes, f"not a published size, so {beside} was read")
-    return *import_foreign(layout, weights.tensors, read_config(beside)), notes
+    notes = (*weights.notes, f"not a published size, so {found} was read")
+    return *import_foreign(layout, weights.tensors, read_config(found)), notes
 
 
 def _verify_imported(layout: Layout, module: nn.Module, directory: Path) -> tuple[list[ArrayError], str]:

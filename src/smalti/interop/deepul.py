@@ -53,7 +53,6 @@ def read_config(config: dict) -> DeepulVQVAEConfig:
     args = Fields(config, "config")
     args.expect("image_values", list(range(TOP_LEVEL + 1)))
     if "args" in config:
-        args.finish("args", *HEADER)
         args = args.section("args")
     ours = DeepulVQVAEConfig(
         width=args.take("h_dim", int),

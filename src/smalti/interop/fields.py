@@ -1,12 +1,14 @@
 """Strict reading of foreign configs: every field is taken, passed over by name, or an error."""
 
+from types import UnionType
 from typing import Any
 
 from smalti.errors import InputError
 
 REQUIRED = object()
 HEADER = ("peer", "peer_commit", "class", "image_range", "smallest_nearest_code_gap", "distinct_codes_used")
-"""Fields of a golden config that say where it comes from and do not shape the network."""
+"""What reference configs say beside the sizes. Where sizes stand in sections, whatever else stands beside the
+sections is passed over; where they stand bare, these fields are and others are an error."""
 
 
 class Fields:
@@ -19,7 +21,7 @@ class Fields:
         self.where = where
         self.taken: set[str] = set()
 
-    def take(self, name: str, kind: type, default: Any = REQUIRED) -> Any:
+    def take(self, name: str, kind: type | UnionType, default: Any = REQUIRED) -> Any:
         """The value of a field, checked to be of `kind`; whole floats pass as int and ints as float."""
         self.taken.add(name)
         value = self.values.get(name, default)
@@ -28,11 +30,11 @@ class Fields:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise InputError(f"{self.where}.{name} is {value!r}; expected {kind.__name__}.")
+            raise InputError(f"{self.where}.{name} is {value!r}; expected {getattr(kind, '__name__', kind)}.")
         return value
 
     def take_ints(self, name: str, default: Any = REQUIRED) -> tuple[int, ...]:
-        values = self.take(name, (list | tuple), default)  # pyright: ignore[reportArgumentType]
+        values = self.take(name, list | tuple, default)
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
             raise InputError(f"{self.where}.{name} is {values!r}; expected a list of whole numbers.")
         return tuple(values)

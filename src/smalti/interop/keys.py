@@ -57,10 +57,10 @@ class Layout:
     """All that is particular to one kind of foreign checkpoint.
 
     `read_config` and `write_config` translate the original's field names; `key_map` gives the foreign key of each
-    tensor of a module; `published` holds the sizes of files that need no config; `droppable` the beginnings of
-    keys to pass over, with the reason; `container` the outer key under which the original keeps its state dict;
-    `outputs` recomputes the arrays of a reference folder (see `verifying`). Where weights tell all sizes,
-    `infer_config` finds them, and there is no need of published ones.
+    tensor of a module; `outputs` recomputes the arrays of a reference folder (see `verifying`). `published` holds
+    the sizes of files that need no config; where weights tell all sizes, `infer_config` finds them instead.
+    `droppable` holds the beginnings of keys to pass over, with the reason; `part_of` the prefixes of the keys
+    inside a larger model; `container` the outer key under which the original keeps its state dict.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Layout:
     outputs: Callable[[Any, Any], Mapping[str, Callable[[], Tensor]]]
     published: Mapping[str, Any] = field(default_factory=dict)
     droppable: Mapping[str, str] = field(default_factory=dict)
+    part_of: tuple[str, ...] = ()
     container: str | None = None
     infer_config: Callable[[Mapping[str, Tensor]], Any] | None = None
 
@@ -81,6 +82,7 @@ def import_foreign(
     """The module that a foreign state dict describes, in evaluation mode. `config` has the original's field names;
     without one the shapes must be those of exactly one published model. Raises InputError if a tensor is
     missing, has another shape, or is left over."""
+    state, outside = _part_of_larger(state, layout.part_of)
     dropped = {key: reason for key in state if (reason := _why_dropped(key, layout.droppable)) is not None}
     if config is not None:
         ours, sizes = layout.read_config(config), "from the config"
@@ -99,7 +101,7 @@ def import_foreign(
     moved = tuple(
         Moved(key, name, foreign.shape) for name, foreign in key_map.items() for key in (foreign.key, *foreign.copies)
     )
-    return module.eval(), ImportReport(sizes=sizes, moved=moved, dropped=tuple(dropped.items()))
+    return module.eval(), ImportReport(sizes=sizes, moved=moved, dropped=tuple((outside | dropped).items()))
 
 
 def export_foreign(layout: Layout, module: nn.Module) -> dict[str, Tensor]:
@@ -189,6 +191,15 @@ def _shape_problems(state: Mapping[str, Tensor], key_map: KeyMap, dropped: Mappi
         if key in state and tuple(state[key].shape) != shape
     ]
     return missing + unexpected + other_shape
+
+
+def _part_of_larger(
+    state: Mapping[str, Tensor], prefixes: tuple[str, ...]
+) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """The tensors under the prefix that a larger model has for this one, and the other keys with the reason."""
+    prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in state)), "")
+    inside = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    return inside, {key: f"outside {prefix}" for key in state if not key.startswith(prefix)}
 
 
 def _unequal_copies(state: Mapping[str, Tensor], key_map: KeyMap) -> list[str]:

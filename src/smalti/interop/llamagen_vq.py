@@ -112,5 +112,6 @@ LAYOUT = Layout(
         "VQ-8 (vq_ds8_c2i.pt)": PRESETS["vq-8"],
     },
     droppable={"quantize.codebook_used": "a history of which codes were used, not a weight"},
+    part_of=("gen_vision_model.",),  # in Janus
     container="model",
 )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqgan import PRESETS, VQGAN, VQGANConfig
-from smalti.interop.fields import HEADER, Fields, check_header
+from smalti.interop.fields import Fields, check_header
 from smalti.interop.keys import KeyMap, Layout, check_expressible, learned_codebook, rename_all
 from smalti.interop.verifying import ReferenceArrays, grid_outputs, quantized
 from smalti.interop.vqgan_keys import maskgit_key
@@ -23,10 +23,7 @@ def key_map(image_tokenizer: VQGAN) -> KeyMap:
 def read_config(config: dict) -> VQGANConfig:
     """Our config from the original's field names, in sections as in TiTok's golden config."""
     check_header(config, CLASS_NAME, IMAGE_RANGE)
-    sections = Fields(config, "config")
-    ours = read_sections(sections)
-    sections.finish(*HEADER)
-    return ours
+    return read_sections(Fields(config, "config"))
 
 
 def read_sections(config: Fields) -> VQGANConfig:

@@ -132,5 +132,6 @@ LAYOUT = Layout(
         "loss.": "part of the training loss",
         "colorize": "colours for drawing segmentation maps",
     },
+    part_of=("first_stage_model.",),  # in Net2NetTransformer
     container="state_dict",
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from smalti.errors import InputError
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.titok import BASE, LARGE, PRESETS, SMALL, TiTok, TiTokConfig, ViTConfig
-from smalti.interop.fields import HEADER, Fields, check_header
+from smalti.interop.fields import Fields, check_header
 from smalti.interop.keys import Foreign, KeyMap, Layout, check_expressible, learned_codebook, rename_all
 from smalti.interop.maskgit_vq import read_sections, write_sections
 from smalti.interop.verifying import ReferenceArrays
@@ -101,8 +101,6 @@ def read_config(config: dict) -> TiTokConfig:
         mixed_latents=legacy,
     )
     model.finish("clustering_vq")  # how the codebook was trained
-    if inner is not outer:
-        outer.finish("model_sizes", "pixel_decoder", "pixel_quantize", *HEADER)
     return ours
 
 

@@ -58,7 +58,6 @@ def read_config(config: dict) -> ViTVQGANConfig:
         model = outer.section("model")
         params = model.section("params")
         model.finish("target", "base_learning_rate")
-        outer.finish(*HEADER)
     encoder, in_channels = _read_side(params.section("encoder"))
     decoder, out_channels = _read_side(params.section("decoder"))
     if in_channels != out_channels:
