@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti.layout import NO_SLOT, Layout, Packed, Slot
-from smalti.transformer import KVCache, Transformer, TransformerConfig
+from smalti.transformer import KVCache, Transformer, TransformerConfig, at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ def slot_nll(
     found = []
     for target in targets:
         logits = model.logits(hidden.index_select(0, target.rows), None if target.slot is None else slots[target.slot])
-        found.append(F.cross_entropy(logits.float(), target.local, reduction="none"))
+        found.append(F.cross_entropy(at_least_float32(logits), target.local, reduction="none"))
     return torch.cat(found)
 
 

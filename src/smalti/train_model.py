@@ -13,11 +13,12 @@ Letters: B batch, T tokens, n counted positions that cost something, P parts.
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -35,7 +36,7 @@ from smalti.curves import Curves
 from smalti.data.loader import batches, prefetch
 from smalti.data.tokens import TokenBatch
 from smalti.errors import InputError
-from smalti.layout import NO_SLOT, PARTS, Layout, Order, Packed, Span, SpanValues
+from smalti.layout import NO_SLOT, PARTS, Layout, Marker, Order, Packed, Span, SpanValues
 from smalti.likelihood import evaluate_nll
 from smalti.models import DecoderOnly, SlotTargets, new_model, slot_nll, slot_targets
 from smalti.transformer import TransformerConfig
@@ -44,6 +45,8 @@ from smalti.vocabulary import SPECIAL
 SCHEDULES = ("constant", "cosine")
 EVALUATION_BATCH_SIZE = 256
 CHECKPOINTS = "checkpoints"
+COMPILE_FROM_TOKENS = 10_000_000
+"""Tokens a training must have for compiling to repay itself: some minutes' worth on two cores, at the digits' size."""
 LOG_EVERY = 50
 """Steps between fetches of the losses from the device."""
 
@@ -98,10 +101,10 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Of the average of the weights that is evaluated and returned; it starts lower, min(decay, (1 + s) / (10 + s)) at
     step s. 0: no average."""
-    bf16: bool = False
-    """Autocast to bfloat16; weights and optimizer stay in float32."""
-    compile: bool = False
-    """Pass the model through `torch.compile`: faster steps after a minute of compiling."""
+    bf16: bool | None = None
+    """Autocast to bfloat16; weights and optimizer stay in float32. None: where the hardware multiplies it faster."""
+    compile: bool | None = None
+    """Pass the model through `torch.compile`. None: where training is long enough to repay a minute or two of it."""
     full_softmax: bool = False
     """Take the softmax over the whole vocabulary instead of what can stand at a position, for comparison."""
     seed: int = 0
@@ -314,6 +317,31 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
 
 
+def with_choices(
+    config: TrainConfig, layout: Layout, num_steps: int, device: torch.device, *, parameters_dtype: torch.dtype
+) -> TrainConfig:
+    """The config with `bf16` and `compile` decided, if they were left open, by device, dtype, layout and length."""
+    bf16, compiled = config.bf16, config.compile
+    if bf16 is None:
+        bf16 = parameters_dtype == torch.float32 and _has_fast_bf16(device)
+    if compiled is None:
+        # Batches whose length varies are compiled anew, or for any shape, which gains little.
+        long_enough = num_steps * config.batch_size * layout.max_length >= COMPILE_FROM_TOKENS
+        compiled = layout.is_fixed and long_enough and (device.type == "cuda" or _has_cpp_compiler())
+    return replace(config, bf16=bf16, compile=compiled)
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _has_cpp_compiler() -> bool:
+    """Whether torch.compile can work on the CPU: it writes C++."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
 def compute_precision(device: torch.device, bf16: bool) -> AbstractContextManager:
     """Autocast to bfloat16 if asked for, and the attention kernel that goes with it."""
     stack = ExitStack()
@@ -474,7 +502,7 @@ def train_model(
     directory = Path(directory)
     with processes() as (rank, world_size), ExitStack() as stack:
         # What there is to do.
-        _check_division(config, world_size)
+        _check_task(layout, train, validation, config, world_size)
         num_steps = config.steps(len(train))
         evaluation_rows = min(len(validation), config.evaluation_rows or len(validation))
         evaluation_steps = _evaluation_steps(len(train), num_steps, config)
@@ -486,6 +514,7 @@ def train_model(
             torch.manual_seed(config.seed)
             model = new_model(layout, model)
         model.to(device).train()
+        config = with_choices(config, layout, num_steps, device, parameters_dtype=model.embed_tokens.weight.dtype)
         loss_module = NextTokenLoss(model, layout)
         if config.compile:
             loss_module = cast(NextTokenLoss, torch.compile(loss_module))
@@ -540,16 +569,16 @@ def train_model(
             pieces = [piece.to(device) for piece in next(stream)]
             counts = torch.stack([piece.counts for piece in pieces]).sum(0)
             total = summed(counts.sum().to(device), world_size) if world_size > 1 else counts.sum()
-            nats = torch.zeros(len(counts), device=device)
+            nats = torch.zeros(len(counts), dtype=torch.float32, device=device)
             for piece in pieces:
                 with (
                     _gradients_kept_back(loss_module, piece is not pieces[-1]),
-                    compute_precision(device, config.bf16),
+                    compute_precision(device, bool(config.bf16)),
                 ):
                     nll = loss_module(piece.token_ids, piece.targets)
                     # Processes average their gradients: times their number, it is the sum over the joined batch.
                     (nll.sum() * (world_size / total)).backward()
-                nats.index_add_(0, piece.parts, nll.detach())
+                nats.index_add_(0, piece.parts, nll.detach().float())
             if config.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             state.optimizer.step()
@@ -568,13 +597,27 @@ def train_model(
         return state.trained.eval()
 
 
-def _check_division(config: TrainConfig, world_size: int) -> None:
+def _check_task(layout: Layout, train: Pairs, validation: Pairs, config: TrainConfig, world_size: int) -> None:
+    for pairs, purpose in ((train, "train on"), (validation, "validate with")):
+        if not len(pairs):
+            raise InputError(f"there are no rows to {purpose}: give a table that holds some.")
     pieces = world_size * config.num_micro_batches
     if config.batch_size % pieces:
         raise ValueError(
             f"batch_size {config.batch_size} is not divisible by {world_size} processes × {config.num_micro_batches} "
             f"micro-batches; use {-(-config.batch_size // pieces) * pieces}."
         )
+    for order in layout.orders.values():
+        open_slots = [
+            isinstance(part, Marker) or part.counted
+            for index, part in enumerate(order.parts)
+            if index and layout.slots[layout.slot_index(order.name, index)].size > 1
+        ]
+        if not any(open_slots):
+            raise ValueError(
+                f"order {order.name!r} counts no position that has to be predicted ({order}), so nothing can be "
+                "learned from it; leave out parentheses, or the order."
+            )
 
 
 def _evaluation_steps(num_rows: int, num_steps: int, config: TrainConfig) -> set[int]:

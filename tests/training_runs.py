@@ -1,0 +1,115 @@
+"""Runs that must be processes of their own: `python training_runs.py NAME DIRECTORY`, from test_train_model.py.
+
+Each forks its children, so that torch is imported once.
+"""
+
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from smalti.layout import Layout
+from smalti.train_model import TokenArrays, TrainConfig, train_model
+from smalti.transformer import TransformerConfig
+from smalti.vocabulary import Vocabulary
+
+SHAPE = TransformerConfig(num_layers=2, d_model=12, num_heads=3, d_ff=20, max_length=12, dropout=0.1)
+VOCABULARY = Vocabulary({"special": ["<bos>", "<image>", "<text>"], "image": 17, "text": 7})
+FIXED = Layout.parse(
+    VOCABULARY, {"t2i": "<bos> <text> text{3} <image> image{5}", "i2t": "<bos> <image> image{5} <text> text{3}"}
+)
+OPEN = Layout.parse(
+    VOCABULARY,
+    {"t2i": ("<bos> <text> text{..4} <image> image{5}", 1.0), "i2t": ("<bos> <image> (image{5}) <text> text{3}", 2.0)},
+)
+
+
+def arrays(num_rows: int, seed: int = 0) -> TokenArrays:
+    generator = np.random.default_rng(seed)
+    return TokenArrays(generator.integers(0, 17, (num_rows, 5)), generator.integers(0, 7, (num_rows, 3)))
+
+
+class KillingArrays(TokenArrays):
+    """Pairs that kill the process with SIGKILL when they are read for the nth time."""
+
+    reads_left = 0
+
+    def batch(self, rows):
+        KillingArrays.reads_left -= 1
+        if KillingArrays.reads_left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().batch(rows)
+
+
+def in_child(work) -> int:
+    """Runs `work` in a forked process; returns its exit status, or minus the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+RESUMED = TrainConfig(
+    num_epochs=3,
+    batch_size=6,
+    num_micro_batches=2,
+    schedule="cosine",
+    warmup_steps=3,
+    weight_decay=0.1,
+    max_grad_norm=0.5,
+    ema_decay=0.9,
+    checkpoint_every=3,
+)
+"""29 rows: 15 steps, with batches that reach over the end of an epoch and epochs that end between checkpoints."""
+
+
+def resume(directory: Path) -> None:
+    """Three times killed and resumed, beside a run that was left alone."""
+    train, validation = arrays(29), arrays(5, seed=1)
+
+    def run(folder: str, pairs: TokenArrays) -> None:
+        model = train_model(SHAPE, FIXED, pairs, validation, RESUMED, directory / folder, show_progress=False)
+        torch.save(model.state_dict(), directory / f"{folder}.pt")
+
+    assert in_child(partial(run, "whole", train)) == 0
+    for reads in np.random.default_rng(int.from_bytes(os.urandom(4))).integers(1, 30, 3).tolist():
+        KillingArrays.reads_left = reads
+        killing = KillingArrays(train.image_tokens, train.text_tokens)
+        print("killed at read", reads, "status", in_child(partial(run, "killed", killing)))
+    assert in_child(partial(run, "killed", train)) == 0
+
+
+def distributed(directory: Path) -> None:
+    """The same training in one process and in two, in float64, with a fixed and an open layout."""
+    torch.set_default_dtype(torch.float64)
+    shape = TransformerConfig(num_layers=1, d_model=12, num_heads=3, d_ff=20, max_length=12)
+    config = TrainConfig(num_steps=5, batch_size=8, num_micro_batches=2, max_grad_norm=0.5, ema_decay=0.5)
+
+    def run(folder: str, environment: dict[str, str]) -> None:
+        os.environ.update(environment)
+        for name, layout in (("fixed", FIXED), ("open", OPEN)):
+            path = directory / folder / name
+            model = train_model(shape, layout, arrays(29), arrays(7, seed=1), config, path, show_progress=False)
+            if environment.get("RANK", "0") == "0":
+                torch.save(model.state_dict(), path / "final.pt")
+        assert not torch.distributed.is_initialized()
+
+    assert in_child(lambda: run("one", {})) == 0
+    children = []
+    for rank in ("0", "1"):
+        pid = os.fork()
+        if pid == 0:
+            run("two", {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"})
+            os._exit(0)
+        children.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"resume": resume, "distributed": distributed}[sys.argv[1]](Path(sys.argv[2]))
