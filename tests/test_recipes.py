@@ -52,10 +52,10 @@ def test_every_setting_of_the_training_can_be_changed():
     ("override", "read"),
     [
         ("train.learning_rate=2e-3", lambda r: r.train.learning_rate == 0.002),
-        ("learning_rate=.5E-3", lambda r: r.train.learning_rate == 0.0005),
-        ("batch_size=64", lambda r: r.train.batch_size == 64),
+        ("final_share=.5E-3", lambda r: r.train.final_share == 0.0005),
+        ("num_micro_batches=4", lambda r: r.train.num_micro_batches == 4),
         ("train.betas=[0.9, 0.95]", lambda r: r.train.betas == (0.9, 0.95)),
-        ("bf16=true", lambda r: r.train.bf16 is True),
+        ("full_softmax=true", lambda r: r.train.full_softmax is True),
         ("output=elsewhere/run=1", lambda r: r.output == Path("elsewhere/run=1")),
         ("data.path=/data/mnist", lambda r: r.data.path == Path("/data/mnist")),
         ("codebook_size=512", lambda r: r.image_tokenizer.model.codebook_size == 512),
@@ -73,7 +73,7 @@ def test_a_change_reaches_its_place(override, read):
 
 
 def test_later_changes_win_and_null_takes_a_setting_back():
-    recipe = load_recipe("digits", ["batch_size=8", "num_epochs=null", "num_steps=10", "batch_size=16"])
+    recipe = load_recipe("digits", ["train.batch_size=8", "num_epochs=null", "num_steps=10", "train.batch_size=16"])
     assert (recipe.train.num_epochs, recipe.train.num_steps, recipe.train.batch_size) == (None, 10, 16)
 
 
@@ -84,7 +84,10 @@ def test_later_changes_win_and_null_takes_a_setting_back():
         (["=3"], "'=3' is no setting; write key=value, for example train.learning_rate=1e-3."),
         (["lerning_rate=2"], "there is no setting lerning_rate; did you mean train.learning_rate?"),
         (["train.epochs=3"], "there is no setting train.epochs; did you mean train.num_epochs?"),
-        (["seed=3"], "several settings are named seed; write data.colouring.seed or train.seed"),
+        (
+            ["seed=3"],
+            "several settings are named seed; write data.colouring.seed or image_tokenizer.train.seed or train.se",
+        ),
         (["data.zzzz=3"], "there is no setting data.zzzz; there are data.source, data.path"),
         (["train.learning_rate=fast"], "recipe digits: train.learning_rate is 'fast'; expected a number."),
         (["train.learning_rate='1e-3'"], "recipe digits: train.learning_rate is '1e-3'; expected a number."),
@@ -94,8 +97,8 @@ def test_later_changes_win_and_null_takes_a_setting_back():
         (["train.betas=[0.9]"], "recipe digits: train.betas.1 is missing; add it."),
         (["train=3"], "recipe digits: train is 3; expected a section"),
         (["train=3", "train.seed=1"], "'train.seed=1': the recipe's train is not a section but 3."),
-        (["batch_size=[1"], "'batch_size=[1': the value cannot be read as YAML; put it in quotes."),
-        (["learning_rate=-1"], "recipe digits: train: learning_rate is -1.0; it must be more than 0."),
+        (["train.seed=[1"], "'train.seed=[1': the value cannot be read as YAML; put it in quotes."),
+        (["train.learning_rate=-1"], "recipe digits: train: learning_rate is -1.0; it must be more than 0."),
         (["num_steps=3"], "recipe digits: train: give num_epochs (30.0) or num_steps (3), and not both."),
         (["d_model=130"], "recipe digits: model: d_model 130 is not divisible by num_heads 4."),
         (["data.source=cifar"], "recipe digits: data.source is 'cifar'; expected 'scikit-learn', 'mnist' or 'pickle'."),
@@ -112,6 +115,11 @@ def test_a_wrong_setting_is_named_with_its_mend_in_one_line(overrides, message):
         load_recipe("digits", overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_trained_image_tokenizer_may_have_another_grid():
+    overrides = ["patch_size=2", "image_tokenizer.path=elsewhere/image_tokenizer"]
+    assert load_recipe("digits", overrides).image_tokenizer.path == Path("elsewhere/image_tokenizer")
 
 
 def test_an_unknown_recipe_lists_the_known():

@@ -89,6 +89,8 @@ class Recipe(Section):
     def _fits_together(self) -> "Recipe":
         tokenizer = self.image_tokenizer.model
         layout = self.layout.make(codebook_size=tokenizer.codebook_size, text_vocab_size=1)
+        if self.image_tokenizer.path is not None:
+            return self  # its grid is known when it is loaded
         rows, columns = tokenizer.grid
         for order in layout.orders.values():
             for span in order.spans:
