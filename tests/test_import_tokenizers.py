@@ -309,10 +309,12 @@ def test_convolutional_networks_of_other_sizes(name):
 def test_attention_levels_where_the_resolution_does_not_halve_evenly():
     # 50 -> 25 -> 12 on the way down, 12 -> 24 -> 48 on the way up, in the original's arithmetic.
     config = json.loads(json.dumps(TAMING_CONFIG))
-    config["model"]["params"]["ddconfig"] |= {"resolution": 52, "ch_mult": [1, 1, 1], "attn_resolutions": [26, 13]}
+    ddconfig = config["model"]["params"]["ddconfig"]
+    ddconfig |= {"resolution": 50, "attn_resolutions": [25, 12]}
     ours = taming.read_config(config)
-    assert (ours.encoder_attention_levels, ours.decoder_attention_levels) == ((1, 2), (1, 2))
-    config["model"]["params"]["ddconfig"]["attn_resolutions"] = []
+    assert (ours.encoder_attention_levels, ours.decoder_attention_levels) == ((1, 2), (2,))
+    assert ours.image_size == (48, 48)
+    ddconfig["attn_resolutions"] = []
     assert taming.read_config(config).encoder_attention_levels == ()
 
 
@@ -662,6 +664,8 @@ def test_unknown_arrays_and_absent_inputs_are_named(tmp_path):
         compare(layout, module, ReferenceArrays(arrays, surprise=torch.zeros(1)))
     with pytest.raises(InputError, match=r"indices \[2, 15\] does not fill the grid of 2 x 5 codes of decoded"):
         compare(layout, module, ReferenceArrays(arrays, decoded=arrays["decoded"][:, :, :8]))
+    with pytest.raises(InputError, match="no outputs, so there is nothing to verify"):
+        compare(layout, module, ReferenceArrays(image=arrays["image"]))
     del read["image"]
     with pytest.raises(InputError, match="no array 'image'"):
         compare(layout, module, read)

@@ -142,6 +142,7 @@ def test_codes_outside_the_codebook_are_refused():
     ("changes", "message"),
     [
         ({"channels": 33}, "multiple of the 32 groups"),
+        ({"channels": 16, "encoder_multipliers": (2, 2, 2)}, "width of 16; every width must be a multiple"),
         ({"encoder_attention_levels": (3,)}, r"encoder_attention_levels \[3\] must lie in 0..2"),
         ({"image_size": (12, 21)}, "image_size 12 x 21 does not divide"),
         ({"dropout": 1.0}, r"dropout is 1.0; it must lie in \[0, 1\)"),

@@ -70,7 +70,7 @@ class VQGANConfig:
         check_image_size(*self.image_size, self.patch_size, "image_size")
 
     def _check_levels(self, side: str, multipliers: tuple[int, ...], attention: tuple[int, ...]) -> None:
-        for multiplier in multipliers:
+        for multiplier in (1, *multipliers):
             if multiplier < 1 or multiplier * self.channels % NORM_GROUPS:
                 raise ValueError(
                     f"{side}_multipliers {list(multipliers)} times channels {self.channels} gives a width of "

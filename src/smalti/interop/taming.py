@@ -45,6 +45,7 @@ def read_config(config: dict) -> VQGANConfig:
     resolution = network.take("resolution", int)
     at = network.take_ints("attn_resolutions")
     lowest = len(multipliers) - 1
+    side = max(1, resolution >> lowest) << lowest  # the largest that halves evenly from level to level
     in_channels = network.take("in_channels", int)
     network.expect("out_ch", in_channels)
     network.expect("double_z", False)
@@ -52,12 +53,12 @@ def read_config(config: dict) -> VQGANConfig:
         quantizer=QuantizerConfig(
             codebook_size=params.take("n_embed", int), code_dim=params.take("embed_dim", int), update="gradient"
         ),
-        image_size=(resolution, resolution),
+        image_size=(side, side),
         channels=network.take("ch", int),
         encoder_multipliers=multipliers,
         decoder_multipliers=multipliers,
         encoder_attention_levels=tuple(i for i in range(lowest + 1) if resolution >> i in at),
-        decoder_attention_levels=tuple(i for i in range(lowest + 1) if (resolution >> lowest) << (lowest - i) in at),
+        decoder_attention_levels=tuple(i for i in range(lowest + 1) if side >> i in at),
         num_res_blocks=network.take("num_res_blocks", int),
         latent_channels=network.take("z_channels", int),
         image_channels=in_channels,

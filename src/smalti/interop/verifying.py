@@ -62,6 +62,8 @@ def compare(layout: Layout, module: nn.Module, arrays: ReferenceArrays) -> list[
     InputError if an array is not known for this kind."""
     outputs = layout.outputs(module, arrays)
     wanted = [name for name in arrays if name not in INPUT_NAMES]
+    if not wanted:
+        raise InputError("io.npz holds no outputs, so there is nothing to verify.")
     unknown = [name for name in wanted if name not in outputs]
     if unknown:
         raise InputError(
