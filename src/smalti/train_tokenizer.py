@@ -100,7 +100,8 @@ def train_tokenizer(
     """
     # Pictures, network, optimiser
     directory = Path(directory)
-    images, held_out = torch.as_tensor(images), torch.as_tensor(held_out)[: config.held_out_pictures]
+    images = _checked("training", images, config.max_value)
+    held_out = _checked("held-out", held_out, config.max_value)[: config.held_out_pictures]
     torch.manual_seed(config.seed)
     model = _family_of(model_config)(model_config).to(config.device)
     averaged = AveragedModel(model, multi_avg_fn=_running_mean(config.weight_ema_decay))
@@ -357,6 +358,17 @@ def _device_of(image_tokenizer: Any) -> torch.device:
 def _num_codes(image_tokenizer: Any, pictures: Tensor) -> int:
     rows, columns = image_tokenizer.config.grid
     return len(pictures) * rows * columns
+
+
+def _checked(which: str, pictures: Any, max_value: int) -> Tensor:
+    pictures = torch.as_tensor(pictures)
+    if pictures.dim() != 4 or pictures.dtype != torch.uint8 or len(pictures) == 0:
+        raise InputError(
+            f"{which} pictures are {tuple(pictures.shape)} of {pictures.dtype}; expected (N, H, W, C) of torch.uint8."
+        )
+    if int(pictures.max()) > max_value:
+        raise InputError(f"{which} pictures reach {int(pictures.max())}, above max_value {max_value}.")
+    return pictures
 
 
 def _to_images(
