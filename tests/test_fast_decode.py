@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import smalti.fast_decode
+from smalti.beam import beam_search
 from smalti.fast_decode import FEWEST_STEPS, PackedDecoder, make_stepper
-from smalti.generate import Request, beam_search, generate
+from smalti.generate import Request, generate
 from smalti.layout import Layout, Slot
 from smalti.models import DecoderOnly, DecoderOnlyConfig, new_model
 from smalti.sampling import SampleConfig

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smalti.generate import Generated, Request, beam_search, best_of, generate, stream
+from smalti.beam import beam_search
+from smalti.generate import Generated, Request, best_of, generate, stream
 from smalti.layout import Layout, SpanValues
 from smalti.models import DecoderOnly, new_model, token_nll
 from smalti.sampling import SampleConfig
@@ -330,3 +331,50 @@ def test_guidance_without_a_null_condition_is_explained():
     wrong = Request(order="text to image", null=Request(order="text to image", given={"text": torch.zeros(3).long()}))
     with pytest.raises(ValueError, match="leaves other spans"):
         generate(tiny_model(DIGITS), DIGITS, [wrong], SampleConfig(guidance_scale=2.0))
+
+
+def test_generation_switches_dropout_off_and_leaves_the_model_as_it_was():
+    model = tiny_model(DIGITS, dropout=0.5)
+    request = Request(order="text to image", given={"text": torch.tensor([2, 0, 6])}, seed=4)
+    (expected,) = generate(model, DIGITS, [request])
+    model.train()
+    (found,) = generate(model, DIGITS, [request])
+    assert found.token_ids.tolist() == expected.token_ids.tolist()
+    assert beam_search(model, DIGITS, [request], 2)[0][0].token_ids.tolist() == (
+        beam_search(model.eval(), DIGITS, [request], 2)[0][0].token_ids.tolist()
+    )
+    model.train()
+    for _ in stream(model, DIGITS, [request]):
+        pass
+    assert model.training
+
+
+def test_a_beam_wider_than_the_sequences_there_are_holds_each_once():
+    layout = Layout.parse(Vocabulary({"special": ["<bos>"], "image": 5}), {"a": "<bos> image{1}"})
+    (beams,) = beam_search(tiny_model(layout), layout, [Request(order="a")], 8)
+    assert sorted(int(beam.spans["image"]) for beam in beams) == [0, 1, 2, 3, 4]
+
+
+def test_a_request_with_nothing_left_to_generate_is_returned_as_it_is():
+    given = {"text": torch.tensor([2, 0, 6]), "image": torch.tensor([1, 2, 3, 4, 5])}
+    request = Request(order="text to image", given=given)
+    (found,) = generate(tiny_model(DIGITS), DIGITS, [request])
+    ((beam,),) = beam_search(tiny_model(DIGITS), DIGITS, [request], 3)
+    assert found.token_ids.tolist() == beam.token_ids.tolist()
+    assert found.log_prob == beam.log_prob == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, r: generate(m, DIGITS, [r], batch_size=0), "batch_size is 0"),
+        (lambda m, r: best_of(m, DIGITS, [r], 0), "num_candidates is 0"),
+        (lambda m, r: beam_search(m, DIGITS, [r], 0), "beam_width is 0"),
+        (lambda m, r: generate(m, DIGITS, [replace(r, seed=2**64)]), "out of range; expected 0 <= seed"),
+        (lambda m, r: generate(m, DIGITS, [replace(r, given={"text": torch.rand(3)})]), "one row of whole numbers"),
+        (lambda m, r: generate(m, DIGITS, [replace(r, given={"text": torch.zeros(1, 3).long()})]), r"shape \(1, 3\)"),
+    ],
+)
+def test_wrong_arguments_are_explained(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny_model(DIGITS), Request(order="text to image"))

@@ -14,8 +14,9 @@ import torch
 
 import smalti.generate
 import smalti.likelihood
-from smalti.generate import _Decoder, _Sequence
+from smalti.decoder import Decoder
 from smalti.models import DecoderOnly, token_nll
+from smalti.sequences import TokenSequence
 
 
 def test_a_guidance_scale_that_is_ignored_is_noticed(monkeypatch):
@@ -37,14 +38,14 @@ def test_guidance_with_its_arguments_swapped_is_noticed(monkeypatch):
 
 def test_a_prompt_that_is_lost_after_the_first_step_is_noticed(monkeypatch):
     """DALLE-pytorch zeroes the text in place when it makes the null condition."""
-    step = _Decoder.step
+    step = Decoder.step
 
     def forgetful(self, token_ids, *, guided):
         for values in self.cache.values if guided else ():
             values[: self.num_rows, :, : self.cache.length] = 0
         step(self, token_ids, guided=guided)
 
-    monkeypatch.setattr(_Decoder, "step", forgetful)
+    monkeypatch.setattr(Decoder, "step", forgetful)
     test_generate.test_temperature_zero_is_greedy()
     with pytest.raises(AssertionError):
         test_generate.test_guided_draws_follow_the_formula_at_every_step()
@@ -52,33 +53,33 @@ def test_a_prompt_that_is_lost_after_the_first_step_is_noticed(monkeypatch):
 
 def test_a_second_pass_outside_the_guidance_interval_is_noticed(monkeypatch):
     """LlamaGen computes both halves at every step."""
-    step = _Decoder.step
-    monkeypatch.setattr(_Decoder, "step", lambda self, token_ids, *, guided: step(self, token_ids, guided=True))
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, token_ids, *, guided: step(self, token_ids, guided=True))
     with monkeypatch.context() as inner, pytest.raises(AssertionError):
         test_generate.test_an_interval_skips_the_null_pass_and_changes_nothing_else((0, 2), inner)
 
 
 def test_null_rows_that_do_not_catch_up_are_noticed(monkeypatch):
-    step = _Decoder.step
+    step = Decoder.step
 
     def late(self, token_ids, *, guided):
         self.behind = self.behind[-1:] if guided else self.behind
         step(self, token_ids, guided=guided)
 
-    monkeypatch.setattr(_Decoder, "step", late)
+    monkeypatch.setattr(Decoder, "step", late)
     with monkeypatch.context() as inner, pytest.raises(AssertionError):
         test_generate.test_an_interval_skips_the_null_pass_and_changes_nothing_else((3, None), inner)
 
 
 def test_randomness_that_belongs_to_the_batch_is_noticed(monkeypatch):
-    init = _Sequence.__init__
+    init = TokenSequence.__init__
     shared = torch.Generator().manual_seed(0)
 
     def drawing_in_turn(self, layout, request):
         init(self, layout, request)
         self.uniforms = torch.rand(layout.max_length, generator=shared, dtype=torch.float64)
 
-    monkeypatch.setattr(_Sequence, "__init__", drawing_in_turn)
+    monkeypatch.setattr(TokenSequence, "__init__", drawing_in_turn)
     with pytest.raises(AssertionError):
         test_generate.test_tokens_do_not_depend_on_the_batch_or_the_order_of_requests(test_generate.DIGITS)
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smalti.layout import NO_SLOT, PARTS, Layout, Packed, SpanValues
-from smalti.models import DecoderOnly, token_nll
+from smalti.models import DecoderOnly, evaluating, token_nll
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,9 @@ def score(
     In an order with the caption first, "image" is −ln p(picture | caption) and "text" is −ln p(caption); in one with
     the picture first, "text" is −ln p(caption | picture) and "image" is −ln p(picture).
     """
-    was_training = model.training
-    model.eval()
-    found = [segment_nats(model, layout, to_device(b, model.device)) for b in _packed(layout, order, spans, batch_size)]
-    model.train(was_training)
+    batches = _packed(layout, order, spans, batch_size)
+    with evaluating(model):
+        found = [segment_nats(model, layout, to_device(packed, model.device)) for packed in batches]
     return {name: torch.cat([part[name] for part in found]).cpu() for name in layout.vocabulary.segments}
 
 
@@ -90,10 +89,8 @@ def evaluate_nll(model: DecoderOnly, layout: Layout, batches: Iterable[Packed]) 
     Every predicted token is counted, also those that only one id can be, at 0 nats: only the first token of a
     sequence and padding are left out. "total" therefore divides by all positions but the first.
     """
-    was_training = model.training
-    model.eval()
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         for packed in batches:
             moved = to_device(packed, model.device)
             nll = token_nll(model, moved, layout.slots).double()
@@ -102,7 +99,6 @@ def evaluate_nll(model: DecoderOnly, layout: Layout, batches: Iterable[Packed]) 
                 rows.setdefault(PARTS.get(name, name), []).append(((nll * inside).sum(1).cpu(), inside.sum(1).cpu()))
             predicted = moved.slot_ids != NO_SLOT
             rows.setdefault("total", []).append(((nll * predicted).sum(1).cpu(), predicted.sum(1).cpu()))
-    model.train(was_training)
     return {part: _likelihood(*map(torch.cat, zip(*found, strict=True))) for part, found in rows.items()}
 
 

@@ -5,7 +5,8 @@ What generates and what scores sees a model only through `prefill`, `decode_step
 Letters: B batch, T tokens, V vocabulary, D model width, n the ids of a slot.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -102,6 +103,17 @@ class DecoderOnly(nn.Module):
             device=self.device,
             dtype=self.embed_tokens.weight.dtype,
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout for a while; left as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def token_nll(
