@@ -140,7 +140,8 @@ def test_overfits_eight_pictures_exactly():
     assert (decoded == images).float().mean() > 0.999
 
 
-# The homework's network ------------------------------------------------------------------------------------------
+# The homework's network
+# ------------------------------------------------------------------------------------------
 
 # Names of the original's state dict, less the number of the repeat in a residual stack.
 ORIGINAL = {
@@ -207,7 +208,8 @@ def test_deepul_network_trains_and_takes_other_sizes():
     assert image_tokenizer.decode_codes(quantized.codes).shape == (2, 3, 20, 12)
 
 
-# Saving and loading ------------------------------------------------------------------------------------------------
+# Saving and loading
+# ------------------------------------------------------------------------------------------------
 
 
 DEEPUL = DeepulVQVAEConfig(width=6, residual_width=5, quantizer=QuantizerConfig(codebook_size=11, code_dim=3))
@@ -287,6 +289,7 @@ def test_saving_what_is_not_an_image_tokenizer(tmp_path):
         ({"num_heads": 3}, "width 128 is not divisible by num_heads 3"),
         ({"levels": 1}, "levels is 1; use 0 for continuous values or at least 2"),
         ({"encoder_blocks": -1}, "there cannot be -1 blocks"),
+        ({"two_colours": True, "patch_size": 28}, "two_colours needs at least two columns of codes"),
         ({"channels": 0}, "channels is 0; it must be at least 1"),
     ],
 )

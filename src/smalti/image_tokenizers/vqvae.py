@@ -3,11 +3,15 @@
 Letters: B batch, C H W image, h w code grid, N heads, Dh head width, D width, E code width, L levels of a
 channel.
 
-`VQVAE` is ours: each patch becomes one latent, and encoder and decoder mix neighbours by a depthwise
-convolution and all cells by attention. Attention lets a few codes carry what all patches share, such as two
-colours, and leaves the others to the shape; with convolutions alone each code must name the colours again.
+`VQVAE` is ours: each patch becomes one latent; encoder and decoder mix neighbours by a depthwise convolution
+and all cells by attention; the decoder paints each patch from a few colours of its own, mixed pixel by pixel.
 `DeepulVQVAE` is the network of Berkeley CS294-158 (spring 2024, homework 1), layer by layer, for its
 published weights.
+
+For pictures of two flat colours, `two_colours` codes the shape and the colours apart. Without it every code
+names a piece of shape in its colours, and no code is shared by two pictures of one shape in different
+colours, however long one trains; apart, the codes of coloured digits have a third of the entropy and the
+pictures come out nearly exact.
 """
 
 from dataclasses import dataclass, field
@@ -36,6 +40,10 @@ class VQVAEConfig:
     channel of each pixel a distribution over them, and the loss is its cross-entropy in nats per dim. With 0,
     values are any numbers in [0, 1] and the loss is their mean squared error. `width` is that of a cell in
     the network.
+
+    `two_colours` is for pictures of two flat colours on a grid whose top corners are plain: those two codes
+    carry the more frequent colour (left) and the rarer one (right), all others only which pixels have the
+    rarer colour. Of other pictures it keeps no more than these two parts and their mean colours.
     """
 
     image_size: int = 28
@@ -63,6 +71,8 @@ class VQVAEConfig:
             raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}.")
         if self.levels < 0 or self.levels == 1:
             raise ValueError(f"levels is {self.levels}; use 0 for continuous values or at least 2.")
+        if self.two_colours and self.image_size == self.patch_size:
+            raise ValueError("two_colours needs at least two columns of codes; use a smaller patch_size.")
         if self.encoder_blocks < 0 or self.decoder_blocks < 0:
             raise ValueError(f"there cannot be {min(self.encoder_blocks, self.decoder_blocks)} blocks.")
 
@@ -191,6 +201,8 @@ class VQVAE(nn.Module):
         # In the dtype autocast chose: one float32 addend would turn the whole residual stream to float32.
         cells = self.decoder(cells + self.decoder_positions.to(cells.dtype))
         cells = self.decoder_norm(cells)
+        # The cells whose colours a pixel mixes: its own, or (B, 1, 1, 2, D) the two corners for the whole
+        # picture.
         proposing = cells[:, :1, [0, -1], None].transpose(2, 3) if config.two_colours else cells[..., None, :]
         palette = self.palette(proposing).unflatten(-1, (config.colours_per_cell, -1)).flatten(-3, -2)
         mixture = self.mixture(cells).unflatten(-1, (-1, config.colours_mixed)).softmax(-1)
