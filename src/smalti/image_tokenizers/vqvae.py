@@ -8,10 +8,10 @@ and all cells by attention; the decoder paints each patch from a few colours of 
 `DeepulVQVAE` is the network of Berkeley CS294-158 (spring 2024, homework 1), layer by layer, for its
 published weights.
 
-For pictures of two flat colours, `two_colours` codes the shape and the colours apart. Without it every code
-names a piece of shape in its colours, and no code is shared by two pictures of one shape in different
-colours, however long one trains; apart, the codes of coloured digits have a third of the entropy and the
-pictures come out nearly exact.
+For pictures of two flat colours, `two_colours` codes the shape and the colours apart. Without it the codes
+name a piece of shape in its colours: on coloured digits, after 2,600 steps, no code was the same for one
+shape in two pairs of far colours, and the entropies of the 49 codes added up to 299 nats, against 100 when
+coded apart.
 """
 
 from dataclasses import dataclass, field
