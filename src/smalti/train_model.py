@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -40,11 +40,11 @@ from smalti.layout import NO_SLOT, PARTS, Layout, Marker, Order, Packed, Span, S
 from smalti.likelihood import evaluate_nll
 from smalti.models import DecoderOnly, SlotTargets, new_model, slot_nll, slot_targets
 from smalti.transformer import TransformerConfig
-from smalti.vocabulary import SPECIAL
+from smalti.vocabulary import SPECIAL, Vocabulary
 
 SCHEDULES = ("constant", "cosine")
 EVALUATION_BATCH_SIZE = 256
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, BEST = "checkpoints", "best"
 COMPILE_FROM_TOKENS = 10_000_000
 """Tokens a training must have for compiling to repay itself: some minutes' worth on two cores, at the digits' size."""
 LOG_EVERY = 50
@@ -107,6 +107,12 @@ class TrainConfig:
     """Pass the model through `torch.compile`. None: where training is long enough to repay a minute or two of it."""
     full_softmax: bool = False
     """Take the softmax over the whole vocabulary instead of what can stand at a position, for comparison."""
+    token_dropout: float = 0.0
+    """Share of the input tokens, markers apart, that are replaced by random ones of their segment while training; what
+    is to be predicted stays. It keeps the model from relying on any one token of its context."""
+    patience: int | None = None
+    """Stop after so many evaluations without a lower validation loss, and return the weights of the lowest instead of
+    the last. None: never stop early, return the last."""
     seed: int = 0
     evaluation_rows: int | None = None
     """Validation rows evaluated before training and after every epoch; None: all."""
@@ -119,14 +125,15 @@ class TrainConfig:
             raise ValueError(f"give num_epochs ({self.num_epochs}) or num_steps ({self.num_steps}), and not both.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}.")
-        positive = "num_epochs num_steps batch_size num_micro_batches learning_rate max_grad_norm evaluation_rows"
-        for name in (*positive.split(), "checkpoint_every", "keep_checkpoints"):
+        positive = "num_epochs num_steps batch_size num_micro_batches learning_rate max_grad_norm patience"
+        for name in (*positive.split(), "evaluation_rows", "checkpoint_every", "keep_checkpoints"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be more than 0.")
         for name in ("warmup_steps", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0.")
-        for name, value in (("ema_decay", self.ema_decay), *(("betas", beta) for beta in self.betas)):
+        shares = (("ema_decay", self.ema_decay), ("token_dropout", self.token_dropout))
+        for name, value in (*shares, *(("betas", beta) for beta in self.betas)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; expected a number in [0, 1).")
         if not 0 <= self.final_share <= 1:
@@ -234,14 +241,37 @@ def micro_batches(
     num_pieces = world_size * config.num_micro_batches
     for step, rows in enumerate(batches(len(pairs), config.batch_size, config.seed, start_step), start_step):
         orders = draw_orders(weights, len(rows), config.seed, step)
-        yield [
-            make_micro_batch(
-                layout,
-                pack_rows(layout, pairs, rows[piece::num_pieces], orders[piece::num_pieces]),
-                full_softmax=config.full_softmax,
-            )
-            for piece in range(rank, num_pieces, world_size)
-        ]
+        pieces = []
+        for piece in range(rank, num_pieces, world_size):
+            packed = pack_rows(layout, pairs, rows[piece::num_pieces], orders[piece::num_pieces])
+            made = make_micro_batch(layout, packed, full_softmax=config.full_softmax)
+            if config.token_dropout:  # the targets are made: only what the model reads is changed
+                uniforms = _dropout_uniforms(layout, config, step)[piece::num_pieces]
+                made = made._replace(
+                    token_ids=drop_tokens(layout.vocabulary, made.token_ids, config.token_dropout, uniforms)
+                )
+            pieces.append(made)
+        yield pieces
+
+
+def _dropout_uniforms(layout: Layout, config: TrainConfig, step: int) -> Float[Tensor, "B T 2"]:
+    """Two uniform numbers for every token of a step's batch, the same however the batch is cut into pieces."""
+    generator = np.random.default_rng([config.seed, step, 2])
+    return torch.from_numpy(generator.random((config.batch_size, layout.max_length, 2)))
+
+
+def drop_tokens(
+    vocabulary: Vocabulary, token_ids: Int[Tensor, "B T"], share: float, uniforms: Float[Tensor, "B T_max 2"]
+) -> Int[Tensor, "B T"]:
+    """The tokens, but where the first uniform number is below `share` a random one of the same segment, which the
+    second picks. Specials stay; padding may change, which nothing reads."""
+    chances, picks = uniforms[:, : token_ids.shape[1]].unbind(-1)
+    found = token_ids
+    for segment in vocabulary.segments.values():
+        if segment.name != SPECIAL:
+            inside = (token_ids >= segment.offset) & (token_ids < segment.end) & (chances < share)
+            found = torch.where(inside, segment.offset + (picks * segment.size).long(), found)
+    return found
 
 
 # ---- one step ----
@@ -267,6 +297,19 @@ class TrainState:
     model: DecoderOnly
     averaged: DecoderOnly | None
     optimizer: torch.optim.Optimizer
+    evaluations: dict[int, float] = field(default_factory=dict)
+    """Validation nats per token by step, in the order of the steps."""
+
+    @property
+    def best_step(self) -> int:
+        """The first step with the lowest validation loss."""
+        return min(self.evaluations, key=lambda step: (self.evaluations[step], step))
+
+    def has_stalled(self, patience: int | None) -> bool:
+        """Whether the last `patience` evaluations all came after the best."""
+        if patience is None or not self.evaluations:
+            return False
+        return sum(step > self.best_step for step in self.evaluations) >= patience
 
     @property
     def trained(self) -> DecoderOnly:
@@ -279,7 +322,7 @@ class TrainState:
         return self.model.num_parameters * 4 * (4 if self.averaged else 3)
 
     def save(self, directory: Path, run: dict[str, Any], keep: int) -> None:
-        state = {"run": run, "optimizer": self.optimizer.state_dict()}
+        state = {"run": run, "optimizer": self.optimizer.state_dict(), "evaluations": self.evaluations}
         if self.averaged:
             state["model"] = self.model.state_dict()
         save_checkpoint(directory, self.step, self.trained.state_dict(), state, keep=keep)
@@ -287,23 +330,26 @@ class TrainState:
     def load(self, path: Path, run: dict[str, Any]) -> None:
         """Raises InputError if the checkpoint is of another run than the one that goes on here."""
         step, weights, state = load_checkpoint(path)
-        for name in run:
-            if state["run"].get(name) != run[name]:
+        for name in run | state["run"]:
+            if state["run"].get(name) != run.get(name):
                 raise InputError(
-                    f"{path.parent} holds a run with {name} {state['run'].get(name)!r}, not {run[name]!r}: "
+                    f"{path.parent} holds a run with {name} {state['run'].get(name)!r}, not {run.get(name)!r}: "
                     "go on with the same settings, or give a new folder."
                 )
         self.trained.load_state_dict(weights)
         if self.averaged:
             self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.evaluations = state.get("evaluations", {})
         self.step = step
 
 
 def describe_run(model: DecoderOnly, layout: Layout, config: TrainConfig, num_rows: int) -> dict[str, Any]:
     """All that decides the weights, for a checkpoint to be compared with."""
-    irrelevant = ("evaluation_rows", "checkpoint_every", "keep_checkpoints")
+    irrelevant = ("evaluation_rows", "checkpoint_every", "keep_checkpoints", "patience")
     settings = {name: value for name, value in asdict(config).items() if name not in irrelevant}
+    if not config.token_dropout:  # left out where it is off: runs from before it was there go on
+        del settings["token_dropout"]
     shape = json.dumps(model.config.to_dict(), sort_keys=True)
     return settings | {"num_rows": num_rows, "model": shape, "layout": json.dumps(layout.to_dict(), sort_keys=True)}
 
@@ -492,9 +538,9 @@ def train_model(
 ) -> DecoderOnly:
     """Trains a model, or a fresh one of this shape, on pairs packed by the layout; returns it, averaged if so asked.
 
-    `directory` gets `checkpoints/`, `curves.csv`, `curves.png` and `tensorboard/`. A run found there goes on from its
-    last checkpoint and ends with the weights it would have had without the stop. Under `torchrun` all processes work
-    on shares of the same batches. `device` None takes a GPU if there is one.
+    `directory` gets `checkpoints/`, `curves.csv`, `curves.png` and `tensorboard/`, and `best/` if the run may stop
+    early. A run found there goes on from its last checkpoint and ends with the weights it would have had without the
+    stop. Under `torchrun` all processes work on shares of the same batches. `device` None takes a GPU if there is one.
 
     Raises InputError if the folder cannot be written or holds a run with other settings (any run, if not `resume`),
     or if the loss is not finite; ValueError if batches cannot be divided or the layout counts nothing.
@@ -530,8 +576,8 @@ def train_model(
             if not resume:
                 raise InputError(f"{directory} holds a run already: resume it, or give a new folder.")
             state.load(found, run)
-        if state.step == num_steps:
-            return state.trained.eval()
+        if state.step == num_steps or state.has_stalled(config.patience):
+            return _result(state, config, directory)
         curves = None
         if rank == 0:
             check_writable(checkpoints, state.num_bytes * (config.keep_checkpoints + 1))
@@ -549,18 +595,22 @@ def train_model(
             if step in evaluation_steps:
                 log.fetch(step, curves)
                 nats = evaluate(state.trained, layout, validation, evaluation_rows, rank=rank, world_size=world_size)
+                state.evaluations[step] = cast(float, nats["nats_per_token"])
                 if curves is not None:
                     curves.add("test", step, step * config.batch_size / len(train), nats)
                     curves.draw()
+                    if config.patience is not None and state.best_step == step:
+                        save_checkpoint(directory / BEST, step, state.trained.state_dict(), {}, keep=1)
                 num_tokens, started_at = 0, time.perf_counter()
 
-            if step > first_step and (step % config.checkpoint_every == 0 or step == num_steps):
+            ends_here = step == num_steps or state.has_stalled(config.patience)
+            if step > first_step and (step % config.checkpoint_every == 0 or ends_here):
                 log.fetch(step, curves)
                 _require_finite(model, step)
                 if curves is not None:
                     curves.flush()
                     state.save(checkpoints, run, config.keep_checkpoints)
-            if step == num_steps:
+            if ends_here:
                 break
 
             seed_step(config.seed, step, rank)
@@ -594,7 +644,16 @@ def train_model(
                 loss = log.fetch(step + 1, curves)
                 speed = num_tokens / (time.perf_counter() - started_at)
                 progress.update(task, loss=f"{loss:.4f}", speed=f"{speed:,.0f}")
-        return state.trained.eval()
+        if world_size > 1:
+            dist.barrier()  # the first process has written the best weights
+        return _result(state, config, directory)
+
+
+def _result(state: TrainState, config: TrainConfig, directory: Path) -> DecoderOnly:
+    """The trained model: the last weights, or, in a run that may stop early, those of the best evaluation."""
+    if config.patience is not None and (best := latest_checkpoint(directory / BEST)) is not None:
+        state.trained.load_state_dict(load_checkpoint(best).weights)
+    return state.trained.eval()
 
 
 def _check_task(layout: Layout, train: Pairs, validation: Pairs, config: TrainConfig, world_size: int) -> None:
