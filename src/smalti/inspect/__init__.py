@@ -1,0 +1,11 @@
+"""Looking inside: what positions and codes are, how a model predicts them, and what causes what.
+
+positions.py   entropy, usage and special positions; mutual information between positions
+grid.py        from it, the grid the codes were read from
+codebook.py    frequency, burstiness, places, neighbours, clusters and exchangeable codes
+attention.py   attention weights, heads named by what they do; surprise; loss against context length
+causes.py      logit lens, ablation, activation patching, changing one code
+patches.py     what codes look like, where an image tokenizer exists
+figures.py     the pictures of all these
+report.py      one HTML page of findings; each names the function that computed it
+"""

@@ -1,0 +1,238 @@
+"""Where a model looks: attention weights, heads named by what they do, surprise by position, the reach of its context.
+
+Letters: B sequences, T tokens, N heads, M key-value heads, Dh head width, layers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from smalti.inspect.grid import OUTSIDE, Grid
+from smalti.layout import Layout, Packed
+from smalti.likelihood import to_device
+from smalti.models import DecoderOnly, token_nll
+from smalti.transformer import Attention, rotate
+
+DOMINANT = 0.4
+"""A head is named for a pattern that gets at least this share of its attention..."""
+CLEAR_EXCESS = 2.0
+"""... and at least so many times what attention spread evenly would give it."""
+DIFFUSE = 0.7
+"""A head whose entropy is at least this share of that of even attention is diffuse."""
+
+
+class Attended(NamedTuple):
+    weights: Float[Tensor, "B N T T"]
+    """Row t: how token t's attention is shared out among the tokens up to it; each row sums to 1."""
+    output: Float[Tensor, "B T D"]
+
+
+def attend(
+    attention: Attention,
+    x: Float[Tensor, "B T D"],
+    rotation: Float[Tensor, "... T half 2"] | None = None,
+    mask: Bool[Tensor, "..."] | None = None,
+) -> Attended:
+    """Self-attention written out, without a cache: the weights, and the output that the module itself gives."""
+    config = attention.config
+    B, T, D = x.shape
+    kv_width = config.kv_heads * config.head_dim
+    q, k, v = attention.qkv(x).split((D, kv_width, kv_width), dim=-1)
+    q = q.view(B, T, config.num_heads, config.head_dim).transpose(1, 2)  # (B, N, T, Dh)
+    k = k.view(B, T, config.kv_heads, config.head_dim).transpose(1, 2)  # (B, M, T, Dh)
+    v = v.view(B, T, config.kv_heads, config.head_dim).transpose(1, 2)
+    if config.qk_norm:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    if rotation is not None:
+        q, k = rotate(q, rotation), rotate(k, rotation)
+    group = config.num_heads // config.kv_heads
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(config.head_dim)
+    allowed = mask
+    if allowed is None and config.causal:
+        allowed = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -math.inf)
+    weights = scores.softmax(-1)
+    return Attended(weights, attention.out((weights @ v).transpose(1, 2).reshape(B, T, D)))
+
+
+@torch.no_grad()
+def attention_weights(model: DecoderOnly, token_ids: Int[Tensor, "B T"]) -> list[Float[Tensor, "B N T T"]]:
+    """The attention of every layer to these sequences."""
+    found: list[Tensor] = []
+
+    def note(module: Attention, arguments: tuple) -> None:
+        x, rotation, mask, _, _ = arguments
+        found.append(attend(module, x, rotation, mask).weights)
+
+    handles = [block.attention.register_forward_pre_hook(note) for block in model.transformer.blocks]
+    try:
+        model.hidden(token_ids.to(model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+# ---- heads by pattern ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What one head does, measured over the tokens that read a code."""
+
+    layer: int
+    head: int
+    name: str
+    """The pattern that dominates, "diffuse", or "mixed"."""
+    shares: dict[str, float]
+    """Share of the attention that each pattern gets. Patterns can overlap."""
+    excess: dict[str, float]
+    """The same over what even attention to all tokens so far would give."""
+    evenness: float
+    """Entropy of the attention over that of even attention, in [0, 1]."""
+
+
+def pattern_masks(num_tokens: int, first_code: int, grid: Grid | None) -> dict[str, Bool[Tensor, "T T"]]:
+    """For each pattern, which token a query (row) would look at. The code at `first_code` is the line's position 0.
+
+    A query at position p reads p's code and predicts the next one: "row above next" is the cell above the one that is
+    predicted. Without a grid only the patterns of a line are there.
+    """
+    place = torch.arange(num_tokens)
+    masks = {
+        "start": (place == 0).expand(num_tokens, -1).clone(),
+        "itself": place[:, None] == place,
+        "previous token": place[:, None] - 1 == place,
+        "two back": place[:, None] - 2 == place,
+    }
+    if grid is None:
+        return masks
+    steps = {"row above": (-1, 0), "above left": (-1, -1), "above right": (-1, 1), "two rows above": (-2, 0)}
+    for name, (down, right) in steps.items():
+        masks[name] = _step_mask(num_tokens, first_code, grid.neighbours(down, right).tolist(), ahead=0)
+    masks["row above next"] = _step_mask(num_tokens, first_code, grid.neighbours(-1, 0).tolist(), ahead=1)
+    return masks
+
+
+def _step_mask(num_tokens: int, first_code: int, neighbours: list[int], *, ahead: int) -> Bool[Tensor, "T T"]:
+    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    for position, neighbour in enumerate(neighbours):
+        query, key = first_code + position - ahead, first_code + neighbour
+        if neighbour != OUTSIDE and 0 <= key <= query < num_tokens:
+            mask[query, key] = True
+    return mask
+
+
+def name_heads(
+    model: DecoderOnly, token_ids: Int[Tensor, "B T"], first_code: int, grid: Grid | None = None
+) -> list[Head]:
+    """Every head with the pattern it follows. Queries are the tokens from the second code on; a pattern is measured
+    on the queries that have the token it means."""
+    T = token_ids.shape[1]
+    masks = pattern_masks(T, first_code, grid)
+    even = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
+    queries = torch.arange(first_code + 1, T)
+    found = []
+    for layer, weights in enumerate(attention_weights(model, token_ids)):
+        mean = weights.mean(0).cpu()  # (N, T, T)
+        entropy = torch.special.entr(weights).sum(-1).mean(0).cpu()[:, queries]  # (N, queries)
+        evenness = (entropy / torch.log(queries + 1.0)).mean(1)
+        for head in range(len(mean)):
+            shares, excess = {}, {}
+            for name, mask in masks.items():
+                able = queries[mask[queries].any(1)]
+                if len(able):
+                    shares[name] = float((mean[head] * mask).sum(1)[able].mean())
+                    excess[name] = shares[name] / float((even * mask).sum(1)[able].mean())
+            name = _head_name(shares, excess, float(evenness[head]))
+            found.append(
+                Head(layer=layer, head=head, name=name, shares=shares, excess=excess, evenness=float(evenness[head]))
+            )
+    return found
+
+
+def _head_name(shares: dict[str, float], excess: dict[str, float], evenness: float) -> str:
+    clear = [name for name in shares if shares[name] >= DOMINANT and excess[name] >= CLEAR_EXCESS]
+    if clear:
+        return max(clear, key=lambda name: shares[name])
+    return "diffuse" if evenness >= DIFFUSE else "mixed"
+
+
+# ---- surprise ----
+
+
+class PositionNats(NamedTuple):
+    """−ln p of the tokens at each position."""
+
+    mean: Float[Tensor, " T"]
+    standard_error: Float[Tensor, " T"]
+
+
+@torch.no_grad()
+def nats_by_position(model: DecoderOnly, layout: Layout, packed: Packed, *, batch_size: int = 64) -> PositionNats:
+    """The surprise map: nats at each position of the sequences, 0 where nothing is to be predicted."""
+    nll = nats_of(model, layout, packed, batch_size=batch_size)
+    return PositionNats(nll.mean(0), nll.std(0) / math.sqrt(len(nll)))
+
+
+@torch.no_grad()
+def nats_of(model: DecoderOnly, layout: Layout, packed: Packed, *, batch_size: int = 64) -> Float[Tensor, "B T"]:
+    """−ln p of every token, in float64."""
+    parts = [
+        token_nll(
+            model,
+            to_device(Packed(*(tensor[start : start + batch_size] for tensor in packed)), model.device),
+            layout.slots,
+        )
+        for start in range(0, len(packed.token_ids), batch_size)
+    ]
+    return torch.cat(parts).double().cpu()
+
+
+@torch.no_grad()
+def loss_by_context(
+    model: DecoderOnly,
+    layout: Layout,
+    packed: Packed,
+    lengths: Sequence[int],
+    targets: Sequence[int],
+    *,
+    batch_size: int = 64,
+) -> Float[Tensor, "contexts targets"]:
+    """Mean nats of the tokens at the positions `targets` if the model sees, besides the first token of the sequence,
+    only the last `lengths` tokens before each.
+
+    What is hidden is hidden from all layers, so nothing leaks through intermediate tokens. A model trained on whole
+    sequences has not seen such gaps: the figures say what it uses, not what a model made for short contexts would get.
+    """
+    found = torch.zeros(len(lengths), len(targets), dtype=torch.float64)
+    for i, length in enumerate(lengths):
+        for j, target in enumerate(targets):
+            found[i, j] = _nats_with_context(model, layout, packed, length, target, batch_size)
+    return found
+
+
+def _nats_with_context(
+    model: DecoderOnly, layout: Layout, packed: Packed, length: int, target: int, batch_size: int
+) -> float:
+    place = torch.arange(target, device=model.device)
+    visible = (place >= target - length) | (place == 0)
+    # a hidden query keeps itself, so that no row of the softmax is empty; nobody reads what it computes
+    mask = (visible & (place <= place[:, None])) | (place == place[:, None])
+    slot_id = int(packed.slot_ids[0, target])
+    slot = layout.slots[slot_id]
+    total = 0.0
+    for start in range(0, len(packed.token_ids), batch_size):
+        token_ids = packed.token_ids[start : start + batch_size].to(model.device)
+        hidden = model.transformer(model.embed_tokens(token_ids[:, :target]), mask=mask)[:, -1]
+        local = slot.local(token_ids[:, target])
+        total += float(F.cross_entropy(model.logits(hidden, slot).double(), local, reduction="sum"))
+    return total / len(packed.token_ids)

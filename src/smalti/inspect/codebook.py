@@ -1,0 +1,240 @@
+"""What the codes of a book are: how often and how clumped they come, where, beside what, and which replace each other.
+
+Letters: N lines, L positions, K codes, h w grid, D width of an embedding, B batch, T tokens.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64, Integer
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+from smalti.inspect.grid import Grid
+from smalti.inspect.positions import check_codes, position_counts
+from smalti.layout import Layout, Packed
+from smalti.likelihood import to_device
+from smalti.models import DecoderOnly
+
+PROJECTIONS = ("pca", "t-sne")
+
+
+class CodeStatistics(NamedTuple):
+    """One number for each of K codes."""
+
+    count: Int64[np.ndarray, " K"]
+    num_lines: Int64[np.ndarray, " K"]
+    """Lines that have the code."""
+    burstiness: Float64[np.ndarray, " K"]
+    """How often the code stands in a line that has it, over what is expected if each place drew its codes alone: 1 is
+    chance, more is clumped (Church and Gale 1995 compare with a Poisson law; here each position keeps its own rate).
+    NaN where the code does not occur."""
+
+
+class CodePlaces(NamedTuple):
+    """Where codes stand."""
+
+    binding_nats: Float64[np.ndarray, " K"]
+    """What a code tells of its position: ln L − H(position | code), corrected for few occurrences (Miller and Madow)
+    and not below 0. 0: anywhere alike; ln L: at one position alone. NaN where the code does not occur."""
+    top_position: Int64[np.ndarray, " K"]
+    counts: Int64[np.ndarray, "K L"]
+
+
+class Swap(NamedTuple):
+    """Two codes that stand in for one another."""
+
+    code: int
+    other: int
+    score: float
+
+
+def code_statistics(codes: Integer[np.ndarray, "N L"], vocab_size: int) -> CodeStatistics:
+    """Frequency and burstiness. Raises InputError for a code out of range."""
+    check_codes(codes, vocab_size)
+    ordered = np.sort(codes, axis=1)
+    is_first = np.ones(codes.shape, bool)
+    is_first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    count = np.bincount(codes.ravel(), minlength=vocab_size)
+    num_lines = np.bincount(ordered[is_first], minlength=vocab_size)
+    absent = np.zeros(vocab_size)  # ln of the chance that a line lacks the code, by the rates of its positions
+    for rates in position_counts(codes, vocab_size) / len(codes):
+        absent += np.log1p(-np.minimum(rates, 1 - 1e-12))
+    expected_lines = -np.expm1(absent) * len(codes)
+    with np.errstate(invalid="ignore"):
+        burstiness = expected_lines / np.where(num_lines > 0, num_lines, np.nan)
+    return CodeStatistics(count, num_lines, burstiness)
+
+
+def code_places(codes: Integer[np.ndarray, "N L"], vocab_size: int) -> CodePlaces:
+    """How bound to places codes are. Raises InputError for a code out of range."""
+    check_codes(codes, vocab_size)
+    counts = position_counts(codes, vocab_size).T  # (K, L)
+    total = counts.sum(1)
+    shares = counts / np.maximum(total, 1)[:, None]
+    entropy = -np.where(counts > 0, shares * np.log(np.where(counts > 0, shares, 1.0)), 0.0).sum(1)
+    entropy += ((counts > 0).sum(1) - 1) / np.maximum(2 * total, 1)
+    binding = np.maximum(np.log(codes.shape[1]) - entropy, 0.0)
+    return CodePlaces(np.where(total > 0, binding, np.nan), counts.argmax(1), counts)
+
+
+def border_share(places: CodePlaces, grid: Grid) -> Float64[np.ndarray, " K"]:
+    """Share of each code's occurrences inside the grid that lie on its border; NaN where it has none."""
+    inside = places.counts[:, grid.positions.ravel()]
+    border = np.ones((grid.rows, grid.columns), bool)
+    border[1:-1, 1:-1] = False
+    total = inside.sum(1)
+    return inside[:, border.ravel()].sum(1) / np.where(total > 0, total, np.nan)
+
+
+def co_occurrence(
+    codes: Integer[np.ndarray, "N L"], vocab_size: int, grid: Grid, *, down: int = 0, right: int = 1
+) -> Int64[np.ndarray, "K K"]:
+    """How often the second code stands so many rows below and columns right of the first."""
+    check_codes(codes, vocab_size)
+    neighbour = grid.neighbours(down, right)
+    here = np.flatnonzero(neighbour >= 0)
+    pairs = codes[:, here] * vocab_size + codes[:, neighbour[here]]
+    return np.bincount(pairs.ravel(), minlength=vocab_size**2).reshape(vocab_size, vocab_size)
+
+
+def attracted_pairs(table: Integer[np.ndarray, "K K"], *, num: int = 10, min_count: int = 20) -> list[Swap]:
+    """The pairs of a co-occurrence table most above chance: `score` is ln p(pair) − ln p(code) p(other), in nats, among
+    pairs of different codes that occur at least `min_count` times."""
+    total = table.sum()
+    first, second = np.nonzero((table >= min_count) & ~np.eye(len(table), dtype=bool))
+    row, column = table.sum(1), table.sum(0)
+    score = np.log(table[first, second] * total / (row[first] * column[second]))
+    best = np.argsort(-score, kind="stable")[:num]
+    return [Swap(int(first[i]), int(second[i]), float(score[i])) for i in best]
+
+
+# ---- embeddings ----
+
+
+def code_embeddings(model: DecoderOnly, layout: Layout) -> dict[str, Float64[np.ndarray, "K D"]]:
+    """The rows of the codes in the model's "input" embedding and in its "output" head."""
+    segment = layout.vocabulary["image"]
+    tables = {"input": model.embed_tokens.weight, "output": model.head_weight}
+    return {name: table[segment.offset : segment.end].detach().double().cpu().numpy() for name, table in tables.items()}
+
+
+def nearest_codes(
+    embedding: Float64[np.ndarray, "K D"], chosen: Sequence[int], *, among: Sequence[int], num: int = 5
+) -> dict[int, list[int]]:
+    """For each chosen code the most alike by cosine, the likest first, among the given ones. The mean embedding is
+    taken off before: what all codes share says nothing. Give only codes that occur: others were never trained."""
+    centred = embedding - embedding[list(among)].mean(0)
+    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    pool = np.array(list(among))
+    found = {}
+    for code in chosen:
+        alike = unit[pool] @ unit[code]
+        alike[pool == code] = -np.inf
+        found[int(code)] = pool[np.argsort(-alike, kind="stable")[: min(num, len(pool) - 1)]].tolist()
+    return found
+
+
+def cluster_codes(
+    embedding: Float64[np.ndarray, "K D"], codes: Sequence[int], num_clusters: int, *, seed: int = 0
+) -> Int64[np.ndarray, " M"]:
+    """A cluster in [0, num_clusters) for each of M codes, by k-means on directions."""
+    rows = embedding[list(codes)]
+    centred = rows - rows.mean(0)
+    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    k_means = KMeans(min(num_clusters, len(np.unique(unit.round(12), axis=0))), n_init=4, random_state=seed)
+    return k_means.fit(unit).labels_.astype(np.int64)
+
+
+def project_codes(
+    embedding: Float64[np.ndarray, "K D"], codes: Sequence[int], method: str = "pca", *, seed: int = 0
+) -> Float64[np.ndarray, "M 2"]:
+    """A point in the plane for each of M codes. Raises ValueError for a method that is none."""
+    if method not in PROJECTIONS:
+        raise ValueError(f"method {method!r} is unknown; choose one of {', '.join(PROJECTIONS)}.")
+    rows = embedding[list(codes)]
+    if method == "pca":
+        return PCA(2, random_state=seed).fit_transform(rows)
+    perplexity = min(30.0, (len(rows) - 1) / 3)
+    return TSNE(2, perplexity=perplexity, init="pca", random_state=seed, n_jobs=1).fit_transform(rows).astype(float)
+
+
+# ---- codes that replace each other ----
+
+
+def context_similarity(
+    codes: Integer[np.ndarray, "N L"], vocab_size: int, grid: Grid | None = None
+) -> Float64[np.ndarray, "K K"]:
+    """How alike the company of two codes is: cosine of their neighbours' excess over chance, from −1 to 1; 0 for codes
+    that do not occur. Neighbours are the four around on the grid; without one, the two before and behind in the line.
+    """
+    steps = [(0, 1), (0, -1), (1, 0), (-1, 0)]
+    line = grid or Grid(rows=1, columns=codes.shape[1])
+    if grid is None:
+        steps = [(0, 1), (0, -1), (0, 2), (0, -2)]
+    profiles = []
+    for down, right in steps:
+        table = co_occurrence(codes, vocab_size, line, down=down, right=right).astype(float)
+        expected = np.outer(table.sum(1), table.sum(0)) / max(table.sum(), 1)
+        profiles.append((table - expected) / np.sqrt(np.maximum(expected, 1.0)))
+    profile = np.concatenate(profiles, axis=1)
+    length = np.linalg.norm(profile, axis=1, keepdims=True)
+    unit = profile / np.where(length > 0, length, 1.0)
+    return unit @ unit.T
+
+
+@torch.no_grad()
+def predicted_instead(
+    model: DecoderOnly, layout: Layout, packed: Packed, *, batch_size: int = 64
+) -> Float[torch.Tensor, "K K"]:
+    """What the model holds possible in a code's place: row c is the mean of p(· | the codes before) where the true code
+    is c. Zero rows for codes that do not occur."""
+    segment = layout.vocabulary["image"]
+    found = torch.zeros(segment.size, segment.size, dtype=torch.float64)
+    count = torch.zeros(segment.size, dtype=torch.float64)
+    for start in range(0, len(packed.token_ids), batch_size):
+        part = to_device(Packed(*(tensor[start : start + batch_size] for tensor in packed)), model.device)
+        targets = part.token_ids[:, 1:]
+        is_code = (targets >= segment.offset) & (targets < segment.end)
+        hidden = model.hidden(part.token_ids[:, :-1])[is_code]
+        logits = model.logits(hidden)[:, segment.offset : segment.end]
+        true = (targets[is_code] - segment.offset).cpu()
+        found.index_add_(0, true, logits.double().softmax(-1).cpu())
+        count += torch.bincount(true, minlength=segment.size)
+    return found / count.clamp(min=1)[:, None]
+
+
+def swappable_codes(
+    similarity: Float64[np.ndarray, "K K"],
+    count: Integer[np.ndarray, " K"],
+    instead: Float64[np.ndarray, "K K"] | None = None,
+    *,
+    num: int = 10,
+    min_count: int = 20,
+) -> list[Swap]:
+    """The pairs of codes most exchangeable, the best first, each code in one pair at most.
+
+    The score is the similarity of their contexts (`context_similarity`). With `instead` (`predicted_instead`) it is
+    the mean of that and of how far the model expects each in the other's place: the geometric mean over both
+    directions of p(other | code's place) / p(code | code's place), cut at 1.
+    """
+    pool = np.flatnonzero(count >= min_count)
+    score = similarity[np.ix_(pool, pool)].copy()
+    if instead is not None:
+        rows = instead[np.ix_(pool, pool)]
+        relative = np.minimum(rows / np.maximum(np.diag(rows)[:, None], 1e-12), 1.0)
+        score = (score + np.sqrt(relative * relative.T)) / 2
+    score[np.tril_indices(len(pool))] = -np.inf
+    found: list[Swap] = []
+    used: set[int] = set()
+    for place in np.argsort(-score, axis=None)[: 40 * num]:
+        i, j = divmod(int(place), len(pool))
+        if i < j and not {i, j} & used:
+            found.append(Swap(int(pool[i]), int(pool[j]), float(score[i, j])))
+            used |= {i, j}
+        if len(found) == num:
+            break
+    return found

@@ -1,0 +1,61 @@
+"""The sequences that the model is looked at on: the codes of a table packed into one order of its layout.
+
+Letters: N lines, L codes of a line.
+"""
+
+import torch
+from jaxtyping import Integer
+from numpy import ndarray
+
+from smalti.layout import Layout, Marker, Packed, SpanValues
+
+
+def picture_order(layout: Layout) -> str:
+    """The name of the order that has the fewest tokens before the codes: there they are predicted from least else."""
+    starts = {}
+    for name, order in layout.orders.items():
+        if any(span.segment == "image" for span in order.spans):
+            starts[name] = _start(layout, name)
+    if not starts:
+        raise ValueError(f"no order of the layout has codes to look at: {layout}")
+    return min(starts, key=lambda name: starts[name])
+
+
+def code_positions(layout: Layout, order: str) -> range:
+    """Where in a sequence of this order the codes stand: position p is predicted from the tokens before it.
+
+    Raises ValueError if a span of open length comes before them.
+    """
+    start = _start(layout, order)
+    return range(start, start + layout[order].span("image").length)
+
+
+def _start(layout: Layout, order: str) -> int:
+    start = 0
+    for part in layout[order].parts:
+        if isinstance(part, Marker):
+            start += 1
+        elif part.end is not None:
+            raise ValueError(f"order {order!r} has the open span {part} before its codes; they have no fixed place.")
+        elif part.segment == "image":
+            return start
+        else:
+            start += part.length
+    raise ValueError(f"order {order!r} has no codes: {layout[order]}")
+
+
+def pack_codes(
+    layout: Layout, order: str, codes: Integer[ndarray, "N L"], text_tokens: Integer[ndarray, "N Lt"] | None = None
+) -> Packed:
+    """Sequences of codes, and of captions where the order has them, cut behind the last code or caption it predicts
+    them from. Raises ValueError for what does not fit the layout."""
+    spans = {"image": _whole(codes)}
+    if text_tokens is not None and any(span.segment == "text" for span in layout[order].spans):
+        spans["text"] = _whole(text_tokens)
+    packed = layout.pack(order, spans)
+    end = code_positions(layout, order).stop
+    return Packed(*(tensor[:, :end] for tensor in packed))
+
+
+def _whole(values: Integer[ndarray, "N L"]) -> SpanValues:
+    return SpanValues(torch.from_numpy(values.astype("int64")), torch.full((len(values),), values.shape[1]))
