@@ -8,9 +8,7 @@ from rich.console import Console
 
 app = typer.Typer()
 
-Kind = Annotated[
-    str, typer.Argument(help="llamagen-vq, taming, titok, maskgit-vq, vit-vqgan or deepul: whose layout the file has.")
-]
+TOKENIZERS = "llamagen-vq, taming, titok, maskgit-vq, vit-vqgan, deepul"
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 
 
@@ -18,9 +16,11 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")
     "import", epilog="Examples: smalti import llamagen-vq vq_ds16_c2i.pt -o out/vq16 · with --verify REFERENCE_FOLDER"
 )
 def import_(
-    kind: Kind,
-    file: Annotated[Path, typer.Argument(help="Weight file, as torch.save wrote it or safetensors.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the image tokenizer.")],
+    kind: Annotated[str, typer.Argument(help=f"Whose layout the file has: {TOKENIZERS}, hf-llama.")],
+    file: Annotated[
+        Path, typer.Argument(help="Weight file, as torch.save wrote it or safetensors; of hf-llama also the folder.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the image tokenizer, or the bundle.")],
     config: Annotated[
         Path | None, typer.Option(help="The original's config (JSON or YAML); published files need none.")
     ] = None,
@@ -31,7 +31,7 @@ def import_(
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out the list of tensors.")] = False,
     force: Force = False,
 ) -> int:
-    """Read the weights of another project's image tokenizer. Nothing in the file is run.
+    """Read the weights of another project's image tokenizer or language model. Nothing in the file is run.
 
     Prints every tensor's old and new name. With --verify, the status is 1 if an output differs.
     """
@@ -50,14 +50,29 @@ def import_(
     return 0
 
 
-@app.command("export", epilog="Example: smalti export llamagen-vq out/vq16 vq_ds16.pt")
+@app.command(
+    "export", epilog="Examples: smalti export llamagen-vq out/vq16 vq_ds16.pt · smalti export hf out/bundle out/llama"
+)
 def export(
-    kind: Kind,
+    kind: Annotated[
+        str, typer.Argument(help=f"Whose layout to write: {TOKENIZERS}; or hf, a bundle's model as a Llama.")
+    ],
     bundle: Annotated[Path, typer.Argument(help="Folder of an image tokenizer, or of a bundle with one.")],
-    file: Annotated[Path, typer.Argument(help="File to write: .safetensors, or any other ending for torch.save.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="File to write: .safetensors, or any other ending for torch.save; for hf a folder."),
+    ],
     force: Force = False,
 ) -> None:
-    """Write an image tokenizer's weights as another project lays them out, and its config beside them."""
+    """Write weights as another project lays them out, with their config: an image tokenizer's, or a model's for
+    transformers and LLM servers."""
+    if kind == "hf":
+        from smalti.interop.huggingface import export_llama
+
+        written, notes = export_llama(bundle, file, force=force)
+        for line in (*written, *notes):
+            typer.echo(line)
+        return
     from smalti.interop.commands import export_weights
 
     config = export_weights(kind, bundle, file, force=force)

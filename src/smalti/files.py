@@ -2,8 +2,9 @@
 
 import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,3 +49,33 @@ def new_file(path: Path | str, *, force: bool = False) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path | str, *, force: bool = False, holds: Callable[[Path], bool], what: str) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name if the block ends well, and is removed if it does not.
+
+    Raises InputError if `path` exists and is not empty, unless `force`; what `force` replaces must be `what`, a folder
+    of which `holds` is true. Also if its folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    refuse_existing([path], force=force)
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not holds(path)):
+        raise InputError(f"{path} holds no {what}, so --force does not replace it: give another name.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}; give a folder you can write.") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise InputError(f"{path}: no space left on its disk; free some, or write elsewhere.") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,9 +1,6 @@
 """Import, verify and export foreign weights: what the commands of the same names do."""
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +11,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from smalti.errors import InputError
-from smalti.files import new_file, refuse_existing
+from smalti.files import new_file, new_folder, refuse_existing
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
-from smalti.interop import deepul, llamagen_vq, maskgit_vq, taming, titok, verifying, vit_vqgan
+from smalti.interop import deepul, huggingface, llamagen_vq, maskgit_vq, taming, titok, verifying, vit_vqgan
 from smalti.interop.keys import ImportReport, Layout, export_foreign, import_foreign
 from smalti.interop.reading import read_config, read_weights
 from smalti.interop.verifying import ArrayError
+from smalti.token_model import save_token_model
 
 KINDS: Mapping[str, Layout] = {
     "llamagen-vq": llamagen_vq.LAYOUT,
@@ -54,15 +52,16 @@ def import_weights(
     *,
     force: bool = False,
 ) -> Imported:
-    """Writes the image tokenizer in a foreign weight file as a folder that `load_image_tokenizer` reads.
+    """Writes the image tokenizer in a foreign weight file as a folder that `load_image_tokenizer` reads; of the kind
+    "hf-llama" a language model, from a file or a folder, as a bundle.
 
     With `verify_dir` every output array of that reference folder is recomputed first, and nothing is written
     unless all of them hold. Raises InputError if a file cannot be read or does not fit.
     """
+    if kind == huggingface.KIND:
+        return _import_llama(file, output_dir, config, verify_dir, force=force)
     layout = layout_of(kind)
     refuse_existing([output_dir], force=force)
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / "model.safetensors").is_file():
-        raise InputError(f"{output_dir} holds no image tokenizer, so --force does not replace it: give another name.")
     module, report, notes = _import(layout, file, config, verify_dir)
     errors: list[ArrayError] = []
     if verify_dir is not None:
@@ -70,12 +69,15 @@ def import_weights(
         notes = (*notes, note)
     imported = Imported(report=report, notes=notes, errors=tuple(errors))
     if imported.holds:
-        _save(module, output_dir)
+        with new_folder(output_dir, force=force, holds=_has_weights, what="image tokenizer") as folder:
+            save_image_tokenizer(module, folder)
     return imported
 
 
 def verify(kind: str, directory: Path) -> list[ArrayError]:
     """The largest error of every output array of a reference folder, from the folder's own weights and config."""
+    if kind == huggingface.KIND:
+        return huggingface.verify_llama_folder(directory)
     layout = layout_of(kind)
     return verifying.compare(layout, *verifying.read_reference(layout, directory))
 
@@ -103,7 +105,7 @@ def export_weights(kind: str, bundle_dir: Path, file: Path, *, force: bool = Fal
 
 def layout_of(kind: str) -> Layout:
     if kind not in KINDS:
-        raise InputError(f"there is no kind {kind!r}; known are {', '.join(KINDS)}.")
+        raise InputError(f"there is no kind {kind!r}; known are {', '.join((*KINDS, huggingface.KIND))}.")
     return KINDS[kind]
 
 
@@ -137,6 +139,23 @@ def _import(
     return *import_foreign(layout, weights.tensors, read_config(found)), notes
 
 
+def _import_llama(
+    source: Path, output_dir: Path, config: Path | None, verify_dir: Path | None, *, force: bool
+) -> Imported:
+    refuse_existing([output_dir], force=force)
+    found = huggingface.read_llama(source, config)
+    errors: list[ArrayError] = []
+    notes = found.notes
+    if verify_dir is not None:
+        errors, note = huggingface.verify_llama(found, verify_dir)
+        notes = (*notes, note)
+    imported = Imported(report=found.report, notes=notes, errors=tuple(errors))
+    if imported.holds:
+        name = (source if source.is_dir() else source.parent).resolve().name
+        save_token_model(found.model, found.layout, output_dir, name=name, text_tokenizer=found.tokenizer, force=force)
+    return imported
+
+
 def _verify_imported(layout: Layout, module: nn.Module, directory: Path) -> tuple[list[ArrayError], str]:
     """Checks the imported weights themselves where the folder is of their sizes. A folder of another size (small
     reference models, for a large published file) certifies the same code with its own weights."""
@@ -149,15 +168,5 @@ def _verify_imported(layout: Layout, module: nn.Module, directory: Path) -> tupl
     )
 
 
-def _save(module: nn.Module, output_dir: Path) -> None:
-    """Puts the folder in place whole."""
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}.", suffix=".part"))
-    try:
-        save_image_tokenizer(module, temporary)
-        temporary.chmod(0o755)
-        if output_dir.exists():
-            shutil.rmtree(output_dir)
-        os.replace(temporary, output_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _has_weights(folder: Path) -> bool:
+    return (folder / "model.safetensors").is_file()

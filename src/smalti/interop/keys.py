@@ -93,9 +93,9 @@ def import_foreign(
         ours, sizes = layout.published[name], f"of the published {name}"
     module = layout.build(ours)
     key_map = layout.key_map(module)
-    problems = _shape_problems(state, key_map, dropped) or _unequal_copies(state, key_map)
+    problems = shape_problems(state, key_map, dropped) or _unequal_copies(state, key_map)
     if problems:
-        raise InputError(_summary(problems))
+        raise InputError(misfit(problems))
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     module.load_state_dict({name: state[foreign.key].reshape(shapes[name]) for name, foreign in key_map.items()})
     moved = tuple(
@@ -158,7 +158,7 @@ def _choose_published(layout: Layout, state: Mapping[str, Tensor], dropped: Mapp
     for name, config in layout.published.items():
         with torch.device("meta"):  # shapes alone, no memory for weights
             key_map = layout.key_map(layout.build(config))
-        problems[name] = _shape_problems(state, key_map, dropped)
+        problems[name] = shape_problems(state, key_map, dropped)
     fitting = [name for name, found in problems.items() if not found]
     if len(fitting) == 1:
         return fitting[0]
@@ -176,7 +176,7 @@ def _choose_published(layout: Layout, state: Mapping[str, Tensor], dropped: Mapp
     )
 
 
-def _shape_problems(state: Mapping[str, Tensor], key_map: KeyMap, dropped: Mapping[str, str]) -> list[str]:
+def shape_problems(state: Mapping[str, Tensor], key_map: KeyMap, dropped: Mapping[str, str]) -> list[str]:
     """One line for every tensor of `state` that is missing, unexpected or of another shape than mapped."""
     expected = {key: foreign.shape for foreign in key_map.values() for key in (foreign.key, *foreign.copies)}
     missing = [f"missing: {key} {list(shape)}" for key, shape in expected.items() if key not in state]
@@ -215,7 +215,8 @@ def _why_dropped(key: str, droppable: Mapping[str, str]) -> str | None:
     return next((reason for start, reason in droppable.items() if key.startswith(start)), None)
 
 
-def _summary(problems: list[str], most: int = 8) -> str:
+def misfit(problems: list[str], most: int = 8) -> str:
+    """What to say of the lines that `shape_problems` gave."""
     shown = "; ".join(problems[:most])
     more = f"; and {len(problems) - most} more" if len(problems) > most else ""
     return (

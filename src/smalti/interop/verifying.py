@@ -4,7 +4,7 @@ The folder's inputs are run through the image tokenizer as imported from its wei
 with the folder's outputs: real numbers to `TOLERANCE`, whole numbers exactly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -56,19 +56,26 @@ def read_reference(layout: Layout, directory: Path) -> tuple[nn.Module, Referenc
     return module, read_arrays(directory / "io.npz")
 
 
-@torch.inference_mode()
 def compare(layout: Layout, module: nn.Module, arrays: ReferenceArrays) -> list[ArrayError]:
     """The largest error of every output in `arrays`, as `module` computes them from the inputs there. Raises
     InputError if an array is not known for this kind."""
-    outputs = layout.outputs(module, arrays)
-    wanted = [name for name in arrays if name not in INPUT_NAMES]
+    return compare_outputs(layout.name, layout.outputs(module, arrays), arrays, INPUT_NAMES)
+
+
+@torch.inference_mode()
+def compare_outputs(
+    kind: str, outputs: Mapping[str, Callable[[], Tensor]], arrays: ReferenceArrays, inputs: Sequence[str]
+) -> list[ArrayError]:
+    """The largest error of every array that is not among `inputs`, as `outputs` computes it. Raises InputError if
+    there is none, or one that `outputs` does not know."""
+    wanted = [name for name in arrays if name not in inputs]
     if not wanted:
         raise InputError("io.npz holds no outputs, so there is nothing to verify.")
     unknown = [name for name in wanted if name not in outputs]
     if unknown:
         raise InputError(
-            f"io.npz holds {', '.join(unknown)}, which is not known for {layout.name}; known outputs are "
-            f"{', '.join(outputs)}, and inputs {', '.join(INPUT_NAMES)}."
+            f"io.npz holds {', '.join(unknown)}, which is not known for {kind}; known outputs are "
+            f"{', '.join(outputs)}, and inputs {', '.join(inputs)}."
         )
     return [_array_error(name, arrays[name], outputs[name]()) for name in wanted]
 
