@@ -5,6 +5,7 @@ Each forks its children, so that torch is imported once.
 
 import os
 import signal
+import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from smalti.curves import Curves
 from smalti.layout import Layout
 from smalti.train_model import TokenArrays, TrainConfig, train_model
 from smalti.transformer import TransformerConfig
@@ -90,26 +92,35 @@ def distributed(directory: Path) -> None:
     shape = TransformerConfig(num_layers=1, d_model=12, num_heads=3, d_ff=20, max_length=12)
     config = TrainConfig(num_steps=5, batch_size=8, num_micro_batches=2, max_grad_norm=0.5, ema_decay=0.5)
 
-    def run(folder: str, environment: dict[str, str]) -> None:
+    def run(folder: str, name: str, layout: Layout, environment: dict[str, str]) -> None:
         os.environ.update(environment)
-        for name, layout in (("fixed", FIXED), ("open", OPEN)):
-            path = directory / folder / name
-            model = train_model(shape, layout, arrays(29), arrays(7, seed=1), config, path, show_progress=False)
-            if environment.get("RANK", "0") == "0":
-                torch.save(model.state_dict(), path / "final.pt")
+        path = directory / folder / name
+        model = train_model(shape, layout, arrays(29), arrays(7, seed=1), config, path, show_progress=False)
         assert not torch.distributed.is_initialized()
+        if environment.get("RANK", "0") == "0":
+            torch.save(model.state_dict(), path / "final.pt")
 
-    assert in_child(lambda: run("one", {})) == 0
-    children = []
-    for rank in ("0", "1"):
-        pid = os.fork()
-        if pid == 0:
-            run("two", {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"})
-            os._exit(0)
-        children.append(pid)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
+    for name, layout in (("fixed", FIXED), ("open", OPEN)):
+        assert in_child(partial(run, "one", name, layout, {})) == 0
+        # A port of its own for every group: a process that comes early must not find the group before.
+        ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        children = []
+        for rank in ("0", "1"):
+            pid = os.fork()
+            if pid == 0:
+                run("two", name, layout, ranks | {"RANK": rank, "LOCAL_RANK": rank})
+                os._exit(0)
+            children.append(pid)
+        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    Curves.draw = lambda self: None  # most of the time of a run as short as these
     {"resume": resume, "distributed": distributed}[sys.argv[1]](Path(sys.argv[2]))

@@ -60,8 +60,9 @@ class Curves:
 
     def draw(self) -> None:
         """Writes the picture: the first column by minibatch and by evaluation, and the others by evaluation."""
-        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        figure = Figure(figsize=(9, 4.5))
         axes = figure.subplots(1, 2)
+        figure.subplots_adjust(left=0.1, right=0.98, bottom=0.12, top=0.97)  # laying it out itself takes as long again
         steps, values = _series(self.rows["train"], self.columns[0])
         axes[0].plot(steps, values, color="0.75", linewidth=0.6, label="training, each minibatch")
         axes[0].plot(steps, _smoothed(values), color="C0", linewidth=1.2, label="training, running mean")
