@@ -124,6 +124,11 @@ class Pipeline:
         """
         directory = bundle.find_bundle(name)
         config = bundle.read_config(directory)
+        if "kind" in config:
+            raise InputError(
+                f"{directory} is a bundle of {config['kind']}, not of pictures with captions; smalti info {directory} "
+                "says what it holds."
+            )
         try:
             model = DecoderOnly(DecoderOnlyConfig.from_dict(config["model"]))
             model.load_state_dict(bundle.load_weights(directory / bundle.WEIGHTS))

@@ -21,6 +21,7 @@ from smalti.errors import InputError
 from smalti.evaluate.report import ReportConfig
 from smalti.image_tokenizers.vqvae import VQVAEConfig
 from smalti.layout import Layout, Order, parse_order
+from smalti.line_presets import AUTO, choose_preset
 from smalti.pipeline import Sampling
 from smalti.train_model import TrainConfig
 from smalti.train_tokenizer import TrainTokenizerConfig
@@ -102,6 +103,58 @@ class Recipe(Section):
         return self
 
 
+class LinesModel(Section):
+    preset: str = AUTO
+    """A shape of `LINE_PRESETS`; "auto" picks the one that suits the number of training tokens."""
+    dropout: float = 0.0
+
+    @model_validator(mode="after")
+    def _is_known(self) -> "LinesModel":
+        choose_preset(self.preset, 0)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; expected a share in [0, 1).")
+        return self
+
+
+class LinesRecipe(Section):
+    """A checked recipe of the system `lines`: pre-tokenized pictures, without captions or an image tokenizer."""
+
+    system: Literal["lines"]
+    description: str
+    expects: str
+    data: Path | None = None
+    """Token table of `smalti data import-lines`."""
+    validation: Path | None = None
+    """A second token table; training rows with the codes of one of its rows are left out. None: hold rows out."""
+    held_out: float | int = 0.05
+    """Rows of `data` held out where no `validation` is given: a share, or a number."""
+    split_seed: int = 0
+    vocab_size: int | None = None
+    """Codes are below it; None: as the table says."""
+    model: LinesModel = LinesModel()
+    learning_rate_width: int | None = None
+    """`train.learning_rate` is for models of this width; for others it is multiplied by this width over theirs, as
+    muP scales it for matrices (Yang et al. 2022, arXiv:2203.03466). None: it is the same for all."""
+    train: TrainConfig
+    baseline_rows: int = 200_000
+    """Training rows that the report's baselines are fitted to at most; they are held in memory."""
+    report_rows: int = 10_000
+    """Validation rows that the report measures at most."""
+    output: Path
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "LinesRecipe":
+        for name in ("held_out", "vocab_size", "learning_rate_width", "baseline_rows", "report_rows"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be more than 0.")
+        return self
+
+
+System = type[Recipe] | type[LinesRecipe]
+SYSTEMS: dict[str, System] = {"digits": Recipe, "lines": LinesRecipe}
+"""Kinds of recipes, by their entry `system`."""
+
+
 # Reading -------------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +163,7 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(str(resources.files(__name__))).glob("*.yaml"))}
 
 
-def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe | LinesRecipe:
     """A shipped recipe by its name, or the one in a YAML file, with settings changed by `overrides`.
 
     An override is "key=value": the key dotted, as in `train.learning_rate`, or its last word alone where only one
@@ -126,9 +179,12 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"there is no recipe {str(name)!r}; there are {', '.join(known)}, or give the path of a .yaml file.{hint}"
         )
     content = _read_yaml(path)
+    system = SYSTEMS.get(str(content.get("system")))
+    if system is None:
+        raise InputError(f"recipe {name}: system is {content.get('system')!r}; expected one of {', '.join(SYSTEMS)}.")
     for override in overrides:
-        _apply(content, override)
-    return _checked(content, str(name))
+        _apply(content, override, system)
+    return _checked(content, str(name), system)
 
 
 class _Loader(yaml.SafeLoader):
@@ -160,16 +216,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _checked(content: dict[str, Any], name: str) -> Recipe:
+def _checked(content: dict[str, Any], name: str, system: System) -> Recipe | LinesRecipe:
     content = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
     _set_max_length(content, name)
     try:
         # As JSON, whose strict rules take a list for a tuple and text for a path, but never text for a number.
-        return Recipe.model_validate_json(json.dumps(content, default=str), strict=True)
+        return system.model_validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
         found = error.errors()[0]
         key = _place(content, found["loc"])
-        raise InputError(f"recipe {name}: {_explain(key, found['type'], found['msg'], found['input'])}") from error
+        raise InputError(
+            f"recipe {name}: {_explain(key, found['type'], found['msg'], found['input'], system)}"
+        ) from error
 
 
 def _set_max_length(content: dict[str, Any], name: str) -> None:
@@ -209,12 +267,12 @@ _WORDS = {
 """JSON's words in error messages, and what a writer of YAML calls them."""
 
 
-def _explain(key: str, kind: str, message: str, given: object) -> str:
+def _explain(key: str, kind: str, message: str, given: object, system: System) -> str:
     message = message.removeprefix("Value error, ").replace("Input should be", "expected")
     if kind == "value_error":
         return f"{key}: {message}" if key else message
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"there is no setting {key}; {_suggest(key)}"
+        return f"there is no setting {key}; {_suggest(key, system)}"
     if kind in ("missing", "missing_argument"):
         return f"{key} is missing; add it."
     for json_word, word in _WORDS.items():
@@ -225,7 +283,7 @@ def _explain(key: str, kind: str, message: str, given: object) -> str:
 # Overrides -----------------------------------------------------------------------------------------------------
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def _apply(content: dict[str, Any], override: str, system: System) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"{override!r} is no setting; write key=value, for example train.learning_rate=1e-3.")
@@ -233,7 +291,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{override!r}: the value cannot be read as YAML; put it in quotes.") from error
-    *sections, last = _full_key(key).split(".")
+    *sections, last = _full_key(key, system).split(".")
     for section in sections:
         if content.get(section) is None:
             content[section] = {}
@@ -243,8 +301,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
     content[last] = value
 
 
-def _full_key(key: str) -> str:
-    known = list(_keys(Recipe))
+def _full_key(key: str, system: System) -> str:
+    known = list(_keys(system))
     patterns = [re.escape(name).replace(r"\*", r"[^.]+") for name in known]
     if any(re.fullmatch(pattern, key) for pattern in patterns) or any(name.startswith(f"{key}.") for name in known):
         return key
@@ -253,19 +311,19 @@ def _full_key(key: str) -> str:
         return found[0]
     if found:
         raise InputError(f"several settings are named {key}; write {' or '.join(found)}.")
-    raise InputError(f"there is no setting {key}; {_suggest(key)}")
+    raise InputError(f"there is no setting {key}; {_suggest(key, system)}")
 
 
-def _suggest(key: str) -> str:
-    known = [name for name in _keys(Recipe) if "*" not in name]
-    by_last_word = {name.rpartition(".")[2]: name for name in [*known, *Recipe.model_fields]}
+def _suggest(key: str, system: System) -> str:
+    known = [name for name in _keys(system) if "*" not in name]
+    by_last_word = {name.rpartition(".")[2]: name for name in [*known, *system.model_fields]}
     near = [by_last_word[word] for word in difflib.get_close_matches(key.rpartition(".")[2], by_last_word, n=1)]
     near += difflib.get_close_matches(key, known, n=1)
     if near:
         return f"did you mean {' or '.join(dict.fromkeys(near))}?"
     section = key.partition(".")[0]
     inside = [name for name in known if name.startswith(f"{section}.")]
-    return f"there are {', '.join(inside or Recipe.model_fields)}."
+    return f"there are {', '.join(inside or system.model_fields)}."
 
 
 def _keys(annotation: Any, prefix: str = "") -> Iterator[str]:
