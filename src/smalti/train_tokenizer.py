@@ -104,7 +104,7 @@ def train_tokenizer(
     held_out = _checked("held-out", held_out, config.max_value)[: config.held_out_pictures]
     torch.manual_seed(config.seed)
     model = _family_of(model_config)(model_config).to(config.device)
-    averaged = AveragedModel(model, multi_avg_fn=_running_mean(config.weight_ema_decay))
+    averaged = AveragedModel(model, multi_avg_fn=running_mean(config.weight_ema_decay))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True
     )
@@ -119,7 +119,7 @@ def train_tokenizer(
         start, weights, state = load_checkpoint(latest)
         if state["run"] != run:
             raise InputError(
-                f"{directory} holds a run with other settings ({_difference(state['run'], run)}); "
+                f"{directory} holds a run with other settings ({settings_difference(state['run'], run)}); "
                 "choose another folder, or remove that one."
             )
         averaged.module.load_state_dict(weights)
@@ -132,7 +132,7 @@ def train_tokenizer(
     evaluation_log = CsvLog(directory / "evaluation.csv", ["step", *ReconstructionReport._fields], keep_to=start)
     board = SummaryWriter(str(directory), purge_step=start)
 
-    with _progress(show_progress) as progress, board:
+    with progress_bar(show_progress) as progress, board:
         task = progress.add_task("image tokenizer", total=config.steps, completed=start, report="")
         rows = batches(len(images), config.batch_size, config.seed, start)
         for step in range(start, config.steps + 1):
@@ -140,7 +140,7 @@ def train_tokenizer(
             resumed_here = step == start and latest is not None
 
             # Evaluate
-            if (_every(config.evaluate_every, step) or last) and not resumed_here:
+            if (is_due(config.evaluate_every, step) or last) and not resumed_here:
                 report = evaluate_reconstruction(averaged.module, held_out, config.max_value)
                 evaluation_log.write(step, report)
                 for name, value in report._asdict().items():
@@ -149,12 +149,12 @@ def train_tokenizer(
                 progress.update(task, report=report.brief())
 
             # Sample
-            if (_every(config.sample_every, step) or last) and not resumed_here:
+            if (is_due(config.sample_every, step) or last) and not resumed_here:
                 path = directory / "reconstructions" / f"step_{step:08d}.png"
                 draw_reconstructions(averaged.module, held_out[:16], config.max_value, path)
 
             # Save
-            if (_every(config.save_every, step) and step > start) or last:
+            if (is_due(config.save_every, step) and step > start) or last:
                 state = {
                     "run": run,
                     "model": model.state_dict(),
@@ -185,7 +185,7 @@ def train_tokenizer(
             # Log. The losses stay on the device until a row is due: reading them makes the host wait.
             window.update(quantized.codes)
             pending.append(torch.stack([reconstruction_loss.detach(), *_parts(quantized), gradient_norm.detach()]))
-            if _every(config.log_every, step + 1):
+            if is_due(config.log_every, step + 1):
                 means = torch.stack(pending).mean(0).tolist()
                 pending = []
                 if not math.isfinite(means[0]):
@@ -281,7 +281,7 @@ def draw_reconstructions(image_tokenizer: Any, pictures: UInt8[Tensor, "N H W C"
 
 def draw_curves(directory: Path) -> None:
     """Writes `curves.png` from the run's two CSV files."""
-    training, evaluation = (_read_columns(directory / f"{name}.csv") for name in ("training", "evaluation"))
+    training, evaluation = (read_columns(directory / f"{name}.csv") for name in ("training", "evaluation"))
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     loss, exact, codebook = figure.subplots(1, 3)
     loss.plot(training["step"], training["reconstruction_loss"])
@@ -317,13 +317,15 @@ class CsvLog:
             csv.writer(file).writerow([step, *values])
 
 
-def _read_columns(path: Path) -> dict[str, list[float]]:
+def read_columns(path: Path) -> dict[str, list[float]]:
+    """The columns of a `CsvLog` file by name; an empty field is NaN."""
     with open(path, newline="") as file:
         header, *rows = csv.reader(file)
-    return {name: [float(row[i]) for row in rows] for i, name in enumerate(header)}
+    return {name: [float(row[i] or "nan") for row in rows] for i, name in enumerate(header)}
 
 
-def _every(interval: int, step: int) -> bool:
+def is_due(interval: int, step: int) -> bool:
+    """Whether what is done every `interval` steps (0: never) is done at this one."""
     return interval > 0 and step % interval == 0
 
 
@@ -331,7 +333,7 @@ def _parts(quantized) -> Iterator[Tensor]:
     return (part.detach() for part in (quantized.codebook_loss, quantized.commitment_loss, quantized.entropy_loss))
 
 
-def _running_mean(decay: float):
+def running_mean(decay: float):
     """An update for AveragedModel whose decay grows to `decay`, so that the first, random weights are soon
     forgotten."""
 
@@ -377,7 +379,7 @@ def _to_images(
     return pictures.to(device).permute(0, 3, 1, 2).float() / max_value
 
 
-def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
+def settings_difference(one: dict[str, Any], other: dict[str, Any]) -> str:
     """The first setting in which two runs differ."""
     for part in other:
         for name, value in other[part].items():
@@ -386,7 +388,8 @@ def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
     return "settings that are not known here"
 
 
-def _progress(shown: bool) -> Progress:
+def progress_bar(shown: bool) -> Progress:
+    """A bar whose tasks have a field `report`, some words on how the run stands."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
