@@ -6,6 +6,9 @@ codebook.py    frequency, burstiness, places, neighbours, clusters and exchangea
 attention.py   attention weights, heads named by what they do; surprise; loss against context length
 causes.py      logit lens, ablation, activation patching, changing one code
 patches.py     what codes look like, where an image tokenizer exists
-figures.py     the pictures of all these
+sequences.py   codes as the sequences a model reads
+subject.py     what a report is about: a bundle and its data
+findings.py    all of it in words and numbers
+figures.py     the pictures to them
 report.py      one HTML page of findings; each names the function that computed it
 """

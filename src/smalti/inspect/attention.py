@@ -6,7 +6,7 @@ Letters: B sequences, T tokens, N heads, M key-value heads, Dh head width, layer
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,8 @@ def attention_weights(model: DecoderOnly, token_ids: Int[Tensor, "B T"]) -> list
         x, rotation, mask, _, _ = arguments
         found.append(attend(module, x, rotation, mask).weights)
 
-    handles = [block.attention.register_forward_pre_hook(note) for block in model.transformer.blocks]
+    blocks: Any = model.transformer.blocks
+    handles = [block.attention.register_forward_pre_hook(note) for block in blocks]
     try:
         model.hidden(token_ids.to(model.device))
     finally:
@@ -164,6 +165,30 @@ def _head_name(shares: dict[str, float], excess: dict[str, float], evenness: flo
     if clear:
         return max(clear, key=lambda name: shares[name])
     return "diffuse" if evenness >= DIFFUSE else "mixed"
+
+
+def attention_by_offset(mean: Float[Tensor, "N T T"], first_code: int, grid: Grid) -> Float[Tensor, "N down right"]:
+    """Mean attention of a query by how far the cell it looks at is from the cell it predicts, summed per query and
+    averaged over the queries that can look there: entry (h − 1 − d, w − 1 + r) is d rows above, r columns right."""
+    h, w = grid.rows, grid.columns
+    total, able = torch.zeros(len(mean), h, 2 * w - 1), torch.zeros(h, 2 * w - 1)
+    cells = grid.cells
+    for position, (row, column) in enumerate(cells.tolist()):
+        query = first_code + position - 1
+        if row == OUTSIDE or not first_code <= query < mean.shape[1]:
+            continue
+        for other in range(query - first_code + 1):
+            up, right = row - cells[other, 0], cells[other, 1] - column
+            if cells[other, 0] != OUTSIDE and up >= 0:
+                total[:, h - 1 - up, w - 1 + right] += mean[:, query, first_code + other]
+                able[h - 1 - up, w - 1 + right] += 1
+    return total / able.clamp(min=1)
+
+
+def attention_by_lag(mean: Float[Tensor, "N T T"], num_lags: int) -> Float[Tensor, "N lags"]:
+    """Mean attention by how many tokens back it goes, 0 being the query itself, over the queries that reach there."""
+    lags = range(min(num_lags, mean.shape[1]))
+    return torch.stack([mean.diagonal(-lag, 1, 2).mean(-1) for lag in lags], dim=-1)
 
 
 # ---- surprise ----

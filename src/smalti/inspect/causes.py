@@ -7,7 +7,7 @@ Letters: B sequences, T tokens, D model width, n the ids of a slot.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smalti.inspect.attention import nats_of
+from smalti.inspect.grid import Grid
 from smalti.layout import NO_SLOT, Layout, Packed, Slot
 from smalti.likelihood import to_device
 from smalti.models import DecoderOnly
@@ -29,7 +30,7 @@ ABLATIONS = ("mean", "zero")
 def residual_stream(model: DecoderOnly, token_ids: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T D"]]:
     """The states between layers: first the embeddings with their positions, then what each layer leaves."""
     states: list[Tensor] = []
-    blocks = model.transformer.blocks
+    blocks: Any = model.transformer.blocks
     handles = [blocks[0].register_forward_pre_hook(lambda _, arguments: states.append(arguments[0]))]
     handles += [block.register_forward_hook(lambda _, arguments, output: states.append(output)) for block in blocks]
     try:
@@ -104,7 +105,8 @@ def ablated(
     """
     if kind not in ABLATIONS:
         raise ValueError(f"kind {kind!r} is unknown; choose one of {', '.join(ABLATIONS)}.")
-    blocks, config = model.transformer.blocks, model.config.transformer
+    config = model.config.transformer
+    blocks: Any = model.transformer.blocks
     for layer in (*(layer for layer, _ in heads), *attentions, *feed_forwards, *layers):
         if not 0 <= layer < config.num_layers:
             raise ValueError(f"there is no layer {layer}; the model has layers 0..{config.num_layers - 1}.")
@@ -188,7 +190,7 @@ def patched(
         x[torch.arange(len(x), device=x.device), positions.to(x.device)] = states.to(x.dtype)
         return x
 
-    blocks = model.transformer.blocks
+    blocks: Any = model.transformer.blocks
     if layer < len(blocks):
         handle = blocks[layer].register_forward_pre_hook(lambda _, arguments: (put(arguments[0]), *arguments[1:]))
     else:
@@ -280,6 +282,20 @@ def influence(
         else:
             maps.append(torch.zeros(packed.token_ids.shape[1], dtype=torch.float64))
     return torch.stack(maps)
+
+
+def influence_by_offset(moved: Float[Tensor, "L L"], grid: Grid, *, reach: int = 3) -> Float[Tensor, "below across"]:
+    """Mean of `influence` (its rows and columns being the line's positions) by rows below the changed cell, 0..reach,
+    and columns to its right, −reach..reach; NaN where no cell is read after the changed one."""
+    total = torch.zeros(reach + 1, 2 * reach + 1, dtype=torch.float64)
+    count = torch.zeros_like(total)
+    for down in range(reach + 1):
+        for right in range(-reach, reach + 1):
+            there = torch.from_numpy(grid.neighbours(down, right))
+            changed = (there > torch.arange(len(there))).nonzero()[:, 0]  # read later, and in the grid
+            total[down, right + reach] = moved[changed, there[changed]].sum()
+            count[down, right + reach] = len(changed)
+    return total / torch.where(count > 0, count, torch.nan)
 
 
 class SwapCost(NamedTuple):

@@ -25,7 +25,7 @@ PROJECTIONS = ("pca", "t-sne")
 class CodeStatistics(NamedTuple):
     """One number for each of K codes."""
 
-    count: Int64[np.ndarray, " K"]
+    num_occurrences: Int64[np.ndarray, " K"]
     num_lines: Int64[np.ndarray, " K"]
     """Lines that have the code."""
     burstiness: Float64[np.ndarray, " K"]
@@ -145,8 +145,9 @@ def cluster_codes(
     rows = embedding[list(codes)]
     centred = rows - rows.mean(0)
     unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-    k_means = KMeans(min(num_clusters, len(np.unique(unit.round(12), axis=0))), n_init=4, random_state=seed)
-    return k_means.fit(unit).labels_.astype(np.int64)
+    num_different = len(np.unique(unit.round(12), axis=0))
+    k_means = KMeans(min(num_clusters, num_different), n_init=4, random_state=seed)  # pyright: ignore[reportArgumentType]
+    return k_means.fit_predict(unit).astype(np.int64)
 
 
 def project_codes(

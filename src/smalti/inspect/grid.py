@@ -291,7 +291,7 @@ def _with_columns_in_order(shape: Grid, halves: list[_Halves]) -> Grid:
 
 
 def _longest_path(weights: Float64[np.ndarray, "w w"]) -> Int64[np.ndarray, " w"]:
-    """A path of much weight through all nodes: the best greedy one, improved while turning or moving a stretch helps."""
+    """A path of much weight through all nodes: the best greedy one, then stretches turned or moved while that helps."""
     num = len(weights)
     path = max((_greedy_path(weights, start) for start in range(num)), key=lambda path: _path_weight(weights, path))
     improved = True

@@ -244,5 +244,5 @@ def _k_means(
     coordinates: Float64[np.ndarray, "M E"], mass: Float64[np.ndarray, " M"], num_classes: int, seed: int
 ) -> Int64[np.ndarray, " M"]:
     num_different = len(np.unique(coordinates.round(12), axis=0))
-    k_means = KMeans(min(num_classes, num_different), n_init=2, random_state=seed)
-    return k_means.fit(coordinates, sample_weight=mass + 1e-12).labels_.astype(np.int64)
+    k_means = KMeans(min(num_classes, num_different), n_init=2, random_state=seed)  # pyright: ignore[reportArgumentType]
+    return k_means.fit_predict(coordinates, sample_weight=mass + 1e-12).astype(np.int64)

@@ -1,0 +1,223 @@
+"""The pictures of the findings: matplotlib figures without a display, and their PNG bytes.
+
+Letters: L positions, h w grid, K codes, T tokens.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Integer, Shaped
+from matplotlib.figure import Figure
+
+from smalti.inspect.attention import Head
+from smalti.inspect.causes import AblationLosses
+from smalti.inspect.grid import Grid
+
+_MAP = "viridis"
+_SIGNED = "RdBu_r"
+_CLUSTERS = "tab20"
+_BLUE = "#33658a"
+
+
+def png_bytes(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _heat(axes: Any, values: Shaped[np.ndarray, "h w"], title: str, *, numbers: bool = True, **given: Any) -> Any:
+    image = axes.imshow(values, **{"cmap": _MAP, "aspect": "auto", **given})
+    axes.set_title(title, fontsize=10)
+    if numbers and values.size <= 120:
+        low, high = image.get_clim()
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                dark = (value - low) < 0.55 * max(high - low, 1e-12)
+                colour = "white" if dark and image.get_cmap().name == _MAP else "black"
+                axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=colour)
+    return image
+
+
+def _by_position(axes: Any, values: Float[np.ndarray, " L"], grid: Grid | None, title: str, **given: Any) -> None:
+    """A map of the grid's cells, or bars along the line where there is no grid."""
+    if grid is not None:
+        image = _heat(axes, values[grid.positions], title, aspect="equal", **given)
+        axes.figure.colorbar(image, ax=axes, shrink=0.8)
+        axes.set_xlabel("column")
+        axes.set_ylabel("row")
+        return
+    axes.bar(np.arange(len(values)), values, color=_BLUE, width=1.0)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("position in the line")
+
+
+def position_maps(named: Mapping[str, Float[np.ndarray, " L"]], grid: Grid | None) -> Figure:
+    """One map for each named quantity of the positions."""
+    figure, axes = _figure(4.2 * len(named), 3.6, 1, len(named))
+    for place, (title, values) in zip(axes[0], named.items(), strict=True):
+        _by_position(place, values, grid, title)
+    return figure
+
+
+def information_map(information: Float[np.ndarray, "L L"], grid: Grid | None) -> Figure:
+    """The mutual information of all pairs of positions; with a grid also by rows and columns apart."""
+    figure, axes = _figure(10.0 if grid else 5.5, 4.4, 1, 2 if grid else 1)
+    top = np.quantile(information, 0.99)
+    image = _heat(axes[0, 0], information, "mutual information of two positions, nats", numbers=False, vmin=0, vmax=top)
+    axes[0, 0].set(xlabel="position", ylabel="position", aspect="equal")
+    figure.colorbar(image, ax=axes[0, 0], shrink=0.8)
+    if grid:
+        means = _information_by_distance(information, grid)
+        _heat(axes[0, 1], means, "the same by distance in the grid found, nats", vmin=0)
+        axes[0, 1].set(xlabel="columns apart", ylabel="rows apart")
+    return figure
+
+
+def _information_by_distance(information: Float[np.ndarray, "L L"], grid: Grid) -> Float[np.ndarray, "down right"]:
+    row, column = np.mgrid[: grid.rows, : grid.columns].reshape(2, -1)
+    inside = information[np.ix_(grid.positions.ravel(), grid.positions.ravel())]
+    down, right = np.abs(row[:, None] - row), np.abs(column[:, None] - column)
+    size = (min(grid.rows, 8), min(grid.columns, 8))
+    means = np.full(size, np.nan)
+    for d, r in np.ndindex(size):
+        if d or r:
+            means[d, r] = inside[(down == d) & (right == r)].mean()
+    return means
+
+
+def frequencies(counts: Integer[np.ndarray, " K"], burstiness: Float[np.ndarray, " K"]) -> Figure:
+    figure, axes = _figure(10, 3.4, 1, 2)
+    used = np.sort(counts[counts > 0])[::-1]
+    axes[0, 0].loglog(np.arange(1, len(used) + 1), used, color=_BLUE)
+    axes[0, 0].set_title("how often codes occur", fontsize=10)
+    axes[0, 0].set(xlabel="rank of the code", ylabel="occurrences")
+    occurs = counts > 0
+    axes[0, 1].scatter(counts[occurs], burstiness[occurs], s=8, color=_BLUE, alpha=0.6)
+    axes[0, 1].axhline(1, color="black", linewidth=0.8)
+    axes[0, 1].set_title("burstiness (1: chance)", fontsize=10)
+    axes[0, 1].set(xlabel="occurrences", ylabel="over chance", xscale="log", yscale="log")
+    return figure
+
+
+def place_maps(counts: Integer[np.ndarray, "K L"], codes: Sequence[int], grid: Grid | None) -> Figure:
+    """Where each of the codes stands, darkest nowhere."""
+    columns = min(8, len(codes))
+    rows = -(-len(codes) // columns)
+    figure, axes = _figure(1.35 * columns, 1.55 * rows, rows, columns)
+    for place in axes.flat:
+        place.axis("off")
+    for place, code in zip(axes.flat, codes, strict=False):
+        values = counts[code][grid.positions] if grid else counts[code][None]
+        place.imshow(values, cmap=_MAP, aspect="equal" if grid else "auto")
+        place.set_title(f"code {code}", fontsize=8)
+    return figure
+
+
+def embedding_maps(
+    points: Mapping[str, Float[np.ndarray, "M 2"]],
+    clusters: Integer[np.ndarray, " M"],
+    codes: Sequence[int],
+    num_named: int = 25,
+) -> Figure:
+    """Codes in the plane, coloured by cluster; the first `num_named` of them (the commonest) with their number."""
+    figure, axes = _figure(5.4 * len(points), 4.6, 1, len(points))
+    for place, (title, plane) in zip(axes[0], points.items(), strict=True):
+        place.scatter(plane[:, 0], plane[:, 1], c=clusters, cmap=_CLUSTERS, s=10)
+        for code, (x, y) in zip(codes[:num_named], plane[:num_named].tolist(), strict=True):
+            place.annotate(str(code), (x, y), fontsize=7)
+        place.set_title(title, fontsize=10)
+        place.set(xticks=[], yticks=[])
+    return figure
+
+
+def curve(x: Sequence[float], lines: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str, title: str) -> Figure:
+    figure, axes = _figure(6, 3.4)
+    for label, values in lines.items():
+        axes[0, 0].plot(x, values, marker="o", markersize=4, label=label)
+    axes[0, 0].set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if len(lines) > 1:
+        axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def head_maps(
+    heads: Sequence[Head], maps: Sequence[Float[np.ndarray, "N down right"]] | Sequence[Float[np.ndarray, "N lags"]]
+) -> Figure:
+    """Each head's attention by where it looks, relative to the cell that is being predicted (marked ×); without a
+    grid by how many tokens back. A row of maps for each layer."""
+    layers, num_heads = len(maps), len(maps[0])
+    figure, axes = _figure(max(2.1 * num_heads, 5.0), 1.75 * layers, layers, num_heads)
+    for head in heads:
+        place, values = axes[head.layer, head.head], np.asarray(maps[head.layer][head.head])
+        if values.ndim == 2:
+            place.imshow(values, cmap=_MAP, vmin=0, aspect="equal")
+            place.plot(values.shape[1] // 2, values.shape[0] - 1, marker="x", color="white", markersize=5)
+            place.set(xticks=[], yticks=[])
+        else:
+            place.bar(np.arange(len(values)), values, color=_BLUE)
+            place.tick_params(labelsize=6)
+        place.set_title(f"layer {head.layer} head {head.head}\n{head.name}", fontsize=8)
+    return figure
+
+
+def ablation_map(losses: AblationLosses) -> Figure:
+    figure, axes = _figure(9.5, 3.4, 1, 2)
+    heads = losses.heads.numpy()
+    limit = max(float(np.abs(heads).max()), 1e-9)
+    _heat(axes[0, 0], heads, "nats per code more without a head", cmap=_SIGNED, vmin=-limit, vmax=limit)
+    axes[0, 0].set(xlabel="head", ylabel="layer", xticks=range(heads.shape[1]), yticks=range(heads.shape[0]))
+    layers = np.arange(len(heads))
+    named = {"attention": losses.attentions, "feed-forward": losses.feed_forwards, "whole layer": losses.layers}
+    for i, (label, values) in enumerate(named.items()):
+        axes[0, 1].bar(layers + 0.27 * (i - 1), values.numpy(), width=0.25, label=label)
+    axes[0, 1].set(xlabel="layer", ylabel="nats per code more", xticks=layers)
+    axes[0, 1].set_title("nats per code more without a part of a layer", fontsize=10)
+    axes[0, 1].legend(fontsize=8)
+    return figure
+
+
+def layer_map(values: Float[np.ndarray, "layers T"], *, title: str, label: str) -> Figure:
+    figure, axes = _figure(9.5, 0.42 * len(values) + 1.4)
+    image = _heat(axes[0, 0], values, title, numbers=False)
+    axes[0, 0].set(xlabel="position in the sequence", ylabel="layers done", yticks=range(len(values)))
+    figure.colorbar(image, ax=axes[0, 0], label=label)
+    return figure
+
+
+def offset_map(values: Float[np.ndarray, "down right"], *, title: str, label: str) -> Figure:
+    """Influence by place relative to the changed code (marked ×), which is in the first row's middle."""
+    figure, axes = _figure(0.75 * values.shape[1] + 1.5, 0.6 * values.shape[0] + 1.2)
+    middle = values.shape[1] // 2
+    image = _heat(axes[0, 0], values, title)
+    axes[0, 0].plot(middle, 0, marker="x", color="red", markersize=9)
+    axes[0, 0].set(xlabel="columns to the right", ylabel="rows below", xticks=range(values.shape[1]))
+    axes[0, 0].set_xticklabels(range(-middle, values.shape[1] - middle))
+    figure.colorbar(image, ax=axes[0, 0], label=label)
+    return figure
+
+
+def picture_grid(
+    pictures: Sequence[Sequence[Float[np.ndarray, "C H W"]]],
+    titles: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    cell: float = 1.1,
+) -> Figure:
+    """Rows of pictures in [0, 1]; titles over the first row, or over every picture."""
+    figure, axes = _figure(cell * len(pictures[0]), (cell + 0.18) * len(pictures), len(pictures), len(pictures[0]))
+    for r, row in enumerate(pictures):
+        for c, place in enumerate(axes[r]):
+            place.axis("off")
+            if c < len(row):
+                picture = np.broadcast_to(row[c], (3, *row[c].shape[1:])).transpose(1, 2, 0)
+                place.imshow(picture.clip(0, 1), interpolation="nearest")
+            names = titles[r] if not isinstance(titles[r], str) else (titles if r == 0 else ())
+            if c < len(names):
+                place.set_title(names[c], fontsize=8)
+    return figure

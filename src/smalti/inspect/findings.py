@@ -1,0 +1,549 @@
+"""What is found out about a model and its codes, in words and numbers, section by section.
+
+Each function takes the subject and gives a section; each finding in it names the functions that computed it.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from smalti.inspect import attention, causes, codebook, figures, patches, positions
+from smalti.inspect.grid import Grid, GridFinding, infer_grid
+from smalti.inspect.subject import Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """How much is looked at. Raises ValueError where a number leaves nothing to compare."""
+
+    num_lines: int = 20_000
+    """Lines for what the codes alone tell."""
+    num_scored: int = 512
+    """Lines run through the model; a fifth of them where it is run many times over."""
+    num_halvings: int = 10
+    """Random halvings of the lines that vote on the grid."""
+    num_pairs: int = 8
+    """Pairs of lines between which activations are patched."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_lines", 2), ("num_scored", 10), ("num_halvings", 1), ("num_pairs", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    text: str
+    function: str
+    """What computed it, from `smalti.inspect` on."""
+    headline: bool = False
+    """Whether it belongs to what is told first."""
+
+
+@dataclass(kw_only=True)
+class Section:
+    title: str
+    findings: list[Finding] = field(default_factory=list)
+    figures: list[tuple[str, Figure]] = field(default_factory=list)
+    """Each with its caption."""
+
+    def say(self, text: str, function: str, *, headline: bool = False) -> None:
+        self.findings.append(Finding(text=text, function=function, headline=headline))
+
+    def show(self, caption: str, figure: Figure) -> None:
+        self.figures.append((caption, figure))
+
+
+def _listed(items: Sequence, most: int = 8) -> str:
+    shown = ", ".join(map(str, items[:most]))
+    return shown + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+# ---- what positions are ----
+
+
+def position_section(subject: Subject, config: InspectConfig) -> tuple[Section, GridFinding]:
+    section = Section(title="What the positions are")
+    codes, K = subject.codes, subject.vocab_size
+    statistics = positions.position_statistics(codes, K)
+    special = positions.special_positions(codes, K)
+    halvings = config.num_halvings if codes.shape[1] <= 256 else min(config.num_halvings, 2)
+    found = infer_grid(codes, K, num_halvings=halvings, seed=config.seed)
+    _say_grid(section, found)
+    low, high = int(statistics.entropy_nats.argmin()), int(statistics.entropy_nats.argmax())
+    section.say(
+        f"Seen alone, a code holds {statistics.entropy_nats.mean():.2f} nats on average, from "
+        f"{statistics.entropy_nats[low]:.2f} at position {low} to {statistics.entropy_nats[high]:.2f} at position {high}; "
+        f"all codes alike would be {math.log(K):.2f}.",
+        "positions.position_statistics",
+    )
+    for kind, words in (("constant", "always hold one code"), ("own codes", "use codes that hardly occur elsewhere")):
+        chosen = [f"{s.position} (mostly {s.top_code})" for s in special if s.kind == kind]
+        if chosen:
+            section.say(f"Positions that {words}: {_listed(chosen)}.", "positions.special_positions", headline=True)
+    if not special:
+        section.say("No position is constant or has codes of its own.", "positions.special_positions")
+    at_ends = [s.position for s in special if s.kind == "own codes"]
+    for explained in positions.explain_by_counts(codes, K, at_ends):
+        section.say(
+            f"Position {explained.position} tells {explained.property}: that explains {explained.share:.0%} of its "
+            "entropy.",
+            "positions.explain_by_counts",
+            headline=True,
+        )
+    empty = np.flatnonzero((statistics.top_share >= 0.95) & (statistics.kinship >= positions.FOREIGN_KINSHIP))
+    if len(empty):
+        code = Counter(statistics.top_code[empty].tolist()).most_common(1)[0][0]
+        section.say(
+            f"{len(empty)} positions hold one code in at least 95 % of the lines, most of them code {code}: background "
+            f"that is found elsewhere too (positions {_listed(empty.tolist(), 12)}).",
+            "positions.position_statistics",
+        )
+    section.show(
+        "Entropy, and the number of different codes, by position.",
+        figures.position_maps(
+            {
+                "entropy, nats": statistics.entropy_nats,
+                "codes used": statistics.num_used.astype(float),
+                "share of the commonest code": statistics.top_share,
+            },
+            found.grid,
+        ),
+    )
+    section.show(
+        "Bright: two positions tell much of each other. Stripes parallel to the diagonal are the rows of a picture.",
+        figures.information_map(found.information, found.grid),
+    )
+    return section, found
+
+
+def _say_grid(section: Section, found: GridFinding) -> None:
+    function = "grid.infer_grid"
+    if found.grid is None:
+        section.say(
+            "No grid is found: none explains the mutual information between positions better than their order in the "
+            f"line ({found.line_explained:.0%}; the best grid, {found.runner_up}, {found.runner_up_explained:.0%}).",
+            function,
+            headline=True,
+        )
+        return
+    grid = found.grid
+    reading = {"raster": "row by row", "snake": "row by row, every other row backwards"}[grid.order]
+    if grid.column_order is not None:
+        reading += f", the columns in the order {', '.join(map(str, grid.column_order))}"
+    outside = [*range(grid.before), *range(grid.length - grid.after, grid.length)]
+    section.say(
+        f"The lines are pictures of {grid.rows} × {grid.columns} codes read {reading}; "
+        + (f"positions {_listed(outside)} are outside. " if outside else "no position is outside. ")
+        + f"Confidence {found.confidence:.0%} (share of {found.num_halvings} halvings of the lines that agree).",
+        function,
+        headline=True,
+    )
+    section.say(
+        f"That grid explains {found.explained:.0%} of the mutual information between positions on lines not used to "
+        f"fit it; nearness in the line alone explains {found.line_explained:.0%}, the next hypothesis ({found.runner_up}) "
+        f"{found.runner_up_explained:.0%}. Mirrored or transposed pictures would look the same to this method.",
+        function,
+    )
+
+
+# ---- what codes are ----
+
+
+def code_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> Section:
+    section = Section(title="What the codes are")
+    codes, K = subject.codes, subject.vocab_size
+    statistics, places = codebook.code_statistics(codes, K), codebook.code_places(codes, K)
+    counts = statistics.num_occurrences
+    ranked = np.argsort(-counts, kind="stable")
+    num_used = int((counts > 0).sum())
+    half = int(np.searchsorted(np.cumsum(counts[ranked]), counts.sum() / 2)) + 1
+    section.say(
+        f"{num_used} of {K} codes occur in {len(codes):,} lines; {half} of them make half of all occurrences. The "
+        f"commonest, {ranked[0]}, takes {counts[ranked[0]] / counts.sum():.0%}.",
+        "codebook.code_statistics",
+        headline=True,
+    )
+    common = ranked[: max(2, int((counts >= 50).sum()))]
+    clumped = common[np.argsort(-statistics.burstiness[common], kind="stable")]
+    section.say(
+        f"Most clumped: {_listed([f'{c} ({statistics.burstiness[c]:.1f} × chance)' for c in clumped[:5]])}. The median "
+        f"of the codes that occur at least 50 times is {np.median(statistics.burstiness[common]):.2f} × chance.",
+        "codebook.code_statistics",
+    )
+    bound = common[np.argsort(-places.binding_nats[common], kind="stable")]
+    section.say(
+        f"Most bound to a place: {_listed([f'{c} (position {places.top_position[c]})' for c in bound[:6]])}; a code "
+        f"tells {np.average(places.binding_nats[common], weights=counts[common]):.2f} of at most "
+        f"{math.log(codes.shape[1]):.2f} nats about where it stands.",
+        "codebook.code_places",
+    )
+    if grid is not None:
+        _say_border(section, codebook.border_share(places, grid), common, grid)
+        table = codebook.co_occurrence(codes, K, grid, down=0, right=1)
+        attracted = codebook.attracted_pairs(table, num=5)
+        if attracted:
+            pairs = [f"{p.code} {p.other} (e^{p.score:.1f} × chance)" for p in attracted]
+            section.say(f"Most attracted neighbours, left and right: {_listed(pairs)}.", "codebook.attracted_pairs")
+    _say_embeddings(section, subject, common[:400], config)
+    section.show("How often codes occur, and how clumped.", figures.frequencies(counts, statistics.burstiness))
+    section.show("Where the codes most bound to places stand.", figures.place_maps(places.counts, bound[:16], grid))
+    return section
+
+
+def _say_border(section: Section, share: np.ndarray, common: np.ndarray, grid: Grid) -> None:
+    inner = max(grid.rows - 2, 0) * max(grid.columns - 2, 0)
+    if not inner:
+        return
+    on_border, central = common[share[common] >= 0.9], common[share[common] <= 0.1]
+    section.say(
+        f"Of {len(common)} common codes {len(on_border)} keep to the border (at least 90 % of their occurrences: "
+        f"{_listed(on_border.tolist(), 6) or 'none'}) and {len(central)} to the inner cells; the border is "
+        f"{1 - inner / (grid.rows * grid.columns):.0%} of the cells.",
+        "codebook.border_share",
+    )
+
+
+def _say_embeddings(section: Section, subject: Subject, common: np.ndarray, config: InspectConfig) -> None:
+    if len(common) < 10:
+        return
+    chosen = common.tolist()
+    embeddings = codebook.code_embeddings(subject.model, subject.layout)
+    nearest = {name: codebook.nearest_codes(table, chosen, among=chosen, num=3) for name, table in embeddings.items()}
+    agree = np.mean([nearest["input"][code][0] in nearest["output"][code] for code in chosen])
+    examples = [f"{code}: {_listed(nearest['output'][code])}" for code in chosen[1:4]]
+    section.say(
+        f"Nearest codes in the output embedding, for three common codes: {'; '.join(examples)}. For {agree:.0%} of the "
+        "codes the nearest in the input embedding is among the three nearest in the output embedding "
+        f"(chance {3 / (len(chosen) - 1):.0%}).",
+        "codebook.nearest_codes",
+    )
+    clusters = codebook.cluster_codes(embeddings["output"], chosen, 12, seed=config.seed)
+    biggest = Counter(clusters.tolist()).most_common(3)
+    groups = [_listed([c for c, k in zip(chosen, clusters, strict=True) if k == number], 5) for number, _ in biggest]
+    section.say(
+        f"Clusters of the output embedding, the largest three of 12: {'; '.join(groups)}.", "codebook.cluster_codes"
+    )
+    points = {
+        f"{name} embedding, {method.upper()}": codebook.project_codes(table, chosen, method, seed=config.seed)
+        for name, table in embeddings.items()
+        for method in codebook.PROJECTIONS
+    }
+    section.show(
+        "Codes in the model's embeddings, coloured by their cluster in the output embedding; the commonest are named.",
+        figures.embedding_maps(points, clusters, chosen),
+    )
+
+
+# ---- how the model predicts ----
+
+
+def prediction_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> Section:
+    section = Section(title="How the model predicts")
+    model, layout, places = subject.model, subject.layout, subject.positions
+    packed = subject.packed(config.num_scored)
+    few = subject.packed(max(2, config.num_scored // 5))
+    nats = attention.nats_by_position(model, layout, packed)
+    mean, error = nats.mean[places].numpy(), nats.standard_error[places].numpy()
+    hardest = np.argsort(-mean)[:5]
+    section.say(
+        f"A code costs the model {mean.mean():.3f} nats on average on {len(packed.token_ids)} lines. The hardest "
+        f"positions: {_listed([f'{p} ({mean[p]:.2f} ± {error[p]:.2f})' for p in hardest])}.",
+        "attention.nats_by_position",
+        headline=True,
+    )
+    alone = positions.position_statistics(subject.codes, subject.vocab_size).entropy_nats
+    section.show(
+        "The surprise map, beside what a code would cost if only its position were known, and what context saves.",
+        figures.position_maps(
+            {"nats of the model": mean, "nats by position alone": alone, "nats saved": alone - mean}, grid
+        ),
+    )
+    _say_heads(section, subject, few.token_ids, grid)
+    _say_context(section, subject, few, grid)
+    lens = causes.logit_lens(model, layout, packed)
+    by_layer = lens.nats[:, places].mean(1)
+    agreement = lens.agreement[:, places].mean(1)
+    steps = "; ".join(
+        f"{layer}: {by_layer[layer]:.2f} nats, {agreement[layer]:.0%} decided" for layer in range(len(by_layer))
+    )
+    section.say(
+        f"Read off between layers (the logit lens), after so many layers: {steps}. Decided means that the likeliest "
+        "code is already that of the whole model.",
+        "causes.logit_lens",
+        headline=True,
+    )
+    section.show(
+        "Nats of the true code if the model ended after so many layers, by position.",
+        figures.layer_map(lens.nats[:, places].numpy(), title="logit lens", label="nats per code"),
+    )
+    return section
+
+
+def _say_heads(section: Section, subject: Subject, token_ids: torch.Tensor, grid: Grid | None) -> None:
+    first = subject.positions.start
+    heads = attention.name_heads(subject.model, token_ids, first, grid)
+    kinds = Counter(head.name for head in heads)
+    section.say(
+        f"The {len(heads)} heads by what they do: {_listed([f'{n} {name}' for name, n in kinds.most_common()])}. A head "
+        f"is named for a pattern with at least {attention.DOMINANT:.0%} of its attention.",
+        "attention.name_heads",
+        headline=True,
+    )
+    for name in kinds:
+        if name not in ("mixed", "diffuse"):
+            best = max((head for head in heads if head.name == name), key=lambda head: head.shares[name])
+            section.say(
+                f"Clearest “{name}” head: layer {best.layer} head {best.head}, {best.shares[name]:.0%} of its attention, "
+                f"{best.excess[name]:.1f} × what even attention would give.",
+                "attention.name_heads",
+            )
+    mean = [weights.mean(0).cpu() for weights in attention.attention_weights(subject.model, token_ids)]
+    if grid is not None:
+        maps = [attention.attention_by_offset(layer, first, grid).numpy() for layer in mean]
+        caption = "Where each head looks, relative to the cell that is predicted (×); bright: much attention."
+    else:
+        maps = [attention.attention_by_lag(layer, 24).numpy() for layer in mean]
+        caption = "How many tokens back each head looks (0: the token itself)."
+    section.show(caption, figures.head_maps(heads, maps))
+
+
+def _say_context(section: Section, subject: Subject, packed, grid: Grid | None) -> None:
+    places = subject.positions
+    longest = len(places) - 1
+    marks = {1, 2, 4, 8, 16, 32, 64, 128, 256, longest}
+    if grid is not None:
+        marks |= {grid.columns, grid.columns + 1, 2 * grid.columns}
+    lengths = sorted(mark for mark in marks if mark <= longest)
+    late = places[len(places) // 2 : len(places) - (grid.after if grid else 0)]
+    targets = late[:: max(1, len(late) // 6)]
+    loss = attention.loss_by_context(subject.model, subject.layout, packed, lengths, targets).mean(1)
+    whole = float(loss[-1])
+    enough = next(length for length, value in zip(lengths, loss.tolist(), strict=True) if value <= whole * 1.05 + 0.01)
+    section.say(
+        f"With only the token before, codes in the later half cost {float(loss[0]):.2f} nats, with all {whole:.2f}; the "
+        f"last {enough} tokens are enough to come within 5 % of that"
+        + (f" ({enough / grid.columns:.1f} rows)." if grid is not None else "."),
+        "attention.loss_by_context",
+        headline=True,
+    )
+    section.show(
+        "Loss against the length of the context that is left visible.",
+        figures.curve(
+            lengths,
+            {"nats": loss.tolist()},
+            xlabel="tokens visible before the code",
+            ylabel="nats per code",
+            title="how far back the model uses context",
+        ),
+    )
+
+
+# ---- causes ----
+
+
+def cause_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> Section:
+    section = Section(title="Causes, not only correlations")
+    model, layout, places = subject.model, subject.layout, subject.positions
+    packed = subject.packed(max(2, config.num_scored // 5))
+    losses = causes.ablation_losses(model, layout, packed, places)
+    flat = int(losses.heads.argmax())
+    layer, head = divmod(flat, losses.heads.shape[1])
+    idle = int((losses.heads < 0.005).sum())
+    section.say(
+        f"Without layer {layer} head {head} a code costs {losses.heads[layer, head]:.3f} nats more than the "
+        f"{losses.whole:.3f} of the whole model: the most of any head. {idle} of {losses.heads.numel()} heads cost less "
+        "than 0.005 nats each when they are replaced by their mean.",
+        "causes.ablation_losses",
+        headline=True,
+    )
+    worst = int(losses.layers.argmax())
+    section.say(
+        f"Skipping a whole layer costs most for layer {worst} ({losses.layers[worst]:.2f} nats), least for layer "
+        f"{int(losses.layers.argmin())} ({losses.layers.min():.2f}).",
+        "causes.ablation_losses",
+    )
+    section.show("What is lost without each part.", figures.ablation_map(losses))
+    _say_patching(section, subject, packed, config)
+    _say_influence(section, subject, packed, config, grid)
+    _say_swaps(section, subject, config, grid)
+    return section
+
+
+def _say_patching(section: Section, subject: Subject, packed, config: InspectConfig) -> None:
+    target = subject.positions[3 * len(subject.positions) // 4]
+    num = min(config.num_pairs, len(packed.token_ids) // 2)
+    maps = torch.stack(
+        [
+            causes.patching_map(subject.model, subject.layout, packed, 2 * pair, 2 * pair + 1, target)
+            for pair in range(num)
+        ]
+    )
+    mean = maps.nanmean(0)
+    if mean.isnan().all():
+        return
+    by_layer = mean[:, -1]  # the state at the token that predicts
+    first = mean[0, subject.positions.start :]
+    from_start = int(first.nan_to_num(-math.inf).argmax())
+    section.say(
+        f"Between {num} pairs of lines, predicting position {target - subject.positions.start}: before the first layer "
+        f"the code that tells most is the one at position {from_start} ({float(first[from_start]):.0%} of the "
+        "difference); in the state of the predicting token the share gathered before each layer is "
+        + ", ".join(f"{value:.0%}" for value in by_layer.tolist())
+        + ".",
+        "causes.patching_map",
+    )
+    section.show(
+        f"Activation patching: share of the difference between two lines' predictions for the code at position "
+        f"{target - subject.positions.start} that each state carries (1: patching it alone makes the prediction the "
+        "other line's).",
+        figures.layer_map(mean.clamp(-0.2, 1).numpy(), title="patched before layer", label="share of the difference"),
+    )
+
+
+def _say_influence(section: Section, subject: Subject, packed, config: InspectConfig, grid: Grid | None) -> None:
+    places = subject.positions
+    moved = causes.influence(subject.model, subject.layout, packed, places, seed=config.seed)[:, places]
+    strength = moved.sum(1)
+    strongest = int(strength.argmax())
+    section.say(
+        f"Changing one code to another line's moves later predictions most at position {strongest} "
+        f"({strength[strongest]:.2f} nats of divergence in sum, the median position {strength.median():.2f}).",
+        "causes.influence",
+    )
+    if grid is None:
+        lags = [float(moved.diagonal(lag).mean()) for lag in range(1, min(25, len(moved)))]
+        figure = figures.curve(
+            range(1, len(lags) + 1),
+            {"nats": lags},
+            xlabel="positions later",
+            ylabel="nats of divergence",
+            title="where predictions move when one code is changed",
+        )
+        section.show("How far predictions move behind a changed code.", figure)
+        return
+    by_offset = causes.influence_by_offset(moved, grid, reach=3)
+    down, right = divmod(int(by_offset.nan_to_num(-1).argmax()), by_offset.shape[1])
+    right -= by_offset.shape[1] // 2
+    section.say(
+        f"On average the cell that moves most is {down} rows below and {right:+d} columns from the changed one "
+        f"({float(by_offset[down, right + by_offset.shape[1] // 2]):.3f} nats).",
+        "causes.influence_by_offset",
+        headline=True,
+    )
+    section.show(
+        "Mean divergence of the predictions around a changed code (×), which is read before all the others shown.",
+        figures.offset_map(by_offset.numpy(), title="where predictions move", label="nats"),
+    )
+
+
+def find_swaps(subject: Subject, config: InspectConfig, grid: Grid | None, num: int = 6) -> list[codebook.Swap]:
+    """Codes that stand in for one another, by context and by what the model expects in their place."""
+    similarity = codebook.context_similarity(subject.codes, subject.vocab_size, grid)
+    instead = codebook.predicted_instead(subject.model, subject.layout, subject.packed(config.num_scored)).numpy()
+    counts = np.bincount(subject.packed(config.num_scored).token_ids.numpy().ravel(), minlength=1)
+    offset = subject.layout.vocabulary["image"].offset
+    counts = np.pad(counts, (0, max(0, offset + subject.vocab_size - len(counts))))[offset:][: subject.vocab_size]
+    return codebook.swappable_codes(similarity, counts, instead, num=num, min_count=min(20, int(counts.max())))
+
+
+def _say_swaps(section: Section, subject: Subject, config: InspectConfig, grid: Grid | None) -> None:
+    swaps = find_swaps(subject, config, grid)
+    packed = subject.packed(config.num_scored)
+    told = []
+    for swap in swaps[:4]:
+        cost = causes.swap_cost(subject.model, subject.layout, packed, swap.code, swap.other, seed=config.seed)
+        told.append(f"{swap.code} ↔ {swap.other} ({cost.nats:+.1f} nats in {cost.num_changed} lines)")
+    if not told:
+        return
+    stranger = [
+        causes.swap_cost(subject.model, subject.layout, packed, a.code, b.other, seed=config.seed).nats
+        for a, b in zip(swaps, swaps[1:] + swaps[:1], strict=True)
+        if a is not b
+    ]
+    versus = f"; between codes of different pairs a swap costs {np.mean(stranger):+.1f} nats" if stranger else ""
+    section.say(
+        f"Codes that stand in for one another, with what it costs to put the second for the first once: "
+        f"{_listed(told)}{versus}.",
+        "codebook.swappable_codes, causes.swap_cost",
+        headline=True,
+    )
+
+
+# ---- what codes look like ----
+
+
+def picture_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> Section | None:
+    """None where there is no image tokenizer, or the lines are no pictures of it."""
+    codes = subject.pictures(torch.from_numpy(subject.codes[: max(1000, config.num_scored)]), grid)
+    if codes is None or codes.shape[1] == 1:
+        return None
+    section = Section(title="What the codes look like")
+    average, num_cells = patches.average_patches(subject.image_tokenizer, codes)
+    ranked = num_cells.argsort(descending=True, stable=True)[: int((num_cells > 0).sum())][:96].tolist()
+    rows = [ranked[i : i + 16] for i in range(0, len(ranked), 16)]
+    contrast = average[ranked].flatten(1).std(1)
+    section.say(
+        f"Average patches of the {len(ranked)} commonest codes, over {len(codes)} pictures. The flattest is code "
+        f"{ranked[int(contrast.argmin())]}, the one with most contrast code {ranked[int(contrast.argmax())]}.",
+        "patches.average_patches",
+    )
+    section.show(
+        "The average patch of each code, the commonest first.",
+        figures.picture_grid(
+            [[average[code].numpy() for code in row] for row in rows],
+            [[str(code) for code in row] for row in rows],
+            cell=0.6,
+        ),
+    )
+    _show_swaps(section, subject, config, grid, codes)
+    few = subject.packed(6)
+    lens = causes.logit_lens(subject.model, subject.layout, few)
+    offset = subject.layout.vocabulary["image"].offset
+    likeliest = subject.pictures(lens.likeliest[:, :, subject.positions] - offset, grid)
+    true = subject.pictures(few.token_ids[:, subject.positions] - offset, grid)
+    if likeliest is not None and true is not None:
+        decoded = patches.decoded_lens(subject.image_tokenizer, torch.cat([likeliest, true[None]]))
+        layers = len(decoded) - 1
+        section.say(
+            "The decoded logit lens shows, for six lines, what the model would paint after each layer.",
+            "patches.decoded_lens",
+        )
+        section.show(
+            "The likeliest code of every cell after so many layers, given the true codes before it; last, the truth.",
+            figures.picture_grid(
+                [[decoded[layer, n].numpy() for layer in range(layers + 1)] for n in range(decoded.shape[1])],
+                [*(f"after {layer}" for layer in range(layers)), "truth"],
+            ),
+        )
+    return section
+
+
+def _show_swaps(
+    section: Section, subject: Subject, config: InspectConfig, grid: Grid | None, codes: torch.Tensor
+) -> None:
+    pictures, titles = [], []
+    for swap in find_swaps(subject, config, grid):
+        having = (codes == swap.code).flatten(1).any(1).nonzero()[:, 0]
+        if len(having) and max(swap.code, swap.other) < subject.image_tokenizer.config.codebook_size:
+            pictures.append(patches.swap_picture(subject.image_tokenizer, codes[having[0]], swap.code, swap.other))
+            titles.append(f"{swap.code} → {swap.other}")
+    if not pictures:
+        return
+    change = torch.stack([(pair[0] - pair[1]).abs().mean() for pair in pictures])
+    section.say(
+        f"Putting one code of an exchangeable pair for the other changes a pixel by {float(change.mean()):.3f} on average "
+        "(of 1).",
+        "patches.swap_picture",
+    )
+    columns = [[pair[i].numpy() for pair in pictures] for i in range(2)]
+    section.show(
+        "Above as it is, below with a code replaced by the one it is exchangeable with.",
+        figures.picture_grid(columns, titles),
+    )

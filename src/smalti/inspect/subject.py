@@ -1,0 +1,127 @@
+"""What a report is about: a model with its layout, the codes it is looked at on, and an image tokenizer if there is one.
+
+Letters: N lines, L codes of a line, h w grid.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, Integer
+from torch import Tensor
+
+from smalti.data.lines import LineFormat, read_lines
+from smalti.data.tokens import TokenTable
+from smalti.errors import InputError
+from smalti.image_tokenizers import load_image_tokenizer
+from smalti.inspect.grid import Grid
+from smalti.inspect.sequences import code_positions, pack_codes, picture_order
+from smalti.layout import Layout, Packed
+from smalti.line_model import LineModel, bundle_kind
+from smalti.models import DecoderOnly
+from smalti.pipeline import Pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Lines and the model that predicts them."""
+
+    name: str
+    model: DecoderOnly
+    layout: Layout
+    order: str
+    codes: Integer[np.ndarray, "N L"]
+    text_tokens: Integer[np.ndarray, "N Lt"] | None
+    image_tokenizer: Any
+
+    @property
+    def vocab_size(self) -> int:
+        return self.layout.vocabulary["image"].size
+
+    @property
+    def positions(self) -> range:
+        """Where in the model's sequences the codes stand."""
+        return code_positions(self.layout, self.order)
+
+    def packed(self, num: int) -> Packed:
+        """The first `num` lines as the model reads them."""
+        text_tokens = None if self.text_tokens is None else self.text_tokens[:num]
+        return pack_codes(self.layout, self.order, self.codes[:num], text_tokens)
+
+    def pictures(self, codes: Int[Tensor, "*some L"], grid: Grid | None) -> Int[Tensor, "*some h w"] | None:
+        """Lines of codes as the image tokenizer takes them; None if there is none, or the grid found is not its own.
+
+        Codes of a picture model stand as its tokenizer made them. In lines the grid found says where the cells are:
+        it must have the tokenizer's shape and its columns in order, or mirroring could not be told.
+        """
+        if self.image_tokenizer is None:
+            return None
+        rows, columns = self.image_tokenizer.config.grid
+        if rows * columns == len(self.positions):
+            codes = codes[..., torch.arange(rows * columns)] if grid is None else codes[..., self._cells(grid)]
+        elif grid is not None and (grid.rows, grid.columns) == (rows, columns) and grid.column_order is None:
+            codes = codes[..., torch.from_numpy(grid.positions.ravel())]
+        else:
+            return None
+        within = int(codes.min()) >= 0 and int(codes.max()) < self.image_tokenizer.config.codebook_size
+        return codes.unflatten(-1, (rows, columns)) if within else None
+
+    def _cells(self, grid: Grid) -> Tensor:
+        rows, columns = self.image_tokenizer.config.grid
+        same = (grid.rows, grid.columns) == (rows, columns) and grid.column_order is None
+        return torch.from_numpy(grid.positions.ravel()) if same else torch.arange(rows * columns)
+
+
+def load_subject(
+    bundle: str | Path, data: Path, *, num_lines: int, image_tokenizer: Path | None = None, seed: int = 0
+) -> Subject:
+    """A bundle of pictures or of lines, and `num_lines` lines drawn from a token table (parquet) or a text file.
+
+    `image_tokenizer` is the folder of one for a bundle of lines. Raises InputError for what does not fit.
+    """
+    tokenizer: Any = None
+    if bundle_kind(bundle) == "lines":
+        lines = LineModel.load(bundle)
+        model, layout, name = lines.model, lines.layout, lines.name
+        tokenizer = load_image_tokenizer(image_tokenizer) if image_tokenizer else None
+    else:
+        if image_tokenizer:
+            raise InputError(f"{bundle} has an image tokenizer of its own; leave out --image-tokenizer.")
+        pipe = Pipeline.load(bundle)
+        model, layout, name, tokenizer = pipe.model, pipe.layout, pipe.name, pipe.image_tokenizer
+    order = picture_order(layout)
+    codes, text_tokens = _read(Path(data), layout, order, num_lines, seed)
+    return Subject(
+        name=name,
+        model=model,
+        layout=layout,
+        order=order,
+        codes=codes,
+        text_tokens=text_tokens,
+        image_tokenizer=tokenizer,
+    )
+
+
+def _read(
+    path: Path, layout: Layout, order: str, num_lines: int, seed: int
+) -> tuple[Integer[np.ndarray, "N L"], Integer[np.ndarray, "N Lt"] | None]:
+    length, vocab_size = layout[order].span("image").length, layout.vocabulary["image"].size
+    needs_text = any(span.segment == "text" and not span.end for span in layout[order].spans)
+    generator = np.random.default_rng(seed)
+    if path.is_file() and path.suffix != ".parquet":
+        if needs_text:
+            raise InputError(f"{path} is a file of lines, without the captions that {order!r} needs; give a parquet.")
+        line_format = LineFormat(vocab_size=vocab_size, length=length)
+        codes = np.concatenate([lines.padded() for lines in read_lines(path, line_format)])
+        return codes[_some(len(codes), num_lines, generator)], None
+    table = TokenTable.open(path, image_length=length, image_vocab_size=vocab_size)
+    batch = table.batch(_some(len(table), num_lines, generator))
+    return batch.image_tokens, batch.text_tokens if needs_text else None
+
+
+def _some(num_there: int, num_wanted: int, generator: np.random.Generator) -> Int[np.ndarray, " n"]:
+    if num_there < 2:
+        raise InputError(f"the data has {num_there} lines; at least 2 are needed to compare any.")
+    return np.sort(generator.permutation(num_there)[:num_wanted])
