@@ -7,7 +7,7 @@ import torch
 
 import smalti.fast_decode
 from smalti.beam import beam_search
-from smalti.fast_decode import FEWEST_STEPS, PackedDecoder, make_stepper
+from smalti.fast_decode import FEWEST_STEPS, FEWEST_TRANSPOSED_TOKENS, PackedDecoder, make_stepper
 from smalti.generate import Request, generate
 from smalti.layout import Layout, Slot
 from smalti.models import DecoderOnly, DecoderOnlyConfig, new_model
@@ -56,16 +56,14 @@ def tokens(length: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_position_equals_the_full_forward_pass(kind):
-    # float32 where rotary positions are: they are computed in it
-    dtype, atol = (torch.float32, 3e-5) if "rotary" in KINDS[kind].get("positions", "") else (torch.float64, 1e-12)
-    model, token_ids = decoder_only(dtype, **KINDS[kind]), tokens(MAX_LENGTH)
+    model, token_ids = decoder_only(**KINDS[kind]), tokens(MAX_LENGTH)
     packed, cache = PackedDecoder(model), model.new_cache(B)
     with torch.no_grad():
         expected = model.hidden(token_ids)
     for position in range(MAX_LENGTH):
         hidden = packed.decode_step(token_ids[:, position], cache)
         assert cache.length == position + 1
-        assert torch.allclose(hidden, expected[:, position], atol=atol, rtol=atol)
+        assert torch.allclose(hidden, expected[:, position], atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,14 +109,22 @@ def test_logits_of_a_slot_equal_the_plain_ones(slot, tie_embeddings):
         assert torch.allclose(packed.logits(hidden, slot), model.logits(hidden, slot), atol=1e-12)
 
 
-def test_weights_of_a_large_model_are_used_where_they_lie(monkeypatch):
+def test_weights_of_a_short_job_or_a_large_model_are_used_where_they_lie(monkeypatch):
     model, token_ids = decoder_only(), tokens(MAX_LENGTH)
-    monkeypatch.setattr(smalti.fast_decode, "MOST_COPIED_BYTES", 100)
-    packed, cache = PackedDecoder(model), model.new_cache(B)
-    assert packed.layers[0].up.data_ptr() == model.transformer.blocks[0].feed_forward.up.weight.data_ptr()
+    packed, cache = make_stepper(model, 1, FEWEST_STEPS), model.new_cache(B)
+    assert isinstance(packed, PackedDecoder)
+    assert packed.blocks[0].up.data_ptr() == model.transformer.blocks[0].feed_forward.up.weight.data_ptr()
     for position in range(MAX_LENGTH):
         hidden = packed.decode_step(token_ids[:, position], cache)
     assert torch.allclose(hidden, model.hidden(token_ids)[:, -1], atol=1e-12)
+
+    long_job = dict(batch_size=B, num_steps=FEWEST_TRANSPOSED_TOKENS)
+    weight = model.transformer.blocks[0].feed_forward.up.weight
+    copied = make_stepper(model, **long_job)
+    assert isinstance(copied, PackedDecoder) and copied.blocks[0].up.data_ptr() != weight.data_ptr()
+    monkeypatch.setattr(smalti.fast_decode, "MOST_COPIED_BYTES", 100)
+    large = make_stepper(model, **long_job)
+    assert isinstance(large, PackedDecoder) and large.blocks[0].up.data_ptr() == weight.data_ptr()
 
 
 def test_a_full_cache_is_an_error():
@@ -132,12 +138,12 @@ def test_a_full_cache_is_an_error():
 
 def test_short_jobs_training_and_low_precision_stay_on_the_plain_path():
     model = decoder_only(torch.float32)
-    assert isinstance(make_stepper(model, FEWEST_STEPS), PackedDecoder)
-    assert make_stepper(model, FEWEST_STEPS - 1) is model
-    assert make_stepper(model.train(), FEWEST_STEPS) is model
+    assert isinstance(make_stepper(model, 1, FEWEST_STEPS), PackedDecoder)
+    assert make_stepper(model, 1, FEWEST_STEPS - 1) is model
+    assert make_stepper(model.train(), 1, FEWEST_STEPS) is model
     with torch.autocast("cpu", torch.bfloat16):
-        assert make_stepper(model.eval(), FEWEST_STEPS) is model
-    assert make_stepper(model.bfloat16(), FEWEST_STEPS) is model
+        assert make_stepper(model.eval(), 1, FEWEST_STEPS) is model
+    assert make_stepper(model.bfloat16(), 1, FEWEST_STEPS) is model
 
 
 def layout_model(**options) -> DecoderOnly:

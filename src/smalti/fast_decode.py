@@ -13,6 +13,7 @@ Letters: B batch, D model width, N heads, M key-value heads, Dh head width, S sl
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +22,17 @@ from torch import Tensor, nn
 
 from smalti.layout import Slot
 from smalti.models import DecoderOnly
-from smalti.transformer import Block, KVCache, Norm
+from smalti.transformer import Block, KVCache, Norm, at_least_float32
 
 FEWEST_STEPS = 8
-"""Packing costs about what it saves in this many steps."""
+"""Fewer do not pay for taking the model apart."""
+FEWEST_TRANSPOSED_TOKENS = 500
+"""Copying the weights costs about what it saves over this many tokens."""
 MOST_COPIED_BYTES = 64 * 2**20
 """Larger models keep their weights as they are: reading those takes the time, and a copy takes memory."""
 
 
-def make_stepper(model: DecoderOnly, num_steps: int) -> "DecoderOnly | PackedDecoder":
+def make_stepper(model: DecoderOnly, batch_size: int, num_steps: int) -> "DecoderOnly | PackedDecoder":
     """What a job of `num_steps` decode steps calls in the model's place; the model itself where that is best.
 
     The weights must not change during the job, and no gradient passes through it.
@@ -37,30 +40,29 @@ def make_stepper(model: DecoderOnly, num_steps: int) -> "DecoderOnly | PackedDec
     on_cpu = model.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     plain_float = model.embed_tokens.weight.dtype in (torch.float32, torch.float64)
     if on_cpu and plain_float and not model.training and num_steps >= FEWEST_STEPS:
-        return PackedDecoder(model)
+        return PackedDecoder(model, transposed=batch_size * num_steps >= FEWEST_TRANSPOSED_TOKENS)
     return model
 
 
 class PackedDecoder:
-    """Decodes in a model's place, through the same cache; prefill is the model's own."""
+    """Decodes in a model's place, through the same cache; prefill is the model's own.
 
-    def __init__(self, model: DecoderOnly):
+    `transposed` asks for weights copied into the order in which thin products read them faster.
+    """
+
+    def __init__(self, model: DecoderOnly, *, transposed: bool = True):
         self.model, self.config, self.device = model, model.config.transformer, model.device
         num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        self.transpose = _transposed_copy if num_bytes <= MOST_COPIED_BYTES else Tensor.t
-        self.layers = [_PackedBlock(block, self.transpose) for block in model.transformer.blocks]  # type: ignore[arg-type]
+        self.transpose = _transposed_copy if transposed and num_bytes <= MOST_COPIED_BYTES else _transposed_view
+        self.embedding = model.embed_tokens.weight.detach()
+        self.blocks = [_PackedBlock(block, self.transpose) for block in model.transformer.blocks]  # type: ignore[arg-type]
+        self.norm = _packed_norm(model.transformer.norm)
         self.heads: dict[Slot | None, Float[Tensor, "D n"]] = {}
         self.views: _CacheViews | None = None
-
-    def new_cache(
-        self, batch_size: int, max_length: int | None = None, starts: Int[Tensor, " B"] | None = None
-    ) -> KVCache:
-        return self.model.new_cache(batch_size, max_length, starts)
 
     def prefill(self, token_ids: Int[Tensor, "B T"], kv_cache: KVCache) -> Float[Tensor, "B D"]:
         return self.model.prefill(token_ids, kv_cache)
 
-    @torch.no_grad()
     def decode_step(self, token_ids: Int[Tensor, " B"], kv_cache: KVCache) -> Float[Tensor, "B D"]:
         """`DecoderOnly.decode_step`, within rounding. Raises ValueError where the cache is full."""
         length = kv_cache.length
@@ -68,30 +70,30 @@ class PackedDecoder:
         if self.views is None or not self.views.are_of(kv_cache):
             self.views = _CacheViews(kv_cache)
         x, rotation = self._embed(token_ids, length, kv_cache.starts)
-        for index, layer in enumerate(self.layers):
-            layer.attend(x, rotation, self.views, index, length)
-            layer.feed_forward(x)
+        mask = self.views.mask[:, :, : length + 1]
+        for block, views in zip(self.blocks, self.views.layers, strict=True):
+            block.attend(x, rotation, views, mask, length)
+            block.feed_forward(x)
         kv_cache.advance(1)
-        return _norm(x, self.model.transformer.norm)
+        return self.norm(x)
 
-    @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "R D"], slot: Slot | None = None) -> Float[Tensor, "R n"]:
         """`DecoderOnly.logits`; a slot's part of the head is gathered and transposed at its first use."""
         if slot not in self.heads:
             weight = self.model.head_weight.detach()
-            rows = weight if slot is None else torch.cat([weight[start:end] for start, end in slot.ranges])
-            self.heads[slot] = self.transpose(rows)
+            pieces = [weight] if slot is None else [weight[start:end] for start, end in slot.ranges]
+            self.heads[slot] = self.transpose(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
         return torch.mm(hidden, self.heads[slot])
 
     def _embed(
         self, token_ids: Int[Tensor, " B"], length: int, starts: Int[Tensor, " B"] | None
     ) -> tuple[Float[Tensor, "B D"], Complex[Tensor, "..."] | None]:
-        """What enters the first layer, and the rotation of channel pairs at this position, cos + i sin."""
+        """What enters the first block, and the rotation of channel pairs at this position, cos + i sin."""
         transformer, positions = self.model.transformer, self.config.positions
-        x = F.embedding(token_ids, self.model.embed_tokens.weight)
+        x = self.embedding[token_ids]
         if positions == "none":
             return x, None
-        table = transformer.positions.weight if positions == "learned" else transformer.table
+        table = transformer.positions.weight.detach() if positions == "learned" else transformer.table
         if starts is None:
             here = table[length]
         else:  # padding, and a row that is done while others go on, need some position too: nobody reads them
@@ -102,18 +104,29 @@ class PackedDecoder:
         return x, rotation if starts is None else rotation[:, None]
 
 
+class _LayerViews(NamedTuple):
+    """Keys and values of one layer, as they are written and as batched products read them: B and M on one axis."""
+
+    keys: Float[Tensor, "B M max_length Dh"]
+    values: Float[Tensor, "B M max_length Dh"]
+    joint_keys: Float[Tensor, "BM Dh max_length"]
+    joint_values: Float[Tensor, "BM max_length Dh"]
+
+
 class _CacheViews:
-    """A cache as batched products want it: rows and heads on one axis, and what hides a row's padding."""
+    """The layers of a cache, and what hides the padding of its rows."""
 
     def __init__(self, kv_cache: KVCache):
         self.kv_cache, self.starts = kv_cache, kv_cache.starts
-        self.keys = [keys.flatten(0, 1).transpose(1, 2) for keys in kv_cache.keys]  # (B·M, Dh, S)
-        self.values = [values.flatten(0, 1) for values in kv_cache.values]  # (B·M, S, Dh)
+        self.layers = [
+            _LayerViews(keys, values, keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1))
+            for keys, values in zip(kv_cache.keys, kv_cache.values, strict=True)
+        ]
         first = kv_cache.keys[0]
-        self.padding = first.new_zeros(1, 1, kv_cache.max_length)  # is added to the scores
+        self.mask = first.new_zeros(1, 1, kv_cache.max_length)  # is added to the scores
         if self.starts is not None:
-            hidden = torch.arange(kv_cache.max_length) < self.starts.repeat_interleave(first.shape[1])[:, None, None]
-            self.padding = self.padding.masked_fill(hidden, torch.finfo(first.dtype).min)  # (B·M, 1, S)
+            padding = torch.arange(kv_cache.max_length) < self.starts.repeat_interleave(first.shape[1])[:, None, None]
+            self.mask = self.mask.masked_fill(padding, torch.finfo(first.dtype).min)  # (B·M, 1, S)
 
     def are_of(self, kv_cache: KVCache) -> bool:
         return self.kv_cache is kv_cache and self.starts is kv_cache.starts
@@ -123,60 +136,56 @@ class _PackedBlock:
     """A block with its weights as a decode step wants them. Both halves add onto the residual stream in place."""
 
     def __init__(self, block: Block, transpose: Callable[[Tensor], Tensor]):
-        self.block, self.config = block, block.attention.config
-        config, attention, feed_forward = self.config, block.attention, block.feed_forward
-        widths = (config.d_model, 2 * config.kv_heads * config.head_dim)
-        q, kv = attention.qkv.weight.detach().split(widths)
-        self.q, self.kv = transpose(q), transpose(kv)
-        self.q_bias, self.kv_bias = _bias(attention.qkv).split(widths)
-        self.out, self.out_bias = transpose(attention.out.weight.detach()), _bias(attention.out)
-        self.up, self.up_bias = transpose(feed_forward.up.weight.detach()), _bias(feed_forward.up)
-        self.down, self.down_bias = transpose(feed_forward.down.weight.detach()), _bias(feed_forward.down)
+        attention, feed_forward, config = block.attention, block.feed_forward, block.attention.config
+        self.num_heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
+        self.scale, self.kind = config.head_dim**-0.5, config.feed_forward
+        self.attention_norm, self.feed_forward_norm = map(_packed_norm, (block.attention_norm, block.feed_forward_norm))
+        self.q_norm, self.k_norm = (
+            (_packed_norm(attention.q_norm), _packed_norm(attention.k_norm)) if config.qk_norm else (None, None)
+        )
+        linears = (attention.qkv, attention.out, feed_forward.up, feed_forward.down)
+        self.qkv, self.out, self.up, self.down = (transpose(linear.weight.detach()) for linear in linears)
+        self.qkv_bias, self.out_bias, self.up_bias, self.down_bias = map(_bias, linears)
         # gelu(y) = y / 2 · (1 + erf(y / √2)): with z = y / √2 it is √½ · (z + z · erf z)
-        self.alpha = math.sqrt(0.5) if config.feed_forward == "gelu" else 1.0
+        self.alpha = math.sqrt(0.5) if self.kind == "gelu" else 1.0
         self.up_bias = self.up_bias * self.alpha
 
     def attend(
         self,
         x: Float[Tensor, "B D"],
         rotation: Complex[Tensor, "..."] | None,
-        views: _CacheViews,
-        layer: int,
+        views: _LayerViews,
+        mask: Float[Tensor, "#BM 1 S"],
         length: int,
     ) -> None:
-        """Adds the attention. The new key and value go into slot `length` of the cache."""
-        config, attention, B = self.config, self.block.attention, len(x)
-        normed = _norm(x, self.block.attention_norm)
-        q = torch.addmm(self.q_bias, normed, self.q).view(B, config.num_heads, config.head_dim)
-        kv = torch.addmm(self.kv_bias, normed, self.kv).view(B, 2, config.kv_heads, config.head_dim)
-        k, v = kv.unbind(1)
-        if config.qk_norm:
-            q, k = _norm(q, attention.q_norm), _norm(k, attention.k_norm)
+        """Adds the attention. The new key and value go into slot `length` of the cache, S = length + 1."""
+        B = len(x)
+        qkv = torch.addmm(self.qkv_bias, self.attention_norm(x), self.qkv)
+        heads = qkv.view(B, -1, self.head_dim)
+        q, k, v = heads.split((self.num_heads, self.kv_heads, self.kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
-            q, k = _rotate(q, rotation), _rotate(k, rotation)
-        views.kv_cache.keys[layer].select(2, length).copy_(k)
-        views.kv_cache.values[layer].select(2, length).copy_(v)
-        q = q.view(B * config.kv_heads, -1, config.head_dim)  # the query heads of one key-value head together
-        filled = length + 1
-        scores = torch.baddbmm(
-            views.padding[:, :, :filled], q, views.keys[layer][:, :, :filled], alpha=config.head_dim**-0.5
-        )
-        attended = torch.bmm(scores.softmax(-1), views.values[layer][:, :filled])
+            q, k = _rotated(q, rotation), _rotated(k, rotation)
+        views.keys[:, :, length] = k
+        views.values[:, :, length] = v
+        q = q.reshape(B * self.kv_heads, -1, self.head_dim)  # the query heads of one key-value head together
+        scores = torch.baddbmm(mask, q, views.joint_keys[:, :, : length + 1], alpha=self.scale)
+        attended = torch.bmm(scores.softmax(-1), views.joint_values[:, : length + 1])
         x.add_(self.out_bias).addmm_(attended.view(B, -1), self.out)
 
     def feed_forward(self, x: Float[Tensor, "B D"]) -> None:
         """Adds the feed-forward."""
-        wide = torch.addmm(self.up_bias, _norm(x, self.block.feed_forward_norm), self.up, alpha=self.alpha)
-        kind = self.config.feed_forward
-        if kind == "gelu":
+        wide = torch.addmm(self.up_bias, self.feed_forward_norm(x), self.up, alpha=self.alpha)
+        if self.kind == "gelu":
             wide = torch.addcmul(wide, wide, wide.erf())  # a third of the time of F.gelu on one row
-        elif kind == "gelu_tanh":
+        elif self.kind == "gelu_tanh":
             wide = F.gelu(wide, approximate="tanh")
-        elif kind == "swiglu":
+        elif self.kind == "swiglu":
             gate, wide = wide.chunk(2, dim=-1)
             wide = F.silu(gate).mul_(wide)
         else:
-            wide = wide.relu_() if kind == "relu" else wide.tanh_()
+            wide = wide.relu_() if self.kind == "relu" else wide.tanh_()
         x.add_(self.down_bias).addmm_(wide, self.down, alpha=self.alpha)
 
 
@@ -184,18 +193,24 @@ def _transposed_copy(weight: Float[Tensor, "i o"]) -> Float[Tensor, "o i"]:
     return weight.t().contiguous()
 
 
+def _transposed_view(weight: Float[Tensor, "i o"]) -> Float[Tensor, "o i"]:
+    return weight.t()
+
+
 def _bias(linear: nn.Linear) -> Float[Tensor, " o"]:
     return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
 
 
-def _norm(x: Float[Tensor, "... D"], norm: Norm) -> Float[Tensor, "... D"]:
-    """`Norm.forward` without the module call."""
-    if norm.kind == "layer":
-        return torch.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-    return norm.forward(x)
+def _packed_norm(norm: Norm) -> Callable[[Tensor], Tensor]:
+    """`Norm.forward` without looking anything up."""
+    weight, eps = norm.weight.detach(), norm.eps
+    if norm.bias is not None:
+        shape, bias = list(weight.shape), norm.bias.detach()
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+    return lambda x: F.rms_norm(at_least_float32(x), x.shape[-1:], eps=eps).to(x.dtype) * weight
 
 
-def _rotate(x: Float[Tensor, "B N Dh"], rotation: Complex[Tensor, "..."]) -> Float[Tensor, "B N Dh"]:
+def _rotated(x: Float[Tensor, "B N Dh"], rotation: Complex[Tensor, "..."]) -> Float[Tensor, "B N Dh"]:
     """`transformer.rotate` of one token: neighbouring channels are a complex number, and turning is a product."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(at_least_float32(x).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
