@@ -373,13 +373,21 @@ class Pipeline:
     ) -> tuple[Codes, list[str]]:
         """Codes and captions of `n` pairs, pair i drawn with the seed `seed + i`; with `best_of` m > 1, the best of m
         with the seeds from `seed + i · m` on. `order` names the layout's order to follow; by default the model chooses.
-        Drawn from the model's own distribution unless `sampling` says otherwise; there is nothing to guide by."""
+        Drawn from the model's own distribution unless `sampling` says otherwise. With guidance the caption comes first
+        and the picture is guided by it."""
         config = self._sample_config(SampleConfig(), sampling)
         _check_drawing(n, best_of, rerank)
-        if config.guidance_scale != 1:
-            raise ValueError("pairs come from nothing, so there is no condition to guide by; leave guidance_scale 1.")
+        guided = config.guidance_scale != 1
+        if guided and order not in (None, self._order("text", "image")):
+            raise ValueError(f"guidance needs the caption before the picture; order {order!r} has it behind.")
+        order = self._order("text", "image") if guided else order
         requests = [Request(order=order, seed=seed + i) for i in range(n * best_of)]
-        found = generate(self.model, self.layout, requests, config, batch_size=batch_size)
+        unguided = replace(config, guidance_scale=1.0)
+        found = generate(self.model, self.layout, requests, unguided, batch_size=batch_size)
+        if guided:
+            words = [sequence.spans["text"] for sequence in found]
+            requests = [self._picture_request(w, seed + i, None, config) for i, w in enumerate(words)]
+            found = generate(self.model, self.layout, requests, config, batch_size=batch_size)
         if best_of > 1:
             found = [found[i] for i in self._best(found, best_of, rerank, batch_size)]
         return self._codes(found), [self._text(sequence) for sequence in found]

@@ -297,10 +297,15 @@ def _caption_rows(pipe: Pipeline, codes: Codes, captions: Sequence[str]) -> list
 
 
 def _pair_rows(pipe: Pipeline, config: ReportConfig, judge: DigitClassifier, advance: Advance) -> list[Row]:
-    """How often picture and caption, both drawn from nothing, agree: in either order, and the best of four pairs."""
+    """How often picture and caption, both drawn from nothing, agree, and what helps: an order, a sharper distribution,
+    the caption first and then its picture as the bundle draws pictures, the best of four pairs."""
     rows = []
-    ways = [(f"order {order}", {"order": order}) for order in pipe.layout.orders]
-    ways = [("the order drawn too", {}), *ways, ("best of 4 by p(caption | picture)", {"best_of": 4})]
+    ways: list[tuple[str, dict[str, Any]]] = [("the order drawn too", {})]
+    ways += [(f"order {order}", {"order": order}) for order in pipe.layout.orders]
+    ways.append(("the order drawn too, temperature 0.8", {"temperature": 0.8}))
+    if pipe.sampling.picture.guidance_scale != 1:
+        ways.append((f"caption first, {describe_sampling(pipe.sampling.picture)}", vars(pipe.sampling.picture)))
+    ways.append(("best of 4 by p(caption | picture)", {"best_of": 4}))
     for i, (name, given) in enumerate(ways):
         agree = []
         for start in range(0, config.num_pairs, _PICTURES_AT_ONCE):
