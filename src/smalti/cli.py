@@ -11,6 +11,7 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from smalti.cli_interop import app as interop_app
+from smalti.cli_train import app as train_app
 
 app = typer.Typer(
     name="smalti",
@@ -23,6 +24,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make the tables that training reads.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(interop_app)
+app.add_typer(train_app, name="train")
 console = Console()
 
 Bundle = Annotated[
@@ -199,7 +201,8 @@ def info(
     table.add_row("parameters", f"{pipe.model.num_parameters:,} (transformer)")
     table.add_row("", f"{sum(p.numel() for p in pipe.image_tokenizer.parameters()):,} (image tokenizer)")
     table.add_row("vocabulary", str(pipe.layout.vocabulary))
-    table.add_row("words", " ".join(pipe.text_tokenizer.words))
+    words = pipe.text_tokenizer.words
+    table.add_row("words", " ".join(words) if len(words) <= 200 else f"{len(words):,} pieces of words")
     table.add_row("pictures", f"{pipe.pictures.width}×{pipe.pictures.height}, codes {pipe.grid[0]}×{pipe.grid[1]}")
     for name, order in pipe.layout.orders.items():
         table.add_row(f"layout ({order.weight:g})", f"{name}: {order}")
@@ -283,35 +286,6 @@ def tokenize(
         pairs, output, pipe.image_tokenizer, pipe.text_tokenizer, batch_size=batch_size, force=force
     )
     typer.echo(f"{output}: {num_rows} rows")
-
-
-@app.command(
-    epilog="Examples: smalti train demo · smalti train digits data.path=mnist train.num_epochs=2 output=out/short"
-)
-def train(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe (demo, digits, digits-best), or a YAML file.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, each key=value; the last word of a key will often do.")
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")] = False,
-) -> None:
-    """Train a whole system, from data to bundle and report. Run again, it goes on where it stopped."""
-    import shlex
-
-    from smalti.recipes import load_recipe
-    from smalti.train_digits import train_digits
-
-    checked = load_recipe(recipe, settings or [])
-    command = shlex.join(["smalti", "train", recipe, *(settings or [])])
-    bundle = train_digits(checked, command=command, show_progress=not quiet)
-    output = checked.output
-    typer.echo(
-        f"\nOpen {output}/report.md (what it learned), {output}/text_conditioned.png, image_conditioned.png and\n"
-        f"unconditional.png (nine of each), and {output}/model/curves.png. The bundle is {bundle}.\n"
-        "Try next:\n"
-        f'  smalti generate "dark green eight on bright cyan" -o eight.png --bundle {bundle}\n'
-        f"  smalti caption eight.png --bundle {bundle}"
-    )
 
 
 @app.command(epilog="Example: smalti evaluate digits --data out/digits -o out/report")

@@ -8,6 +8,7 @@ Letters: B sequences, C H W image, h w code grid, L tokens of a caption.
 """
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -101,6 +102,7 @@ class Pipeline:
 
     def _check(self) -> None:
         vocabulary = self.layout.vocabulary
+        self.text_tokenizer.check_vocabulary(vocabulary)
         for what, found, wanted in (
             ("the model's vocab_size", self.model.config.vocab_size, vocabulary.size),
             ("the text tokenizer's size", self.text_tokenizer.vocab_size, vocabulary["text"].size),
@@ -501,7 +503,12 @@ class Pipeline:
         if span.end is None and len(words) != span.length:
             raise InputError(f"caption {caption!r} has {len(words)} words; this bundle's captions have {span.length}.")
         if len(words) > span.length:
-            raise InputError(f"caption {caption!r} has {len(words)} tokens; at most {span.length} fit this bundle.")
+            kept = self.text_tokenizer.encode_within(caption, span.length).numbers
+            warnings.warn(
+                f"a caption of {len(words)} tokens was cut to its first {len(kept)}; this bundle takes {span.length}.",
+                stacklevel=2,
+            )
+            return torch.tensor(kept, dtype=torch.long)
         return words
 
     def _order(self, first: str, then: str) -> str:

@@ -1,29 +1,100 @@
-"""Captions to word numbers and back, through the `tokenizers` library; saved as its own JSON file.
+"""Captions to numbers and back, through the `tokenizers` library; saved as its own JSON file.
 
 The numbers count from 0; where they stand among all token ids is the layout's business. A word-level vocabulary is
 closed: a word it does not hold is an error that names it, never an `<unk>` that would quietly change the prompt.
+Byte-level pieces of words (BPE) spell any text. Their file holds the whole vocabulary of a system, picture codes and
+markers too, each as one token, so that other programs read and write its sequences as text.
 """
 
 import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from smalti.errors import InputError
 from smalti.files import new_file
+from smalti.vocabulary import SPECIAL, Vocabulary
+
+START_OF_IMAGE, END_OF_IMAGE = "<|startofimage|>", "<|endofimage|>"
+START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
+SPECIALS = (
+    START_OF_IMAGE,
+    END_OF_IMAGE,
+    START_OF_TEXT,
+    END_OF_TEXT,
+    "<|pad|>",
+    *(f"<|reserved:{i}|>" for i in range(4)),
+)
+SEGMENTS = ("image", SPECIAL, "text")
+NUM_BYTES = 256
+_IMAGE_TOKEN = re.compile(r"<\|image:(\d+)\|>")
+
+
+def image_token(code: int) -> str:
+    """How a picture code is written in a line of text."""
+    return f"<|image:{code}|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BPEConfig:
+    """Sizes of a system's whole vocabulary; by default 4,096 + 9 + 25,895 = 30,000. Raises ValueError where they
+    cannot be."""
+
+    image_size: int = 4096
+    text_size: int = 25_895
+    """Pieces of words, the 256 bytes among them."""
+    specials: tuple[str, ...] = SPECIALS
+    order: tuple[str, ...] = SEGMENTS
+    """Which ids come first."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size is {self.image_size}; expected the number of picture codes, at least 1.")
+        if self.text_size < NUM_BYTES:
+            raise ValueError(f"text_size is {self.text_size}; it holds the {NUM_BYTES} bytes at least.")
+        if sorted(self.order) != sorted(SEGMENTS):
+            raise ValueError(f"order is {', '.join(self.order)}; expected {', '.join(SEGMENTS)} in any order.")
+        for special in self.specials:
+            if not re.fullmatch(r"<[^<>\s]+>", special) or _IMAGE_TOKEN.fullmatch(special):
+                raise ValueError(f"the special {special!r} is not a name in angle brackets, such as {END_OF_IMAGE}.")
+        self.vocabulary  # noqa: B018 (checks the specials)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        sizes = {"image": self.image_size, SPECIAL: self.specials, "text": self.text_size}
+        return Vocabulary({name: sizes[name] for name in self.order})
+
+
+class Cut(NamedTuple):
+    """A caption's numbers, and whether it was longer."""
+
+    numbers: list[int]
+    was_cut: bool
 
 
 class TextTokenizer:
-    """A vocabulary of words. Build it with `from_words`, or read it with `load`."""
+    """A vocabulary of words, or of pieces of words. Build it with `from_words` or `train`, or read it with `load`.
+
+    Raises ValueError if the text's numbers are not one run of the ids in `tokenizer`.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
+        # A marker typed into a caption is text. Only `parse` reads it as the marker.
+        tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        self._vocabulary = tokenizer.get_vocab()
+        self._controls = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+        ids = {word: i for word, i in tokenizer.get_vocab(with_added_tokens=True).items() if word not in self._controls}
+        self._offset = min(ids.values(), default=0)
+        self._vocabulary = {word: i - self._offset for word, i in ids.items()}
         self._words = {number: word for word, number in self._vocabulary.items()}
+        if self._words and max(self._words) >= len(self._words):
+            raise ValueError("the ids of the text are not one run: other tokens stand among them.")
 
     @classmethod
     def from_words(cls, words: Sequence[str], *, spellings: Mapping[str, str] = {}) -> Self:
@@ -46,12 +117,39 @@ class TextTokenizer:
         return cls(tokenizer)
 
     @classmethod
+    def train(cls, captions: Sequence[str], config: BPEConfig = BPEConfig()) -> tuple[Self, int]:
+        """Byte-level BPE (arXiv:1508.07909, on bytes) of captions, and how many of its `text_size` numbers are unused.
+
+        Some are, where the captions hold so few words that each is one piece already. The sizes stay as asked;
+        nothing is ever encoded to an unused number. The same captions give the same file. Raises InputError if all
+        captions are empty.
+        """
+        if not any(captions):
+            raise InputError("there are no captions to train a text tokenizer on: all of them are empty.")
+        found = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.text_size,
+            min_frequency=0,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        found.train_from_iterator(captions, trainer, length=len(captions))
+        model = json.loads(found.to_str())["model"]
+        pieces = sorted(model["vocab"], key=model["vocab"].__getitem__)
+        num_unused = config.text_size - len(pieces)
+        pieces += [f"<|unused:{i}|>" for i in range(num_unused)]
+        merges = [(first, second) for first, second in model["merges"]]
+        return cls(_whole_vocabulary(config, pieces, merges)), num_unused
+
+    @classmethod
     def load(cls, path: Path | str) -> Self:
         """Reads a `text_tokenizer.json`. Raises InputError naming the file if it is missing or not one."""
         path = Path(path)
         try:
             content = path.read_text(encoding="utf-8")
-            return cls(Tokenizer.from_str(content))
+            text_tokenizer = cls(Tokenizer.from_str(content))
+            text_tokenizer.vocabulary  # noqa: B018 (checks the order of the picture codes)
+            return text_tokenizer
         except OSError as error:
             raise InputError(
                 f"cannot read the text tokenizer {path}: {error.strerror}; save the bundle anew."
@@ -73,6 +171,27 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         return len(self._vocabulary)
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """The segments of the whole vocabulary; None if the tokenizer holds text alone.
+
+        Raises ValueError if picture codes, markers and text do not each lie together, the codes in their order.
+        """
+        if not self._controls:
+            return None
+        kinds = {number: _kind(content) for content, number in self._controls.items()}
+        kinds |= dict.fromkeys(range(self._offset, self._offset + self.vocab_size), "text")
+        runs = [kinds[number] for number in sorted(kinds) if kinds.get(number - 1) != kinds[number]]
+        if len(set(runs)) < len(runs) or sorted(kinds) != list(range(len(kinds))):
+            raise ValueError(f"the ids of its segments do not lie together: {', '.join(runs)}.")
+        named = sorted(self._controls, key=self._controls.__getitem__)
+        codes = [int(match[1]) for name in named if (match := _IMAGE_TOKEN.fullmatch(name))]
+        if codes != list(range(len(codes))):
+            raise ValueError("its picture codes are not numbered 0, 1, 2 and so on in the order of their ids.")
+        specials = [name for name in named if not _IMAGE_TOKEN.fullmatch(name)]
+        sizes = {"image": len(codes), SPECIAL: specials, "text": self.vocab_size}
+        return Vocabulary({kind: sizes[kind] for kind in runs})
+
     @property
     def words(self) -> list[str]:
         """The vocabulary in the order of its numbers."""
@@ -82,16 +201,60 @@ class TextTokenizer:
         """The numbers of a caption's words. Raises InputError naming every word outside the vocabulary, with near
         ones."""
         self._check(caption)
-        return self._tokenizer.encode(caption, add_special_tokens=False).ids
+        return [i - self._offset for i in self._tokenizer.encode(caption, add_special_tokens=False).ids]
+
+    def encode_within(self, caption: str, max_length: int) -> Cut:
+        """The numbers of a caption, or of as much of its beginning as `max_length` numbers hold. No character is cut
+        into pieces."""
+        numbers = self.encode(caption)
+        if len(numbers) <= max_length:
+            return Cut(numbers, False)
+        numbers = numbers[:max_length]
+        while not caption.startswith(self.decode(numbers)):  # the bytes of a character may be several pieces
+            numbers.pop()
+        return Cut(numbers, True)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The caption of word numbers. Raises ValueError for a number outside the vocabulary."""
         for position, number in enumerate(ids):
             if number not in self._words:
                 raise ValueError(f"word {position} has number {number}; expected 0..{self.vocab_size - 1}.")
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return self._tokenizer.decode([number + self._offset for number in ids], skip_special_tokens=False)
+
+    def parse(self, line: str) -> list[int]:
+        """Ids in the whole vocabulary of a line such as `a river<|startofimage|><|image:7|><|endofimage|>`.
+
+        Here, and nowhere else, what is typed as a marker or picture code is one. Raises ValueError if the tokenizer
+        holds text alone.
+        """
+        return self._with_controls.encode(line, add_special_tokens=False).ids
+
+    def to_line(self, token_ids: Sequence[int]) -> str:
+        """The line that `parse` reads as these ids. Raises ValueError for an id outside the vocabulary."""
+        size = len(self._controls) + self.vocab_size
+        for position, token_id in enumerate(token_ids):
+            if not 0 <= token_id < size:
+                raise ValueError(f"token {position} has id {token_id}; expected 0..{size - 1}.")
+        return self._with_controls.decode(list(token_ids), skip_special_tokens=False)
+
+    @cached_property
+    def _with_controls(self) -> Tokenizer:
+        if not self._controls:
+            raise ValueError("this text tokenizer holds words alone, no picture codes or markers.")
+        return Tokenizer.from_str(self._tokenizer.to_str())
+
+    def check_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Raises ValueError, printing both, if the tokenizer's segments are not those of a model."""
+        if self.vocabulary is not None and self.vocabulary != vocabulary:
+            raise ValueError(
+                f"the text tokenizer's segments are {self.vocabulary!r} with the specials "
+                f"{' '.join(self.vocabulary.specials)}, the model's {vocabulary!r} with "
+                f"{' '.join(vocabulary.specials)}; use the tokenizer the model was trained with."
+            )
 
     def _check(self, caption: str) -> None:
+        if max(caption, default="") >= "\ud800" and any("\ud800" <= letter <= "\udfff" for letter in caption):
+            raise InputError(f"caption {caption!r} is not valid Unicode: it has half a surrogate pair.")
         if not isinstance(self._tokenizer.model, models.WordLevel):
             return  # pieces of words spell any word
         normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
@@ -108,3 +271,31 @@ class TextTokenizer:
             return f"{word!r} (did you mean {' or '.join(near)}?)"
         some = self.words[:40]
         return f"{word!r} (known words: {' '.join(some)}{' …' if len(self.words) > len(some) else ''})"
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _whole_vocabulary(config: BPEConfig, pieces: Sequence[str], merges: list[tuple[str, str]]) -> Tokenizer:
+    """A tokenizer with the ids of all segments. The added tokens stand in the model's vocabulary too: those that do
+    are given the id they have there, others would come behind all the rest."""
+    contents = {
+        "image": [image_token(code) for code in range(config.image_size)],
+        SPECIAL: list(config.specials),
+        "text": list(pieces),
+    }
+    ordered = [content for name in config.order for content in contents[name]]
+    if len(set(ordered)) < len(ordered):
+        raise AssertionError("a piece of text is spelled as a marker")
+    tokenizer = _byte_level(models.BPE({content: i for i, content in enumerate(ordered)}, merges))
+    controls = [content for name in config.order if name != "text" for content in contents[name]]
+    tokenizer.add_special_tokens([AddedToken(content, special=True, normalized=False) for content in controls])
+    return tokenizer
+
+
+def _kind(content: str) -> str:
+    return "image" if _IMAGE_TOKEN.fullmatch(content) else SPECIAL

@@ -1,0 +1,96 @@
+"""The command `train`: a whole system from a recipe, or one part of it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+
+class RecipeGroup(TyperGroup):
+    """`smalti train demo` is short for `smalti train recipe demo`, whatever is not the name of a part."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["recipe", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=RecipeGroup,
+    help="Train a whole system from a recipe (smalti train digits), or one part of one.",
+    no_args_is_help=True,
+)
+
+
+@app.command(
+    epilog="Examples: smalti train demo · smalti train digits data.path=mnist train.num_epochs=2 output=out/short · "
+    "smalti train lines data=lines.parquet"
+)
+def recipe(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe (demo, digits, digits-best, lines), or a YAML file.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, each key=value; the last word of a key will often do.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")] = False,
+) -> None:
+    """Train a whole system, from data to bundle and report. Run again, it goes on where it stopped."""
+    import shlex
+
+    from smalti.recipes import LinesRecipe, load_recipe
+
+    checked = load_recipe(recipe, settings or [])
+    command = shlex.join(["smalti", "train", recipe, *(settings or [])])
+    output = checked.output
+    if isinstance(checked, LinesRecipe):
+        from smalti.train_lines import train_lines
+
+        bundle = train_lines(checked, command=command, show_progress=not quiet)
+        typer.echo(
+            f"\nOpen {output}/report.md (beside the baselines) and {output}/model/curves.png. The bundle is {bundle}.\n"
+            "Try next:\n"
+            f"  smalti score LINES.txt --bundle {bundle} -o scores\n"
+            f"  smalti complete PREFIXES.txt --bundle {bundle} -o completed.txt"
+        )
+        return
+    from smalti.train_digits import train_digits
+
+    bundle = train_digits(checked, command=command, show_progress=not quiet)
+    typer.echo(
+        f"\nOpen {output}/report.md (what it learned), {output}/text_conditioned.png, image_conditioned.png and\n"
+        f"unconditional.png (nine of each), and {output}/model/curves.png. The bundle is {bundle}.\n"
+        "Try next:\n"
+        f'  smalti generate "dark green eight on bright cyan" -o eight.png --bundle {bundle}\n'
+        f"  smalti caption eight.png --bundle {bundle}"
+    )
+
+
+@app.command("text-tokenizer", epilog="Example: smalti train text-tokenizer captions.csv -o tokenizer.json")
+def text_tokenizer(
+    captions: Annotated[
+        list[Path], typer.Argument(help="Captions: .csv, .tsv, .jsonl, .parquet, or .txt with one on each line.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON file of the tokenizers library to write.")],
+    column: Annotated[str | None, typer.Option(help="Column of the captions (default: found by its name).")] = None,
+    image_size: Annotated[int, typer.Option(help="Picture codes, the image tokenizer's codebook_size.")] = 4096,
+    text_size: Annotated[int, typer.Option(help="Pieces of words.")] = 25_895,
+    order: Annotated[str, typer.Option(help="Which ids come first.")] = "image,special,text",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+) -> None:
+    """Learn pieces of words (byte-level BPE) from captions. The file holds picture codes and markers as tokens too."""
+    from smalti.data.captions import read_captions
+    from smalti.files import refuse_existing
+    from smalti.text_tokenizer import BPEConfig, TextTokenizer
+
+    refuse_existing([output], force=force)
+    config = BPEConfig(image_size=image_size, text_size=text_size, order=tuple(order.split(",")))
+    lines = [caption for path in captions for caption in read_captions(path, column)]
+    trained, num_unused = TextTokenizer.train(lines, config)
+    trained.save(output, force=force)
+    typer.echo(f"{output}: {len(lines)} captions, {config.vocabulary.size} ids: {config.vocabulary!r}")
+    if num_unused:
+        typer.echo(
+            f"warning: the captions have no more than {text_size - num_unused} pieces, so {num_unused} numbers of "
+            f"the text are unused; --text-size {text_size - num_unused} leaves them out.",
+            err=True,
+        )
