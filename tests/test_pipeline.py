@@ -350,8 +350,15 @@ def test_pairs_come_from_nothing_by_their_own_seeds(pipe: Pipeline):
     best = pipe.pairs(1, seed=20, best_of=3)[0]
     scores = pipe.score([pair.picture for pair in pairs], [pair.caption for pair in pairs])
     assert len(scores.pmi_nats) == 3 and best.caption in {pair.caption for pair in pairs}
-    with pytest.raises(ValueError, match="no condition to guide by"):
-        pipe.pairs(1, guidance_scale=2.0)
+
+
+def test_guided_pairs_draw_a_caption_and_then_its_picture(pipe: Pipeline):
+    guided = pipe.pairs(2, seed=20, guidance_scale=2.0)
+    assert [pair.caption for pair in guided] == [pair.caption for pair in pipe.pairs(2, seed=20, order="text to image")]
+    again = pipe.generate([pair.caption for pair in guided], seed=[20, 21], **vars(SampleConfig(guidance_scale=2.0)))
+    assert [pair.picture.tobytes() for pair in guided] == [picture.tobytes() for picture in again]
+    with pytest.raises(ValueError, match="needs the caption before the picture"):
+        pipe.pairs(1, order="image to text", guidance_scale=2.0)
 
 
 def test_completion_keeps_what_is_given(pipe: Pipeline):
