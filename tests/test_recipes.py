@@ -59,7 +59,7 @@ def test_every_setting_of_the_training_can_be_changed():
         ("output=elsewhere/run=1", lambda r: r.output == Path("elsewhere/run=1")),
         ("data.path=/data/mnist", lambda r: r.data.path == Path("/data/mnist")),
         ("codebook_size=512", lambda r: r.image_tokenizer.model.codebook_size == 512),
-        ("sample.picture.temperature=0.8", lambda r: r.sample.picture.temperature == 0.8),
+        ("sample.picture.temperature=0.123", lambda r: r.sample.picture.temperature == 0.123),
         ("sample.caption={top_k: 3}", lambda r: (r.sample.caption.top_k, r.sample.caption.temperature) == (3, 1.0)),
         (
             "layout.orders.image to text=['<bos> <end of text> image{49} <end of image> text{6}', 3.5]",
