@@ -91,13 +91,15 @@ class Pipeline:
         text_tokenizer: TextTokenizer,
         pictures: PictureConfig,
         sampling: Sampling = Sampling(),
+        about: Mapping[str, str] = {},
         figures: Mapping[str, Any] = {},
         name: str = "a bundle",
     ):
         self.model = model.eval()
         self.image_tokenizer: Any = image_tokenizer.eval()  # of any family: the package's __init__ says what all have
         self.layout, self.text_tokenizer = layout, text_tokenizer
-        self.pictures, self.sampling, self.figures, self.name = pictures, sampling, dict(figures), name
+        self.pictures, self.sampling, self.name = pictures, sampling, name
+        self.about, self.figures = dict(about), dict(figures)
         self._check()
 
     def _check(self) -> None:
@@ -141,6 +143,7 @@ class Pipeline:
                 text_tokenizer=TextTokenizer.load(directory / bundle.TEXT_TOKENIZER),
                 pictures=PictureConfig(**config["pictures"]),
                 sampling=Sampling(**{part: _sample_config(given) for part, given in config["sampling"].items()}),
+                about=config["about"],
                 figures=config["figures"],
                 name=config["name"],
             )
@@ -172,6 +175,7 @@ class Pipeline:
                 "model": self.model.config.to_dict(),
                 "pictures": asdict(self.pictures),
                 "sampling": asdict(self.sampling),
+                "about": self.about,
                 "figures": self.figures,
             }
 
@@ -193,8 +197,8 @@ class Pipeline:
 
     def card(self) -> str:
         """The model card: what it is, how to use it, its measured figures."""
-        rows = "\n".join(f"| {name} | {value} |" for name, value in self.figures.items())
-        figures = f"\n## Measured\n\n| | |\n|---|---|\n{rows}\n" if self.figures else ""
+        figures = _card_table("Measured", self.figures)
+        about = _card_table("Where it comes from", self.about)
         return CARD.format(
             name=self.name,
             num_parameters=f"{self.model.num_parameters:,}",
@@ -202,6 +206,7 @@ class Pipeline:
             num_words=self.text_tokenizer.vocab_size,
             codebook_size=f"{self.image_tokenizer.config.codebook_size:,}",
             size=f"{self.pictures.width}×{self.pictures.height}",
+            about=about,
             figures=figures,
         )
 
@@ -543,6 +548,11 @@ def _check_drawing(n: int, best_of: int, rerank: str) -> None:
         raise ValueError(f"rerank {rerank!r} is unknown; choose one of {', '.join(RERANKERS)}.")
 
 
+def _card_table(title: str, rows: Mapping[str, Any]) -> str:
+    lines = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"\n## {title}\n\n| | |\n|---|---|\n{lines}\n" if rows else ""
+
+
 def _sample_config(given: Mapping[str, Any]) -> SampleConfig:
     return SampleConfig(**{**given, "guidance_interval": tuple(given["guidance_interval"])})
 
@@ -568,4 +578,4 @@ pipe = Pipeline.load("PATH OR NAME OF THIS BUNDLE")
 picture.save("picture.png")
 print(pipe.caption([picture]))
 ```
-{figures}"""
+{about}{figures}"""

@@ -135,6 +135,26 @@ def _layout(recipe: Recipe, output: Path, text_tokenizer: TextTokenizer) -> Layo
     return layout
 
 
+DATA_NOTES = {
+    "mnist": "MNIST (LeCun, Cortes, Burges; CC BY-SA 3.0), coloured and captioned by `smalti.data.digits`",
+    "scikit-learn": "the handwritten digits that come with scikit-learn (Alpaydin, Kaynak; UCI, CC BY 4.0), coloured and "
+    "captioned by `smalti.data.digits`",
+    "pickle": "coloured MNIST with text of Berkeley CS294-158, homework 1 (MNIST: CC BY-SA 3.0)",
+}
+
+
+def _about(recipe: Recipe, command: str) -> dict[str, str]:
+    """What a model card says of where the weights come from."""
+    return {
+        "data": DATA_NOTES[recipe.data.source],
+        "licence of the weights": "Apache-2.0, as the package",
+        "made by": f"`{command}`" if command else "`smalti.train_digits.train_digits`",
+        "seeds": f"data {recipe.data.colouring.seed}, image tokenizer {recipe.image_tokenizer.train.seed}, "
+        f"model {recipe.train.seed}",
+        "intended for": "study and demonstration: small coloured digits, nothing else",
+    }
+
+
 def _finish(
     recipe: Recipe,
     model: DecoderOnly,
@@ -152,6 +172,7 @@ def _finish(
         text_tokenizer=text_tokenizer,
         pictures=PICTURES,
         sampling=recipe.sample,
+        about=_about(recipe, command),
         name=output.name,
     ).save(bundle, half=True, force=True)
     pipe = Pipeline.load(bundle)
