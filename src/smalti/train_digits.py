@@ -137,8 +137,8 @@ def _layout(recipe: Recipe, output: Path, text_tokenizer: TextTokenizer) -> Layo
 
 DATA_NOTES = {
     "mnist": "MNIST (LeCun, Cortes, Burges; CC BY-SA 3.0), coloured and captioned by `smalti.data.digits`",
-    "scikit-learn": "the handwritten digits that come with scikit-learn (Alpaydin, Kaynak; UCI, CC BY 4.0), coloured and "
-    "captioned by `smalti.data.digits`",
+    "scikit-learn": "the digits that come with scikit-learn (Alpaydin, Kaynak; UCI, CC BY 4.0), coloured and captioned by "
+    "`smalti.data.digits`",
     "pickle": "coloured MNIST with text of Berkeley CS294-158, homework 1 (MNIST: CC BY-SA 3.0)",
 }
 
