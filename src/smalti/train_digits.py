@@ -137,7 +137,7 @@ def _layout(recipe: Recipe, output: Path, text_tokenizer: TextTokenizer) -> Layo
 
 DATA_NOTES = {
     "mnist": "MNIST (LeCun, Cortes, Burges; CC BY-SA 3.0), coloured and captioned by `smalti.data.digits`",
-    "scikit-learn": "the digits that come with scikit-learn (Alpaydin, Kaynak; UCI, CC BY 4.0), coloured and captioned by "
+    "scikit-learn": "scikit-learn's digits (Alpaydin, Kaynak; UCI, CC BY 4.0), coloured and captioned by "
     "`smalti.data.digits`",
     "pickle": "coloured MNIST with text of Berkeley CS294-158, homework 1 (MNIST: CC BY-SA 3.0)",
 }
