@@ -9,6 +9,7 @@ Letters: B batch, T query tokens, S key tokens, D model width, N heads, M key-va
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,33 @@ class TransformerConfig:
     @property
     def kv_heads(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+
+GPT = dict(norm="layer", feed_forward="gelu", bias=True, positions="learned")
+LLAMA = dict(norm="rms", feed_forward="swiglu", bias=False, positions="rotary")
+LLAMAGEN = LLAMA | dict(positions="rotary_2d")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Berkeley CS294-158 (spring 2024), homework 1, question 6. 800,640 parameters with 58 positions.
+    "digits": GPT | dict(num_layers=4, d_model=128, num_heads=4, d_ff=512),
+    # LlamaGen (arXiv:2406.06525), autoregressive/models/gpt.py. Parameters of the class-conditional models, embeddings
+    # and head (16,384 codes, 1,001 classes) included; `grid` and `prefix_length` are given with the length.
+    "llamagen-b": LLAMAGEN | dict(num_layers=12, d_model=768, num_heads=12, d_ff=2048),  # 110,888,448
+    "llamagen-l": LLAMAGEN | dict(num_layers=24, d_model=1024, num_heads=16, d_ff=2816),  # 342,910,976
+    "llamagen-xl": LLAMAGEN | dict(num_layers=36, d_model=1280, num_heads=20, d_ff=3584),  # 774,699,520
+    "llamagen-xxl": LLAMAGEN | dict(num_layers=48, d_model=1536, num_heads=24, d_ff=4096),  # 1,410,972,672
+    "llamagen-xxxl": LLAMAGEN | dict(num_layers=48, d_model=2560, num_heads=40, d_ff=6912),  # 3,893,027,840
+    "llamagen-1b": LLAMAGEN | dict(num_layers=22, d_model=2048, num_heads=32, d_ff=5632),  # 1,199,616,000
+    "llamagen-3b": LLAMAGEN | dict(num_layers=24, d_model=3200, num_heads=32, d_ff=8704),  # 3,096,659,200
+    "llamagen-7b": LLAMAGEN | dict(num_layers=32, d_model=4096, num_heads=32, d_ff=11008),  # 6,614,589,440
+}
+
+
+def preset_config(name: str, *, max_length: int, **changes: Any) -> TransformerConfig:
+    """A preset for sequences of up to `max_length` tokens, with some fields changed. An unknown name lists the known."""
+    if name not in PRESETS:
+        raise ValueError(f"transformer preset {name!r} is unknown; choose one of {', '.join(PRESETS)}.")
+    return TransformerConfig(max_length=max_length, **(PRESETS[name] | changes))
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

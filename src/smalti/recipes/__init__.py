@@ -237,6 +237,10 @@ def _set_max_length(content: dict[str, Any], name: str) -> None:
         return  # the check that follows says so
     if "max_length" in model:
         raise InputError(f"recipe {name}: model.max_length follows from the layout; leave it out.")
+    if (preset := model.pop("preset", None)) is not None:
+        if preset not in PRESETS:
+            raise InputError(f"recipe {name}: model.preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}.")
+        model.update({**PRESETS[preset], **model})
     try:
         lines = [line if isinstance(line, str) else str(line[0]) for line in layout["orders"].values()]
         model["max_length"] = max(Order(name="", parts=parse_order(line)).max_length for line in lines)
