@@ -9,6 +9,7 @@ import yaml
 from smalti.errors import InputError
 from smalti.recipes import Recipe, _keys, load_recipe, shipped_recipes
 from smalti.train_model import TrainConfig
+from smalti.transformer import preset_config
 
 
 def test_the_recipes_that_ship_can_be_loaded_and_run_into_folders_of_their_own():
@@ -171,3 +172,10 @@ def test_a_file_that_is_no_yaml_is_named_with_the_line(tmp_path):
     path.write_text("just words")
     with pytest.raises(InputError, match=r"mine.yaml is not a recipe: expected sections"):
         load_recipe(path)
+
+
+def test_a_preset_gives_the_model_and_other_fields_change_it():
+    model = load_recipe("digits", ["data.path=mnist", "model.preset=digits", "model.dropout=0.1"]).model
+    assert model == preset_config("digits", max_length=58, dropout=0.1)
+    with pytest.raises(InputError, match=r"model.preset 'large' is unknown; choose one of digits, llamagen-b"):
+        load_recipe("digits", ["data.path=mnist", "model.preset=large"])

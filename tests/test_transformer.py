@@ -21,6 +21,7 @@ from smalti.transformer import (
     Transformer,
     TransformerConfig,
     cache_mask,
+    preset_config,
     rotary_table,
     rotary_table_2d,
     rotate,
@@ -640,3 +641,28 @@ def test_rows_of_a_mask_with_nowhere_to_look_are_noticed(monkeypatch):
     check_masks(4, 3, [3, 1, 0])
     with pytest.raises(AssertionError):
         check_masks(0, 7, [0, 2, 6])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llamagen-b", 110_888_448),
+        ("llamagen-l", 342_910_976),
+        ("llamagen-xl", 774_699_520),
+        ("llamagen-xxl", 1_410_972_672),
+        ("llamagen-xxxl", 3_893_027_840),
+        ("llamagen-1b", 1_199_616_000),
+        ("llamagen-3b", 3_096_659_200),
+        ("llamagen-7b", 6_614_589_440),
+    ],
+)
+def test_presets_have_the_published_parameter_counts(name, expected):
+    with torch.device("meta"):
+        transformer = Transformer(preset_config(name, max_length=257, grid=(16, 16), prefix_length=1))
+    embeddings = (2 * 16384 + 1001) * transformer.config.d_model
+    assert sum(parameter.numel() for parameter in transformer.parameters()) + embeddings == expected
+
+
+def test_an_unknown_preset_lists_the_known():
+    with pytest.raises(ValueError, match="transformer preset 'gpt5' is unknown; choose one of digits, llamagen-b"):
+        preset_config("gpt5", max_length=8)

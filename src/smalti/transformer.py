@@ -104,7 +104,7 @@ LLAMA = dict(norm="rms", feed_forward="swiglu", bias=False, positions="rotary")
 LLAMAGEN = LLAMA | dict(positions="rotary_2d")
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Berkeley CS294-158 (spring 2024), homework 1, question 6. 800,640 parameters with 58 positions.
+    # Berkeley CS294-158 (spring 2024), homework 1, question 6. 800,768 parameters with 58 positions.
     "digits": GPT | dict(num_layers=4, d_model=128, num_heads=4, d_ff=512),
     # LlamaGen (arXiv:2406.06525), autoregressive/models/gpt.py. Parameters of the class-conditional models, embeddings
     # and head (16,384 codes, 1,001 classes) included; `grid` and `prefix_length` are given with the length.

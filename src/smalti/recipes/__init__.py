@@ -25,7 +25,7 @@ from smalti.line_presets import AUTO, choose_preset
 from smalti.pipeline import Sampling
 from smalti.train_model import TrainConfig
 from smalti.train_tokenizer import TrainTokenizerConfig
-from smalti.transformer import TransformerConfig
+from smalti.transformer import PRESETS, TransformerConfig
 from smalti.vocabulary import SPECIAL, Vocabulary
 
 
@@ -80,7 +80,8 @@ class Recipe(Section):
     image_tokenizer: ImageTokenizer
     layout: Orders
     model: TransformerConfig
-    """Without `max_length`, which is that of the layout's longest sequence."""
+    """Without `max_length`, which is that of the layout's longest sequence; `preset` names one of `PRESETS` to start
+    from."""
     train: TrainConfig
     sample: Sampling = Sampling()
     evaluate: ReportConfig = ReportConfig()
@@ -335,6 +336,7 @@ def _keys(annotation: Any, prefix: str = "") -> Iterator[str]:
     for name, inner in _fields(annotation).items():
         below = [kind for kind in (inner, *get_args(inner)) if _fields(kind)]
         if name == "max_length" and annotation is TransformerConfig:
+            yield f"{prefix}preset"  # the length follows from the layout; a preset stands for the other fields
             continue
         if not below:
             yield f"{prefix}{name}"
