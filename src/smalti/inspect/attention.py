@@ -21,6 +21,8 @@ from smalti.transformer import Attention, rotate
 
 DOMINANT = 0.4
 """A head is named for a pattern that gets at least this share of its attention..."""
+NEAR = "near"
+"""The cells around the one that is predicted, up to two to the left; a head is named so where no single cell is."""
 CLEAR_EXCESS = 2.0
 """... and at least so many times what attention spread evenly would give it."""
 DIFFUSE = 0.7
@@ -116,10 +118,14 @@ def pattern_masks(num_tokens: int, first_code: int, grid: Grid | None) -> dict[s
     }
     if grid is None:
         return masks
-    steps = {"row above": (-1, 0), "above left": (-1, -1), "above right": (-1, 1), "two rows above": (-2, 0)}
-    for name, (down, right) in steps.items():
-        masks[name] = _step_mask(num_tokens, first_code, grid.neighbours(down, right).tolist(), ahead=0)
-    masks["row above next"] = _step_mask(num_tokens, first_code, grid.neighbours(-1, 0).tolist(), ahead=1)
+    of_read = {"row above": (-1, 0), "above left": (-1, -1), "two rows above": (-2, 0)}
+    of_next = {"row above next": (-1, 0), "above right of next": (-1, 1), "two rows above next": (-2, 0)}
+    for ahead, steps in enumerate((of_read, of_next)):
+        for name, (down, right) in steps.items():
+            masks[name] = _step_mask(num_tokens, first_code, grid.neighbours(down, right).tolist(), ahead=ahead)
+    masks[NEAR] = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    for down, right in ((0, -1), (0, -2), (-1, -1), (-1, 0), (-1, 1)):
+        masks[NEAR] |= _step_mask(num_tokens, first_code, grid.neighbours(down, right).tolist(), ahead=1)
     return masks
 
 
@@ -162,8 +168,9 @@ def name_heads(
 
 def _head_name(shares: dict[str, float], excess: dict[str, float], evenness: float) -> str:
     clear = [name for name in shares if shares[name] >= DOMINANT and excess[name] >= CLEAR_EXCESS]
+    single = [name for name in clear if name != NEAR]
     if clear:
-        return max(clear, key=lambda name: shares[name])
+        return max(single or clear, key=lambda name: shares[name])
     return "diffuse" if evenness >= DIFFUSE else "mixed"
 
 

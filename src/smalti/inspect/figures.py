@@ -41,8 +41,15 @@ def _heat(axes: Any, values: Shaped[np.ndarray, "h w"], title: str, *, numbers: 
             if np.isfinite(value):
                 dark = (value - low) < 0.55 * max(high - low, 1e-12)
                 colour = "white" if dark and image.get_cmap().name == _MAP else "black"
-                axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=colour)
+                axes.text(column, row, _short(float(value)), ha="center", va="center", fontsize=7, color=colour)
     return image
+
+
+def _short(value: float) -> str:
+    """At most about four characters: 0.03, 2.3, 441."""
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return "0" if abs(value) < 0.005 else f"{value:.2f}" if abs(value) < 1 else f"{value:.2g}"
 
 
 def _by_position(axes: Any, values: Float[np.ndarray, " L"], grid: Grid | None, title: str, **given: Any) -> None:
@@ -102,7 +109,7 @@ def frequencies(counts: Integer[np.ndarray, " K"], burstiness: Float[np.ndarray,
     axes[0, 1].scatter(counts[occurs], burstiness[occurs], s=8, color=_BLUE, alpha=0.6)
     axes[0, 1].axhline(1, color="black", linewidth=0.8)
     axes[0, 1].set_title("burstiness (1: chance)", fontsize=10)
-    axes[0, 1].set(xlabel="occurrences", ylabel="over chance", xscale="log", yscale="log")
+    axes[0, 1].set(xlabel="occurrences", ylabel="over chance", xscale="log")
     return figure
 
 
@@ -153,7 +160,10 @@ def head_maps(
     """Each head's attention by where it looks, relative to the cell that is being predicted (marked ×); without a
     grid by how many tokens back. A row of maps for each layer."""
     layers, num_heads = len(maps), len(maps[0])
-    figure, axes = _figure(max(2.1 * num_heads, 5.0), 1.75 * layers, layers, num_heads)
+    width = max(2.1, 5.0 / num_heads)
+    shape = np.asarray(maps[0][0]).shape
+    height = width * shape[0] / shape[1] + 0.5 if len(shape) == 2 else 1.6
+    figure, axes = _figure(width * num_heads, height * layers, layers, num_heads)
     for head in heads:
         place, values = axes[head.layer, head.head], np.asarray(maps[head.layer][head.head])
         if values.ndim == 2:
@@ -199,6 +209,7 @@ def offset_map(values: Float[np.ndarray, "down right"], *, title: str, label: st
     axes[0, 0].plot(middle, 0, marker="x", color="red", markersize=9)
     axes[0, 0].set(xlabel="columns to the right", ylabel="rows below", xticks=range(values.shape[1]))
     axes[0, 0].set_xticklabels(range(-middle, values.shape[1] - middle))
+    axes[0, 0].set_yticks(range(len(values)))
     figure.colorbar(image, ax=axes[0, 0], label=label)
     return figure
 

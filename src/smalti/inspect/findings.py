@@ -16,6 +16,8 @@ from smalti.inspect import attention, causes, codebook, figures, patches, positi
 from smalti.inspect.grid import Grid, GridFinding, infer_grid
 from smalti.inspect.subject import Subject
 
+_METHODS = {"pca": "PCA", "t-sne": "t-SNE"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
@@ -79,8 +81,8 @@ def position_section(subject: Subject, config: InspectConfig) -> tuple[Section, 
     low, high = int(statistics.entropy_nats.argmin()), int(statistics.entropy_nats.argmax())
     section.say(
         f"Seen alone, a code holds {statistics.entropy_nats.mean():.2f} nats on average, from "
-        f"{statistics.entropy_nats[low]:.2f} at position {low} to {statistics.entropy_nats[high]:.2f} at position {high}; "
-        f"all codes alike would be {math.log(K):.2f}.",
+        f"{statistics.entropy_nats[low]:.2f} at position {low} to {statistics.entropy_nats[high]:.2f} at position "
+        f"{high}; all codes alike would be {math.log(K):.2f}.",
         "positions.position_statistics",
     )
     for kind, words in (("constant", "always hold one code"), ("own codes", "use codes that hardly occur elsewhere")):
@@ -147,8 +149,9 @@ def _say_grid(section: Section, found: GridFinding) -> None:
     )
     section.say(
         f"That grid explains {found.explained:.0%} of the mutual information between positions on lines not used to "
-        f"fit it; nearness in the line alone explains {found.line_explained:.0%}, the next hypothesis ({found.runner_up}) "
-        f"{found.runner_up_explained:.0%}. Mirrored or transposed pictures would look the same to this method.",
+        f"fit it; nearness in the line alone explains {found.line_explained:.0%}, the next hypothesis "
+        f"({found.runner_up}) {found.runner_up_explained:.0%}. Mirrored or transposed pictures would look the same to "
+        "this method.",
         function,
     )
 
@@ -165,8 +168,8 @@ def code_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> 
     num_used = int((counts > 0).sum())
     half = int(np.searchsorted(np.cumsum(counts[ranked]), counts.sum() / 2)) + 1
     section.say(
-        f"{num_used} of {K} codes occur in {len(codes):,} lines; {half} of them make half of all occurrences. The "
-        f"commonest, {ranked[0]}, takes {counts[ranked[0]] / counts.sum():.0%}.",
+        f"{num_used} of {K} codes occur in {len(codes):,} lines. The commonest, {ranked[0]}, takes "
+        f"{counts[ranked[0]] / counts.sum():.0%} of all places; half of all places are taken by the {half} commonest.",
         "codebook.code_statistics",
         headline=True,
     )
@@ -231,7 +234,7 @@ def _say_embeddings(section: Section, subject: Subject, common: np.ndarray, conf
         f"Clusters of the output embedding, the largest three of 12: {'; '.join(groups)}.", "codebook.cluster_codes"
     )
     points = {
-        f"{name} embedding, {method.upper()}": codebook.project_codes(table, chosen, method, seed=config.seed)
+        f"{name} embedding, {_METHODS[method]}": codebook.project_codes(table, chosen, method, seed=config.seed)
         for name, table in embeddings.items()
         for method in codebook.PROJECTIONS
     }
@@ -291,8 +294,8 @@ def _say_heads(section: Section, subject: Subject, token_ids: torch.Tensor, grid
     heads = attention.name_heads(subject.model, token_ids, first, grid)
     kinds = Counter(head.name for head in heads)
     section.say(
-        f"The {len(heads)} heads by what they do: {_listed([f'{n} {name}' for name, n in kinds.most_common()])}. A head "
-        f"is named for a pattern with at least {attention.DOMINANT:.0%} of its attention.",
+        f"The {len(heads)} heads by what they do: {_listed([f'{n} {name}' for name, n in kinds.most_common()])}. A "
+        f"head is named for a pattern with at least {attention.DOMINANT:.0%} of its attention.",
         "attention.name_heads",
         headline=True,
     )
@@ -300,8 +303,8 @@ def _say_heads(section: Section, subject: Subject, token_ids: torch.Tensor, grid
         if name not in ("mixed", "diffuse"):
             best = max((head for head in heads if head.name == name), key=lambda head: head.shares[name])
             section.say(
-                f"Clearest “{name}” head: layer {best.layer} head {best.head}, {best.shares[name]:.0%} of its attention, "
-                f"{best.excess[name]:.1f} × what even attention would give.",
+                f"Clearest “{name}” head: layer {best.layer} head {best.head}, {best.shares[name]:.0%} of its "
+                f"attention, {best.excess[name]:.1f} × what even attention would give.",
                 "attention.name_heads",
             )
     mean = [weights.mean(0).cpu() for weights in attention.attention_weights(subject.model, token_ids)]
@@ -327,8 +330,8 @@ def _say_context(section: Section, subject: Subject, packed, grid: Grid | None) 
     whole = float(loss[-1])
     enough = next(length for length, value in zip(lengths, loss.tolist(), strict=True) if value <= whole * 1.05 + 0.01)
     section.say(
-        f"With only the token before, codes in the later half cost {float(loss[0]):.2f} nats, with all {whole:.2f}; the "
-        f"last {enough} tokens are enough to come within 5 % of that"
+        f"With only the token before, codes in the later half cost {float(loss[0]):.2f} nats, with all {whole:.2f}; "
+        f"the last {enough} tokens are enough to come within 5 % of that"
         + (f" ({enough / grid.columns:.1f} rows)." if grid is not None else "."),
         "attention.loss_by_context",
         headline=True,
@@ -358,8 +361,8 @@ def cause_section(subject: Subject, config: InspectConfig, grid: Grid | None) ->
     idle = int((losses.heads < 0.005).sum())
     section.say(
         f"Without layer {layer} head {head} a code costs {losses.heads[layer, head]:.3f} nats more than the "
-        f"{losses.whole:.3f} of the whole model: the most of any head. {idle} of {losses.heads.numel()} heads cost less "
-        "than 0.005 nats each when they are replaced by their mean.",
+        f"{losses.whole:.3f} of the whole model: the most of any head. {idle} of {losses.heads.numel()} heads cost "
+        "less than 0.005 nats each when they are replaced by their mean.",
         "causes.ablation_losses",
         headline=True,
     )
@@ -385,25 +388,26 @@ def _say_patching(section: Section, subject: Subject, packed, config: InspectCon
             for pair in range(num)
         ]
     )
-    mean = maps.nanmean(0)
-    if mean.isnan().all():
+    typical = maps.nanmedian(0).values  # a mean would be ruled by pairs that hardly differ
+    if typical.isnan().all():
         return
-    by_layer = mean[:, -1]  # the state at the token that predicts
-    first = mean[0, subject.positions.start :]
+    by_layer = typical[:, -1]  # the state at the token that predicts
+    first = typical[0, subject.positions.start :]
     from_start = int(first.nan_to_num(-math.inf).argmax())
     section.say(
         f"Between {num} pairs of lines, predicting position {target - subject.positions.start}: before the first layer "
         f"the code that tells most is the one at position {from_start} ({float(first[from_start]):.0%} of the "
-        "difference); in the state of the predicting token the share gathered before each layer is "
-        + ", ".join(f"{value:.0%}" for value in by_layer.tolist())
-        + ".",
+        "difference, the median over the pairs); the state of the predicting token holds, before each "
+        "layer and behind the last, " + ", ".join(f"{value:.0%}" for value in by_layer.tolist()) + ".",
         "causes.patching_map",
     )
     section.show(
         f"Activation patching: share of the difference between two lines' predictions for the code at position "
         f"{target - subject.positions.start} that each state carries (1: patching it alone makes the prediction the "
         "other line's).",
-        figures.layer_map(mean.clamp(-0.2, 1).numpy(), title="patched before layer", label="share of the difference"),
+        figures.layer_map(
+            typical.clamp(-0.2, 1).numpy(), title="patched before layer", label="share of the difference"
+        ),
     )
 
 
@@ -538,8 +542,8 @@ def _show_swaps(
         return
     change = torch.stack([(pair[0] - pair[1]).abs().mean() for pair in pictures])
     section.say(
-        f"Putting one code of an exchangeable pair for the other changes a pixel by {float(change.mean()):.3f} on average "
-        "(of 1).",
+        f"Putting one code of an exchangeable pair for the other changes a pixel by {float(change.mean()):.3f} of 1 on "
+        "average.",
         "patches.swap_picture",
     )
     columns = [[pair[i].numpy() for pair in pictures] for i in range(2)]

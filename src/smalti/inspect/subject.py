@@ -1,4 +1,4 @@
-"""What a report is about: a model with its layout, the codes it is looked at on, and an image tokenizer if there is one.
+"""What a report is about: a model, the codes it is looked at on, and an image tokenizer if there is one.
 
 Letters: N lines, L codes of a line, h w grid.
 """

@@ -1,0 +1,175 @@
+"""The grid is found in planted fields, however they were read; positions are told for what they are."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smalti.errors import InputError
+from smalti.inspect.grid import OUTSIDE, Grid, infer_grid
+from smalti.inspect.positions import (
+    explain_by_counts,
+    merge_codes,
+    mutual_information,
+    position_statistics,
+    special_positions,
+)
+
+
+def markov_field(num: int, rows: int, columns: int, num_codes: int, seed: int = 0) -> np.ndarray:
+    """Pictures whose cells mostly copy the cell to the left or the one above."""
+    generator = np.random.default_rng(seed)
+    field = generator.integers(0, num_codes, (num, rows, columns))
+    chance = generator.random(field.shape)
+    for r in range(rows):
+        for c in range(columns):
+            if c:
+                field[:, r, c] = np.where(chance[:, r, c] < 0.4, field[:, r, c - 1], field[:, r, c])
+            if r:
+                field[:, r, c] = np.where(chance[:, r, c] > 0.6, field[:, r - 1, c], field[:, r, c])
+    return field
+
+
+def as_lines(field: np.ndarray, order: str, columns: tuple[int, ...] | None, before: int, after: int) -> np.ndarray:
+    if columns is not None:
+        field = field[:, :, list(columns)]
+    if order == "snake":
+        field = field.copy()
+        field[:, 1::2] = field[:, 1::2, ::-1].copy()
+    specials = field.max() + 1 + np.arange(before + after)
+    specials = np.tile(specials, (len(field), 1))
+    return np.concatenate([specials[:, :before], field.reshape(len(field), -1), specials[:, before:]], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "order", "columns", "before", "after"),
+    [
+        (5, 7, "raster", None, 0, 0),
+        (7, 7, "raster", None, 1, 2),
+        (7, 5, "snake", None, 1, 0),
+        (3, 11, "snake", None, 0, 0),
+        (7, 5, "raster", (2, 0, 4, 1, 3), 0, 1),
+        (5, 7, "snake", (3, 0, 6, 2, 5, 1, 4), 1, 1),
+    ],
+)
+def test_the_grid_is_found(rows, width, order, columns, before, after):
+    lines = as_lines(markov_field(700, rows, width, 5), order, columns, before, after)
+    found = infer_grid(lines, int(lines.max()) + 1, num_halvings=2, max_outside=4)
+    assert found.grid is not None
+    assert (found.grid.rows, found.grid.columns) == (rows, width)
+    assert (found.grid.order, found.grid.before, found.grid.after) == (order, before, after)
+    # an order of columns and its mirror image have the same neighbours
+    expected = columns and {columns, tuple(width - 1 - c for c in columns)}
+    assert found.grid.column_order is None if columns is None else found.grid.column_order in expected
+    assert found.confidence == 1.0
+    assert found.explained > 2 * found.line_explained
+
+
+def test_the_grid_is_found_through_many_codes_of_few_kinds():
+    """210 codes, 30 of each of 7 kinds: pairs of codes are too rare to count, their kinds are not."""
+    kinds = markov_field(1500, 5, 7, 7)
+    codes = kinds * 30 + np.random.default_rng(1).integers(0, 30, kinds.shape)
+    lines = as_lines(codes, "raster", None, 1, 0)
+    found = infer_grid(lines, int(lines.max()) + 1, num_halvings=2, max_outside=3)
+    assert str(found.grid) == "5×7 raster, 1 before and 0 after"
+
+
+def test_unrelated_positions_have_no_grid():
+    lines = np.random.default_rng(0).integers(0, 7, (500, 35))
+    found = infer_grid(lines, 7, num_halvings=2, max_outside=2)
+    assert found.grid is None and found.confidence == 0.0
+
+
+def test_a_line_that_is_no_picture_has_no_grid():
+    lines = markov_field(500, 1, 35, 7)[:, 0]
+    found = infer_grid(lines, 7, num_halvings=2, max_outside=2)
+    assert found.grid is None
+    assert found.line_explained > 0.8
+
+
+@given(
+    rows=st.integers(1, 5),
+    width=st.integers(1, 5),
+    before=st.integers(0, 3),
+    after=st.integers(0, 3),
+    order=st.sampled_from(["raster", "snake"]),
+    shuffled=st.booleans(),
+    data=st.data(),
+)
+def test_a_grid_gives_back_the_picture(rows, width, before, after, order, shuffled, data):
+    columns = tuple(data.draw(st.permutations(range(width)))) if shuffled else None
+    picture = np.arange(rows * width).reshape(1, rows, width)
+    line = as_lines(picture, order, columns, before, after)
+    grid = Grid(rows=rows, columns=width, before=before, after=after, order=order, column_order=columns)
+    assert (line[:, grid.positions] == picture).all()
+    assert (
+        (grid.cells == OUTSIDE).all(1).nonzero()[0] == [*range(before), *range(grid.length - after, grid.length)]
+    ).all()
+    below = grid.neighbours(1, 0)
+    for position, (row, column) in enumerate(grid.cells.tolist()):
+        if row == OUTSIDE or row + 1 == rows:
+            assert below[position] == OUTSIDE
+        else:
+            assert grid.cells[below[position]].tolist() == [row + 1, column]
+
+
+def test_a_grid_is_checked():
+    with pytest.raises(ValueError, match="order 'spiral' is unknown; choose one of raster, snake"):
+        Grid(rows=2, columns=3, order="spiral")
+    with pytest.raises(ValueError, match="does not name each of 3 columns once"):
+        Grid(rows=2, columns=3, column_order=(0, 0, 1))
+
+
+def test_mutual_information_by_hand():
+    generator = np.random.default_rng(0)
+    first = generator.integers(0, 4, 4000)
+    lines = np.stack([first, first, first // 2, generator.integers(0, 4, 4000)], axis=1)
+    information = mutual_information(lines, 4)
+    assert information[0, 1] == pytest.approx(math.log(4), abs=0.01)
+    assert information[0, 2] == pytest.approx(math.log(2), abs=0.01)
+    assert abs(information[0, 3]) < 0.005
+    assert (information == information.T).all() and (np.diag(information) == 0).all()
+
+
+def test_independent_positions_have_no_information_on_average():
+    """40 lines and 12 codes: the plug-in estimate alone would be above 1 nat everywhere."""
+    information = mutual_information(np.random.default_rng(0).integers(0, 12, (40, 31)), 12)
+    assert abs(information[np.triu_indices(31, 1)].mean()) < 0.02
+
+
+def test_codes_of_one_kind_share_a_class():
+    kinds = markov_field(2000, 5, 7, 5)
+    codes = (kinds * 20 + np.random.default_rng(1).integers(0, 20, kinds.shape)).reshape(2000, -1)
+    classes = merge_codes(codes, 100, 5).reshape(5, 20)
+    assert all(len(set(row)) == 1 for row in classes.tolist())
+    assert len(set(classes[:, 0].tolist())) == 5
+
+
+def test_positions_are_told_for_what_they_are():
+    field = markov_field(600, 5, 7, 5)
+    field[:, 0, 3] = 0  # an empty place, whose code is common elsewhere
+    lines = as_lines(field, "raster", None, 1, 1)
+    rest = lines[:, 1:-1]
+    lines[:, -1] = 100 + np.array([len(set(row)) for row in rest.tolist()])
+    special = special_positions(lines, 110)
+    assert [(s.position, s.kind) for s in special] == [(0, "constant"), (36, "own codes")]
+    [explained] = [e for e in explain_by_counts(lines, 110, [36]) if "different codes" in e.property]
+    assert explained.position == 36 and explained.share > 0.9
+
+
+def test_position_statistics_by_hand():
+    lines = np.array([[0, 1], [0, 2], [0, 1], [0, 2]])
+    statistics = position_statistics(lines, 3)
+    assert statistics.entropy_nats == pytest.approx([0.0, math.log(2) + 1 / 8])  # Miller and Madow: (2 − 1) / (2 · 4)
+    assert statistics.num_used.tolist() == [1, 2]
+    assert statistics.top_share.tolist() == [1.0, 0.5]
+    assert statistics.kinship.tolist() == [0.0, 0.0]
+
+
+def test_codes_out_of_range_are_refused():
+    with pytest.raises(InputError, match=r"codes run from 0 to 9; expected 0..7"):
+        position_statistics(np.array([[0, 9], [1, 2]]), 8)
+    with pytest.raises(InputError, match="at least 2 lines"):
+        infer_grid(np.zeros((1, 9), int), 8)
