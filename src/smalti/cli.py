@@ -45,6 +45,7 @@ Schedule = Annotated[
     str | None, typer.Option(help="How the guidance grows from 1 over a picture: constant, linear, cosine.")
 ]
 DEFAULT_BUNDLE = "digits"
+OF_PICTURES, OF_LINES = "For a bundle of pictures", "For a bundle of lines"
 
 
 @app.command(epilog='Example: smalti generate "dark green eight on bright cyan" -o eight.png')
@@ -113,56 +114,159 @@ def caption(
 
 
 @app.command(
-    epilog='Examples: smalti complete "dark green" -n 3 · smalti complete --picture eight.png --rows 3 -o new.png'
+    epilog='Examples: smalti complete "dark green" -n 3 · smalti complete --picture eight.png --rows 3 -o new.png · '
+    "smalti complete prefixes.txt -o completed.txt --bundle out/lines/bundle"
 )
 def complete(
     beginning: Annotated[
-        str | None, typer.Argument(help="First words of a caption, or, with --picture, a whole caption for it.")
+        str | None,
+        typer.Argument(
+            help="First words of a caption, or, with --picture, a whole caption for it; for a bundle of lines, the "
+            "file of prefixes."
+        ),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Keep the first rows of this picture's codes and draw the rest.")
+        Path | None,
+        typer.Option(
+            help="Keep the first rows of this picture's codes and draw the rest.", rich_help_panel=OF_PICTURES
+        ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=0, help="How many rows of codes to keep of the picture.")] = 3,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG file for completed pictures.")] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=0, help="How many rows of codes to keep of the picture: 3.", rich_help_panel=OF_PICTURES),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="PNG file for completed pictures, or text file for lines.")
+    ] = None,
     bundle: Bundle = DEFAULT_BUNDLE,
     seed: Seed = 0,
-    n: Count = 1,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "-n", min=1, help="How many: 1; the i-th is drawn with the seed SEED + i.", rich_help_panel=OF_PICTURES
+        ),
+    ] = None,
     force: Force = False,
-    scale: Scale = None,
+    scale: Annotated[
+        int | None,
+        typer.Option(help="Enlarge every pixel to so many by so many.", rich_help_panel=OF_PICTURES),
+    ] = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
-    guidance_scale: Guidance = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="1 is off, larger follows the caption.", rich_help_panel=OF_PICTURES),
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="sample, greedy, beam or best-of-n.", rich_help_panel=OF_LINES),
+    ] = None,
+    num_candidates: Annotated[
+        int | None, typer.Option(min=1, help="Lines that best-of-n draws: 16.", rich_help_panel=OF_LINES)
+    ] = None,
+    beam_width: Annotated[
+        int | None, typer.Option(min=1, help="Lines that beam keeps in view: 8.", rich_help_panel=OF_LINES)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Lines completed at a time: 256.", rich_help_panel=OF_LINES)
+    ] = None,
 ) -> None:
-    """Complete a caption that is begun, or a picture of which the upper rows are given."""
-    given = _given(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
+    """Complete a caption that is begun, a picture of which the upper rows are given, or a file of lines.
+
+    With a bundle of lines every prefix of a text file is completed: same tags, same order, the prefix untouched; OUTPUT
+    .log_probs.csv gets each line's own log-likelihood, and a run that was stopped goes on when it is started again.
+    """
+    from smalti.line_model import KIND, bundle_kind
+
+    of_pictures = _given(picture=picture, rows=rows, n=n, scale=scale, guidance_scale=guidance_scale)
+    of_lines = _given(strategy=strategy, num_candidates=num_candidates, beam_width=beam_width, batch_size=batch_size)
+    sampling = _given(temperature=temperature, top_k=top_k, top_p=top_p)
+    if bundle_kind(bundle) == KIND:
+        _refuse_options(of_pictures, bundle, "lines")
+        if beginning is None or output is None:
+            raise ValueError(
+                "lines are completed from file to file: smalti complete PREFIXES -o OUTPUT --bundle BUNDLE."
+            )
+        _complete_lines(Path(beginning), output, bundle, force, seed=seed, **of_lines, **sampling)
+        return
+    _refuse_options(of_lines, bundle, "pictures")
+    given = {**sampling, **_given(guidance_scale=guidance_scale)}
     if picture is None:
         from smalti.pipeline import Pipeline
 
-        for line in Pipeline.load(bundle).complete_caption(beginning or "", seed=seed, n=n, **given):
+        for line in Pipeline.load(bundle).complete_caption(beginning or "", seed=seed, n=n or 1, **given):
             typer.echo(line)
         return
     if output is None:
         raise ValueError("a completed picture needs a file to go to: add -o FILE.png.")
-    outputs = _output_names(output, n)
+    outputs = _output_names(output, n or 1)
     _refuse_existing(outputs, force)
     from smalti.pipeline import Pipeline
 
+    kept = 3 if rows is None else rows
     pipe = Pipeline.load(bundle)
-    _save(pipe.complete(picture, rows=rows, caption=beginning, seed=seed, n=n, scale=scale, **given), outputs, force)
+    drawn = pipe.complete(picture, rows=kept, caption=beginning, seed=seed, n=n or 1, scale=scale, **given)
+    _save(drawn, outputs, force)
 
 
-@app.command(epilog='Example: smalti score eight.png "dark green eight on bright cyan"')
+def _refuse_options(options: dict[str, Any], bundle: str, kind: str) -> None:
+    for name in options:
+        raise ValueError(
+            f"{bundle} is a bundle of {kind}, which has no use for --{name.replace('_', '-')}; leave it out."
+        )
+
+
+def _complete_lines(
+    prefixes: Path, output: Path, bundle: str, force: bool, *, batch_size: int = 256, **settings: Any
+) -> None:
+    from smalti.line_files import LIKELIHOOD_SUFFIX, complete_file
+    from smalti.line_model import CompleteConfig, LineModel
+
+    config = CompleteConfig(**settings)
+    model = LineModel.load(bundle)
+    num_lines = complete_file(model, prefixes, output, config, batch_size=batch_size, force=force, show_progress=True)
+    typer.echo(f"{output}: {num_lines} lines, log-likelihoods in {output}{LIKELIHOOD_SUFFIX}")
+
+
+@app.command(
+    epilog='Examples: smalti score eight.png "dark green eight on bright cyan" · '
+    "smalti score lines.txt -o scores --bundle out/lines/bundle"
+)
 def score(
-    picture: Annotated[Path, typer.Argument(help="A picture file.")],
-    captions: Annotated[list[str], typer.Argument(help="One or more captions.")],
+    source: Annotated[Path, typer.Argument(help="A picture file; for a bundle of lines, a file of lines.")],
+    captions: Annotated[list[str] | None, typer.Argument(help="One or more captions of the picture.")] = None,
     bundle: Bundle = DEFAULT_BUNDLE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder for scores by line and by position.", rich_help_panel=OF_LINES),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Lines scored at a time: 256.", rich_help_panel=OF_LINES)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.", rich_help_panel=OF_LINES)] = False,
 ) -> None:
-    """How well captions fit a picture, in nats: −ln p(picture | caption), −ln p(caption | picture), information."""
+    """How well captions fit a picture, in nats: −ln p(picture | caption), −ln p(caption | picture), information.
+
+    With a bundle of lines: nats per token of each line of a file (text, or a token table) and of all, with standard
+    error, and by position. A run that was stopped goes on when it is started again.
+    """
+    from smalti.line_model import KIND, bundle_kind
+
+    if bundle_kind(bundle) == KIND:
+        if captions:
+            raise ValueError(f"{bundle} is a bundle of lines, which knows no captions; leave them out.")
+        if output is None:
+            raise ValueError("scores of lines need a folder to go to: add -o FOLDER.")
+        _score_lines(source, output, bundle, batch_size or 256, force, as_json)
+        return
+    _refuse_options(_given(output=output, batch_size=batch_size, force=force or None), bundle, "pictures")
+    if not captions:
+        raise ValueError("which captions? Give one or more behind the picture.")
     from smalti.pipeline import Pipeline
 
-    scores = Pipeline.load(bundle).score([picture] * len(captions), captions)
+    scores = Pipeline.load(bundle).score([source] * len(captions), captions)
     columns = [column.tolist() for column in scores]
     if as_json:
         import json
@@ -175,6 +279,40 @@ def score(
     table = Table("caption", "−ln p(picture | caption)", "−ln p(caption | picture)", "mutual information", box=None)
     for line, *values in zip(captions, *columns, strict=True):
         table.add_row(line, *(f"{value:.2f} nats" for value in values))
+    console.print(table)
+
+
+def _score_lines(lines: Path, output: Path, bundle: str, batch_size: int, force: bool, as_json: bool) -> None:
+    from smalti.line_files import SCORE_FILES, score_file
+    from smalti.line_model import LineModel
+
+    found = score_file(LineModel.load(bundle), lines, output, batch_size=batch_size, force=force, show_progress=True)
+    if as_json:
+        typer.echo((output / SCORE_FILES[-1]).read_text(encoding="utf-8"), nl=False)
+        return
+    typer.echo(
+        f"{found.nats_per_token:.4f} ± {found.standard_error:.4f} nats per token, {found.bits_per_token:.4f} bits, "
+        f"perplexity {found.perplexity:.3f}: {found.num_lines} lines, {found.num_tokens} tokens\n"
+        f"{output}: {', '.join(SCORE_FILES)}"
+    )
+
+
+@app.command(epilog="Example: smalti baselines lines.parquet out/lines/validation.parquet --bundle out/lines/bundle")
+def baselines(
+    train: Annotated[Path, typer.Argument(help="Token table to fit to; rows that are held out too are left out.")],
+    held_out: Annotated[Path, typer.Argument(help="Token table to measure.")],
+    bundle: Annotated[str | None, typer.Option(help="A bundle of lines to measure beside them.")] = None,
+    max_train_rows: Annotated[int, typer.Option(min=1, help="Rows to fit to at most, drawn at random.")] = 200_000,
+    max_rows: Annotated[int, typer.Option(min=1, help="Held-out rows to measure at most.")] = 10_000,
+) -> None:
+    """What lines cost without a network, in nats per token: uniform, unigrams, n-grams, a compressor."""
+    from smalti.line_model import LineModel
+    from smalti.train_lines import compare_with_baselines, error_text
+
+    table = Table("", "nats per token", "standard error", box=None)
+    model = LineModel.load(bundle) if bundle else None
+    for row in compare_with_baselines(model, train, held_out, max_train_rows, max_rows):
+        table.add_row(row.name, f"{row.nats_per_token:.4f}", error_text(row))
     console.print(table)
 
 
@@ -192,6 +330,11 @@ def info(
         for name, directory in shipped_bundles().items():
             num_bytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
             typer.echo(f"{name}  {num_bytes / 1e6:.1f} MB  {' · '.join(read_config(directory)['layout']['orders'])}")
+        return
+    from smalti.line_model import KIND, bundle_kind
+
+    if bundle_kind(bundle) == KIND:
+        _info_lines(bundle)
         return
     from smalti.pipeline import Pipeline
 
@@ -213,7 +356,22 @@ def info(
     console.print(table, soft_wrap=True, markup=False)
 
 
-@data_app.command("digits", epilog="Example: smalti data digits out/digits --mnist ../shared/data/mnist")
+def _info_lines(bundle: str) -> None:
+    from smalti.line_model import LineModel
+
+    model = LineModel.load(bundle)
+    table = Table(show_header=False, box=None)
+    table.add_row("bundle", model.name)
+    table.add_row("parameters", f"{model.model.num_parameters:,}")
+    table.add_row("lines", f"{model.length} codes in 0..{model.vocab_size - 1}")
+    table.add_row("layout", str(model.layout))
+    table.add_row("weights", f"sha256 {model.weights_sha256}")
+    for name, value in model.figures.items():
+        table.add_row(name, str(value))
+    console.print(table, soft_wrap=True, markup=False)
+
+
+@data_app.command("digits", epilog="Example: smalti data digits out/digits --mnist folder/with/mnist")
 def data_digits(
     output: Annotated[Path, typer.Argument(help="Folder for train.parquet, validation.parquet and test.parquet.")],
     mnist: Annotated[
@@ -268,24 +426,86 @@ def data_import_lines(
     )
 
 
-@app.command(epilog="Example: smalti tokenize out/digits/train.parquet -o tokens.parquet --bundle digits")
+@app.command(
+    epilog="Examples: smalti tokenize out/digits/train.parquet -o tokens.parquet --bundle digits · "
+    "smalti tokenize 'shards/*.tar' -o tokens.parquet --image-tokenizer out/titok --text-tokenizer tokenizer.json"
+)
 def tokenize(
-    pairs: Annotated[Path, typer.Argument(help="Parquet table of pictures and captions.")],
+    pairs: Annotated[
+        Path,
+        typer.Argument(
+            help="Pictures with captions: parquet, webdataset tar shards, or a folder of pictures with JSON lines, CSV, "
+            "or .txt files beside them."
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Parquet file of tokens.")],
-    bundle: Bundle = DEFAULT_BUNDLE,
+    bundle: Annotated[
+        str | None, typer.Option(help=f"Whose tokenizers to use, if none is given: {DEFAULT_BUNDLE}.")
+    ] = None,
+    image_tokenizer: Annotated[Path | None, typer.Option(help="Folder of an image tokenizer.")] = None,
+    text_tokenizer: Annotated[
+        Path | None, typer.Option(help="File of a text tokenizer, to go with --image-tokenizer; none keeps text alone.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Crop and resize pictures to ROWSxCOLUMNS, or to a square (default: as they are).")
+    ] = None,
+    max_text_length: Annotated[int | None, typer.Option(help="Cut captions to so many tokens.")] = None,
+    on_error: Annotated[str, typer.Option(help="What to do about a broken picture: stop, or skip and name it.")] = "stop",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that share the work; 0: this one alone.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at a time.")] = 256,
+    image_column: Annotated[str, typer.Option(help="Column of the pictures in parquet.")] = "image",
+    caption_column: Annotated[
+        str | None, typer.Option(help="Column of the captions (default: caption in parquet, else found by its name).")
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Turn pictures and captions into tokens with a bundle's tokenizers."""
+    """Turn pictures and captions into tokens. Run again after it was stopped, it goes on where it was."""
     _refuse_existing([output], force)
-    from smalti.data.tokenize_pairs import tokenize_pairs
-    from smalti.pipeline import Pipeline
+    from smalti.data.tokenize_pairs import TokenizeConfig, tokenize_pairs
 
-    pipe = Pipeline.load(bundle)
-    num_rows = tokenize_pairs(
-        pairs, output, pipe.image_tokenizer, pipe.text_tokenizer, batch_size=batch_size, force=force
+    config = TokenizeConfig(
+        size=None if size is None else _size(size),
+        max_text_length=max_text_length,
+        on_error=on_error,
+        batch_size=batch_size,
+        workers=workers,
     )
-    typer.echo(f"{output}: {num_rows} rows")
+    tokenizers = _tokenizers(bundle, image_tokenizer, text_tokenizer)
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    report = tokenize_pairs(pairs, output, *tokenizers, config, **columns, force=force)
+    for name, fault in report.skipped:
+        typer.echo(f"skipped: {name}: {fault}", err=True)
+    if report.num_cut:
+        typer.echo(
+            f"warning: {report.num_cut} of {report.num_rows} captions were cut to {max_text_length} tokens.", err=True
+        )
+    typer.echo(f"{output}: {report.num_rows} rows, {len(report.skipped)} skipped")
+
+
+def _tokenizers(bundle: str | None, image_tokenizer: Path | None, text_tokenizer: Path | None) -> tuple[Any, Any]:
+    """The image tokenizer and the text tokenizer, or None for no text."""
+    if image_tokenizer is None:
+        from smalti.pipeline import Pipeline
+
+        if text_tokenizer is not None:
+            raise ValueError("--text-tokenizer goes with --image-tokenizer; a bundle has its own.")
+        pipe = Pipeline.load(bundle or DEFAULT_BUNDLE)
+        return pipe.image_tokenizer, pipe.text_tokenizer
+    if bundle is not None:
+        raise ValueError("--bundle and --image-tokenizer both name an image tokenizer; give one of them.")
+    from smalti.image_tokenizers import load_image_tokenizer
+    from smalti.text_tokenizer import TextTokenizer
+
+    words = None if text_tokenizer is None else TextTokenizer.load(text_tokenizer)
+    return load_image_tokenizer(image_tokenizer).eval(), words
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        rows, _, columns = text.partition("x")
+        return int(rows), int(columns or rows)
+    except ValueError as error:
+        raise ValueError(f"size is {text!r}; expected ROWSxCOLUMNS, such as 64x48, or one number.") from error
 
 
 @app.command(epilog="Example: smalti evaluate digits --data out/digits -o out/report")
@@ -320,6 +540,30 @@ def evaluate(
         report.write(output, force=force)
         draw_galleries(pipe, held_out.pictures, held_out.captions, output, seed=seed, force=force)
         typer.echo(f"{output}: {', '.join((*REPORT_FILES, *GALLERIES))}")
+
+
+@app.command(epilog="Example: smalti inspect out/lines/bundle --data lines.parquet -o report/")
+def inspect(
+    bundle: Annotated[str, typer.Argument(help="A bundle of pictures or of lines: a name, a folder, or a hub's.")],
+    data: Annotated[Path, typer.Option(help="Lines to look at it on: a token table (parquet) or a text file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for index.html and findings.json.")],
+    image_tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the image tokenizer the lines were made with, if there is one.")
+    ] = None,
+    lines: Annotated[int, typer.Option(min=2, help="Lines for what the codes alone tell.")] = 20_000,
+    scored: Annotated[int, typer.Option(min=10, help="Lines run through the model.")] = 512,
+    seed: Annotated[int, typer.Option(help="Draws the lines.")] = 0,
+    force: Force = False,
+) -> None:
+    """Explain codes and model: one page of findings in words, numbers and pictures, that needs no network."""
+    from smalti.inspect.findings import InspectConfig
+    from smalti.inspect.report import PAGE, inspect_bundle
+
+    config = InspectConfig(num_lines=lines, num_scored=scored, seed=seed)
+    sections = inspect_bundle(bundle, data, output, config, image_tokenizer=image_tokenizer, force=force)
+    for finding in (finding for section in sections for finding in section.findings if finding.headline):
+        typer.echo(f"- {finding.text}")
+    typer.echo(f"{output / PAGE}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
