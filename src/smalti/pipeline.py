@@ -548,8 +548,12 @@ def _check_drawing(n: int, best_of: int, rerank: str) -> None:
         raise ValueError(f"rerank {rerank!r} is unknown; choose one of {', '.join(RERANKERS)}.")
 
 
+def _cell(text: Any) -> str:
+    return str(text).replace("|", "\\|")  # as in p(picture | caption)
+
+
 def _card_table(title: str, rows: Mapping[str, Any]) -> str:
-    lines = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    lines = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())
     return f"\n## {title}\n\n| | |\n|---|---|\n{lines}\n" if rows else ""
 
 

@@ -104,7 +104,9 @@ class Report:
         return table
 
     def markdown(self) -> str:
-        lines = [f"| {row.part} | {row.figure} | {row.text()} | {row.num:,} |" for row in self.rows]
+        figures = [row.figure.replace("|", "\\|") for row in self.rows]  # as in p(picture | caption)
+        cells = zip(self.rows, figures, strict=True)
+        lines = [f"| {row.part} | {figure} | {row.text()} | {row.num:,} |" for row, figure in cells]
         return (
             f"# What {self.bundle} learned\n\nMeasured on {self.data} in {self.elapsed_s:.0f} s by\n\n"
             f"    {self.command}\n\nwith the weights {self.weights_sha256[:16]}. ± is one standard error.\n\n"
