@@ -96,6 +96,9 @@ class TextTokenizer:
         if self._words and max(self._words) >= len(self._words):
             raise ValueError("the ids of the text are not one run: other tokens stand among them.")
 
+    def __reduce__(self) -> tuple:
+        return _from_json, (type(self), self._tokenizer.to_str())  # for other processes: pickle forgets a setting
+
     @classmethod
     def from_words(cls, words: Sequence[str], *, spellings: Mapping[str, str] = {}) -> Self:
         """Word i of `words` gets number i. Case and extra spaces in a caption do not matter; `spellings` gives other
@@ -299,3 +302,7 @@ def _whole_vocabulary(config: BPEConfig, pieces: Sequence[str], merges: list[tup
 
 def _kind(content: str) -> str:
     return "image" if _IMAGE_TOKEN.fullmatch(content) else SPECIAL
+
+
+def _from_json(kind: type[TextTokenizer], content: str) -> TextTokenizer:
+    return kind(Tokenizer.from_str(content))

@@ -7,6 +7,7 @@ Letters: N pictures of H rows and W columns.
 
 import io
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,16 @@ _KEY_COLUMN = "__key__"
 _ROWS_AT_ONCE = 256  # bounds the memory of reading, however large the table's row groups are
 _PLAIN_MODES = ("RGB", "L", "1", "P", "CMYK", "YCbCr")
 _ALPHA_MODES = ("RGBA", "LA", "PA")
+
+
+class Record(NamedTuple):
+    """One picture as it is stored, and its caption; what is missing is None."""
+
+    name: str
+    """The file and the place in it, for people."""
+    key: str | None
+    caption: str | None
+    encoded: bytes | None
 
 
 class Pair(NamedTuple):
@@ -89,13 +100,26 @@ class PairTable:
 
     def row_group(self, index: int) -> Iterator[Pair]:
         """The pairs of one row group, so that several readers can share a table."""
+        for record in self._group_records(index):
+            yield self._pair(record)
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        """The rows from number `start` on, pictures not decoded; row groups before it are not read."""
+        for index in range(self.num_row_groups):
+            num_rows = self._file.metadata.row_group(index).num_rows
+            if start < num_rows:
+                yield from islice(self._group_records(index), start, None)
+            start = max(start - num_rows, 0)
+
+    def _group_records(self, index: int) -> Iterator[Record]:
         row = sum(self._file.metadata.row_group(i).num_rows for i in range(index))
         for batch in self._batches(index):
             keys = batch[_KEY_COLUMN].to_pylist() if _KEY_COLUMN in batch.schema.names else None
             images, captions = batch[self._image_column].to_pylist(), batch[self._caption_column].to_pylist()
             for offset, (image, caption) in enumerate(zip(images, captions, strict=True)):
                 key = keys[offset] if keys else f"{row:08d}"
-                yield self._pair(row, key, image, caption)
+                encoded = image.get("bytes") if isinstance(image, dict) else image
+                yield Record(f"{self.path}: row {row}", None if key is None else str(key), caption, encoded)
                 row += 1
 
     def _batches(self, index: int) -> Iterator[pa.RecordBatch]:
@@ -109,17 +133,16 @@ class PairTable:
                 "fetch or make the file again"
             ) from error
 
-    def _pair(self, row: int, key: str | None, image: bytes | dict | None, caption: str | None) -> Pair:
-        encoded = image.get("bytes") if isinstance(image, dict) else image
-        if encoded is None or caption is None or key is None:
-            column = self._image_column if encoded is None else self._caption_column if caption is None else _KEY_COLUMN
-            raise InputError(
-                f"{self.path}: row {row}: column {column!r} is empty; every row needs a picture and a caption"
-            )
+    def _pair(self, record: Record) -> Pair:
+        columns = {_KEY_COLUMN: record.key, self._image_column: record.encoded, self._caption_column: record.caption}
+        for column in (self._image_column, self._caption_column, _KEY_COLUMN):
+            if columns[column] is None:
+                raise InputError(f"{record.name}: column {column!r} is empty; every row needs a picture and a caption")
+        assert record.key is not None and record.caption is not None and record.encoded is not None
         try:
-            return Pair(str(key), caption, decode_picture(encoded))
+            return Pair(record.key, record.caption, decode_picture(record.encoded))
         except InputError as error:
-            raise InputError(f"{self.path}: row {row}: {error}") from error
+            raise InputError(f"{record.name}: {error}") from error
 
     def read(self) -> Pairs:
         """All pairs in memory, for small tables of one picture size. Raises InputError for another size or no rows."""

@@ -1,84 +1,328 @@
-"""A table of pictures and captions to a table of tokens: each picture through the image tokenizer once, for good.
+"""Pictures and captions to a table of tokens: each picture through the image tokenizer once, for good.
+
+The work lies in parts beside the output (`.NAME.parts`), some thousand records each, with a manifest that says which
+source, tokenizers and settings they belong to. A run that was stopped or killed at any moment keeps its whole parts and
+does the others again, so that it ends with the table an unstopped run writes; other parts are refused.
 
 Letters: N pictures of H rows and W columns.
 """
 
 import hashlib
-from collections.abc import Iterator
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from jaxtyping import UInt8
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
 from smalti.bundle import weights_sha256
-from smalti.data.pairs import Pair, PairTable
+from smalti.data.pair_sources import PairSource, open_pairs
+from smalti.data.pairs import Record, decode_picture
 from smalti.data.tokens import token_rows, write_token_table
 from smalti.errors import InputError
+from smalti.files import new_file, refuse_existing
 from smalti.text_tokenizer import TextTokenizer
+
+ON_ERROR = ("stop", "skip")
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeConfig:
+    """How pairs become tokens. Raises ValueError for what cannot be."""
+
+    size: tuple[int, int] | None = None
+    """Rows and columns to which pictures are cropped (in the middle) and resized; None: as they are, all alike."""
+    max_text_length: int | None = None
+    """Captions are cut to so many tokens; None: not at all."""
+    on_error: str = "stop"
+    """What to do about a broken record: "stop", or "skip" and report it."""
+    batch_size: int = 256
+    """Pictures encoded at a time."""
+    records_per_part: int = 8192
+    """What is lost at most when a run is killed."""
+    workers: int = 0
+    """Processes that share the parts; 0: this one does them."""
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ON_ERROR:
+            raise ValueError(f"on_error is {self.on_error!r}; choose one of {', '.join(ON_ERROR)}.")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size is {self.size}; expected rows and columns of at least 1.")
+        for name, value, least in (
+            ("max_text_length", self.max_text_length, 0),
+            ("batch_size", self.batch_size, 1),
+            ("records_per_part", self.records_per_part, 1),
+            ("workers", self.workers, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}.")
+
+
+class TokenizeReport(NamedTuple):
+    """What became of the records."""
+
+    num_rows: int
+    skipped: list[tuple[str, str]]
+    """Name and fault of every broken record."""
+    num_cut: int
+    """Captions that were longer than `max_text_length`."""
 
 
 def tokenize_pairs(
     pairs: Path | str,
     tokens: Path | str,
     image_tokenizer: nn.Module,
-    text_tokenizer: TextTokenizer,
+    text_tokenizer: TextTokenizer | None,
+    config: TokenizeConfig = TokenizeConfig(),
     *,
-    batch_size: int = 256,
+    image_column: str = "image",
+    caption_column: str | None = None,
     force: bool = False,
     show_progress: bool = True,
-) -> int:
-    """Writes the token table of a table of pairs; returns its number of rows.
+) -> TokenizeReport:
+    """Writes the token table of what `open_pairs` finds at `pairs`, and goes on where a run was stopped.
 
-    The table's metadata say which tokenizers made it (`tokenizer_metadata`). Raises InputError naming the row where a
-    picture has another size than the first or a caption has words outside the vocabulary.
+    Without a text tokenizer captions are kept as text alone. The table's metadata say which tokenizers made it
+    (`tokenizer_metadata`). Broken are records without a picture or caption, pictures that cannot be read or have
+    another size than the first, and captions with words outside the vocabulary. Raises InputError naming the first of
+    them unless they are skipped, or if none is left; if `tokens` exists, unless `force`; and if parts of another run
+    lie there, naming what differs.
     """
-    table = PairTable(pairs)
+    tokens = Path(tokens)
+    refuse_existing([tokens], force=force)
+    source = open_pairs(pairs, image_column=image_column, caption_column=caption_column)
+    metadata = tokenizer_metadata(image_tokenizer, text_tokenizer)
+    folder = tokens.with_name(f".{tokens.name}.parts")
+    _claim(folder, _manifest(source, config, metadata), tokens, force=force)
+    shape = config.size or _first_size(source)
+    job = _Job(source, folder, image_tokenizer, text_tokenizer, config, shape)
+    num_parts = -(-len(source) // config.records_per_part)
+    missing = [part for part in range(num_parts) if not job.file(part).exists()]
     with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
-        task = progress.add_task(f"tokenize {Path(pairs).name}", total=len(table))
-
-        def batches() -> Iterator[pa.RecordBatch]:
-            rows, row = iter(table), 0
-            while batch := list(islice(rows, batch_size)):
-                yield _tokenize(batch, row, table.path, image_tokenizer, text_tokenizer)
-                row += len(batch)
-                progress.advance(task, len(batch))
-
-        metadata = tokenizer_metadata(image_tokenizer, text_tokenizer)
-        return write_token_table(tokens, batches(), metadata, force=force)
+        task = progress.add_task(f"tokenize {Path(pairs).name}", total=num_parts, completed=num_parts - len(missing))
+        for _ in _do_parts(job, missing):
+            progress.advance(task)
+    report = _join([job.file(part) for part in range(num_parts)], tokens, metadata, config.on_error, force=force)
+    shutil.rmtree(folder)
+    return report
 
 
-def tokenizer_metadata(image_tokenizer: Any, text_tokenizer: TextTokenizer) -> dict[str, Any]:
+def tokenizer_metadata(image_tokenizer: Any, text_tokenizer: TextTokenizer | None) -> dict[str, Any]:
     """What must agree for two token tables to be joined, or for a model to go with a table."""
-    return {
+    of_pictures = {
         "codebook_size": image_tokenizer.config.codebook_size,
         "grid": list(image_tokenizer.config.grid),
         "image_tokenizer_sha256": weights_sha256(image_tokenizer),
+    }
+    if text_tokenizer is None:
+        return of_pictures
+    return {
+        **of_pictures,
         "text_vocab_size": text_tokenizer.vocab_size,
         "text_tokenizer_sha256": hashlib.sha256(text_tokenizer.to_json().encode()).hexdigest(),
     }
 
 
-def _tokenize(
-    batch: list[Pair], first_row: int, path: Path, image_tokenizer: Any, text_tokenizer: TextTokenizer
-) -> pa.RecordBatch:
-    words = []
-    for row, pair in enumerate(batch, first_row):
-        if pair.picture.shape != batch[0].picture.shape:
-            raise InputError(
-                f"{path}: row {row}: the picture is {pair.picture.shape}, others {batch[0].picture.shape}."
-            )
+def require_tokenizers(found: dict[str, Any], wanted: dict[str, Any], where: Path | str, mend: str) -> None:
+    """Raises InputError naming both tokenizers if a table's metadata are of others than those of `wanted`."""
+    different = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    if different:
+        both = "; ".join(f"{name} {found.get(name)}, now {wanted.get(name)}" for name in different)
+        raise InputError(f"{where} was made with another tokenizer: {both}. {mend}")
+
+
+# Parts -----------------------------------------------------------------------------------------------------------
+
+
+class _Job(NamedTuple):
+    """What a process needs to do a part."""
+
+    source: PairSource
+    folder: Path
+    image_tokenizer: Any
+    text_tokenizer: TextTokenizer | None
+    config: TokenizeConfig
+    shape: tuple[int, int]
+
+    def file(self, part: int) -> Path:
+        return self.folder / f"{part:08d}.parquet"
+
+    def do(self, part: int) -> None:
+        """Writes the table of one part; in its metadata, what was skipped and cut."""
+        config = self.config
+        counts: dict[str, Any] = {"skipped": [], "num_cut": 0}
+        start = part * config.records_per_part
+        records = islice(self.source.records(start), config.records_per_part)
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            while batch := list(islice(records, config.batch_size)):
+                read = [row for record in batch if (row := self._read(record, counts)) is not None]
+                if read:
+                    yield self._encode(read)
+
+        write_token_table(self.file(part), batches(), counts, force=True)
+
+    def _read(self, record: Record, counts: dict[str, Any]) -> "_Row | None":
         try:
-            words.append(text_tokenizer.encode(pair.caption))
+            row = self._row(record)
         except InputError as error:
-            raise InputError(f"{path}: row {row}: {error}") from error
-    pictures = torch.from_numpy(np.stack([pair.picture for pair in batch]))
-    with torch.inference_mode():
-        codes = image_tokenizer.encode_images(pictures.permute(0, 3, 1, 2).float() / 255)
-    keys, texts = [pair.key for pair in batch], [pair.caption for pair in batch]
-    return token_rows(keys, codes.flatten(1).numpy(), words, texts)
+            if self.config.on_error == "stop":
+                raise InputError(f"{record.name}: {error}") from error
+            counts["skipped"].append((record.name, str(error)))
+            return None
+        counts["num_cut"] += row.was_cut
+        return row
+
+    def _row(self, record: Record) -> "_Row":
+        for what, value in (("picture", record.encoded), ("caption", record.caption), ("key", record.key)):
+            if value is None:
+                raise InputError(f"there is no {what}, or none that can be read; every record needs one")
+        assert record.key is not None and record.caption is not None and record.encoded is not None
+        picture = decode_picture(record.encoded)
+        if self.config.size is not None:
+            picture = fit(picture, self.config.size)
+        if picture.shape[:2] != self.shape:
+            rows, columns = self.shape
+            raise InputError(
+                f"the picture is {picture.shape[0]}×{picture.shape[1]}, the first {rows}×{columns} (rows × columns); "
+                "give a size to which all are cropped and resized"
+            )
+        numbers, was_cut = self._numbers(record.caption)
+        return _Row(record.key, record.caption, picture, numbers, was_cut)
+
+    def _numbers(self, caption: str) -> tuple[list[int], bool]:
+        if self.text_tokenizer is None:
+            return [], False
+        if self.config.max_text_length is None:
+            return self.text_tokenizer.encode(caption), False
+        return self.text_tokenizer.encode_within(caption, self.config.max_text_length)
+
+    def _encode(self, rows: list["_Row"]) -> pa.RecordBatch:
+        pictures = torch.from_numpy(np.stack([row.picture for row in rows]))  # (N, H, W, 3)
+        with torch.inference_mode():
+            codes = self.image_tokenizer.encode_images(pictures.permute(0, 3, 1, 2).float() / 255)
+        words, texts = [row.numbers for row in rows], [row.caption for row in rows]
+        return token_rows([row.key for row in rows], codes.flatten(1).numpy(), words, texts)
+
+
+class _Row(NamedTuple):
+    key: str
+    caption: str
+    picture: UInt8[np.ndarray, "H W 3"]
+    numbers: list[int]
+    was_cut: bool
+
+
+def fit(picture: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+    """The largest middle part of a picture with the proportions of `size` (rows, columns), resized to it."""
+    height, width = picture.shape[:2]
+    rows, columns = size
+    scale = min(height / rows, width / columns)
+    top, left = (height - rows * scale) / 2, (width - columns * scale) / 2
+    box = (left, top, left + columns * scale, top + rows * scale)
+    return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.LANCZOS, box=box))
+
+
+def _do_parts(job: _Job, parts: list[int]) -> Iterator[None]:
+    if not job.config.workers:
+        yield from map(job.do, parts)
+        return
+    # a fresh interpreter: threads of torch do not survive a fork
+    pool = ProcessPoolExecutor(
+        job.config.workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(job, max(1, (os.cpu_count() or 1) // job.config.workers)),
+    )
+    try:
+        yield from pool.map(_do_in_worker, parts)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_job: _Job | None = None
+
+
+def _start_worker(job: _Job, num_threads: int) -> None:
+    global _worker_job
+    _worker_job = job
+    torch.set_num_threads(num_threads)
+
+
+def _do_in_worker(part: int) -> None:
+    assert _worker_job is not None
+    _worker_job.do(part)
+
+
+def _first_size(source: PairSource) -> tuple[int, int]:
+    """Rows and columns of the first picture that can be read; broken ones before it come up in their turn."""
+    for record in source.records():
+        try:
+            if record.encoded is not None:
+                height, width, _ = decode_picture(record.encoded).shape
+                return height, width
+        except InputError:
+            continue
+    return 0, 0
+
+
+# Manifest and result ---------------------------------------------------------------------------------------------
+
+
+def _manifest(source: PairSource, config: TokenizeConfig, metadata: dict[str, Any]) -> dict[str, Any]:
+    settings = asdict(config)
+    for name in ("workers", "batch_size", "on_error"):  # these change nothing in a part that is whole
+        del settings[name]
+    return {"source": source.fingerprint, "settings": settings, "tokenizers": metadata}
+
+
+def _claim(folder: Path, manifest: dict[str, Any], tokens: Path, *, force: bool) -> None:
+    """Makes the folder of parts, or checks that the parts in it are of this run. With `force` others are removed."""
+    manifest = json.loads(json.dumps(manifest))
+    path = folder / MANIFEST
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found == manifest:
+            return
+        if not force:
+            mend = "Go on with the same, or start anew with --force."
+            require_tokenizers(found["tokenizers"], manifest["tokenizers"], f"the unfinished {tokens}", mend)
+            what = "settings" if found["source"] == manifest["source"] else "pictures and captions"
+            raise InputError(f"the unfinished {tokens} was begun with other {what}. {mend}")
+    shutil.rmtree(folder, ignore_errors=True)
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _join(parts: list[Path], tokens: Path, metadata: dict[str, Any], on_error: str, *, force: bool) -> TokenizeReport:
+    skipped: list[tuple[str, str]] = []
+    num_cut = 0
+    for part in parts:
+        counts = json.loads(pq.read_metadata(part).metadata[b"smalti"])
+        skipped += [(name, fault) for name, fault in counts["skipped"]]
+        num_cut += counts["num_cut"]
+    if skipped and (on_error == "stop" or not sum(pq.read_metadata(part).num_rows for part in parts)):
+        first = f"the first: {skipped[0][0]}: {skipped[0][1]}"
+        raise InputError(f"there is no table {tokens}: {len(skipped)} broken records, {first}.")
+    num_rows = write_token_table(tokens, _batches(parts), metadata, force=force)
+    return TokenizeReport(num_rows, skipped, num_cut)
+
+
+def _batches(parts: Iterable[Path]) -> Iterator[pa.RecordBatch]:
+    for part in parts:
+        yield from pq.ParquetFile(part).iter_batches()
