@@ -23,7 +23,8 @@ _BLUE = "#33658a"
 
 def png_bytes(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+    crop = None if figure.get_layout_engine() else "tight"  # a solved layout fits already; cropping draws twice
+    figure.savefig(buffer, format="png", dpi=100, bbox_inches=crop)
     return buffer.getvalue()
 
 
@@ -221,14 +222,18 @@ def picture_grid(
     cell: float = 1.1,
 ) -> Figure:
     """Rows of pictures in [0, 1]; titles over the first row, or over every picture."""
-    figure, axes = _figure(cell * len(pictures[0]), (cell + 0.18) * len(pictures), len(pictures), len(pictures[0]))
+    size = (cell * len(pictures[0]), (cell + 0.18) * len(pictures))
+    figure = Figure(figsize=size)  # all cells are alike: a layout solver would only take time
+    axes = figure.subplots(len(pictures), len(pictures[0]), squeeze=False)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.08, hspace=0.3)
+    over_each = not isinstance(titles[0], str)
     for r, row in enumerate(pictures):
         for c, place in enumerate(axes[r]):
             place.axis("off")
             if c < len(row):
                 picture = np.broadcast_to(row[c], (3, *row[c].shape[1:])).transpose(1, 2, 0)
                 place.imshow(picture.clip(0, 1), interpolation="nearest")
-            names = titles[r] if not isinstance(titles[r], str) else (titles if r == 0 else ())
+            names = titles[r] if over_each else titles if r == 0 else ()
             if c < len(names):
                 place.set_title(names[c], fontsize=8)
     return figure

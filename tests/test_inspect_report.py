@@ -1,0 +1,141 @@
+"""The report: everything inside one page, every finding with a function that exists."""
+
+import importlib
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from test_inspect_grid import as_lines, markov_field
+from tiny_bundle import CODEBOOK_SIZE, save_tiny_bundle
+
+from smalti.cli import run
+from smalti.data.lines import Lines, write_lines
+from smalti.data.tokens import token_rows, write_token_table
+from smalti.inspect.findings import InspectConfig
+from smalti.inspect.grid import Grid
+from smalti.inspect.report import inspect_bundle
+from smalti.inspect.subject import load_subject
+from smalti.line_model import LineModel
+from smalti.line_presets import line_layout
+from smalti.models import new_model
+from smalti.transformer import TransformerConfig
+
+SMALL = InspectConfig(num_lines=300, num_scored=20, num_halvings=1, num_pairs=2)
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def check_report(folder, sections):
+    text = (folder / "index.html").read_text()
+    page = Page(text)
+    images = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert images and all(source.startswith("data:image/png;base64,iVBOR") for source in images)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"}
+    assert not re.search(r"https?://|url\(|@import", text)
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower().split()
+    written = json.loads((folder / "findings.json").read_text())
+    assert [section["section"] for section in written] == [section.title for section in sections]
+    for section in written:
+        assert section["findings"]
+        for finding in section["findings"]:
+            for name in finding["function"].removeprefix("smalti.inspect.").split(", "):
+                module, function = name.split(".")
+                assert callable(getattr(importlib.import_module(f"smalti.inspect.{module}"), function))
+    return text, [section.title for section in sections]
+
+
+def test_report_of_a_picture_bundle(tmp_path):
+    bundle = save_tiny_bundle(tmp_path / "bundle")
+    codes = markov_field(300, 7, 7, CODEBOOK_SIZE).reshape(300, -1)
+    rows = token_rows([f"{i}" for i in range(300)], codes, np.ones((300, 6), int))
+    write_token_table(tmp_path / "tokens.parquet", [rows], {})
+    sections = inspect_bundle(bundle, tmp_path / "tokens.parquet", tmp_path / "report", SMALL)
+    text, titles = check_report(tmp_path / "report", sections)
+    assert "The lines are pictures of 7 × 7 codes read row by row" in text
+    assert titles[-1] == "What the codes look like"
+
+
+@pytest.fixture(scope="module")
+def lines_and_bundle(tmp_path_factory):
+    """Pictures of 5 × 7 codes, read as a snake between one code before and two behind; a model that knows nothing."""
+    folder = tmp_path_factory.mktemp("lines")
+    codes = as_lines(markov_field(300, 5, 7, 11), "snake", None, 1, 2)
+    tags = [f"{i}.png" for i in range(300)]
+    write_lines(folder / "lines.txt", [Lines(np_strings(tags), codes.ravel(), np.full(300, 38))])
+    layout = line_layout(38, 14)
+    torch.manual_seed(0)
+    config = TransformerConfig(num_layers=1, d_model=12, num_heads=2, d_ff=13, max_length=layout.max_length)
+    LineModel(model=new_model(layout, config), layout=layout).save(folder / "bundle")
+    return folder
+
+
+def np_strings(tags):
+    import pyarrow as pa
+
+    return pa.array(tags, pa.string())
+
+
+def test_report_of_lines_by_the_command(lines_and_bundle, tmp_path, capsys):
+    folder = lines_and_bundle
+    arguments = ["inspect", str(folder / "bundle"), "--data", str(folder / "lines.txt"), "-o", str(tmp_path / "report")]
+    small = ["--lines", "300", "--scored", "20"]
+    assert run([*arguments, *small]) == 0
+    printed = capsys.readouterr().out
+    assert "pictures of 5 × 7 codes read row by row, every other row backwards" in printed
+    assert "positions 0, 36, 37 are outside" in printed
+    assert str(tmp_path / "report" / "index.html") in printed
+    assert run([*arguments, *small]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_report_without_a_grid(lines_and_bundle, tmp_path):
+    """The page is whole where there is no grid to draw maps on."""
+    codes = np.random.default_rng(0).integers(0, 14, (300, 38))
+    write_token_table(tmp_path / "noise.parquet", [token_rows([f"{i}" for i in range(300)], codes)], {})
+    sections = inspect_bundle(lines_and_bundle / "bundle", tmp_path / "noise.parquet", tmp_path / "report", SMALL)
+    text, titles = check_report(tmp_path / "report", sections)
+    assert "No grid is found" in text
+    assert "What the codes look like" not in titles
+
+
+def test_lines_become_pictures_where_the_grid_is_the_tokenizers(lines_and_bundle):
+    subject = load_subject(lines_and_bundle / "bundle", lines_and_bundle / "lines.txt", num_lines=10)
+    codes = torch.from_numpy(subject.codes)
+    grid = Grid(rows=5, columns=7, before=1, after=2, order="snake")
+    assert subject.pictures(codes, grid) is None, "there is no image tokenizer"
+
+    class Tokenizer:
+        class config:
+            grid, codebook_size = (5, 7), 11
+
+    object.__setattr__(subject, "image_tokenizer", Tokenizer())
+    pictures = subject.pictures(codes, grid)
+    assert pictures is not None and pictures.shape == (10, 5, 7)
+    assert torch.equal(pictures[:, 1], codes[:, 8:15].flip(-1))
+    assert subject.pictures(codes, None) is None
+    assert subject.pictures(codes, Grid(rows=7, columns=5, before=1, after=2)) is None
+    assert subject.pictures(codes, Grid(rows=5, columns=7, before=0, after=3)) is None, "a special is no code"
+
+
+def test_what_does_not_fit_is_refused(lines_and_bundle, tmp_path, capsys):
+    codes = np.zeros((5, 9), int)
+    write_token_table(tmp_path / "short.parquet", [token_rows(list("abcde"), codes)], {})
+    bundle = str(lines_and_bundle / "bundle")
+    assert run(["inspect", bundle, "--data", str(tmp_path / "short.parquet"), "-o", str(tmp_path / "report")]) == 2
+    assert "image_tokens has 9 tokens, expected 38" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="num_scored is 3; it must be at least 10"):
+        InspectConfig(num_scored=3)
+    picture_bundle = save_tiny_bundle(tmp_path / "pictures")
+    with pytest.raises(ValueError, match="has an image tokenizer of its own"):
+        load_subject(picture_bundle, tmp_path / "x.parquet", num_lines=10, image_tokenizer=tmp_path)
