@@ -4,6 +4,7 @@ import json
 import warnings
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -11,7 +12,16 @@ from tokenizers import Tokenizer
 from smalti.cli import run
 from smalti.data.captions import read_captions
 from smalti.errors import InputError
+from smalti.image_tokenizers.quantizer import QuantizerConfig
+from smalti.image_tokenizers.vqvae import VQVAE, VQVAEConfig
+from smalti.interop.huggingface import export_llama
+from smalti.layout import Layout
+from smalti.models import new_model
+from smalti.pictures import PictureConfig
+from smalti.pipeline import Pipeline
 from smalti.text_tokenizer import SPECIALS, BPEConfig, TextTokenizer, image_token
+from smalti.token_model import save_token_model
+from smalti.transformer import TransformerConfig
 from smalti.vocabulary import Vocabulary
 
 CAPTIONS = ["a purple dog on a red tree", "two cats on a tree", "a dog and two red cats", "ein Café auf der Straße"] * 3
@@ -189,14 +199,6 @@ def test_nothing_to_learn_from():
 
 
 def test_transformers_reads_an_exported_tokenizer(small: TextTokenizer, tmp_path):
-    import torch
-
-    from smalti.interop.huggingface import export_llama
-    from smalti.layout import Layout
-    from smalti.models import new_model
-    from smalti.token_model import save_token_model
-    from smalti.transformer import TransformerConfig
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import AutoTokenizer
@@ -219,6 +221,91 @@ def test_transformers_reads_an_exported_tokenizer(small: TextTokenizer, tmp_path
     assert theirs.decode(small.parse(LINE)) == LINE
     assert theirs.decode(small.parse(LINE), skip_special_tokens=True) == "two cats"
     assert len(theirs) == SMALL.vocabulary.size
+
+
+@pytest.fixture(scope="module")
+def pipe(small: TextTokenizer) -> Pipeline:
+    """One order, caption before picture, captions of any length up to 11 tokens."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layout = Layout.parse(
+            SMALL.vocabulary, {"text to image": "text{..11} <|startofimage|> image{49} <|endofimage|>"}
+        )
+        transformer = TransformerConfig(
+            num_layers=1, d_model=24, num_heads=3, d_ff=29, max_length=layout.max_length, bias=False,
+            norm="rms", feed_forward="swiglu", positions="rotary",
+        )  # fmt: skip
+        model = new_model(layout, transformer)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        quantizer = QuantizerConfig(codebook_size=37, code_dim=5, update="gradient")
+        config = VQVAEConfig(width=8, num_heads=2, encoder_blocks=1, decoder_blocks=1, quantizer=quantizer)
+        return Pipeline(
+            model=model,
+            layout=layout,
+            image_tokenizer=VQVAE(config),
+            text_tokenizer=small,
+            pictures=PictureConfig(height=28, width=28, levels=4, scale=1),
+            name="words",
+        )
+
+
+def test_any_prompt_draws_a_picture(pipe: Pipeline, tmp_path):
+    pipe.save(tmp_path / "bundle")
+    loaded = Pipeline.load(tmp_path / "bundle")
+    prompts = ["a dog", "", "\x00\x1b", "🎉", "<|pad|>"]
+    drawn = loaded.generate_codes(prompts, seed=3)
+    assert drawn.shape == (5, 7, 7)
+    assert torch.equal(drawn, pipe.generate_codes(prompts, seed=3))
+    assert len({tuple(codes.flatten().tolist()) for codes in drawn}) == 5
+
+
+def test_a_long_prompt_is_cut_with_a_warning(pipe: Pipeline, small: TextTokenizer):
+    prompt = "dog and cat " * 5000
+    with pytest.warns(UserWarning, match=r"a caption of \d+ tokens was cut to its first 11; this bundle takes 11"):
+        drawn = pipe.generate_codes(prompt)
+    kept = small.decode(small.encode(prompt)[:11])
+    assert torch.equal(drawn, pipe.generate_codes(kept))
+
+
+def test_guidance_steers_away_from_the_empty_caption(pipe: Pipeline):
+    plain = pipe.generate_codes(["a dog", ""], seed=5)
+    guided = pipe.generate_codes(["a dog", ""], seed=5, guidance_scale=4.0)
+    assert not torch.equal(guided[0], plain[0])
+    assert torch.equal(guided[1], plain[1])  # null + 4 · (null − null)
+    named = pipe.generate_codes("a dog", seed=5, guidance_scale=4.0, negative_prompt="")
+    assert torch.equal(named[0], guided[0])
+
+
+def test_an_exported_bundle_goes_on_from_its_own_text(pipe: Pipeline, tmp_path):
+    pipe.save(tmp_path / "bundle")
+    export_llama(tmp_path / "bundle", tmp_path / "llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(tmp_path / "llama")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()
+    prompt = words("a dog<|startofimage|>", return_tensors="pt")
+    line = words.decode(theirs.generate(**prompt, do_sample=False)[0])
+    ours = pipe.generate_codes("a dog", temperature=0.0).flatten().tolist()
+    assert line == "a dog<|startofimage|>" + "".join(map(image_token, ours)) + "<|endofimage|>"
+
+
+def test_another_tokenizer_in_a_bundle_is_refused_with_both_layouts(pipe: Pipeline):
+    other, _ = TextTokenizer.train(
+        CAPTIONS, BPEConfig(image_size=37, text_size=290, order=("text", "special", "image"))
+    )
+    with pytest.raises(
+        ValueError, match=r"segments are Vocabulary\(text 0\.\.289.*the model's Vocabulary\(image 0\.\.36"
+    ):
+        Pipeline(
+            model=pipe.model,
+            layout=pipe.layout,
+            image_tokenizer=pipe.image_tokenizer,
+            text_tokenizer=other,
+            pictures=pipe.pictures,
+        )
 
 
 def test_train_through_the_command_line(tmp_path, capsys):

@@ -335,7 +335,7 @@ class Pipeline:
             return request
         if negative_prompt is not None:
             return replace(request, null=Request(order=order, given={"text": self._whole(negative_prompt)}))
-        return replace(request, null=Request(order=self._order("image", "text")))  # pictures without a caption
+        return replace(request, null=self._uncaptioned())
 
     def _best(self, found: Sequence[Generated], best_of: int, rerank: str, batch_size: int) -> list[int]:
         """Which of every `best_of` sequences is kept."""
@@ -418,7 +418,7 @@ class Pipeline:
             raise ValueError(f"rows is {rows}; expected 0 to {self.grid[0]}, the rows of codes in a picture.")
         kept = self.encode([picture])[0, :rows].flatten()
         config = self._sample_config(self.sampling.picture if caption else SampleConfig(), sampling)
-        alone = Request(order=self._order("image", "text"), given={"image": kept}, seed=seed)
+        alone = self._uncaptioned(image=kept)
         request = alone
         if caption is not None:
             given = {"text": self._whole(caption), "image": kept}
@@ -515,6 +515,16 @@ class Pipeline:
             )
             return torch.tensor(kept, dtype=torch.long)
         return words
+
+    def _uncaptioned(self, **given: Int[Tensor, " L"]) -> Request:
+        """A picture without a caption, what guidance steers away from: behind an empty caption where captions may have
+        any length, else in the order that has the picture first."""
+        order = next(
+            (o for o in self.layout.orders.values() if [s.segment for s in o.spans] == ["text", "image"]), None
+        )
+        if order is not None and order.span("text").end is not None:
+            return Request(order=order.name, given={"text": torch.zeros(0, dtype=torch.long), **given})
+        return Request(order=self._order("image", "text"), given=given)
 
     def _order(self, first: str, then: str) -> str:
         """The name of the order in which one segment is given and the other follows."""

@@ -22,7 +22,7 @@ from torch import nn
 from smalti.data.digit_sources import read_coloured_pickle, read_mnist, scikit_learn_digits
 from smalti.data.digits import PICTURE_SIZE, SPLITS, ColouredDigits, SourceDigits, words, write_digits
 from smalti.data.pairs import PairTable
-from smalti.data.tokenize_pairs import tokenize_pairs, tokenizer_metadata
+from smalti.data.tokenize_pairs import require_tokenizers, tokenize_pairs, tokenizer_metadata
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
 from smalti.evaluate.galleries import draw_galleries
@@ -115,8 +115,9 @@ def _tokenize(output: Path, image_tokenizer: nn.Module, text_tokenizer: TextToke
         pairs, tokens = output / "data" / f"{split}.parquet", output / "tokens" / f"{split}.parquet"
         if not tokens.exists():
             tokenize_pairs(pairs, tokens, image_tokenizer, text_tokenizer, show_progress=show_progress)
-        elif TokenTable.open(tokens).metadata != tokenizer_metadata(image_tokenizer, text_tokenizer):
-            raise InputError(f"{tokens} was made with another image tokenizer: remove {tokens.parent} to make it anew.")
+        else:
+            found, wanted = TokenTable.open(tokens).metadata, tokenizer_metadata(image_tokenizer, text_tokenizer)
+            require_tokenizers(found, wanted, tokens, f"Remove {tokens.parent} to make it anew.")
 
 
 # Model, bundle, report -----------------------------------------------------------------------------------------
