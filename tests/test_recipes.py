@@ -149,7 +149,7 @@ def test_a_recipe_of_ones_own_is_read_from_its_file(tmp_path):
         (lambda c: c.update(trian={}), "there is no setting trian; did you mean"),
         (lambda c: c["train"].update(lr=1), "there is no setting train.lr; "),
         (lambda c: c.pop("output"), "output is missing; add it."),
-        (lambda c: c["model"].pop("d_model"), "model.d_model is missing; add it."),
+        (lambda c: c.update(model={"num_layers": 4, "num_heads": 4, "d_ff": 9}), "model.d_model is missing; add it."),
         (lambda c: c["model"].update(max_length=99), "model.max_length follows from the layout; leave it out."),
         (lambda c: c["image_tokenizer"]["model"]["quantizer"].update(size=3), "no setting image_tokenizer.model.quant"),
         (lambda c: c["image_tokenizer"]["model"]["quantizer"].update(code_dim="x"), "quantizer.code_dim is 'x'; expec"),

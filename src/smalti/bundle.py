@@ -164,6 +164,7 @@ def _sha256(path: Path) -> str:
 def save_weights(state: Mapping[str, Tensor], path: Path, *, half: bool = False) -> None:
     """Writes tensors as safetensors. With `half`, floating ones in float16, but for those beyond its range."""
     save_file({name: (_halved(t) if half else t).contiguous() for name, t in state.items()}, path)
+    path.chmod(0o644)  # safetensors lets nobody else read its files; a bundle is there to be shared
 
 
 def _halved(tensor: Tensor) -> Tensor:
