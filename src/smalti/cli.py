@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
+from smalti.cli_evaluate import app as evaluate_app
 from smalti.cli_interop import app as interop_app
 from smalti.cli_train import app as train_app
 
@@ -25,6 +26,7 @@ data_app = typer.Typer(help="Make the tables that training reads.", no_args_is_h
 app.add_typer(data_app, name="data")
 app.add_typer(interop_app)
 app.add_typer(train_app, name="train")
+app.add_typer(evaluate_app, name="evaluate")
 console = Console()
 
 Bundle = Annotated[
@@ -434,8 +436,8 @@ def tokenize(
     pairs: Annotated[
         Path,
         typer.Argument(
-            help="Pictures with captions: parquet, webdataset tar shards, or a folder of pictures with JSON lines, CSV, "
-            "or .txt files beside them."
+            help="Pictures with captions: parquet, webdataset tar shards, or a folder of pictures with JSON lines, "
+            "CSV, or .txt files beside them."
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Parquet file of tokens.")],
@@ -444,13 +446,16 @@ def tokenize(
     ] = None,
     image_tokenizer: Annotated[Path | None, typer.Option(help="Folder of an image tokenizer.")] = None,
     text_tokenizer: Annotated[
-        Path | None, typer.Option(help="File of a text tokenizer, to go with --image-tokenizer; none keeps text alone.")
+        Path | None, typer.Option(help="File of a text tokenizer, with --image-tokenizer; none keeps text alone.")
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="Crop and resize pictures to ROWSxCOLUMNS, or to a square (default: as they are).")
+        str | None,
+        typer.Option(help="Crop and resize pictures to ROWSxCOLUMNS, or a square (default: as they are)."),
     ] = None,
     max_text_length: Annotated[int | None, typer.Option(help="Cut captions to so many tokens.")] = None,
-    on_error: Annotated[str, typer.Option(help="What to do about a broken picture: stop, or skip and name it.")] = "stop",
+    on_error: Annotated[
+        str, typer.Option(help="What to do about a broken picture: stop, or skip and name it.")
+    ] = "stop",
     workers: Annotated[int, typer.Option(min=0, help="Processes that share the work; 0: this one alone.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at a time.")] = 256,
     image_column: Annotated[str, typer.Option(help="Column of the pictures in parquet.")] = "image",
@@ -508,7 +513,7 @@ def _size(text: str) -> tuple[int, int]:
         raise ValueError(f"size is {text!r}; expected ROWSxCOLUMNS, such as 64x48, or one number.") from error
 
 
-@app.command(epilog="Example: smalti evaluate digits --data out/digits -o out/report")
+@evaluate_app.command("bundle", epilog="Example: smalti evaluate digits --data out/digits -o out/report")
 def evaluate(
     bundle: Annotated[str, typer.Argument(help="A shipped bundle's name, a folder, or a hub's owner/name.")],
     data: Annotated[Path, typer.Option(help="Folder with test.parquet, or a parquet table of pictures and captions.")],

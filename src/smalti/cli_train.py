@@ -37,9 +37,12 @@ def recipe(
     """Train a whole system, from data to bundle and report. Run again, it goes on where it stopped."""
     import shlex
 
-    from smalti.recipes import LinesRecipe, load_recipe
+    from smalti.recipes import LinesRecipe, TokenizerRecipe, load_recipe
 
     checked = load_recipe(recipe, settings or [])
+    if isinstance(checked, TokenizerRecipe):
+        _train_tokenizer(checked, quiet)
+        return
     command = shlex.join(["smalti", "train", recipe, *(settings or [])])
     output = checked.output
     if isinstance(checked, LinesRecipe):
@@ -62,6 +65,54 @@ def recipe(
         "Try next:\n"
         f'  smalti generate "dark green eight on bright cyan" -o eight.png --bundle {bundle}\n'
         f"  smalti caption eight.png --bundle {bundle}"
+    )
+
+
+@app.command(
+    "tokenizer",
+    epilog="Examples: smalti train tokenizer vqgan pictures=photos output=out/photos · "
+    "smalti train tokenizer titok pictures=train.parquet held_out=test.parquet train.steps=5000",
+)
+def tokenizer(
+    family: Annotated[
+        str, typer.Argument(help="vqgan, vit_vqgan or titok; or another recipe for image tokenizers, or a YAML file.")
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, each key=value; pictures=FOLDER_OR_PARQUET is needed.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")] = False,
+) -> None:
+    """Train an image tokenizer on a folder or a table of pictures. Run again, it goes on where it stopped."""
+    from smalti.recipes import TokenizerRecipe, load_recipe
+
+    checked = load_recipe(family, settings or [])
+    if not isinstance(checked, TokenizerRecipe):
+        raise ValueError(f"{family} is a recipe of the system {checked.system}; train it by: smalti train {family}")
+    _train_tokenizer(checked, quiet)
+
+
+def _train_tokenizer(recipe: Any, quiet: bool) -> None:
+    from smalti.data.picture_sets import PictureSet
+    from smalti.train_gan_tokenizer import train_gan_tokenizer
+
+    if recipe.pictures is None:
+        raise ValueError("no pictures are given; add pictures=FOLDER, or pictures=TABLE.parquet.")
+    train_gan_tokenizer(
+        PictureSet(recipe.pictures),
+        None if recipe.held_out is None else PictureSet(recipe.held_out),
+        recipe.image_tokenizer.model,
+        recipe.train,
+        recipe.output,
+        losses=recipe.losses,
+        adversarial=recipe.adversarial,
+        reading=recipe.reading,
+        show_progress=not quiet,
+    )
+    measured_on = recipe.held_out or recipe.pictures
+    typer.echo(
+        f"\nOpen {recipe.output}/curves.png and the last of {recipe.output}/reconstructions. The image tokenizer is "
+        f"{recipe.output}/image_tokenizer.\nTry next:\n"
+        f"  smalti evaluate tokenizer {recipe.output} {measured_on} -o {recipe.output}/report"
     )
 
 

@@ -496,8 +496,8 @@ def _split(
     """The rows to train on, and the pictures to measure on: those held out, or rows kept back from training."""
     rows = np.arange(len(pictures))
     if held_out is not None:
-        return rows, held_out.fitted(range(min(reading.held_out, len(held_out))), image_size)
-    kept_back = min(reading.held_out, len(rows) // 10)
+        return rows, held_out.fitted(range(min(reading.held_out_pictures, len(held_out))), image_size)
+    kept_back = min(reading.held_out_pictures, len(rows) // 10)
     if kept_back < 2:
         raise InputError(
             f"{pictures.path} holds {len(rows)} pictures, too few to keep a tenth back; give more, or held-out "

@@ -32,21 +32,21 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 @dataclass(frozen=True, kw_only=True)
 class PicturesConfig:
     """How pictures are read. `min_crop` is the least share of the largest possible crop's side that a training crop
-    has (1: always the largest, at a random place); `flip` mirrors every second picture,
-    at random. `held_out` counts the pictures measured, taken from the training pictures where no others are given.
+    has (1: always the largest, at a random place); `flip` mirrors every second picture, at random.
+    `held_out_pictures` counts the pictures measured, taken from the training pictures where no others are given.
     `workers` are processes that read ahead, at most as many as there are cores; with 0 the training loop reads.
     """
 
     min_crop: float = 0.8
     flip: bool = True
-    held_out: int = 500
+    held_out_pictures: int = 500
     workers: int = 1
 
     def __post_init__(self):
         if not 0 < self.min_crop <= 1:
             raise ValueError(f"min_crop is {self.min_crop}; it must lie in (0, 1].")
-        if self.held_out < 2:
-            raise ValueError(f"held_out is {self.held_out}; it must be at least 2.")
+        if self.held_out_pictures < 2:
+            raise ValueError(f"held_out_pictures is {self.held_out_pictures}; it must be at least 2.")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}; it must not be negative.")
 

@@ -11,18 +11,24 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from smalti.data.digits import ColouringConfig
+from smalti.data.picture_sets import PicturesConfig
 from smalti.errors import InputError
 from smalti.evaluate.report import ReportConfig
+from smalti.image_tokenizers.losses import AdversarialConfig, LossConfig
+from smalti.image_tokenizers.titok import TiTokConfig
+from smalti.image_tokenizers.vit_vqgan import ViTVQGANConfig
+from smalti.image_tokenizers.vqgan import VQGANConfig
 from smalti.image_tokenizers.vqvae import VQVAEConfig
 from smalti.layout import Layout, Order, parse_order
 from smalti.line_presets import AUTO, choose_preset
 from smalti.pipeline import Sampling
+from smalti.train_gan_tokenizer import TrainGANTokenizerConfig
 from smalti.train_model import TrainConfig
 from smalti.train_tokenizer import TrainTokenizerConfig
 from smalti.transformer import PRESETS, TransformerConfig
@@ -151,8 +157,42 @@ class LinesRecipe(Section):
         return self
 
 
-System = type[Recipe] | type[LinesRecipe]
-SYSTEMS: dict[str, System] = {"digits": Recipe, "lines": LinesRecipe}
+class VQGANFamily(Section):
+    family: Literal["vqgan"]
+    model: VQGANConfig = VQGANConfig()
+
+
+class ViTVQGANFamily(Section):
+    family: Literal["vit_vqgan"]
+    model: ViTVQGANConfig = ViTVQGANConfig()
+
+
+class TiTokFamily(Section):
+    family: Literal["titok"]
+    model: TiTokConfig = TiTokConfig()
+
+
+class TokenizerRecipe(Section):
+    """A checked recipe of the system `image tokenizer`: an image tokenizer alone, trained on real pictures."""
+
+    system: Literal["image tokenizer"]
+    description: str
+    expects: str
+    pictures: Path | None = None
+    """Folder of pictures, or parquet table with a column `image`."""
+    held_out: Path | None = None
+    """Pictures of their own to measure on. None: some of `pictures` are kept back."""
+    reading: PicturesConfig = PicturesConfig()
+    image_tokenizer: Annotated[VQGANFamily | ViTVQGANFamily | TiTokFamily, Field(discriminator="family")]
+    losses: LossConfig = LossConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
+    train: TrainGANTokenizerConfig = TrainGANTokenizerConfig()
+    output: Path
+
+
+AnyRecipe = Recipe | LinesRecipe | TokenizerRecipe
+System = type[Recipe] | type[LinesRecipe] | type[TokenizerRecipe]
+SYSTEMS: dict[str, System] = {"digits": Recipe, "lines": LinesRecipe, "image tokenizer": TokenizerRecipe}
 """Kinds of recipes, by their entry `system`."""
 
 
@@ -164,7 +204,7 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(str(resources.files(__name__))).glob("*.yaml"))}
 
 
-def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe | LinesRecipe:
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """A shipped recipe by its name, or the one in a YAML file, with settings changed by `overrides`.
 
     An override is "key=value": the key dotted, as in `train.learning_rate`, or its last word alone where only one
@@ -217,7 +257,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _checked(content: dict[str, Any], name: str, system: System) -> Recipe | LinesRecipe:
+def _checked(content: dict[str, Any], name: str, system: System) -> AnyRecipe:
     content = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
     _set_max_length(content, name)
     try:

@@ -1,0 +1,75 @@
+"""The command `evaluate`: a bundle, or image tokenizers side by side."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+
+class BundleGroup(TyperGroup):
+    """`smalti evaluate digits` is short for `smalti evaluate bundle digits`, whatever is not the name of a part."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["bundle", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=BundleGroup, help="Measure a bundle, or image tokenizers.", no_args_is_help=True)
+
+
+@app.command(
+    "tokenizer", epilog="Example: smalti evaluate tokenizer out/vqgan out/titok photos/held_out -o out/comparison"
+)
+def tokenizer(
+    bundles_and_pictures: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="BUNDLE... PICTURES",
+            help="Folders of image tokenizers, bundles or training runs; last a folder or a table of pictures.",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for reconstruction.json and reconstructions.png.")
+    ] = None,
+    num: Annotated[int | None, typer.Option(min=2, help="Measure on the first NUM pictures (default: all).")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="ROWSxCOLUMNS that pictures are cut to (default: each tokenizer's own).")
+    ] = None,
+    vgg: Annotated[Path | None, typer.Option(help="torchvision's vgg16 weights, for LPIPS.")] = None,
+    lpips: Annotated[Path | None, typer.Option(help="The linear layers of LPIPS, vgg.pth.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+) -> None:
+    """How well image tokenizers rebuild pictures: PSNR, SSIM, a Fréchet distance, use of the codebook, one table."""
+    import shlex
+
+    from smalti.evaluate.reconstruction import REPORT_FILES, compare_tokenizers
+    from smalti.files import refuse_existing
+    from smalti.image_tokenizers.perceptual import LPIPS
+
+    *bundles, pictures = bundles_and_pictures
+    if not bundles:
+        raise ValueError(f"only {pictures} is given; name at least one image tokenizer, and the pictures last.")
+    if (vgg is None) != (lpips is None):
+        raise ValueError("LPIPS needs two files: give both --vgg and --lpips.")
+    if output:
+        refuse_existing([output / name for name in REPORT_FILES], force=force)
+    network = LPIPS.load(vgg, lpips) if vgg and lpips else None
+    options = [*(["--num", str(num)] if num else []), *(["--size", size] if size else [])]
+    command = shlex.join(["smalti", "evaluate", "tokenizer", *map(str, bundles_and_pictures), *options])
+    comparison = compare_tokenizers(bundles, pictures, num=num, image_size=_size(size), lpips=network, command=command)
+    Console().print(comparison.table())
+    if output:
+        comparison.write(output, force=force)
+        typer.echo(f"{output}: {', '.join(REPORT_FILES)}")
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    rows, cross, columns = text.partition("x")
+    if not (cross and rows.isdecimal() and columns.isdecimal()):
+        raise ValueError(f"--size is {text!r}; expected rows and columns such as 64x64.")
+    return int(rows), int(columns)
