@@ -125,7 +125,7 @@ def test_a_trained_image_tokenizer_may_have_another_grid():
 
 def test_an_unknown_recipe_lists_the_known():
     with pytest.raises(
-        InputError, match=r"no recipe 'digit'; there are demo, .*digits.* path of a .yaml file. Did you"
+        InputError, match=r"no recipe 'digit'; there are .*demo, .*digits.* path of a .yaml file. Did you"
     ):
         load_recipe("digit")
 

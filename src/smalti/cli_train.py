@@ -28,7 +28,9 @@ app = typer.Typer(
     "smalti train lines data=lines.parquet"
 )
 def recipe(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe (demo, digits, digits-best, lines), or a YAML file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A shipped recipe (demo, digits, digits-best, lines, cc3m), or a YAML file.")
+    ],
     settings: Annotated[
         list[str] | None, typer.Argument(help="Changes to it, each key=value; the last word of a key will often do.")
     ] = None,
@@ -37,11 +39,22 @@ def recipe(
     """Train a whole system, from data to bundle and report. Run again, it goes on where it stopped."""
     import shlex
 
-    from smalti.recipes import LinesRecipe, TokenizerRecipe, load_recipe
+    from smalti.recipes import CaptionsRecipe, LinesRecipe, TokenizerRecipe, load_recipe
 
     checked = load_recipe(recipe, settings or [])
     if isinstance(checked, TokenizerRecipe):
         _train_tokenizer(checked, quiet)
+        return
+    if isinstance(checked, CaptionsRecipe):
+        from smalti.train_captions import train_captions
+
+        bundle = train_captions(checked, show_progress=not quiet)
+        typer.echo(
+            f"\nOpen {checked.output}/model/curves.png. The bundle is {bundle}.\n"
+            "Try next:\n"
+            f'  smalti generate "a bird on a tree" -o bird.png --bundle {bundle}\n'
+            f"  smalti export hf {bundle} {checked.output}/llama"
+        )
         return
     command = shlex.join(["smalti", "train", recipe, *(settings or [])])
     output = checked.output

@@ -28,6 +28,7 @@ from smalti.image_tokenizers.vqvae import VQVAEConfig
 from smalti.layout import Layout, Order, parse_order
 from smalti.line_presets import AUTO, choose_preset
 from smalti.pipeline import Sampling
+from smalti.text_tokenizer import BPEConfig
 from smalti.train_gan_tokenizer import TrainGANTokenizerConfig
 from smalti.train_model import TrainConfig
 from smalti.train_tokenizer import TrainTokenizerConfig
@@ -190,9 +191,57 @@ class TokenizerRecipe(Section):
     output: Path
 
 
-AnyRecipe = Recipe | LinesRecipe | TokenizerRecipe
-System = type[Recipe] | type[LinesRecipe] | type[TokenizerRecipe]
-SYSTEMS: dict[str, System] = {"digits": Recipe, "lines": LinesRecipe, "image tokenizer": TokenizerRecipe}
+class CaptionedPictures(Section):
+    """Pictures with captions, as `open_pairs` finds them: parquet, webdataset shards, or a folder."""
+
+    train: Path | None = None
+    validation: Path | None = None
+    size: tuple[int, int]
+    """Rows and columns to which pictures are cropped and resized: what the image tokenizer was trained on."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do about a broken picture."""
+
+
+class CaptionsRecipe(Section):
+    """A checked recipe of the system `captions`: pictures from free captions in one vocabulary."""
+
+    system: Literal["captions"]
+    description: str
+    expects: str
+    data: CaptionedPictures
+    image_tokenizer: Path | None = None
+    """Folder of a trained image tokenizer."""
+    text_size: int
+    """Pieces of words; the text tokenizer is trained on the training captions."""
+    segments: tuple[str, ...]
+    """Which ids come first: image, special and text in some order."""
+    layout: Orders
+    caption_dropout: float = 0.1
+    """Share of the training captions left empty, which guidance needs."""
+    model: TransformerConfig
+    """Without `max_length`, which is that of the layout's longest sequence."""
+    train: TrainConfig
+    sample: Sampling = Sampling()
+    output: Path
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "CaptionsRecipe":
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout is {self.caption_dropout}; expected a share in [0, 1).")
+        # the codebook's size is known when the image tokenizer is loaded
+        BPEConfig(image_size=1, text_size=self.text_size, specials=self.layout.specials, order=self.segments)
+        self.layout.make(codebook_size=1, text_vocab_size=1)
+        return self
+
+
+AnyRecipe = Recipe | LinesRecipe | TokenizerRecipe | CaptionsRecipe
+System = type[Recipe] | type[LinesRecipe] | type[TokenizerRecipe] | type[CaptionsRecipe]
+SYSTEMS: dict[str, System] = {
+    "digits": Recipe,
+    "lines": LinesRecipe,
+    "image tokenizer": TokenizerRecipe,
+    "captions": CaptionsRecipe,
+}
 """Kinds of recipes, by their entry `system`."""
 
 

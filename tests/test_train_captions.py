@@ -1,0 +1,114 @@
+"""Pictures from free captions: the whole system on a handful of pairs, through the command line."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from smalti.cli import run
+from smalti.data.tokens import TokenTable, token_rows, write_token_table
+from smalti.image_tokenizers import save_image_tokenizer
+from smalti.image_tokenizers.quantizer import QuantizerConfig
+from smalti.image_tokenizers.vqvae import VQVAE, VQVAEConfig
+from smalti.interop.huggingface import export_llama
+from smalti.layout import Layout
+from smalti.models import new_model
+from smalti.pipeline import Pipeline
+from smalti.recipes import load_recipe, shipped_recipes
+from smalti.text_tokenizer import BPEConfig
+from smalti.train_captions import WithoutSomeCaptions
+
+NUM = 17
+CAPTIONS = [f"{colour} Straße with {number} birds" for colour in ("red", "blue") for number in range(9)][:NUM]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A small recipe in the shipped one's form, with pairs and an image tokenizer beside it."""
+    pictures = np.random.default_rng(0).integers(256, size=(NUM, 28, 28, 3)).astype(np.uint8)
+    encoded = []
+    for picture in pictures:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, format="PNG")
+        encoded.append(buffer.getvalue())
+    for name in ("train", "validation"):
+        pq.write_table(pa.table({"image": encoded, "caption": CAPTIONS}), tmp_path / f"{name}.parquet")
+    torch.manual_seed(0)
+    quantizer = QuantizerConfig(codebook_size=37, code_dim=5, update="gradient")
+    config = VQVAEConfig(width=8, num_heads=2, encoder_blocks=1, decoder_blocks=1, quantizer=quantizer)
+    save_image_tokenizer(VQVAE(config), tmp_path / "image_tokenizer")
+    content = yaml.safe_load(shipped_recipes()["cc3m"].read_text())
+    content |= {
+        "data": {"train": str(tmp_path / "train.parquet"), "validation": str(tmp_path / "validation.parquet")},
+        "image_tokenizer": str(tmp_path / "image_tokenizer"),
+        "text_size": 280,
+        "train": {"num_steps": 3, "batch_size": 5, "evaluation_rows": 7},
+        "output": str(tmp_path / "out"),
+    }
+    content["data"]["size"] = [28, 28]
+    content["model"] |= {"num_layers": 1, "d_model": 24, "num_heads": 3, "d_ff": 29}
+    content["layout"]["orders"] = {"text to image": "(text{..9}) <|startofimage|> image{49} <|endofimage|>"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "recipe.yaml"
+
+
+def test_the_whole_system_from_pairs_to_pictures_and_to_a_llama(recipe, tmp_path, capsys):
+    assert run(["train", str(recipe), "--quiet"]) == 0
+    assert "smalti export hf" in capsys.readouterr().out
+    out = tmp_path / "out"
+    table = TokenTable.open(out / "tokens" / "train.parquet", image_length=49, image_vocab_size=37)
+    assert len(table) == NUM
+    pipe = Pipeline.load(out / "bundle")
+    assert pipe.layout.vocabulary == pipe.text_tokenizer.vocabulary
+    [picture] = pipe.generate("a 🎉", seed=1)
+    assert picture.size == (28, 28)
+    assert export_llama(out / "bundle", tmp_path / "llama")[1] == ()
+    made = (out / "tokens" / "train.parquet").stat().st_mtime_ns
+    assert run(["train", str(recipe), "--quiet"]) == 0  # nothing is left to do
+    assert (out / "tokens" / "train.parquet").stat().st_mtime_ns == made
+    assert run(["train", str(recipe), "--quiet", "caption_dropout=0.3"]) == 2
+    assert "another setting 'caption_dropout'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("layout.orders={a: '(text{..9}) <|startofimage|> image{48} <|endofimage|>'}", "7 × 7 codes, but the order"),
+        ("layout.orders={a: 'text{9} <|startofimage|> image{49} <|endofimage|>'}", "free captions have any length"),
+        ("caption_dropout=1.0", "caption_dropout is 1.0"),
+        ("text_size=200", "holds the 256 bytes"),
+        ("data.validation=null", "give data.train and data.validation"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_runs(recipe, tmp_path, capsys, setting, message):
+    assert run(["train", str(recipe), "--quiet", setting]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_recipe_is_the_cards():
+    recipe = load_recipe("cc3m")
+    config = BPEConfig(text_size=recipe.text_size, specials=recipe.layout.specials, order=recipe.segments)
+    assert config == BPEConfig()
+    layout = Layout.parse(config.vocabulary, recipe.layout.orders)
+    assert layout.max_length == recipe.model.max_length == 98
+    with torch.device("meta"):
+        assert new_model(layout, recipe.model).num_parameters == 21_786_880  # the recipe says so
+
+
+def test_some_captions_are_empty_others_each_time_but_the_same_again(tmp_path):
+    num = 211
+    codes, words = np.zeros((num, 3), np.int64), np.arange(2 * num).reshape(num, 2)
+    write_token_table(tmp_path / "t.parquet", [token_rows([str(i) for i in range(num)], codes, words)], {})
+    table = WithoutSomeCaptions(TokenTable.open(tmp_path / "t.parquet"), 0.3, seed=0)
+    rows = np.arange(num)
+    first, again, turned = table.batch(rows), table.batch(rows), table.batch(rows[::-1].copy())
+    assert first.text_lengths.tolist() == again.text_lengths.tolist()
+    assert 0.2 < (first.text_lengths == 0).mean() < 0.4
+    assert set(first.text_lengths.tolist()) == {0, 2}
+    assert first.text_lengths.tolist() != turned.text_lengths[::-1].tolist()
