@@ -19,7 +19,7 @@ from smalti.likelihood import to_device
 from smalti.models import DecoderOnly, token_nll
 from smalti.transformer import Attention, rotate
 
-DOMINANT = 0.4
+DOMINANT = 1 / 3
 """A head is named for a pattern that gets at least this share of its attention..."""
 NEAR = "near"
 """The cells around the one that is predicted, up to two to the left; a head is named so where no single cell is."""
@@ -94,7 +94,7 @@ class Head:
     layer: int
     head: int
     name: str
-    """The pattern that dominates, "diffuse", or "mixed"."""
+    """The pattern that dominates, "diffuse", or "mixed"; "position 6": the seventh code, whatever is read."""
     shares: dict[str, float]
     """Share of the attention that each pattern gets. Patterns can overlap."""
     excess: dict[str, float]
@@ -152,6 +152,7 @@ def name_heads(
         mean = weights.mean(0).cpu()  # (N, T, T)
         entropy = torch.special.entr(weights).sum(-1).mean(0).cpu()[:, queries]  # (N, queries)
         evenness = (entropy / torch.log(queries + 1.0)).mean(1)
+        repeated = _to_equal_codes(weights, token_ids, queries)
         for head in range(len(mean)):
             shares, excess = {}, {}
             for name, mask in masks.items():
@@ -159,11 +160,43 @@ def name_heads(
                 if len(able):
                     shares[name] = float((mean[head] * mask).sum(1)[able].mean())
                     excess[name] = shares[name] / float((even * mask).sum(1)[able].mean())
+            if repeated is not None:
+                shares["same code"] = float(repeated[head])
+                excess["same code"] = float(repeated[head] / repeated[-1])
+            place = _favourite_place(mean[head], queries, first_code)
+            shares[f"position {place - first_code}"] = float(mean[head, queries[queries >= place], place].mean())
+            excess[f"position {place - first_code}"] = shares[f"position {place - first_code}"] / float(
+                even[queries[queries >= place], place].mean()
+            )
             name = _head_name(shares, excess, float(evenness[head]))
             found.append(
                 Head(layer=layer, head=head, name=name, shares=shares, excess=excess, evenness=float(evenness[head]))
             )
     return found
+
+
+def _to_equal_codes(
+    weights: Float[Tensor, "B N T T"], token_ids: Int[Tensor, "B T"], queries: Int[Tensor, " Q"]
+) -> Float[Tensor, " heads_and_even"] | None:
+    """The attention each head gives to earlier tokens equal to the query's, over the queries that have some; last,
+    what even attention would give. None if no query has one."""
+    T = token_ids.shape[1]
+    earlier = torch.ones(T, T, dtype=torch.bool).tril(-1)
+    equal = (token_ids[:, :, None] == token_ids[:, None]).cpu() & earlier  # (B, T, T)
+    able = equal.any(-1)
+    able[:, : int(queries[0])] = False
+    if not able.any():
+        return None
+    attended = (weights.cpu() * equal[:, None]).sum(-1).transpose(1, 2)[able].mean(0)  # (N,)
+    even = (equal.sum(-1) / torch.arange(1, T + 1))[able].mean()
+    return torch.cat([attended, even[None]])
+
+
+def _favourite_place(mean: Float[Tensor, "T T"], queries: Int[Tensor, " Q"], first_code: int) -> int:
+    """The code's place that most attention goes to whatever the query; at least a third of the queries must be able
+    to look there."""
+    reachable = range(first_code, int(queries[len(queries) * 2 // 3]) + 1)
+    return max(reachable, key=lambda place: float(mean[queries[queries >= place], place].mean()))
 
 
 def _head_name(shares: dict[str, float], excess: dict[str, float], evenness: float) -> str:

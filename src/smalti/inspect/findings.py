@@ -196,7 +196,9 @@ def code_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> 
             section.say(f"Most attracted neighbours, left and right: {_listed(pairs)}.", "codebook.attracted_pairs")
     _say_embeddings(section, subject, common[:400], config)
     section.show("How often codes occur, and how clumped.", figures.frequencies(counts, statistics.burstiness))
-    section.show("Where the codes most bound to places stand.", figures.place_maps(places.counts, bound[:16], grid))
+    section.show(
+        "Where the codes most bound to places stand.", figures.place_maps(places.counts, bound[:16].tolist(), grid)
+    )
     return section
 
 
@@ -448,12 +450,17 @@ def _say_influence(section: Section, subject: Subject, packed, config: InspectCo
 
 
 def find_swaps(subject: Subject, config: InspectConfig, grid: Grid | None, num: int = 6) -> list[codebook.Swap]:
-    """Codes that stand in for one another, by context and by what the model expects in their place."""
+    """Codes that stand in for one another, by context and by what the model expects in their place.
+
+    Codes that keep to special positions are left out: where nothing around depends on them, all are exchangeable.
+    """
     similarity = codebook.context_similarity(subject.codes, subject.vocab_size, grid)
     instead = codebook.predicted_instead(subject.model, subject.layout, subject.packed(config.num_scored)).numpy()
-    counts = np.bincount(subject.packed(config.num_scored).token_ids.numpy().ravel(), minlength=1)
-    offset = subject.layout.vocabulary["image"].offset
-    counts = np.pad(counts, (0, max(0, offset + subject.vocab_size - len(counts))))[offset:][: subject.vocab_size]
+    scored = subject.codes[: config.num_scored]
+    special = [s.position for s in positions.special_positions(subject.codes, subject.vocab_size)]
+    at_special = np.bincount(scored[:, special].ravel(), minlength=subject.vocab_size)
+    counts = np.bincount(scored.ravel(), minlength=subject.vocab_size)
+    counts = np.where(at_special < counts / 2, counts, 0)
     return codebook.swappable_codes(similarity, counts, instead, num=num, min_count=min(20, int(counts.max())))
 
 
@@ -466,12 +473,14 @@ def _say_swaps(section: Section, subject: Subject, config: InspectConfig, grid: 
         told.append(f"{swap.code} ↔ {swap.other} ({cost.nats:+.1f} nats in {cost.num_changed} lines)")
     if not told:
         return
-    stranger = [
-        causes.swap_cost(subject.model, subject.layout, packed, a.code, b.other, seed=config.seed).nats
-        for a, b in zip(swaps, swaps[1:] + swaps[:1], strict=True)
-        if a is not b
+    common = np.argsort(-np.bincount(subject.codes.ravel(), minlength=subject.vocab_size), kind="stable")[:100]
+    strangers = np.random.default_rng(config.seed).choice(common, len(swaps)).tolist()
+    costs = [
+        causes.swap_cost(subject.model, subject.layout, packed, swap.code, stranger, seed=config.seed).nats
+        for swap, stranger in zip(swaps, strangers, strict=True)
+        if stranger not in (swap.code, swap.other)
     ]
-    versus = f"; between codes of different pairs a swap costs {np.mean(stranger):+.1f} nats" if stranger else ""
+    versus = f"; a code drawn from the 100 commonest costs {np.mean(costs):+.1f} nats instead" if costs else ""
     section.say(
         f"Codes that stand in for one another, with what it costs to put the second for the first once: "
         f"{_listed(told)}{versus}.",
