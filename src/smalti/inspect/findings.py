@@ -169,7 +169,8 @@ def code_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> 
     half = int(np.searchsorted(np.cumsum(counts[ranked]), counts.sum() / 2)) + 1
     section.say(
         f"{num_used} of {K} codes occur in {len(codes):,} lines. The commonest, {ranked[0]}, takes "
-        f"{counts[ranked[0]] / counts.sum():.0%} of all places; half of all places are taken by the {half} commonest.",
+        f"{counts[ranked[0]] / counts.sum():.0%} of all places; "
+        f"half of all places are taken by {'it alone' if half == 1 else f'the {half} commonest'}.",
         "codebook.code_statistics",
         headline=True,
     )
@@ -519,8 +520,12 @@ def picture_section(subject: Subject, config: InspectConfig, grid: Grid | None) 
     few = subject.packed(6)
     lens = causes.logit_lens(subject.model, subject.layout, few)
     offset = subject.layout.vocabulary["image"].offset
-    likeliest = subject.pictures(lens.likeliest[:, :, subject.positions] - offset, grid)
-    true = subject.pictures(few.token_ids[:, subject.positions] - offset, grid)
+    true_codes = few.token_ids[:, subject.positions] - offset
+    lens_codes = lens.likeliest[:, :, subject.positions] - offset
+    # a code that nothing around tells (a colour for the whole picture) would only hide the shapes if it were guessed
+    given = [s.position for s in positions.special_positions(subject.codes, subject.vocab_size)]
+    lens_codes[:, :, given] = true_codes[:, given]
+    likeliest, true = subject.pictures(lens_codes, grid), subject.pictures(true_codes, grid)
     if likeliest is not None and true is not None:
         decoded = patches.decoded_lens(subject.image_tokenizer, torch.cat([likeliest, true[None]]))
         layers = len(decoded) - 1
@@ -529,7 +534,8 @@ def picture_section(subject: Subject, config: InspectConfig, grid: Grid | None) 
             "patches.decoded_lens",
         )
         section.show(
-            "The likeliest code of every cell after so many layers, given the true codes before it; last, the truth.",
+            "The likeliest code of every cell after so many layers, given the true codes before it (special positions keep "
+            "the true code); last, the truth.",
             figures.picture_grid(
                 [[decoded[layer, n].numpy() for layer in range(layers + 1)] for n in range(decoded.shape[1])],
                 [*(f"after {layer}" for layer in range(layers)), "truth"],
