@@ -534,8 +534,8 @@ def picture_section(subject: Subject, config: InspectConfig, grid: Grid | None) 
             "patches.decoded_lens",
         )
         section.show(
-            "The likeliest code of every cell after so many layers, given the true codes before it (special positions keep "
-            "the true code); last, the truth.",
+            "The likeliest code of every cell after so many layers, given the true codes before it (special positions "
+            "keep the true code); last, the truth.",
             figures.picture_grid(
                 [[decoded[layer, n].numpy() for layer in range(layers + 1)] for n in range(decoded.shape[1])],
                 [*(f"after {layer}" for layer in range(layers)), "truth"],
