@@ -189,8 +189,8 @@ def test_colouring_keeps_the_digit_and_says_so() -> None:
     coloured = colour_digits(source, "train", ColouringConfig(seed=3, colourings=2))
     reading = read_colours(coloured.pictures)
     contents = [parse_caption(caption) for caption in coloured.captions]
-    np.testing.assert_array_equal(reading.mask, np.repeat(source.masks, 2, axis=0))
-    np.testing.assert_array_equal([c.digit for c in contents], np.repeat(source.labels, 2))
+    np.testing.assert_array_equal(reading.mask, np.concatenate([source.masks] * 2))
+    np.testing.assert_array_equal([c.digit for c in contents], np.concatenate([source.labels] * 2))
     np.testing.assert_array_equal(reading.foreground, [c.foreground for c in contents])
     np.testing.assert_array_equal(reading.background, [c.background for c in contents])
 

@@ -294,8 +294,8 @@ def colour_digits(source: SourceDigits, split: str, config: ColouringConfig) -> 
     """
     # RandomState's streams are frozen by NumPy's compatibility promise; those of Generator may change.
     stream = np.random.RandomState([config.seed, SPLITS.index(split)])
-    masks = np.repeat(source.masks, config.colourings, axis=0)
-    labels = np.repeat(source.labels, config.colourings)
+    masks = np.tile(source.masks, (config.colourings, 1, 1))  # all digits once, then all again: any first few differ
+    labels = np.tile(source.labels, config.colourings)
     pairs = [COLOUR_PAIRS[i] for i in stream.randint(len(COLOUR_PAIRS), size=len(labels))]
     colours = np.array([[COLORS[f], COLORS[b]] for f, b in pairs], dtype=np.uint8).reshape(-1, 2, 3)
     pictures = np.where(masks[..., None], colours[:, 0, None, None], colours[:, 1, None, None])
