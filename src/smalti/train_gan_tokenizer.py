@@ -10,7 +10,7 @@ three stages:
 The run's directory gets `training.csv`, `evaluation.csv`, `warnings.csv`, `curves.png`, tensorboard events,
 `reconstructions/`, checkpoints, and `image_tokenizer/`, the averaged weights of the best evaluation so far. Starting
 the same run again goes on from its last checkpoint, and ends with the same weights to the last bit as a run that
-never stopped (on one machine).
+never stopped (on one machine). Only the logged window of codes that tells the codebook's health begins anew.
 
 Letters: B batch, N pictures, C H W image.
 """
@@ -214,6 +214,10 @@ def train_gan_tokenizer(
     """
     # Pictures, networks, optimisers
     directory = Path(directory)
+    if type(model_config) not in _FAMILIES:
+        raise ValueError(
+            f"{type(model_config).__name__} cannot be trained here; use the config of a VQGAN, ViT-VQGAN or TiTok."
+        )
     image_size = model_config.image_size
     rows, measured = _split(pictures, held_out, image_size, reading)
     torch.manual_seed(config.seed)
@@ -507,15 +511,13 @@ def _split(
     return np.sort(order[kept_back:]), pictures.fitted([int(row) for row in np.sort(order[:kept_back])], image_size)
 
 
+_FAMILIES: dict[type, type[nn.Module]] = {VQGANConfig: VQGAN, ViTVQGANConfig: ViTVQGAN, TiTokConfig: TiTok}
+
+
 def _make_model(model_config: Any, config: TrainGANTokenizerConfig) -> nn.Module:
     """A new model, or the one in `start_from`, with the encoder's side frozen in the stage "decoder"."""
-    families = {VQGANConfig: VQGAN, ViTVQGANConfig: ViTVQGAN, TiTokConfig: TiTok}
-    if type(model_config) not in families:
-        raise ValueError(
-            f"{type(model_config).__name__} cannot be trained here; use the config of a VQGAN, ViT-VQGAN or TiTok."
-        )
     if config.start_from is None:
-        model = families[type(model_config)](model_config)
+        model = _FAMILIES[type(model_config)](model_config)
     else:
         model = _started_from(config.start_from, model_config, config.stage)
     if config.stage == "decoder":
