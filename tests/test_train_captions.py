@@ -72,7 +72,7 @@ def test_the_whole_system_from_pairs_to_pictures_and_to_a_llama(recipe, tmp_path
     assert run(["train", str(recipe), "--quiet"]) == 0  # nothing is left to do
     assert (out / "tokens" / "train.parquet").stat().st_mtime_ns == made
     assert run(["train", str(recipe), "--quiet", "caption_dropout=0.3"]) == 2
-    assert "another setting 'caption_dropout'" in capsys.readouterr().err
+    assert "other settings in the section 'caption_dropout'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

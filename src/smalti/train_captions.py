@@ -11,7 +11,6 @@ or killed, goes on from what is there; run again when it is done, it finds nothi
 Letters: n rows of a batch.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,11 @@ from smalti.data.pair_sources import open_pairs
 from smalti.data.tokenize_pairs import TokenizeConfig, require_tokenizers, tokenize_pairs, tokenizer_metadata
 from smalti.data.tokens import TokenBatch, TokenTable
 from smalti.errors import InputError
-from smalti.files import new_file
 from smalti.image_tokenizers import load_image_tokenizer
 from smalti.layout import Layout
 from smalti.pictures import PictureConfig
 from smalti.pipeline import Pipeline
-from smalti.recipes import CaptionsRecipe
+from smalti.recipes import CaptionsRecipe, claim_folder
 from smalti.text_tokenizer import BPEConfig, TextTokenizer
 from smalti.train_model import processes, train_model
 
@@ -72,7 +70,7 @@ def train_captions(recipe: CaptionsRecipe, *, show_progress: bool = True) -> Pat
     max_text_length = _check_spans(layout, image_tokenizer)
     with processes() as (rank, world_size):
         if rank == 0:
-            _claim(recipe, output)
+            claim_folder(recipe, output, free=("sample",))
             if not (output / "text_tokenizer.json").exists():
                 captions = [pair.caption for pair in open_pairs(recipe.data.train).records() if pair.caption]
                 TextTokenizer.train(captions, config)[0].save(output / "text_tokenizer.json")
@@ -148,20 +146,3 @@ def _tokenize(
             f"{tokens}: {report.num_cut} of {report.num_rows} captions were cut to {config.max_text_length} tokens",
             flush=True,
         )
-
-
-def _claim(recipe: CaptionsRecipe, output: Path) -> None:
-    """Writes the recipe into the folder, or checks that the run there is of the same one."""
-    path = output / "recipe.json"
-    settings = json.loads(recipe.model_dump_json(exclude={"output", "description", "expects", "sample"}))
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in settings if found.get(name) != settings[name]]
-        if differing:
-            raise InputError(
-                f"{output} holds a run with another setting {differing[0]!r} (see {path}): go on with the same "
-                "settings, or give another folder, output=FOLDER."
-            )
-        return
-    with new_file(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

@@ -11,7 +11,6 @@ or killed, goes on from what is there; run again when it is done, it finds nothi
     report.md, report.json, and the 3×3 figures
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,12 @@ from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
 from smalti.evaluate.galleries import draw_galleries
 from smalti.evaluate.report import evaluate_digits, find_report, read_held_out
-from smalti.files import new_file
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.layout import Layout
 from smalti.models import DecoderOnly
 from smalti.pictures import PictureConfig
 from smalti.pipeline import Pipeline
-from smalti.recipes import DigitsData, ImageTokenizer, Recipe
+from smalti.recipes import DigitsData, ImageTokenizer, Recipe, claim_folder
 from smalti.text_tokenizer import TextTokenizer
 from smalti.train_model import processes, train_model
 from smalti.train_tokenizer import train_tokenizer
@@ -52,7 +50,7 @@ def train_digits(recipe: Recipe, *, command: str = "", show_progress: bool = Tru
     with processes() as (rank, world_size):
         if rank == 0:
             splits = _read_source(recipe.data)
-            _claim(recipe, output)
+            claim_folder(recipe, output, free=("evaluate", "sample"))
             write_digits(
                 output / "data", recipe.data.source, splits, recipe.data.colouring, show_progress=show_progress
             )
@@ -67,23 +65,6 @@ def train_digits(recipe: Recipe, *, command: str = "", show_progress: bool = Tru
         if rank == 0:
             _finish(recipe, model, layout, text_tokenizer, command, show_progress)
     return output / "bundle"
-
-
-def _claim(recipe: Recipe, output: Path) -> None:
-    """Writes the recipe into the folder, or checks that the run there is of the same one."""
-    path = output / "recipe.json"
-    settings = json.loads(recipe.model_dump_json(exclude={"output", "description", "expects", "evaluate", "sample"}))
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in settings if found.get(name) != settings[name]]
-        if differing:
-            raise InputError(
-                f"{output} holds a run with other settings in the section {differing[0]!r} (see {path}): go on with "
-                "the same settings, or give another folder, output=FOLDER."
-            )
-        return
-    with new_file(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 # Data, image tokenizer, tokens ---------------------------------------------------------------------------------

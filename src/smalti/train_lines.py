@@ -31,7 +31,7 @@ from smalti.files import new_file
 from smalti.line_model import LineModel
 from smalti.line_presets import LINE_PRESETS, choose_preset, line_layout
 from smalti.models import DecoderOnly
-from smalti.recipes import LinesRecipe
+from smalti.recipes import LinesRecipe, claim_folder
 from smalti.train_model import processes, train_model
 from smalti.transformer import TransformerConfig
 
@@ -52,7 +52,7 @@ def train_lines(recipe: LinesRecipe, *, command: str = "", show_progress: bool =
     output = recipe.output
     with processes() as (rank, world_size):
         if rank == 0:
-            _claim(recipe, output)
+            claim_folder(recipe, output, free=("baseline_rows", "report_rows"))
             read_data(recipe)  # the first process writes the validation table
         if world_size > 1:
             dist.barrier()
@@ -73,24 +73,6 @@ def train_lines(recipe: LinesRecipe, *, command: str = "", show_progress: bool =
         if rank == 0:
             _finish(recipe, model, data, preset, command)
     return output / "bundle"
-
-
-def _claim(recipe: LinesRecipe, output: Path) -> None:
-    """Writes the recipe into the folder, or checks that the run there is of the same one."""
-    path = output / "recipe.json"
-    reported = {"output", "description", "expects", "baseline_rows", "report_rows"}
-    settings = json.loads(recipe.model_dump_json(exclude=reported))
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in settings if found.get(name) != settings[name]]
-        if differing:
-            raise InputError(
-                f"{output} holds a run with another setting {differing[0]!r} (see {path}): go on with the same "
-                "settings, or give another folder, output=FOLDER."
-            )
-        return
-    with new_file(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def read_data(recipe: LinesRecipe) -> LineData:

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -20,6 +20,7 @@ from smalti.data.digits import ColouringConfig
 from smalti.data.picture_sets import PicturesConfig
 from smalti.errors import InputError
 from smalti.evaluate.report import ReportConfig
+from smalti.files import new_file
 from smalti.image_tokenizers.losses import AdversarialConfig, LossConfig
 from smalti.image_tokenizers.titok import TiTokConfig
 from smalti.image_tokenizers.vit_vqgan import ViTVQGANConfig
@@ -439,3 +440,24 @@ def _fields(annotation: Any) -> Mapping[str, Any]:
     if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
         return {name: kind for name, kind in get_type_hints(annotation).items() if name != "model_config"}
     return {}
+
+
+def claim_folder(recipe: BaseModel, folder: Path, *, free: Collection[str]) -> None:
+    """Writes the recipe into a run's folder, or checks that the run there is of the same one, but for the sections in
+    `free`, which say how a run is described and measured and not what it makes.
+
+    Raises InputError naming the section that differs.
+    """
+    path = folder / "recipe.json"
+    settings = json.loads(recipe.model_dump_json(exclude=set(free) | {"output", "description", "expects"}))
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name in settings if found.get(name) != settings[name]]
+        if differing:
+            raise InputError(
+                f"{folder} holds a run with other settings in the section {differing[0]!r} (see {path}): go on with "
+                "the same settings, or give another folder, output=FOLDER."
+            )
+        return
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
