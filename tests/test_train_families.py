@@ -126,8 +126,8 @@ LIVELY_CODES = QuantizerConfig(
 @pytest.mark.parametrize(
     ("model_config", "steps"),
     [
-        (VQGAN_CONFIG, 200),
-        (replace(VQGAN_CONFIG, quantizer=FSQConfig(levels=(8, 5, 5))), 200),
+        (VQGAN_CONFIG, 180),
+        (replace(VQGAN_CONFIG, quantizer=FSQConfig(levels=(8, 5, 5))), 180),
         (replace(VIT_CONFIG, quantizer=LIVELY_CODES), 900),
         (replace(TITOK_CONFIG, quantizer=LIVELY_CODES), 900),
     ],
