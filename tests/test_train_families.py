@@ -153,7 +153,7 @@ def test_every_family_overfits_eight_pictures(tmp_path, model_config, steps):
         ),
         DeepulVQVAEConfig(
             width=64, residual_width=32, image_size=16,
-            quantizer=QuantizerConfig(codebook_size=160, code_dim=16, kmeans_rounds=5, ema_decay=0.8, restart_below=0.1),
+            quantizer=replace(LIVELY_CODES, code_dim=16, l2_normalised=False),
         ),
     ],
     ids=["vqvae", "deepul_vqvae"],

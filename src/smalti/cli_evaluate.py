@@ -17,7 +17,12 @@ class BundleGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(cls=BundleGroup, help="Measure a bundle, or image tokenizers.", no_args_is_help=True)
+app = typer.Typer(
+    cls=BundleGroup,
+    help="Measure a bundle (smalti evaluate digits), or image tokenizers.",
+    epilog="Examples: smalti evaluate digits --data out/digits · smalti evaluate tokenizer out/vqgan photos",
+    no_args_is_help=True,
+)
 
 
 @app.command(
