@@ -46,7 +46,7 @@ def picture(tmp_path, smalti) -> Path:
 
 
 def complaint(result: tuple[int, str, str]) -> str:
-    """The one line of an error; fails unless it is the last on stderr, after a progress bar at most, with exit code 2."""
+    """The one line of an error; fails unless it is the last on stderr, after at most a progress bar, with exit 2."""
     code, out, err = result
     assert (code, out) == (2, ""), (code, out, err)
     *before, line = err.splitlines()

@@ -118,7 +118,9 @@ def test_tokens_of_another_image_tokenizer_are_refused(copied: Path):
     for parameter in other.parameters():
         torch.nn.init.zeros_(parameter)
     save_image_tokenizer(other, copied / "image_tokenizer")
-    with pytest.raises(InputError, match=r"train\.parquet was made with another tokenizer: image_tokenizer_sha256 .* Remove"):
+    with pytest.raises(
+        InputError, match=r"train\.parquet was made with another tokenizer: image_tokenizer_sha256 .* Remove"
+    ):
         train(copied)
 
 
