@@ -2,10 +2,10 @@
 
     python benchmarks/lines_ablation.py lines.parquet --rows 8000 -o out/ablation num_epochs=30
 
-trains the recipe `lines` (with the settings given) on so many rows of a table, once as it is and once with each of
-dropout, token dropout, weight decay and EMA off, once without all four and once with nanoGPT's settings, and prints the best validation nats per token of each, the epoch it
-was reached in, and how it differs from the recipe's. All runs share the split and the order of the rows. A run that was
-stopped goes on; finished ones are read from their folders.
+trains the recipe `lines` (with the settings given) on so many rows of a table: as it is, with each of dropout, token
+dropout, weight decay and EMA off, without all four, and with nanoGPT's settings. It prints the best validation nats per
+token of each, how it differs from the recipe's, and the epoch it was reached in. All runs share the split, the order of
+the rows and the number of steps. A run that was stopped goes on; finished ones are read from their folders.
 """
 
 import argparse
