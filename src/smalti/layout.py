@@ -75,6 +75,8 @@ class Slot:
 
     def local(self, token_ids: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """Where each id stands among the slot's own ids. The ids must be in the slot."""
+        if len(self.ranges) == 1:
+            return token_ids - self.ranges[0][0]
         local, before = torch.zeros_like(token_ids), 0
         for start, end in self.ranges:
             local = torch.where(token_ids >= start, token_ids - start + before, local)
