@@ -1,7 +1,7 @@
 """Completions of lines before an independent judge: which strategy and temperature is likeliest to pass for real?
 
     python benchmarks/lines_judge.py lines.parquet held_out.parquet -o out/judge --prefix 24
-    python benchmarks/lines_judge.py lines.parquet held_out.parquet -o out/judge --prefix 24 --bundle out/digits/bundle
+    python benchmarks/lines_judge.py lines.parquet held_out.parquet -o out/judge --prefix 24 --bundle digits
 
 Two models are trained on two halves of the lines that share no line: A, which completes, and B, the judge, of another
 size and seed. The first codes of held-out lines are completed by A in every way, and B says how likely what was added
@@ -82,7 +82,7 @@ def judge(judge_model: LineModel, codes: np.ndarray, num_given: int) -> tuple[fl
 class PictureJudge:
     """Reads the digits of decoded lines."""
 
-    def __init__(self, bundle: Path, truth: np.ndarray):
+    def __init__(self, bundle: str, truth: np.ndarray):
         from smalti.evaluate.digits import load_digit_classifier
         from smalti.pipeline import Pipeline
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--prefix", type=int, required=True, help="codes given of each line")
     parser.add_argument("--lines", type=int, default=1000, help="held-out lines (default %(default)s)")
     parser.add_argument("--presets", default="1M,3M", help="presets of A and B (default %(default)s)")
-    parser.add_argument("--bundle", type=Path, help="bundle of digits whose image tokenizer made the lines")
+    parser.add_argument("--bundle", help="bundle of digits whose image tokenizer made the lines")
     given = parser.parse_args()
 
     held_out, output = TokenTable.open(given.held_out), given.output
