@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="changes to the recipe, key=value, for every run")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/ablation"), help="folder for the runs")
     parser.add_argument("--rows", type=int, default=8000, help="rows of the table to use (default %(default)s)")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     data = cut_table(given.data, given.rows, given.output)
     everything_off = [setting for settings in OFF.values() for setting in settings]
     runs = {

@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=1000, help="held-out lines (default %(default)s)")
     parser.add_argument("--presets", default="1M,3M", help="presets of A and B (default %(default)s)")
     parser.add_argument("--bundle", help="bundle of digits whose image tokenizer made the lines")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
 
     held_out, output = TokenTable.open(given.held_out), given.output
     a_preset, b_preset = given.presets.split(",")
