@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smalti.cli import run
 from smalti.data import lines as lines_module
 from smalti.data.lines import (
     LineFormat,
@@ -363,6 +364,46 @@ def test_a_table_as_lines_with_specials_around(tmp_path: Path) -> None:
 
 
 def test_a_ragged_table_as_lines(tmp_path: Path) -> None:
-    write_token_table(tmp_path / "t.parquet", [token_rows(["a", "b"], [[1], [2, 3, 4]])], {})
+    write_token_table(tmp_path / "t.parquet", [token_rows(["a", "b"], [[1], [2, 3, 2]])], {})
     table = TokenTable.open(tmp_path / "t.parquet")
-    assert flat(table_lines(table, after=[9])) == [("a", [1, 9]), ("b", [2, 3, 4, 9])]
+    assert flat(table_lines(table, after=[9])) == [("a", [1, 9]), ("b", [2, 3, 2, 9])]
+    assert flat(table_lines(table, after=[9, "distinct"])) == [("a", [1, 9, 1]), ("b", [2, 3, 2, 9, 2])]
+
+
+@pytest.mark.parametrize("wrong", [{"before": [-1]}, {"after": ["count"]}, {"code_offset": -2}])
+def test_specials_that_no_line_can_hold(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="cannot stand in a line; specials are integers from 0, or 'distinct'"):
+        next(table_lines(table_of(np.array([[5, 6]]), tmp_path / "t.parquet"), **wrong))
+
+
+def test_tables_are_exported_and_imported_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures of 8 × 8 codes with a start and two specials behind become lines of 67, as foreign files have."""
+    source = np.random.default_rng(0)
+    first, second = source.integers(0, 64, (5, 64)), source.integers(0, 64, (3, 64))
+    first[0] = 7
+    tables = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for path, codes in zip(tables, (first, second), strict=True):
+        table_of(codes, path)
+    export = ["data", "export-lines", *map(str, tables), "--code-offset", "1", "--before", "0"]
+    export += ["--after", "65,distinct", "-o"]
+    assert run([*export, str(tmp_path / "lines.txt.gz")]) == 0
+    assert "lines.txt.gz: 8 lines" in capsys.readouterr().out
+    report = import_lines(tmp_path / "lines.txt.gz", tmp_path / "lines.parquet")
+    assert (report.num_lines, report.length) == (8, 67)
+    found = TokenTable.open(tmp_path / "lines.parquet")
+    codes = found.batch(np.arange(8)).image_tokens
+    pictures = np.concatenate([first, second])
+    assert (codes[:, 1:65] == pictures + 1).all()
+    assert codes[:, 0].tolist() == [0] * 8 and codes[:, 65].tolist() == [65] * 8
+    assert codes[:, 66].tolist() == [len(set(row)) for row in pictures.tolist()]
+    assert found.keys(np.arange(8)) == [*map(str, range(5)), *map(str, range(3))]
+
+    assert run([*export, str(tmp_path / "prefixes.txt"), "--num-codes", "3", "--max-rows", "2"]) == 0
+    expected = [(key, [0, *(row[:2] + 1).tolist()]) for key, row in (("0", first[0]), ("1", first[1]))]
+    expected += [(key, [0, *(row[:2] + 1).tolist()]) for key, row in (("0", second[0]), ("1", second[1]))]
+    assert flat(read_lines(tmp_path / "prefixes.txt")) == expected
+    capsys.readouterr()
+    assert run([*export, str(tmp_path / "prefixes.txt")]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert run(["data", "export-lines", str(tables[0]), "-o", str(tmp_path / "x.txt"), "--after", "65,end"]) == 2
+    assert "after is 'end'; expected whole numbers" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,6 @@ from smalti.cli_train import app as train_app
 
 app = typer.Typer(
     name="smalti",
-    help="Autoregressive image generation with discrete tokens: tokenize, train, measure, generate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,6 +48,21 @@ Schedule = Annotated[
 ]
 DEFAULT_BUNDLE = "digits"
 OF_PICTURES, OF_LINES = "For a bundle of pictures", "For a bundle of lines"
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"smalti {version('smalti')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Autoregressive image generation with discrete tokens: tokenize, train, measure, generate."""
 
 
 @app.command(epilog='Example: smalti generate "dark green eight on bright cyan" -o eight.png')
@@ -428,6 +443,45 @@ def data_import_lines(
     )
 
 
+@data_app.command(
+    "export-lines",
+    epilog="Examples: smalti data export-lines tokens.parquet -o lines.txt · smalti data export-lines test.parquet "
+    "-o prefixes.txt --num-codes 24 · smalti data export-lines emoji.parquet -o lines.txt.gz --code-offset 1 "
+    "--before 0 --after 65,distinct",
+)
+def data_export_lines(
+    tables: Annotated[list[Path], typer.Argument(help="Token tables of smalti tokenize or import-lines, in order.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Text file; .gz or .zst at its end compresses it.")],
+    num_codes: Annotated[int | None, typer.Option(min=0, help="Cut each line to its first codes: prefixes.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Rows to write of each table, from its start.")] = None,
+    before: Annotated[str, typer.Option(help="Special codes to put in front of each line: 0.")] = "",
+    after: Annotated[
+        str, typer.Option(help="The same behind it; the word distinct: how many different codes the picture has.")
+    ] = "",
+    code_offset: Annotated[int, typer.Option(min=0, help="What every code is raised by, to make room for them.")] = 0,
+    force: Force = False,
+) -> None:
+    """Turn token tables into lines of text: the key as the tag, then the codes of the picture."""
+    import numpy as np
+
+    from smalti.data.lines import DISTINCT, table_lines, write_lines
+    from smalti.data.tokens import TokenTable
+
+    behind = [word if word == DISTINCT else _numbers("after", word)[0] for word in after.split(",") if word]
+    around = {"before": _numbers("before", before), "after": behind, "code_offset": code_offset}
+    opened = [TokenTable.open(path) for path in tables]
+    num_lines = write_lines(
+        output,
+        (
+            lines
+            for table in opened
+            for lines in table_lines(table, np.arange(len(table))[:max_rows], **around, num_codes=num_codes)
+        ),
+        force=force,
+    )
+    typer.echo(f"{output}: {num_lines} lines")
+
+
 @app.command(
     epilog="Examples: smalti tokenize out/digits/train.parquet -o tokens.parquet --bundle digits · "
     "smalti tokenize 'shards/*.tar' -o tokens.parquet --image-tokenizer out/titok --text-tokenizer tokenizer.json"
@@ -582,7 +636,10 @@ def run(arguments: Sequence[str]) -> int:
         result: Any = app(list(arguments), prog_name="smalti", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except TyperException as error:
-        return _complain(f"{error.format_message()} Try smalti --help.")
+        message, context = error.format_message(), getattr(error, "ctx", None)
+        if not message:  # a command group alone: its help stands there already
+            return 2
+        return _complain(f"{message} Try {context.command_path if context else 'smalti'} --help.")
     except (ValueError, OSError) as error:
         return _complain(_one_line(error))
     except (KeyboardInterrupt, typer.Abort):

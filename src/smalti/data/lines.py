@@ -37,6 +37,8 @@ _WORD = re.compile(rb"[^ \t\n\r\v\f]+")
 _UTF8_MARK = b"\xef\xbb\xbf"
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
+DISTINCT = "distinct"
+"""Among the specials behind a written line: the number of different codes of its picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -515,27 +517,40 @@ def table_lines(
     rows: Integer[np.ndarray, " n"] | None = None,
     *,
     before: Sequence[int] = (),
-    after: Sequence[int] = (),
+    after: Sequence[int | str] = (),
     code_offset: int = 0,
     num_codes: int | None = None,
 ) -> Iterator[Lines]:
     """The image tokens of a table (of these rows, in this order) as lines tagged with their keys, for `write_lines`.
 
     Every code is raised by `code_offset` and the line put between the codes `before` and `after`, as special codes
-    stand in foreign files. `num_codes` cuts what results to its first so many: prefixes to be completed.
+    stand in foreign files; DISTINCT among those after it stands for how many different codes the picture has.
+    `num_codes` cuts what results to its first so many: prefixes to be completed. Raises ValueError for a special or an
+    offset below 0, or another word than DISTINCT.
     """
+    for special in (*before, *after, code_offset):
+        if special != DISTINCT and (isinstance(special, str) or special < 0):
+            raise ValueError(f"{special!r} cannot stand in a line; specials are integers from 0, or {DISTINCT!r}.")
     rows = np.arange(len(table)) if rows is None else rows
     for start in range(0, len(rows), ROWS_PER_GROUP):
         here = rows[start : start + ROWS_PER_GROUP]
         batch = table.batch(here)
-        n = len(here)
         parts: list[Shaped[np.ndarray, "n P"]] = [
-            np.tile(np.array(before, np.int64), (n, 1)),
+            *(_special(special, batch.image_tokens) for special in before),
             np.where(batch.image_tokens == PAD, PAD, batch.image_tokens + code_offset),
-            np.tile(np.array(after, np.int64), (n, 1)),
+            *(_special(special, batch.image_tokens) for special in after),
         ]
         codes = np.concatenate(parts, axis=1)
         is_code = codes != PAD
         if num_codes is not None:
             is_code &= np.cumsum(is_code, axis=1) <= num_codes
         yield Lines(pa.array(table.keys(here), pa.string()), codes[is_code], is_code.sum(axis=1))
+
+
+def _special(special: int | str, codes: Int64[np.ndarray, "n L"]) -> Int64[np.ndarray, "n 1"]:
+    if special != DISTINCT:
+        return np.full((len(codes), 1), special, np.int64)
+    ordered = np.sort(codes, axis=1, kind="stable")
+    is_new = ordered != PAD
+    is_new[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    return is_new.sum(axis=1, keepdims=True)
