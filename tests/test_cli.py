@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,7 @@ def test_import_lines(smalti, tmp_path):
     "arguments, message",
     [
         (("frobnicate",), "No such command 'frobnicate'"),
-        (("generate",), "Missing argument"),
+        (("generate",), "Missing argument 'prompt'. Try smalti generate --help."),
         (("generate", CAPTION), "Missing option '-o' / '--output'"),
         (("generate", CAPTION, "-o", "TMP/a.png", "--seed", "x"), "Invalid value for '--seed'"),
         (("generate", CAPTION, "-o", "TMP/a.png", "--frob", "x"), "No such option: --frob"),
@@ -182,6 +183,11 @@ def test_what_a_user_can_mend_is_one_line(smalti, tmp_path, arguments: tuple[str
         given += ["--bundle", "TINY"]
     assert message in complaint(smalti(*given))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gray.png", "odd.png"]
+
+
+def test_the_version_is_the_installed_one(smalti):
+    status, out, _ = smalti("--version")
+    assert (status, out) == (0, f"smalti {version('smalti')}\n")
 
 
 def test_a_bundle_that_is_not_there(smalti, tmp_path):
