@@ -1,4 +1,4 @@
-"""The packed decoder against the plain path: the same hidden states at every position, the same tokens."""
+"""The fast decoder against the plain path: the same hidden states at every position, the same tokens."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 
 import smalti.fast_decode
 from smalti.beam import beam_search
-from smalti.fast_decode import FEWEST_STEPS, FEWEST_TRANSPOSED_TOKENS, PackedDecoder, make_stepper
+from smalti.fast_decode import FEWEST_STEPS, FastDecoder, make_stepper
 from smalti.generate import Request, generate
 from smalti.layout import Layout, Slot
 from smalti.models import DecoderOnly, DecoderOnlyConfig, new_model
@@ -57,11 +57,11 @@ def tokens(length: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_position_equals_the_full_forward_pass(kind):
     model, token_ids = decoder_only(**KINDS[kind]), tokens(MAX_LENGTH)
-    packed, cache = PackedDecoder(model), model.new_cache(B)
+    fast, cache = FastDecoder(model), model.new_cache(B)
     with torch.no_grad():
         expected = model.hidden(token_ids)
     for position in range(MAX_LENGTH):
-        hidden = packed.decode_step(token_ids[:, position], cache)
+        hidden = fast.decode_step(token_ids[:, position], cache)
         assert cache.length == position + 1
         assert torch.allclose(hidden, expected[:, position], atol=1e-12)
 
@@ -70,11 +70,11 @@ def test_every_position_equals_the_full_forward_pass(kind):
 def test_rows_padded_on_the_left_equal_the_plain_path_behind_a_prefill(kind):
     model, token_ids = decoder_only(torch.float32, **KINDS[kind]), tokens(MAX_LENGTH)
     starts = torch.tensor([2, 0, 3, 1, 0])
-    packed, caches = PackedDecoder(model), [model.new_cache(B, starts=starts) for _ in range(2)]
+    fast, caches = FastDecoder(model), [model.new_cache(B, starts=starts) for _ in range(2)]
     with torch.no_grad():
-        assert torch.equal(packed.prefill(token_ids[:, :2], caches[0]), model.prefill(token_ids[:, :2], caches[1]))
+        assert torch.equal(fast.prefill(token_ids[:, :2], caches[0]), model.prefill(token_ids[:, :2], caches[1]))
         for position in range(2, MAX_LENGTH):  # the row that starts in slot 3 still has padding to come
-            hidden = packed.decode_step(token_ids[:, position], caches[0])
+            hidden = fast.decode_step(token_ids[:, position], caches[0])
             expected = model.decode_step(token_ids[:, position], caches[1])
             real = position >= starts
             assert torch.allclose(hidden[real], expected[real], atol=3e-5, rtol=3e-5)
@@ -84,7 +84,7 @@ def test_a_cache_may_change_hands_and_its_rows_their_places():
     model, token_ids = decoder_only(), tokens(9)
     starts, parents = torch.tensor([2, 0, 1, 0, 1]), torch.tensor([3, 3, 0, 1, 2])
     found = []
-    for stepper in (PackedDecoder(model), model):
+    for stepper in (FastDecoder(model), model):
         cache, other = model.new_cache(B, starts=starts), model.new_cache(2)
         with torch.no_grad():
             stepper.prefill(token_ids[:, :3], cache)
@@ -104,46 +104,28 @@ def test_a_cache_may_change_hands_and_its_rows_their_places():
 def test_logits_of_a_slot_equal_the_plain_ones(slot, tie_embeddings):
     model = decoder_only()
     model = _with_large_weights(DecoderOnly(replace(model.config, tie_embeddings=tie_embeddings)).double())
-    packed, hidden = PackedDecoder(model), torch.randn(7, 24, dtype=torch.float64)
+    fast, hidden = FastDecoder(model), torch.randn(7, 24, dtype=torch.float64)
     for _ in range(2):
-        assert torch.allclose(packed.logits(hidden, slot), model.logits(hidden, slot), atol=1e-12)
-
-
-def test_weights_of_a_short_job_or_a_large_model_are_used_where_they_lie(monkeypatch):
-    model, token_ids = decoder_only(), tokens(MAX_LENGTH)
-    packed, cache = make_stepper(model, 1, FEWEST_STEPS), model.new_cache(B)
-    assert isinstance(packed, PackedDecoder)
-    assert packed.blocks[0].up.data_ptr() == model.transformer.blocks[0].feed_forward.up.weight.data_ptr()
-    for position in range(MAX_LENGTH):
-        hidden = packed.decode_step(token_ids[:, position], cache)
-    assert torch.allclose(hidden, model.hidden(token_ids)[:, -1], atol=1e-12)
-
-    long_job = dict(batch_size=B, num_steps=FEWEST_TRANSPOSED_TOKENS)
-    weight = model.transformer.blocks[0].feed_forward.up.weight
-    copied = make_stepper(model, **long_job)
-    assert isinstance(copied, PackedDecoder) and copied.blocks[0].up.data_ptr() != weight.data_ptr()
-    monkeypatch.setattr(smalti.fast_decode, "MOST_COPIED_BYTES", 100)
-    large = make_stepper(model, **long_job)
-    assert isinstance(large, PackedDecoder) and large.blocks[0].up.data_ptr() == weight.data_ptr()
+        assert torch.allclose(fast.logits(hidden, slot), model.logits(hidden, slot), atol=1e-12)
 
 
 def test_a_full_cache_is_an_error():
     model = decoder_only()
     cache = model.new_cache(B, 1)
-    packed = PackedDecoder(model)
-    packed.decode_step(tokens(1)[:, 0], cache)
+    fast = FastDecoder(model)
+    fast.decode_step(tokens(1)[:, 0], cache)
     with pytest.raises(ValueError, match=r"2 tokens exceed the limit of 1 \(max_length\)"):
-        packed.decode_step(tokens(1)[:, 0], cache)
+        fast.decode_step(tokens(1)[:, 0], cache)
 
 
 def test_short_jobs_training_and_low_precision_stay_on_the_plain_path():
     model = decoder_only(torch.float32)
-    assert isinstance(make_stepper(model, 1, FEWEST_STEPS), PackedDecoder)
-    assert make_stepper(model, 1, FEWEST_STEPS - 1) is model
-    assert make_stepper(model.train(), 1, FEWEST_STEPS) is model
+    assert isinstance(make_stepper(model, FEWEST_STEPS), FastDecoder)
+    assert make_stepper(model, FEWEST_STEPS - 1) is model
+    assert make_stepper(model.train(), FEWEST_STEPS) is model
     with torch.autocast("cpu", torch.bfloat16):
-        assert make_stepper(model.eval(), 1, FEWEST_STEPS) is model
-    assert make_stepper(model.bfloat16(), 1, FEWEST_STEPS) is model
+        assert make_stepper(model.eval(), FEWEST_STEPS) is model
+    assert make_stepper(model.bfloat16(), FEWEST_STEPS) is model
 
 
 def layout_model(**options) -> DecoderOnly:

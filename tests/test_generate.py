@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from smalti.beam import beam_search
+from smalti.fast_decode import FastDecoder
 from smalti.generate import Generated, Request, best_of, generate, stream
 from smalti.layout import Layout, SpanValues
 from smalti.models import DecoderOnly, new_model, token_nll
@@ -191,7 +192,14 @@ def test_an_interval_skips_the_null_pass_and_changes_nothing_else(interval, monk
         rows_run.append(token_ids.shape)
         return prefill(self, token_ids, kv_cache)
 
+    decode_step = FastDecoder.decode_step
+
+    def counting_step(self, token_ids, kv_cache):
+        rows_run.append((len(token_ids), 1))
+        return decode_step(self, token_ids, kv_cache)
+
     monkeypatch.setattr(DecoderOnly, "prefill", counting)
+    monkeypatch.setattr(FastDecoder, "decode_step", counting_step)
     (found,) = generate(model, DIGITS, [request], config)
     end = 5 if interval[1] is None else interval[1]
     doubled_or_caught_up = [shape for shape in rows_run[1:] if shape != (1, 1)]

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from smalti.fast_decode import PackedDecoder, make_stepper
+from smalti.fast_decode import FastDecoder, make_stepper
 from smalti.models import DecoderOnly
 from smalti.transformer import KVCache
 
@@ -20,7 +20,7 @@ class Decoder:
     """
 
     def __init__(self, model: DecoderOnly, prefixes: list[list[int]], nulls: list[list[int]], num_steps: int):
-        self.model: DecoderOnly | PackedDecoder = make_stepper(model, len(prefixes) + len(nulls), num_steps)
+        self.model: DecoderOnly | FastDecoder = make_stepper(model, num_steps)
         self.num_rows = len(prefixes)
         every = prefixes + nulls
         width = max(map(len, every))
