@@ -1,6 +1,7 @@
 """The training loop: what it computes, that it stops and goes on exactly, and that every setting does something."""
 
 import csv
+import itertools
 import math
 import os
 import signal
@@ -191,6 +192,40 @@ def test_a_stream_started_later_goes_on_where_the_step_number_says():
     assert torch.equal(later.token_ids, expected.token_ids)
 
 
+def test_captions_are_left_empty_only_before_their_pictures_and_others_in_each_step():
+    config = replace(SHORT, batch_size=60, caption_dropout=0.3)
+    start = {VOCABULARY.special("<text>"): "t2i", VOCABULARY.special("<image>"): "i2t"}
+    found = {"t2i": [], "i2t": []}
+    stream = micro_batches(OPEN, arrays(29), config, start_step=0, rank=0, world_size=1)
+    for (piece,) in itertools.islice(stream, 40):
+        for row in piece.token_ids.tolist():
+            order = start[row[1]]
+            words = [token for token in row[2:] if token >= VOCABULARY["text"].offset]
+            found[order].append(len(words))
+    assert set(found["i2t"]) == {3} and set(found["t2i"]) == {0, 3}
+    assert np.mean([not num for num in found["t2i"]]) == pytest.approx(0.3, abs=0.05)
+
+
+def test_where_no_caption_can_be_empty_none_is_left_out(tmp_path):
+    with pytest.raises(ValueError, match=r"caption_dropout is 0.1, but no caption can be left empty"):
+        run(tmp_path, replace(SHORT, caption_dropout=0.1))
+
+
+def test_the_sampler_sees_the_averaged_model_on_its_way_and_changes_nothing(tmp_path):
+    seen = []
+
+    def sampler(model, step):
+        torch.rand(3)
+        seen.append((step, weights_of(model).clone()))
+
+    config = replace(SHORT, ema_decay=0.5)
+    plain = run(tmp_path / "plain", config)
+    watched = run(tmp_path / "watched", config, sampler=sampler, sample_every=3)
+    assert [step for step, _ in seen] == [0, 3, 4]
+    assert torch.equal(weights_of(plain), weights_of(watched))
+    assert torch.equal(seen[-1][1], weights_of(watched)) and not torch.equal(seen[0][1], seen[1][1])
+
+
 # Small pure pieces
 
 
@@ -341,6 +376,7 @@ CHANGES = {
     "compile": True,
     "full_softmax": True,
     "token_dropout": 0.5,
+    "caption_dropout": 0.5,
     "patience": 9,
     "seed": 1,
     "evaluation_rows": 2,
@@ -353,13 +389,13 @@ CHANGES = {
 def observed(tmp_path_factory):
     """What a run leaves: final weights, number of forward passes, compilations, test losses, checkpoints."""
 
-    def observe(config, monkeypatch):
+    def observe(config, monkeypatch, layout):
         directory = tmp_path_factory.mktemp("run")
         forwards, compiled = [], []
         forward = module.NextTokenLoss.forward
         monkeypatch.setattr(module.NextTokenLoss, "forward", lambda *a: forwards.append(1) or forward(*a))
         monkeypatch.setattr(torch, "compile", lambda loss: compiled.append(1) or loss)
-        model = run(directory, config)
+        model = run(directory, config, layout=layout)
         losses = [row["nats_per_token"] for row in rows_of(directory) if row["split"] == "test"]
         saved = sorted(path.name for path in (directory / "checkpoints").iterdir())
         return {
@@ -382,11 +418,12 @@ def test_the_table_of_changes_is_complete():
 def test_every_setting_has_an_effect(name, observed, monkeypatch):
     base = replace(SHORT, schedule="cosine") if name == "final_share" else SHORT
     base = replace(base, checkpoint_every=2) if name == "keep_checkpoints" else base
+    layout = OPEN if name == "caption_dropout" else FIXED
     changed = replace(base, **({"num_steps": None} if name == "num_epochs" else {}), **{name: CHANGES[name]})
     with monkeypatch.context() as patch:
-        before = observed(base, patch)
+        before = observed(base, patch, layout)
     with monkeypatch.context() as patch:
-        after = observed(changed, patch)
+        after = observed(changed, patch, layout)
     differing = {key for key in before if before[key] != after[key]}
     expected = {"num_micro_batches": "forwards", "compile": "compiled", "evaluation_rows": "losses"}
     expected |= {"checkpoint_every": "saved", "keep_checkpoints": "saved", "patience": "keeps the best"}

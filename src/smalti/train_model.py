@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -56,6 +56,10 @@ class Pairs(Protocol):
 
     def __len__(self) -> int: ...
     def batch(self, rows: Integer[np.ndarray, " n"]) -> TokenBatch: ...
+
+
+Sampler = Callable[[DecoderOnly, int], None]
+"""What may look at the model on its way, with the number of updates made; it leaves the model as it was."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,9 @@ class TrainConfig:
     token_dropout: float = 0.0
     """Share of the input tokens, markers apart, that are replaced by random ones of their segment while training; what
     is to be predicted stays. It keeps the model from relying on any one token of its context."""
+    caption_dropout: float = 0.0
+    """Share of the captions left empty where a caption comes before its picture: so the model also learns pictures
+    without one, which guidance needs."""
     patience: int | None = None
     """Stop after so many evaluations without a lower validation loss, and return the weights of the lowest instead of
     the last. None: never stop early, return the last."""
@@ -132,7 +139,7 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0.")
-        shares = (("ema_decay", self.ema_decay), ("token_dropout", self.token_dropout))
+        shares = [(name, getattr(self, name)) for name in ("ema_decay", "token_dropout", "caption_dropout")]
         for name, value in (*shares, *(("betas", beta) for beta in self.betas)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; expected a number in [0, 1).")
@@ -196,17 +203,29 @@ def draw_orders(weights: Sequence[float], num_rows: int, seed: int, step: int) -
 
 
 def pack_rows(
-    layout: Layout, pairs: Pairs, rows: Integer[np.ndarray, " n"], orders: Integer[np.ndarray, " n"]
+    layout: Layout,
+    pairs: Pairs,
+    rows: Integer[np.ndarray, " n"],
+    orders: Integer[np.ndarray, " n"],
+    uncaptioned: Bool[np.ndarray, " n"] | None = None,
 ) -> Packed:
-    """Sequences of these rows, each in its order (an index into `layout.orders`), which must ascend."""
+    """Sequences of these rows, each in its order (an index into `layout.orders`), which must ascend. Of the rows that
+    are `uncaptioned`, those with the caption before the picture have an empty one."""
     packed = []
     for index, order in enumerate(layout.orders):
         chosen = rows[orders == index]
         if len(chosen):
             image, image_lengths, text, text_lengths = map(torch.from_numpy, pairs.batch(chosen))
+            if uncaptioned is not None and _may_lack_caption(layout[order]):
+                text_lengths = text_lengths.masked_fill(torch.from_numpy(uncaptioned[orders == index]), 0)
             spans = {"image": SpanValues(image, image_lengths), "text": SpanValues(text, text_lengths)}
             packed.append(layout.pack(order, {s.segment: spans[s.segment] for s in layout[order].spans}))
     return _join(packed)
+
+
+def _may_lack_caption(order: Order) -> bool:
+    """Whether a caption of open length comes before the picture."""
+    return [span.segment for span in order.spans] == ["text", "image"] and order.spans[0].end is not None
 
 
 def _join(packed: Sequence[Packed]) -> Packed:
@@ -241,9 +260,13 @@ def micro_batches(
     num_pieces = world_size * config.num_micro_batches
     for step, rows in enumerate(batches(len(pairs), config.batch_size, config.seed, start_step), start_step):
         orders = draw_orders(weights, len(rows), config.seed, step)
+        uncaptioned = None
+        if config.caption_dropout:
+            uncaptioned = np.random.default_rng([config.seed, step, 3]).random(len(rows)) < config.caption_dropout
         pieces = []
         for piece in range(rank, num_pieces, world_size):
-            packed = pack_rows(layout, pairs, rows[piece::num_pieces], orders[piece::num_pieces])
+            empty = None if uncaptioned is None else uncaptioned[piece::num_pieces]
+            packed = pack_rows(layout, pairs, rows[piece::num_pieces], orders[piece::num_pieces], empty)
             made = make_micro_batch(layout, packed, full_softmax=config.full_softmax)
             if config.token_dropout:  # the targets are made: only what the model reads is changed
                 uniforms = _dropout_uniforms(layout, config, step)[piece::num_pieces]
@@ -348,8 +371,9 @@ def describe_run(model: DecoderOnly, layout: Layout, config: TrainConfig, num_ro
     """All that decides the weights, for a checkpoint to be compared with."""
     irrelevant = ("evaluation_rows", "checkpoint_every", "keep_checkpoints", "patience")
     settings = {name: value for name, value in asdict(config).items() if name not in irrelevant}
-    if not config.token_dropout:  # left out where it is off: runs from before it was there go on
-        del settings["token_dropout"]
+    for name in ("token_dropout", "caption_dropout"):  # left out where off: runs from before they were there go on
+        if not settings[name]:
+            del settings[name]
     shape = json.dumps(model.config.to_dict(), sort_keys=True)
     return settings | {"num_rows": num_rows, "model": shape, "layout": json.dumps(layout.to_dict(), sort_keys=True)}
 
@@ -534,6 +558,8 @@ def train_model(
     *,
     resume: bool = True,
     device: torch.device | str | None = None,
+    sampler: Sampler | None = None,
+    sample_every: int = 1000,
     show_progress: bool = True,
 ) -> DecoderOnly:
     """Trains a model, or a fresh one of this shape, on pairs packed by the layout; returns it, averaged if so asked.
@@ -541,6 +567,7 @@ def train_model(
     `directory` gets `checkpoints/`, `curves.csv`, `curves.png` and `tensorboard/`, and `best/` if the run may stop
     early. A run found there goes on from its last checkpoint and ends with the weights it would have had without the
     stop. Under `torchrun` all processes work on shares of the same batches. `device` None takes a GPU if there is one.
+    `sampler` is shown the model every `sample_every` updates, before the first and after the last.
 
     Raises InputError if the folder cannot be written or holds a run with other settings (any run, if not `resume`),
     or if the loss is not finite; ValueError if batches cannot be divided or the layout counts nothing.
@@ -604,6 +631,10 @@ def train_model(
                 num_tokens, started_at = 0, time.perf_counter()
 
             ends_here = step == num_steps or state.has_stalled(config.patience)
+            if sampler is not None and rank == 0 and (step % sample_every == 0 or ends_here):
+                sampler(state.trained, step)
+                num_tokens, started_at = 0, time.perf_counter()
+
             if step > first_step and (step % config.checkpoint_every == 0 or ends_here):
                 log.fetch(step, curves)
                 _require_finite(model, step)
@@ -665,6 +696,11 @@ def _check_task(layout: Layout, train: Pairs, validation: Pairs, config: TrainCo
         raise ValueError(
             f"batch_size {config.batch_size} is not divisible by {world_size} processes × {config.num_micro_batches} "
             f"micro-batches; use {-(-config.batch_size // pieces) * pieces}."
+        )
+    if config.caption_dropout and not any(map(_may_lack_caption, layout.orders.values())):
+        raise ValueError(
+            f"caption_dropout is {config.caption_dropout}, but no caption can be left empty: no order has one of open "
+            f"length, text{{..n}}, before its picture. The layout has:\n{layout}"
         )
     for order in layout.orders.values():
         open_slots = [
