@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig, make_quantizer
 from smalti.image_tokenizers.vqgan import PRESETS as VQGAN_PRESETS
-from smalti.image_tokenizers.vqgan import VQGAN, Reconstructed, VQGANConfig, check_image_size
+from smalti.image_tokenizers.vqgan import VQGAN, Reconstructed, VQGANConfig, attend, check_image_size
 from smalti.image_tokenizers.vqgan import Decoder as ProxyDecoder
 
 
@@ -106,7 +106,7 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, N, T, Dh) each
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = attend(q, k, v)
         return self.out(mixed.transpose(1, 2).reshape(B, T, D))
 
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig, make_quantizer
-from smalti.image_tokenizers.vqgan import Reconstructed, check_image_size
+from smalti.image_tokenizers.vqgan import Reconstructed, attend, check_image_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,7 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, N, T, Dh) each
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = attend(q, k, v)
         return self.out(mixed.transpose(1, 2).reshape(B, T, -1))
 
 

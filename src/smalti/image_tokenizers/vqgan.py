@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,6 +36,10 @@ class VQGANConfig:
     """`channels` times `encoder_multipliers[i]` is the width at level i, where level 0 has the resolution of
     the picture and each further level half of it; attention stands at the levels listed. `image_size` (rows,
     columns) is only the default: any size that halves evenly from level to level can be encoded.
+
+    With `fold` above 1, blocks of fold x fold pixels become channels before the first convolution and pixels
+    again after the last (space to depth, as in Shi et al. 2016, arXiv:1609.05158): level 0 then has 1/fold of the
+    picture's rows and columns, where most of the time is spent otherwise.
     """
 
     quantizer: AnyQuantizerConfig = LLAMAGEN_QUANTIZER
@@ -47,6 +52,7 @@ class VQGANConfig:
     num_res_blocks: int = 2
     latent_channels: int = 256
     image_channels: int = 3
+    fold: int = 1
     dropout: float = 0.0
     resample_with_conv: bool = True
     form: Literal["llamagen", "maskgit"] = "llamagen"
@@ -56,7 +62,7 @@ class VQGANConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
         for name in ("encoder_attention_levels", "decoder_attention_levels"):
             object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
-        for name in ("channels", "num_res_blocks", "latent_channels", "image_channels"):
+        for name in ("channels", "num_res_blocks", "latent_channels", "image_channels", "fold"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if not 0 <= self.dropout < 1:
@@ -99,7 +105,7 @@ class VQGANConfig:
     @property
     def patch_size(self) -> int:
         """Pixels per code, along each axis."""
-        return 2 ** (len(self.encoder_multipliers) - 1)
+        return self.fold * 2 ** (len(self.encoder_multipliers) - 1)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -159,7 +165,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
         normed = self.norm(x)
         q, k, v = (layer(normed).flatten(2).mT for layer in (self.q, self.k, self.v))  # (B, H*W, D)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = attend(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.out(mixed.mT.reshape(x.shape))
 
 
@@ -208,7 +214,9 @@ class Encoder(nn.Module):
         maskgit = config.form == "maskgit"
         widths = [config.channels * multiplier for multiplier in config.encoder_multipliers]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1, bias=not maskgit)
+        self.fold = nn.PixelUnshuffle(config.fold)
+        pixel_channels = config.image_channels * config.fold**2
+        self.conv_in = nn.Conv2d(pixel_channels, config.channels, 3, padding=1, bias=not maskgit)
         self.levels = nn.ModuleList()
         before = config.channels
         for i, width in enumerate(widths):
@@ -229,7 +237,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(before, config.latent_channels, kernel_size, padding=kernel_size // 2)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        x = self.conv_in(x)
+        x = self.conv_in(self.fold(x))
         for level in self.levels:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
@@ -252,17 +260,39 @@ class Decoder(nn.Module):
             self.levels.append(Level([before] + [width] * num_blocks, attention, double, config))
             before = width
         self.norm_out = group_norm(before)
-        self.conv_out = nn.Conv2d(before, config.image_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(before, config.image_channels * config.fold**2, 3, padding=1)
+        self.unfold = nn.PixelShuffle(config.fold)
 
     def forward(self, x: Float[Tensor, "B D h w"]) -> Float[Tensor, "B C H W"]:
         x = self.mid(self.conv_in(x))
         for level in self.levels:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.unfold(self.conv_out(F.silu(self.norm_out(x))))
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm, in float32 where the CPU is to find gradients: torch's backward pass in bf16 takes 8 to 12 times as
+    long (112 ms and 14 ms for 16 maps of 32 x 64 x 64)."""
+
+    def forward(self, input: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+        if torch.is_grad_enabled() and input.dtype == torch.bfloat16 and input.device.type == "cpu":
+            return super().forward(input.float()).to(input.dtype)
+        return super().forward(input)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+    return GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+
+
+def attend(
+    q: Float[Tensor, "B N T Dh"], k: Float[Tensor, "B N T Dh"], v: Float[Tensor, "B N T Dh"]
+) -> Float[Tensor, "B N T Dh"]:
+    """`scaled_dot_product_attention`, in float32 where the CPU is to find gradients: the backward pass of its fused
+    kernel takes 7 times as long in bf16 for 64 tokens (69 ms and 9 ms for 32 x 6 heads), as long for 1,024."""
+    if torch.is_grad_enabled() and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def middle(channels: int, config: VQGANConfig) -> nn.Sequential:
