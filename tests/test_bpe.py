@@ -7,31 +7,27 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_bundle import BPE_CAPTIONS, BPE_CONFIG, tiny_bpe_pipeline
 from tokenizers import Tokenizer
 
 from smalti.cli import run
 from smalti.data.captions import read_captions
 from smalti.errors import InputError
-from smalti.image_tokenizers.quantizer import QuantizerConfig
-from smalti.image_tokenizers.vqvae import VQVAE, VQVAEConfig
 from smalti.interop.huggingface import export_llama
 from smalti.layout import Layout
 from smalti.models import new_model
-from smalti.pictures import PictureConfig
 from smalti.pipeline import Pipeline
 from smalti.text_tokenizer import SPECIALS, BPEConfig, TextTokenizer, image_token
 from smalti.token_model import save_token_model
 from smalti.transformer import TransformerConfig
 from smalti.vocabulary import Vocabulary
 
-CAPTIONS = ["a purple dog on a red tree", "two cats on a tree", "a dog and two red cats", "ein Café auf der Straße"] * 3
-SMALL = BPEConfig(image_size=37, text_size=290)
 LINE = "two cats<|startofimage|><|image:36|><|image:0|><|image:36|><|endofimage|>"
 
 
 @pytest.fixture(scope="module")
 def small() -> TextTokenizer:
-    return TextTokenizer.train(CAPTIONS, SMALL)[0]
+    return TextTokenizer.train(BPE_CAPTIONS, BPE_CONFIG)[0]
 
 
 def test_default_sizes_are_those_of_the_card():
@@ -50,7 +46,7 @@ def test_a_line_of_text_and_codes_parses_and_prints_exactly(small: TextTokenizer
 
 
 def test_the_whole_vocabulary_parses_the_issues_own_line():
-    tokenizer, num_unused = TextTokenizer.train(CAPTIONS)
+    tokenizer, num_unused = TextTokenizer.train(BPE_CAPTIONS)
     line = (
         "a river has burst it 's banks and has spread out onto arable farmland alongside"
         "<|startofimage|><|image:2931|><|image:560|><|image:4095|><|endofimage|>"
@@ -65,7 +61,7 @@ def test_the_whole_vocabulary_parses_the_issues_own_line():
 def test_the_file_alone_tells_everything(small: TextTokenizer, tmp_path):
     small.save(tmp_path / "tokenizer.json")
     loaded = TextTokenizer.load(tmp_path / "tokenizer.json")
-    assert loaded.vocabulary == SMALL.vocabulary
+    assert loaded.vocabulary == BPE_CONFIG.vocabulary
     assert loaded.to_json() == small.to_json()
     assert loaded.encode("two cats") == small.encode("two cats")
     library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -125,7 +121,7 @@ def test_four_bytes_of_one_character_are_not_cut_apart(small: TextTokenizer):
 )
 def test_segments_stand_in_any_order(order, tmp_path):
     config = BPEConfig(image_size=5, text_size=270, specials=("<s>", "<e>"), order=order)
-    tokenizer, num_unused = TextTokenizer.train(CAPTIONS, config)
+    tokenizer, num_unused = TextTokenizer.train(BPE_CAPTIONS, config)
     assert num_unused == 0
     tokenizer.save(tmp_path / "tokenizer.json")
     tokenizer = TextTokenizer.load(tmp_path / "tokenizer.json")
@@ -142,7 +138,7 @@ def test_segments_stand_in_any_order(order, tmp_path):
 
 def test_merges_are_learned_and_the_same_each_time(small: TextTokenizer):
     assert len(small.encode("a dog on a tree")) < 9
-    again, _ = TextTokenizer.train(CAPTIONS, SMALL)
+    again, _ = TextTokenizer.train(BPE_CAPTIONS, BPE_CONFIG)
     assert again.to_json() == small.to_json()
 
 
@@ -156,7 +152,7 @@ def test_unused_numbers_are_counted_and_never_encoded():
 
 
 def test_segments_that_do_not_match_are_both_printed(small: TextTokenizer):
-    small.check_vocabulary(SMALL.vocabulary)
+    small.check_vocabulary(BPE_CONFIG.vocabulary)
     other = Vocabulary({"special": SPECIALS, "image": 37, "text": 290})
     with pytest.raises(ValueError, match=r"image 0\.\.36, special 37\.\.45.*the model's Vocabulary\(special 0\.\.8"):
         small.check_vocabulary(other)
@@ -203,7 +199,9 @@ def test_transformers_reads_an_exported_tokenizer(small: TextTokenizer, tmp_path
         warnings.simplefilter("ignore")
         from transformers import AutoTokenizer
 
-    layout = Layout.parse(SMALL.vocabulary, {"text to image": "text{..7} <|startofimage|> image{3} <|endofimage|>"})
+    layout = Layout.parse(
+        BPE_CONFIG.vocabulary, {"text to image": "text{..7} <|startofimage|> image{3} <|endofimage|>"}
+    )
     transformer = TransformerConfig(
         num_layers=1, d_model=8, num_heads=2, d_ff=11, max_length=13, bias=False,
         norm="rms", feed_forward="swiglu", positions="rotary",
@@ -220,34 +218,12 @@ def test_transformers_reads_an_exported_tokenizer(small: TextTokenizer, tmp_path
     assert theirs(LINE)["input_ids"] == small.parse(LINE)
     assert theirs.decode(small.parse(LINE)) == LINE
     assert theirs.decode(small.parse(LINE), skip_special_tokens=True) == "two cats"
-    assert len(theirs) == SMALL.vocabulary.size
+    assert len(theirs) == BPE_CONFIG.vocabulary.size
 
 
 @pytest.fixture(scope="module")
-def pipe(small: TextTokenizer) -> Pipeline:
-    """One order, caption before picture, captions of any length up to 11 tokens."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layout = Layout.parse(
-            SMALL.vocabulary, {"text to image": "text{..11} <|startofimage|> image{49} <|endofimage|>"}
-        )
-        transformer = TransformerConfig(
-            num_layers=1, d_model=24, num_heads=3, d_ff=29, max_length=layout.max_length, bias=False,
-            norm="rms", feed_forward="swiglu", positions="rotary",
-        )  # fmt: skip
-        model = new_model(layout, transformer)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-        quantizer = QuantizerConfig(codebook_size=37, code_dim=5, update="gradient")
-        config = VQVAEConfig(width=8, num_heads=2, encoder_blocks=1, decoder_blocks=1, quantizer=quantizer)
-        return Pipeline(
-            model=model,
-            layout=layout,
-            image_tokenizer=VQVAE(config),
-            text_tokenizer=small,
-            pictures=PictureConfig(height=28, width=28, levels=4, scale=1),
-            name="words",
-        )
+def pipe() -> Pipeline:
+    return tiny_bpe_pipeline()
 
 
 def test_any_prompt_draws_a_picture(pipe: Pipeline, tmp_path):
@@ -262,10 +238,13 @@ def test_any_prompt_draws_a_picture(pipe: Pipeline, tmp_path):
 
 def test_a_long_prompt_is_cut_with_a_warning(pipe: Pipeline, small: TextTokenizer):
     prompt = "dog and cat " * 5000
-    with pytest.warns(UserWarning, match=r"a caption of \d+ tokens was cut to its first 11; this bundle takes 11"):
+    with pytest.warns(UserWarning, match=r"the caption was cut to 11 tokens, .*; the longest has \d{5}\."):
         drawn = pipe.generate_codes(prompt)
     kept = small.decode(small.encode(prompt)[:11])
     assert torch.equal(drawn, pipe.generate_codes(kept))
+    with pytest.warns(UserWarning, match="2 of 3 captions were cut to 11 tokens") as found:
+        pipe.generate_codes([prompt, "dog", prompt[:-9]], n=2, best_of=2, rerank="pmi")
+    assert len(found) == 1
 
 
 def test_guidance_steers_away_from_the_empty_caption(pipe: Pipeline):
@@ -294,7 +273,7 @@ def test_an_exported_bundle_goes_on_from_its_own_text(pipe: Pipeline, tmp_path):
 
 def test_another_tokenizer_in_a_bundle_is_refused_with_both_layouts(pipe: Pipeline):
     other, _ = TextTokenizer.train(
-        CAPTIONS, BPEConfig(image_size=37, text_size=290, order=("text", "special", "image"))
+        BPE_CAPTIONS, BPEConfig(image_size=37, text_size=290, order=("text", "special", "image"))
     )
     with pytest.raises(
         ValueError, match=r"segments are Vocabulary\(text 0\.\.289.*the model's Vocabulary\(image 0\.\.36"
@@ -309,11 +288,11 @@ def test_another_tokenizer_in_a_bundle_is_refused_with_both_layouts(pipe: Pipeli
 
 
 def test_train_through_the_command_line(tmp_path, capsys):
-    (tmp_path / "captions.csv").write_text("id,Caption\n" + "".join(f'{i},"{c}"\n' for i, c in enumerate(CAPTIONS)))
+    (tmp_path / "captions.csv").write_text("id,Caption\n" + "".join(f'{i},"{c}"\n' for i, c in enumerate(BPE_CAPTIONS)))
     command = ["train", "text-tokenizer", str(tmp_path / "captions.csv"), "-o", str(tmp_path / "tokenizer.json")]
     assert run([*command, "--image-size", "37", "--text-size", "290"]) == 0
     assert "12 captions, 336 ids: Vocabulary(image 0..36" in capsys.readouterr().out
-    assert TextTokenizer.load(tmp_path / "tokenizer.json").vocabulary == SMALL.vocabulary
+    assert TextTokenizer.load(tmp_path / "tokenizer.json").vocabulary == BPE_CONFIG.vocabulary
     assert run(command) == 2
     assert "exists already" in capsys.readouterr().err
     assert run([*command, "--force", "--column", "words"]) == 2

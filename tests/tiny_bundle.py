@@ -1,4 +1,4 @@
-"""A whole bundle small enough to build in a test: random weights, real vocabulary, the digits layout."""
+"""Whole bundles small enough to build in a test, of random weights: one of digits, one of free captions."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from smalti.layout import Layout
 from smalti.models import new_model
 from smalti.pictures import PictureConfig
 from smalti.pipeline import Pipeline
-from smalti.text_tokenizer import TextTokenizer
+from smalti.text_tokenizer import BPEConfig, TextTokenizer
 from smalti.transformer import TransformerConfig
 from smalti.vocabulary import Vocabulary
 
@@ -51,3 +51,38 @@ def tiny_pipeline(seed: int = 0) -> Pipeline:
 def save_tiny_bundle(directory: Path) -> Path:
     tiny_pipeline().save(directory)
     return directory
+
+
+BPE_CAPTIONS = [
+    "a purple dog on a red tree",
+    "two cats on a tree",
+    "a dog and two red cats",
+    "ein Café auf der Straße",
+] * 3
+BPE_CONFIG = BPEConfig(image_size=CODEBOOK_SIZE, text_size=290)
+
+
+def tiny_bpe_pipeline() -> Pipeline:
+    """One order, caption before picture, captions of any length up to 11 tokens; a Llama."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layout = Layout.parse(
+            BPE_CONFIG.vocabulary, {"text to image": "text{..11} <|startofimage|> image{49} <|endofimage|>"}
+        )
+        transformer = TransformerConfig(
+            num_layers=1, d_model=24, num_heads=3, d_ff=29, max_length=layout.max_length, bias=False,
+            norm="rms", feed_forward="swiglu", positions="rotary",
+        )  # fmt: skip
+        model = new_model(layout, transformer)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        quantizer = QuantizerConfig(codebook_size=CODEBOOK_SIZE, code_dim=5, update="gradient")
+        config = VQVAEConfig(width=8, num_heads=2, encoder_blocks=1, decoder_blocks=1, quantizer=quantizer)
+        return Pipeline(
+            model=model,
+            layout=layout,
+            image_tokenizer=VQVAE(config),
+            text_tokenizer=TextTokenizer.train(BPE_CAPTIONS, BPE_CONFIG)[0],
+            pictures=PictureConfig(height=28, width=28, levels=4, scale=1),
+            name="words",
+        )

@@ -46,9 +46,10 @@ def find_bundle(name: str | Path) -> Path:
 
     Raises InputError listing what there is.
     """
-    if Path(name).is_dir():
-        return Path(name)
     shipped = shipped_bundles()
+    # A folder of that name which is no bundle, such as one of data, does not hide a shipped one.
+    if Path(name).is_dir() and (str(name) not in shipped or (Path(name) / CONFIG).is_file()):
+        return Path(name)
     if str(name) in shipped:
         return shipped[str(name)]
     # A mistyped path must not turn into a download: `out/demo` is a hub's name only if there is no folder `out`.

@@ -1,7 +1,9 @@
 """The command line: parses, calls, prints. What a command needs is imported inside it, so that each starts fast."""
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +16,7 @@ from typer.exceptions import TyperException
 from smalti.cli_evaluate import app as evaluate_app
 from smalti.cli_interop import app as interop_app
 from smalti.cli_train import app as train_app
+from smalti.errors import InputWarning
 
 app = typer.Typer(
     name="smalti",
@@ -72,6 +75,9 @@ def generate(
     bundle: Bundle = DEFAULT_BUNDLE,
     seed: Seed = 0,
     n: Count = 1,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Put all pictures into one file, as near a square as can be.")
+    ] = False,
     force: Force = False,
     scale: Scale = None,
     negative_prompt: Annotated[str | None, typer.Option(help="A caption to steer away from; needs guidance.")] = None,
@@ -87,8 +93,8 @@ def generate(
     guidance_scale: Guidance = None,
     guidance_schedule: Schedule = None,
 ) -> None:
-    """Draw pictures of a caption. Each PNG says in itself how it was made."""
-    outputs = _output_names(output, n)
+    """Draw pictures of a caption. Each PNG says in itself how it was made; `smalti replay` draws it again."""
+    outputs = _output_names(output, 1 if grid else n)
     _refuse_existing(outputs, force)
     from smalti.pipeline import Pipeline
 
@@ -109,7 +115,41 @@ def generate(
             guidance_schedule=guidance_schedule,
         ),
     )
+    if grid:
+        from smalti.pictures import to_grid
+
+        pictures = [to_grid(pictures)]
     _save(pictures, outputs, force)
+
+
+@app.command(epilog="Examples: smalti replay eight.png · smalti replay bird.png -o again.png --bundle out/cc3m/bundle")
+def replay(
+    picture: Annotated[Path, typer.Argument(help="PNG file that generate or complete wrote, a grid too.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="PNG file for the picture drawn again (default: none).")
+    ] = None,
+    bundle: Annotated[
+        str | None, typer.Option(help="The bundle it was drawn with (default: of the name that it tells itself).")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Draw a picture again from what its file tells, and check that all codes and pixels are the same.
+
+    The exit code is 0 if they are, and 1 if not: then the first difference is printed.
+    """
+    if output is not None:
+        _refuse_existing(_output_names(output, 1), force)
+    from smalti.replay import replay as draw_again
+
+    found = draw_again(picture, bundle)
+    if output is not None:
+        _save([found.picture], [output], force)
+    if found.difference is not None:
+        typer.echo(f"error: {picture} is not drawn again as it was: {found.difference}.", err=True)
+        raise typer.Exit(1)
+    what = f"{found.num_pictures} pictures, " if found.num_pictures > 1 else ""
+    width, height = found.picture.size
+    typer.echo(f"{picture}: drawn again identically ({what}{found.num_codes} codes, {width}×{height} pixels)")
 
 
 @app.command(epilog="Example: smalti caption eight.png")
@@ -633,7 +673,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Runs a command; returns its exit status. Our own bugs keep their traceback."""
     try:
-        result: Any = app(list(arguments), prog_name="smalti", standalone_mode=False)
+        with _warnings_in_one_line():
+            result: Any = app(list(arguments), prog_name="smalti", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except TyperException as error:
         message, context = error.format_message(), getattr(error, "ctx", None)
@@ -645,6 +686,23 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("stopped", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Prints what is said to the user of a command as plainly as errors are. Other warnings stay as they are."""
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, InputWarning):
+                print(f"warning: {message}", file=sys.stderr)
+            else:
+                plain(message, category, *rest, **more)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", InputWarning)
+        yield
 
 
 def _one_line(error: Exception) -> str:

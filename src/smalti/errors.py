@@ -1,6 +1,15 @@
-"""The one error class for bad input, so that the command line can tell it from our own bugs."""
+"""The one error class for bad input, so that the command line can tell it from our own bugs; and its warnings."""
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what was given, where, what was expected
     and how to mend it; the command line prints it without a traceback and exits with status 2."""
+
+
+class InputWarning(UserWarning):
+    """Something the user gave is used, but not as it is. The command line prints it in one line."""
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """A text for a message, its middle left out if it is long."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 4 :]}"

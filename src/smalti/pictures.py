@@ -4,6 +4,7 @@ Letters: B batch, C H W image.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from smalti.files import new_file
 
 RECEIPT = "smalti"
 """The PNG text chunk, and the key of `PIL.Image.Image.info`, that holds how a picture was made, as JSON."""
+
+GRID_GAP = 4
+"""White pixels between the pictures of a grid."""
 
 MAX_SIDE = 4096
 """A picture with a longer side is refused before its pixels are unpacked."""
@@ -109,6 +113,8 @@ def read_picture(path: Path | str) -> Image.Image:
         raise InputError(f"{path}: {error}; at most {MAX_SIDE} pixels a side are read.") from error
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}; give the path of a picture.") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is a folder; give the path of a picture in it.") from error
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
         raise InputError(
             f"cannot read {path}: {error}; the picture is damaged or cut short, write it again."
@@ -135,8 +141,47 @@ def with_receipt(picture: Image.Image, receipt: Mapping[str, Any]) -> Image.Imag
     return picture
 
 
+def grid_columns(num_pictures: int) -> int:
+    """Columns of the grid nearest to a square."""
+    return math.isqrt(max(num_pictures - 1, 0)) + 1
+
+
+def to_grid(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size as one, row by row with white between; its receipt holds those of all.
+
+    Raises ValueError if there are none, or the sides would be longer than MAX_SIDE.
+    """
+    if not pictures:
+        raise ValueError("a grid needs at least one picture.")
+    columns = grid_columns(len(pictures))
+    rows = -(-len(pictures) // columns)
+    width, height = pictures[0].size
+    size = columns * (width + GRID_GAP) - GRID_GAP, rows * (height + GRID_GAP) - GRID_GAP
+    if max(size) > MAX_SIDE:
+        raise ValueError(f"the grid would be {size[0]}×{size[1]} pixels, more than {MAX_SIDE} a side; write fewer.")
+    grid = Image.new("RGB", size, "white")
+    for i, picture in enumerate(pictures):
+        row, column = divmod(i, columns)
+        grid.paste(picture, (column * (width + GRID_GAP), row * (height + GRID_GAP)))
+    receipts = [json.loads(picture.info[RECEIPT]) for picture in pictures if RECEIPT in picture.info]
+    return with_receipt(grid, {"pictures": receipts}) if len(receipts) == len(pictures) else grid
+
+
+def read_receipts(picture: Image.Image | Path | str) -> list[dict[str, Any]]:
+    """The receipts of a picture, or of all pictures of a grid, row by row. Raises InputError if it has none."""
+    receipt = read_receipt(picture)
+    receipts = receipt.get("pictures", [receipt])
+    if not isinstance(receipts, list) or not receipts or not all(isinstance(one, dict) for one in receipts):
+        name = "the picture" if isinstance(picture, Image.Image) else str(picture)
+        raise InputError(f"{name}: its receipt is damaged: the entry 'pictures' is not a list of receipts.")
+    return receipts
+
+
 def read_receipt(picture: Image.Image | Path | str) -> dict[str, Any]:
-    """How a picture was made: prompt, seed, settings, weights hash, codes. Raises InputError if it does not say."""
+    """How a picture was made: prompt, seed, settings, weights hash, codes; of a grid, see `read_receipts`.
+
+    Raises InputError if it does not say.
+    """
     name = "the picture" if isinstance(picture, Image.Image) else str(picture)
     picture = picture if isinstance(picture, Image.Image) else read_picture(picture)
     try:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from smalti import bundle
-from smalti.errors import InputError
+from smalti.errors import InputError, InputWarning, shortened
 from smalti.generate import Generated, Request, generate, stream
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.layout import Layout, SpanValues
@@ -244,6 +244,8 @@ class Pipeline:
         codes = self._codes([found for _, found in drawn])
         pictures = self.decode(codes, scale=scale, batch_size=batch_size)
         shared = {"negative_prompt": negative_prompt, "sampling": asdict(config)}
+        if best_of > 1:
+            shared |= {"best_of": best_of, "rerank": rerank}
         repeated = [prompt for prompt in prompts for _ in range(n)]
         return [
             with_receipt(
@@ -316,8 +318,8 @@ class Pipeline:
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for all, or one each.")
         requests = [
-            self._picture_request(self._whole(prompt), first + i, negative_prompt, config)
-            for prompt, first in zip(prompts, seeds, strict=True)
+            self._picture_request(words, first + i, negative_prompt, config)
+            for words, first in zip(self._all_whole(prompts), seeds, strict=True)
             for i in range(n * best_of)
         ]
         found = generate(self.model, self.layout, requests, config, batch_size=batch_size)
@@ -416,21 +418,28 @@ class Pipeline:
         one is given. Guidance needs a caption."""
         if not 0 <= rows <= self.grid[0]:
             raise ValueError(f"rows is {rows}; expected 0 to {self.grid[0]}, the rows of codes in a picture.")
-        kept = self.encode([picture])[0, :rows].flatten()
+        kept = self.encode([picture])[0, :rows]
         config = self._sample_config(self.sampling.picture if caption else SampleConfig(), sampling)
-        alone = self._uncaptioned(image=kept)
-        request = alone
-        if caption is not None:
-            given = {"text": self._whole(caption), "image": kept}
-            null = None if config.guidance_scale == 1 else alone
-            request = Request(order=self._order("text", "image"), given=given, seed=seed, null=null)
-        requests = [replace(request, seed=seed + i) for i in range(n)]
-        codes = self._codes(generate(self.model, self.layout, requests, config))
+        codes = self.complete_codes(kept, caption=caption, seed=seed, n=n, **asdict(config))
         details = {"task": "complete", "prompt": caption, "rows": rows, "sampling": asdict(config)}
         return [
             with_receipt(drawn, self._receipt(seed=seed + i, codes=row.flatten().tolist(), **details))
             for i, (drawn, row) in enumerate(zip(self.decode(codes, scale=scale), codes, strict=True))
         ]
+
+    def complete_codes(
+        self, kept: Int[Tensor, "rows w"], *, caption: str | None = None, seed: int = 0, n: int = 1, **sampling: Any
+    ) -> Codes:
+        """The codes of what `complete` draws below the rows of codes `kept`."""
+        config = self._sample_config(self.sampling.picture if caption else SampleConfig(), sampling)
+        alone = self._uncaptioned(image=kept.flatten())
+        request = alone
+        if caption is not None:
+            given = {"text": self._whole(caption), "image": kept.flatten()}
+            null = None if config.guidance_scale == 1 else alone
+            request = Request(order=self._order("text", "image"), given=given, seed=seed, null=null)
+        requests = [replace(request, seed=seed + i) for i in range(n)]
+        return self._codes(generate(self.model, self.layout, requests, config))
 
     def complete_caption(self, beginning: str, *, seed: int = 0, n: int = 1, **sampling: Any) -> list[str]:
         """`n` captions that start with the given words, which may be none."""
@@ -445,7 +454,7 @@ class Pipeline:
         """What each picture and its caption cost given the other, in nats. Raises InputError for unknown words."""
         if len(pictures) != len(captions):
             raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions; give one caption a picture.")
-        words = [self._whole(caption) for caption in captions]
+        words = self._all_whole(captions)
         return self.score_codes(self.encode(pictures, batch_size=batch_size), words, batch_size=batch_size)
 
     def score_codes(self, codes: Codes, words: Sequence[Int[Tensor, " L"]], *, batch_size: int = 64) -> Scores:
@@ -503,18 +512,33 @@ class Pipeline:
         return torch.tensor(self.text_tokenizer.encode(caption), dtype=torch.long)
 
     def _whole(self, caption: str) -> Int[Tensor, " L"]:
-        """The numbers of a caption that must be whole: of a shorter one the model would make up the rest."""
-        words, span = self._words(caption), self.layout[self._order("text", "image")].span("text")
-        if span.end is None and len(words) != span.length:
-            raise InputError(f"caption {caption!r} has {len(words)} words; this bundle's captions have {span.length}.")
-        if len(words) > span.length:
-            kept = self.text_tokenizer.encode_within(caption, span.length).numbers
+        return self._all_whole([caption])[0]
+
+    def _all_whole(self, captions: Sequence[str]) -> list[Int[Tensor, " L"]]:
+        """The numbers of captions that must be whole: of a shorter one the model would make up the rest. One warning
+        counts those that are cut."""
+        span = self.layout[self._order("text", "image")].span("text")
+        found, lengths = [], []
+        for caption in captions:
+            words = self._words(caption)
+            if span.end is None and len(words) != span.length:
+                raise InputError(
+                    f"caption {shortened(caption)!r} has {len(words)} words; this bundle's captions have {span.length}."
+                )
+            lengths.append(len(words))
+            if len(words) > span.length:
+                kept = self.text_tokenizer.encode_within(caption, span.length).numbers
+                words = torch.tensor(kept, dtype=torch.long)
+            found.append(words)
+        num_cut = sum(length > span.length for length in lengths)
+        if num_cut:
+            which = "the caption was" if len(captions) == 1 else f"{num_cut} of {len(captions)} captions were"
             warnings.warn(
-                f"a caption of {len(words)} tokens was cut to its first {len(kept)}; this bundle takes {span.length}.",
-                stacklevel=2,
+                f"{which} cut to {span.length} tokens, as many as this bundle takes; the longest has {max(lengths)}.",
+                InputWarning,
+                stacklevel=4,
             )
-            return torch.tensor(kept, dtype=torch.long)
-        return words
+        return found
 
     def _uncaptioned(self, **given: Int[Tensor, " L"]) -> Request:
         """A picture without a caption, what guidance steers away from: behind an empty caption where captions may have

@@ -17,7 +17,7 @@ from typing import NamedTuple, Self
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from smalti.errors import InputError
+from smalti.errors import InputError, shortened
 from smalti.files import new_file
 from smalti.vocabulary import SPECIAL, Vocabulary
 
@@ -33,6 +33,8 @@ SPECIALS = (
 )
 SEGMENTS = ("image", SPECIAL, "text")
 NUM_BYTES = 256
+MAX_HINTS = 6
+"""Unknown words that an error names with words near to them."""
 _IMAGE_TOKEN = re.compile(r"<\|image:(\d+)\|>")
 
 
@@ -257,7 +259,7 @@ class TextTokenizer:
 
     def _check(self, caption: str) -> None:
         if max(caption, default="") >= "\ud800" and any("\ud800" <= letter <= "\udfff" for letter in caption):
-            raise InputError(f"caption {caption!r} is not valid Unicode: it has half a surrogate pair.")
+            raise InputError(f"caption {shortened(caption)!r} is not valid Unicode: it has half a surrogate pair.")
         if not isinstance(self._tokenizer.model, models.WordLevel):
             return  # pieces of words spell any word
         normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
@@ -265,8 +267,9 @@ class TextTokenizer:
         found = [word for word, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
         unknown = [word for word in dict.fromkeys(found) if word not in self._vocabulary]
         if unknown:
-            hints = "; ".join(self._near(word) for word in unknown)
-            raise InputError(f"caption {caption!r} has words outside the vocabulary: {hints}.")
+            hints = "; ".join(self._near(word) for word in unknown[:MAX_HINTS])
+            hints += f"; and {len(unknown) - MAX_HINTS} more" if len(unknown) > MAX_HINTS else ""
+            raise InputError(f"caption {shortened(caption)!r} has words outside the vocabulary: {hints}.")
 
     def _near(self, word: str) -> str:
         near = difflib.get_close_matches(word, self.words, n=3)

@@ -1,0 +1,152 @@
+"""Drawing a picture again from what its PNG says about itself, and saying where the two differ, if they do.
+
+Letters: N pictures of h by w codes, H by W pixels.
+"""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from PIL import Image
+from torch import Tensor
+
+from smalti.errors import InputError
+from smalti.pictures import GRID_GAP, grid_columns, read_picture, read_receipts, to_grid, with_receipt
+from smalti.pipeline import Pipeline
+
+ENTRIES = {"task": str, "seed": int, "sampling": dict, "weights_sha256": str, "codes": list, "bundle": str}
+"""What a receipt must hold, whatever the picture is."""
+
+
+class Replayed(NamedTuple):
+    """A picture drawn again."""
+
+    picture: Image.Image
+    """With the receipt of the first, but its own codes."""
+    num_pictures: int
+    num_codes: int
+    difference: str | None
+    """The first place where it is not the picture that was given; None if they are the same, code by code and pixel
+    by pixel."""
+
+
+def replay(path: Path | str, bundle: str | Path | None = None) -> Replayed:
+    """Draws the picture, or the grid of pictures, in a PNG file again, with the bundle it names or `bundle`.
+
+    Raises InputError if the file does not say how it was made, or the bundle has other weights than those it was made
+    with, naming both.
+    """
+    given = read_picture(path)
+    receipts = _checked(path, read_receipts(given))
+    pipe = _load(path, receipts[0], bundle)
+    for receipt in receipts:
+        if receipt["weights_sha256"] != pipe.weights_sha256:
+            raise InputError(
+                f"{path} was drawn with weights {receipt['weights_sha256']}, the bundle {bundle or pipe.name} has "
+                f"{pipe.weights_sha256}; name the bundle it was drawn with by --bundle."
+            )
+    codes = _draw_codes(pipe, receipts)
+    pictures = [
+        with_receipt(picture, {**receipt, "codes": row.tolist()})
+        for picture, receipt, row in zip(
+            pipe.decode(codes, scale=_scale(path, given, len(receipts), pipe)), receipts, codes.flatten(1), strict=True
+        )
+    ]
+    picture = to_grid(pictures) if len(pictures) > 1 else pictures[0]
+    difference = _code_difference(codes, receipts) or _pixel_difference(np.asarray(picture), np.asarray(given))
+    return Replayed(picture, len(pictures), codes.numel(), difference)
+
+
+def _checked(path: Path | str, receipts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for receipt in receipts:
+        wanted = ENTRIES | ({"rows": int} if receipt.get("task") == "complete" else {"prompt": str})
+        for name, kind in wanted.items():
+            if not isinstance(receipt.get(name), kind):
+                raise InputError(
+                    f"{path}: its receipt has {name} {receipt.get(name)!r}, so it cannot be drawn again; was it "
+                    "written by another program, or another version of smalti?"
+                )
+        if not all(isinstance(code, int) for code in receipt["codes"]):
+            raise InputError(f"{path}: its receipt is damaged: not all of its codes are whole numbers.")
+        if receipt["task"] not in ("generate", "complete"):
+            raise InputError(f"{path}: a picture of the task {receipt['task']!r} cannot be drawn again.")
+    return receipts
+
+
+def _load(path: Path | str, receipt: dict[str, Any], bundle: str | Path | None) -> Pipeline:
+    if bundle is not None:
+        return Pipeline.load(bundle)
+    try:
+        return Pipeline.load(receipt["bundle"])
+    except InputError as error:
+        raise InputError(
+            f"{path} was drawn with the bundle {receipt['bundle']!r} of weights {receipt['weights_sha256']}: say by "
+            f"--bundle where it is ({error})"
+        ) from error
+
+
+def _scale(path: Path | str, given: Image.Image, num_pictures: int, pipe: Pipeline) -> int:
+    """How often every pixel was enlarged."""
+    columns = grid_columns(num_pictures) if num_pictures > 1 else 1
+    width = (given.width - (columns - 1) * GRID_GAP) // columns
+    if width < pipe.pictures.width:
+        raise InputError(
+            f"{path} is {given.width} pixels wide, too few for {num_pictures} of {pipe.pictures.width}: it was made "
+            "smaller after it was drawn."
+        )
+    return width // pipe.pictures.width
+
+
+def _draw_codes(pipe: Pipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
+    drawn = []
+    for _, alike in groupby(receipts, lambda receipt: (receipt["task"] == "complete", _settings(receipt))):
+        group = list(alike)
+        if group[0]["task"] == "complete":
+            drawn += [_complete(pipe, receipt) for receipt in group]
+        else:
+            prompts, seeds = [receipt["prompt"] for receipt in group], [receipt["seed"] for receipt in group]
+            drawn.append(pipe.generate_codes(prompts, seed=seeds, **_settings(group[0])))
+    return torch.cat(drawn)
+
+
+def _complete(pipe: Pipeline, receipt: dict[str, Any]) -> Int[Tensor, "1 h w"]:
+    width, settings = pipe.grid[1], _settings(receipt)
+    del settings["negative_prompt"]
+    kept = torch.tensor(receipt["codes"][: receipt["rows"] * width], dtype=torch.long).view(-1, width)
+    return pipe.complete_codes(kept, caption=receipt["prompt"], seed=receipt["seed"], **settings)
+
+
+def _settings(receipt: dict[str, Any]) -> dict[str, Any]:
+    settings = {**receipt["sampling"], "negative_prompt": receipt.get("negative_prompt")}
+    if "guidance_interval" in settings:  # JSON knows no tuples
+        settings["guidance_interval"] = tuple(settings["guidance_interval"])
+    return settings
+
+
+def _code_difference(codes: Int[Tensor, "N h w"], receipts: list[dict[str, Any]]) -> str | None:
+    for number, (found, receipt) in enumerate(zip(codes, receipts, strict=True), 1):
+        wanted, columns = receipt["codes"], found.shape[1]
+        where = f"picture {number}, " if len(receipts) > 1 else ""
+        if len(wanted) != found.numel():
+            return f"{where}the receipt has {len(wanted)} codes, the bundle draws {found.numel()}"
+        for i, (ours, theirs) in enumerate(zip(found.flatten().tolist(), wanted, strict=True)):
+            if ours != theirs:
+                return f"{where}row {i // columns}, column {i % columns} is code {ours}, the receipt says {theirs}"
+    return None
+
+
+def _pixel_difference(found: UInt8[np.ndarray, "H W ..."], given: UInt8[np.ndarray, "H W ..."]) -> str | None:
+    if found.shape != given.shape:
+        sizes = [" × ".join(map(str, pixels.shape[1::-1] + pixels.shape[2:])) for pixels in (found, given)]
+        return f"the codes agree, but it is {sizes[0]}, the file {sizes[1]}: the file was changed after it was drawn"
+    different = (found != given).any(-1)
+    if not different.any():
+        return None
+    y, x = np.argwhere(different)[0].tolist()
+    return (
+        f"the codes agree, but {int(different.sum())} pixels differ, the first at column {x}, row {y}, which is "
+        f"{tuple(found[y, x].tolist())}, in the file {tuple(given[y, x].tolist())}"
+    )
