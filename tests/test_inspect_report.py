@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from test_inspect_grid import as_lines, markov_field
 from tiny_bundle import CODEBOOK_SIZE, save_tiny_bundle
 
 from smalti.cli import run
-from smalti.data.lines import Lines, write_lines
-from smalti.data.tokens import token_rows, write_token_table
+from smalti.data.lines import DISTINCT, Lines, table_lines, write_lines
+from smalti.data.tokens import TokenTable, token_rows, write_token_table
+from smalti.image_tokenizers import load_image_tokenizer
 from smalti.inspect.findings import InspectConfig
 from smalti.inspect.grid import Grid
+from smalti.inspect.patches import average_patches
 from smalti.inspect.report import inspect_bundle
 from smalti.inspect.subject import load_subject
 from smalti.line_model import LineModel
@@ -126,6 +129,37 @@ def test_lines_become_pictures_where_the_grid_is_the_tokenizers(lines_and_bundle
     assert subject.pictures(codes, None) is None
     assert subject.pictures(codes, Grid(rows=7, columns=5, before=1, after=2)) is None
     assert subject.pictures(codes, Grid(rows=5, columns=7, before=0, after=3)) is None, "a special is no code"
+    object.__setattr__(subject, "code_offset", 1)
+    assert subject.pictures(codes, grid) is None, "code 0 is below the tokenizer's"
+    raised = subject.pictures(codes + 1, grid)
+    assert raised is not None and torch.equal(raised, pictures)
+
+
+def test_codes_are_named_as_in_the_lines_where_they_are_raised(tmp_path):
+    """The tokenizer's code c stands as c + 1 between a start and an end, and a count that looks like a code."""
+    bundle = save_tiny_bundle(tmp_path / "bundle")
+    codes = markov_field(300, 7, 7, CODEBOOK_SIZE).reshape(300, -1)
+    write_token_table(tmp_path / "tokens.parquet", [token_rows([f"{i}" for i in range(300)], codes)], {})
+    end = CODEBOOK_SIZE + 1
+    dressed = table_lines(
+        TokenTable.open(tmp_path / "tokens.parquet"), before=[0], after=[end, DISTINCT], code_offset=1
+    )
+    write_lines(tmp_path / "lines.txt", dressed)
+    layout = line_layout(52, end + 1)
+    config = TransformerConfig(num_layers=1, d_model=12, num_heads=2, d_ff=13, max_length=layout.max_length)
+    LineModel(model=new_model(layout, config), layout=layout).save(tmp_path / "lines")
+    image_tokenizer = bundle / "image_tokenizer"
+    arguments = {"image_tokenizer": image_tokenizer, "code_offset": 1}
+    sections = inspect_bundle(tmp_path / "lines", tmp_path / "lines.txt", tmp_path / "report", SMALL, **arguments)
+    text, titles = check_report(tmp_path / "report", sections)
+    assert "7 × 7 codes read row by row; positions 0, 50, 51 are outside" in text
+    assert "Position 51 tells the number of different codes in the line" in text
+    assert titles[-1] == "What the codes look like"
+    [flattest] = re.findall(r"The flattest is code (\d+)", text)
+    tokenizer: Any = load_image_tokenizer(image_tokenizer)
+    average, num_cells = average_patches(tokenizer, torch.from_numpy(codes).view(-1, 7, 7))
+    contrast = torch.where(num_cells > 0, average.flatten(1).std(1), torch.inf)
+    assert int(flattest) == int(contrast.argmin()) + 1
 
 
 def test_what_does_not_fit_is_refused(lines_and_bundle, tmp_path, capsys):

@@ -649,6 +649,9 @@ def inspect(
     image_tokenizer: Annotated[
         Path | None, typer.Option(help="Folder of the image tokenizer the lines were made with, if there is one.")
     ] = None,
+    code_offset: Annotated[
+        int, typer.Option(min=0, help="What a line's code is above the image tokenizer's (as export-lines raised it).")
+    ] = 0,
     lines: Annotated[int, typer.Option(min=2, help="Lines for what the codes alone tell.")] = 20_000,
     scored: Annotated[int, typer.Option(min=10, help="Lines run through the model.")] = 512,
     seed: Annotated[int, typer.Option(help="Draws the lines.")] = 0,
@@ -659,7 +662,9 @@ def inspect(
     from smalti.inspect.report import PAGE, inspect_bundle
 
     config = InspectConfig(num_lines=lines, num_scored=scored, seed=seed)
-    sections = inspect_bundle(bundle, data, output, config, image_tokenizer=image_tokenizer, force=force)
+    sections = inspect_bundle(
+        bundle, data, output, config, image_tokenizer=image_tokenizer, code_offset=code_offset, force=force
+    )
     for finding in (finding for section in sections for finding in section.findings if finding.headline):
         typer.echo(f"- {finding.text}")
     typer.echo(f"{output / PAGE}")

@@ -91,14 +91,7 @@ def position_section(subject: Subject, config: InspectConfig) -> tuple[Section, 
             section.say(f"Positions that {words}: {_listed(chosen)}.", "positions.special_positions", headline=True)
     if not special:
         section.say("No position is constant or has codes of its own.", "positions.special_positions")
-    at_ends = [s.position for s in special if s.kind == "own codes"]
-    for explained in positions.explain_by_counts(codes, K, at_ends):
-        section.say(
-            f"Position {explained.position} tells {explained.property}: that explains {explained.share:.0%} of its "
-            "entropy.",
-            "positions.explain_by_counts",
-            headline=True,
-        )
+    _say_counts(section, subject, special, found.grid)
     empty = np.flatnonzero((statistics.top_share >= 0.95) & (statistics.kinship >= positions.FOREIGN_KINSHIP))
     if len(empty):
         code = Counter(statistics.top_code[empty].tolist()).most_common(1)[0][0]
@@ -123,6 +116,26 @@ def position_section(subject: Subject, config: InspectConfig) -> tuple[Section, 
         figures.information_map(found.information, found.grid),
     )
     return section, found
+
+
+def _say_counts(
+    section: Section, subject: Subject, special: list[positions.SpecialPosition], grid: Grid | None
+) -> None:
+    """Looks for counts where the codes are strange, and outside the grid: a count may look like a code."""
+    asked = {s.position for s in special if s.kind == "own codes"}
+    if grid is not None:
+        asked |= {*range(grid.before), *range(grid.length - grid.after, grid.length)}
+    best: dict[int, positions.Explanation] = {}
+    for explained in positions.explain_by_counts(subject.codes, subject.vocab_size, sorted(asked)):
+        if explained.position not in best or explained.share > best[explained.position].share:
+            best[explained.position] = explained
+    for explained in best.values():
+        section.say(
+            f"Position {explained.position} tells {explained.property}: that explains {explained.share:.0%} of its "
+            "entropy.",
+            "positions.explain_by_counts",
+            headline=True,
+        )
 
 
 def _say_grid(section: Section, found: GridFinding) -> None:
@@ -498,21 +511,22 @@ def picture_section(subject: Subject, config: InspectConfig, grid: Grid | None) 
     codes = subject.pictures(torch.from_numpy(subject.codes[: max(1000, config.num_scored)]), grid)
     if codes is None or codes.shape[1] == 1:
         return None
-    section = Section(title="What the codes look like")
+    section, shift = Section(title="What the codes look like"), subject.code_offset
     average, num_cells = patches.average_patches(subject.image_tokenizer, codes)
     ranked = num_cells.argsort(descending=True, stable=True)[: int((num_cells > 0).sum())][:96].tolist()
     rows = [ranked[i : i + 16] for i in range(0, len(ranked), 16)]
     contrast = average[ranked].flatten(1).std(1)
     section.say(
         f"Average patches of the {len(ranked)} commonest codes, over {len(codes)} pictures. The flattest is code "
-        f"{ranked[int(contrast.argmin())]}, the one with most contrast code {ranked[int(contrast.argmax())]}.",
+        f"{ranked[int(contrast.argmin())] + shift}, the one with most contrast code "
+        f"{ranked[int(contrast.argmax())] + shift}.",
         "patches.average_patches",
     )
     section.show(
         "The average patch of each code, the commonest first.",
         figures.picture_grid(
             [[average[code].numpy() for code in row] for row in rows],
-            [[str(code) for code in row] for row in rows],
+            [[str(code + shift) for code in row] for row in rows],
             cell=0.6,
         ),
     )
@@ -549,9 +563,10 @@ def _show_swaps(
 ) -> None:
     pictures, titles = [], []
     for swap in find_swaps(subject, config, grid):
-        having = (codes == swap.code).flatten(1).any(1).nonzero()[:, 0]
-        if len(having) and max(swap.code, swap.other) < subject.image_tokenizer.config.codebook_size:
-            pictures.append(patches.swap_picture(subject.image_tokenizer, codes[having[0]], swap.code, swap.other))
+        pair = swap.code - subject.code_offset, swap.other - subject.code_offset
+        having = (codes == pair[0]).flatten(1).any(1).nonzero()[:, 0]
+        if len(having) and min(pair) >= 0 and max(pair) < subject.image_tokenizer.config.codebook_size:
+            pictures.append(patches.swap_picture(subject.image_tokenizer, codes[having[0]], *pair))
             titles.append(f"{swap.code} → {swap.other}")
     if not pictures:
         return

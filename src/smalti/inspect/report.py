@@ -32,6 +32,7 @@ def inspect_bundle(
     config: InspectConfig = InspectConfig(),  # noqa: B008 (frozen)
     *,
     image_tokenizer: Path | None = None,
+    code_offset: int = 0,
     force: bool = False,
 ) -> list[Section]:
     """Writes `index.html` and `findings.json` into the folder `output`; returns what is in them.
@@ -40,7 +41,14 @@ def inspect_bundle(
     """
     output = Path(output)
     refuse_existing([output / PAGE, output / FINDINGS], force=force)
-    subject = load_subject(bundle, data, num_lines=config.num_lines, image_tokenizer=image_tokenizer, seed=config.seed)
+    subject = load_subject(
+        bundle,
+        data,
+        num_lines=config.num_lines,
+        image_tokenizer=image_tokenizer,
+        code_offset=code_offset,
+        seed=config.seed,
+    )
     sections = inspect_subject(subject, config)
     about = (
         f"{subject.name}: {subject.model.num_parameters:,} parameters, looked at on {len(subject.codes):,} lines of "

@@ -35,6 +35,8 @@ class Subject:
     codes: Integer[np.ndarray, "N L"]
     text_tokens: Integer[np.ndarray, "N Lt"] | None
     image_tokenizer: Any
+    code_offset: int = 0
+    """What a line's code is above the image tokenizer's."""
 
     @property
     def vocab_size(self) -> int:
@@ -51,7 +53,8 @@ class Subject:
         return pack_codes(self.layout, self.order, self.codes[:num], text_tokens)
 
     def pictures(self, codes: Int[Tensor, "*some L"], grid: Grid | None) -> Int[Tensor, "*some h w"] | None:
-        """Lines of codes as the image tokenizer takes them; None if there is none, or the grid found is not its own.
+        """Lines of codes as the image tokenizer takes them; None if there is none, the grid found is not its own, or a
+        code in it is not.
 
         Codes of a picture model stand as its tokenizer made them. In lines the grid found says where the cells are:
         it must have the tokenizer's shape and its columns in order, or mirroring could not be told.
@@ -65,6 +68,7 @@ class Subject:
             codes = codes[..., torch.from_numpy(grid.positions.ravel())]
         else:
             return None
+        codes = codes - self.code_offset
         within = int(codes.min()) >= 0 and int(codes.max()) < self.image_tokenizer.config.codebook_size
         return codes.unflatten(-1, (rows, columns)) if within else None
 
@@ -75,11 +79,18 @@ class Subject:
 
 
 def load_subject(
-    bundle: str | Path, data: Path, *, num_lines: int, image_tokenizer: Path | None = None, seed: int = 0
+    bundle: str | Path,
+    data: Path,
+    *,
+    num_lines: int,
+    image_tokenizer: Path | None = None,
+    code_offset: int = 0,
+    seed: int = 0,
 ) -> Subject:
     """A bundle of pictures or of lines, and `num_lines` lines drawn from a token table (parquet) or a text file.
 
-    `image_tokenizer` is the folder of one for a bundle of lines. Raises InputError for what does not fit.
+    `image_tokenizer` is the folder of one for a bundle of lines, whose codes may be raised by `code_offset`. Raises
+    InputError for what does not fit.
     """
     tokenizer: Any = None
     if bundle_kind(bundle) == "lines":
@@ -87,8 +98,10 @@ def load_subject(
         model, layout, name = lines.model, lines.layout, lines.name
         tokenizer = load_image_tokenizer(image_tokenizer) if image_tokenizer else None
     else:
-        if image_tokenizer:
-            raise InputError(f"{bundle} has an image tokenizer of its own; leave out --image-tokenizer.")
+        if image_tokenizer or code_offset:
+            raise InputError(
+                f"{bundle} has an image tokenizer of its own; leave out --image-tokenizer and --code-offset."
+            )
         pipe = Pipeline.load(bundle)
         model, layout, name, tokenizer = pipe.model, pipe.layout, pipe.name, pipe.image_tokenizer
     order = picture_order(layout)
@@ -101,6 +114,7 @@ def load_subject(
         codes=codes,
         text_tokens=text_tokens,
         image_tokenizer=tokenizer,
+        code_offset=code_offset,
     )
 
 
