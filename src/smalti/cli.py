@@ -83,9 +83,12 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="A caption to steer away from; needs guidance.")] = None,
     best_of: Annotated[int, typer.Option(min=1, help="Draw so many for each picture and keep the best.")] = 1,
     rerank: Annotated[
-        str,
-        typer.Option(help="What is best: p(picture | caption) 'picture', p(caption | picture) 'caption', or 'pmi'."),
-    ] = "caption",
+        str | None,
+        typer.Option(
+            help="What is best: p(caption | picture) 'caption', mutual information 'pmi', or p(picture | caption) "
+            "'picture' (default: the first of these that the bundle has)."
+        ),
+    ] = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -324,7 +327,7 @@ def score(
     from smalti.pipeline import Pipeline
 
     scores = Pipeline.load(bundle).score([source] * len(captions), captions)
-    columns = [column.tolist() for column in scores]
+    columns = [[None] * len(captions) if column is None else column.tolist() for column in scores]
     if as_json:
         import json
 
@@ -335,7 +338,7 @@ def score(
         return
     table = Table("caption", "−ln p(picture | caption)", "−ln p(caption | picture)", "mutual information", box=None)
     for line, *values in zip(captions, *columns, strict=True):
-        table.add_row(line, *(f"{value:.2f} nats" for value in values))
+        table.add_row(line, *("–" if value is None else f"{value:.2f} nats" for value in values))
     console.print(table)
 
 

@@ -1,4 +1,4 @@
-"""The command `evaluate`: a bundle, or image tokenizers side by side."""
+"""The command `evaluate`: a bundle, what a bundle makes of held-out compositions, or image tokenizers side by side."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,6 +68,47 @@ def tokenizer(
     Console().print(comparison.table())
     if output:
         comparison.write(output, force=force)
+        typer.echo(f"{output}: {', '.join(REPORT_FILES)}")
+
+
+@app.command(
+    "compositions",
+    epilog="Example: smalti evaluate compositions emoji --test test.parquet --train train.parquet -o out/report",
+)
+def compositions(
+    bundle: Annotated[str, typer.Argument(help="A shipped bundle's name, a folder, or a hub's owner/name.")],
+    test: Annotated[Path, typer.Option(help="Held-out compositions: parquet with image, caption, base, skin_tones.")],
+    train: Annotated[Path, typer.Option(help="The other true pictures, in the same columns.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for compositions.json, .md and .png.")
+    ] = None,
+    guidance: Annotated[str, typer.Option(help="Guidance scales, with commas between; 1 is off.")] = "1,2,3",
+    best_of: Annotated[int, typer.Option(min=1, help="Candidates for reranking; 1 measures none.")] = 16,
+    num: Annotated[int | None, typer.Option(min=1, help="Draw the first NUM compositions (default: all).")] = None,
+    seed: Annotated[int, typer.Option(help="The i-th composition is drawn with the seed SEED + i.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+) -> None:
+    """Draw held-out compositions of a figure and a skin tone, and look for each among all true pictures."""
+    import shlex
+
+    from smalti.evaluate.compositions import REPORT_FILES, CompositionsConfig, evaluate_compositions
+    from smalti.files import refuse_existing
+    from smalti.pipeline import Pipeline
+
+    try:
+        scales = tuple(float(scale) for scale in guidance.split(","))
+    except ValueError as error:
+        raise ValueError(f"--guidance is {guidance!r}; expected numbers with commas between, such as 1,2,3.") from error
+    config = CompositionsConfig(guidance_scales=scales, best_of=best_of, num=num, seed=seed)
+    if output:
+        refuse_existing([output / name for name in REPORT_FILES], force=force)
+    options = ["--guidance", guidance, "--best-of", str(best_of), *(["--num", str(num)] if num else [])]
+    tables = ["--test", str(test), "--train", str(train), "--seed", str(seed)]
+    command = shlex.join(["smalti", "evaluate", "compositions", bundle, *tables, *options])
+    report = evaluate_compositions(Pipeline.load(bundle), test, train, config, command=command)
+    Console().print(report.table())
+    if output:
+        report.write(output, force=force)
         typer.echo(f"{output}: {', '.join(REPORT_FILES)}")
 
 

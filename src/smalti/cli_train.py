@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 def recipe(
     recipe: Annotated[
-        str, typer.Argument(help="A shipped recipe (demo, digits, digits-best, lines, cc3m), or a YAML file.")
+        str, typer.Argument(help="A shipped recipe (demo, digits, digits-best, lines, cc3m, emoji), or a YAML file.")
     ],
     settings: Annotated[
         list[str] | None, typer.Argument(help="Changes to it, each key=value; the last word of a key will often do.")
@@ -48,9 +48,11 @@ def recipe(
     if isinstance(checked, CaptionsRecipe):
         from smalti.train_captions import train_captions
 
-        bundle = train_captions(checked, show_progress=not quiet)
+        command = shlex.join(["smalti", "train", recipe, *(settings or [])])
+        bundle = train_captions(checked, command=command, show_progress=not quiet)
+        table = f", {checked.output}/samples/table.png (the same prompts on the way)" if checked.watch.prompts else ""
         typer.echo(
-            f"\nOpen {checked.output}/model/curves.png. The bundle is {bundle}.\n"
+            f"\nOpen {checked.output}/model/curves.png{table}. The bundle is {bundle}.\n"
             "Try next:\n"
             f'  smalti generate "a bird on a tree" -o bird.png --bundle {bundle}\n'
             f"  smalti export hf {bundle} {checked.output}/llama"

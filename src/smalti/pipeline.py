@@ -33,7 +33,8 @@ from smalti.sampling import SampleConfig
 from smalti.text_tokenizer import TextTokenizer
 
 RERANKERS = ("picture", "caption", "pmi")
-"""What best-of-n keeps the largest of: p(picture | caption), p(caption | picture), or their mutual information."""
+"""What best-of-n keeps the largest of: p(picture | caption), p(caption | picture), or their mutual information. A
+bundle that was trained in one order alone has no p(caption | picture)."""
 
 Pictures = Sequence[Image.Image | Path | str]
 Codes = Int[Tensor, "B h w"]
@@ -44,14 +45,17 @@ class Scores(NamedTuple):
 
     picture_nll_nats: Float[Tensor, " B"]
     """−ln p(picture | caption)."""
-    caption_nll_nats: Float[Tensor, " B"]
-    """−ln p(caption | picture)."""
+    caption_nll_nats: Float[Tensor, " B"] | None
+    """−ln p(caption | picture); None from a bundle without an order that has the picture first."""
     pmi_nats: Float[Tensor, " B"]
     """Pointwise mutual information, ln p(picture | caption) − ln p(picture): how much the caption tells."""
 
     def merit(self, rerank: str) -> Float[Tensor, " B"]:
         """What best-of-n keeps the largest of (see RERANKERS)."""
-        return {"picture": -self.picture_nll_nats, "caption": -self.caption_nll_nats, "pmi": self.pmi_nats}[rerank]
+        if rerank == "caption":
+            assert self.caption_nll_nats is not None
+            return -self.caption_nll_nats
+        return {"picture": -self.picture_nll_nats, "pmi": self.pmi_nats}[rerank]
 
 
 class Pair(NamedTuple):
@@ -224,7 +228,7 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         n: int = 1,
         best_of: int = 1,
-        rerank: str = "caption",
+        rerank: str | None = None,
         negative_prompt: str | None = None,
         scale: int | None = None,
         batch_size: int = 64,
@@ -234,12 +238,14 @@ class Pipeline:
 
         Picture i of a prompt is drawn with the seed `seed + i`, whatever else is asked for; `seed` may be one for each
         prompt. With `best_of` m > 1 it is
-        the best, by `rerank` (see RERANKERS), of m pictures drawn with the seeds from `seed + i · m` on. Guidance
+        the best, by `rerank` (see RERANKERS; by default the first of `rerankers`), of m pictures drawn with the seeds
+        from `seed + i · m` on. Guidance
         steers away from pictures without a caption, or from those of `negative_prompt`. `sampling` are fields of
         `SampleConfig`. Every picture carries its receipt in `info["smalti"]`. Raises InputError for unknown words.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         config = self._sample_config(self.sampling.picture, sampling)
+        rerank = rerank or self.rerankers[0]
         drawn = self._draw_pictures(prompts, config, seed, n, best_of, rerank, negative_prompt, batch_size)
         codes = self._codes([found for _, found in drawn])
         pictures = self.decode(codes, scale=scale, batch_size=batch_size)
@@ -264,7 +270,7 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         n: int = 1,
         best_of: int = 1,
-        rerank: str = "caption",
+        rerank: str | None = None,
         negative_prompt: str | None = None,
         batch_size: int = 64,
         **sampling: Any,
@@ -308,12 +314,12 @@ class Pipeline:
         seed: int | Sequence[int],
         n: int,
         best_of: int,
-        rerank: str,
+        rerank: str | None,
         negative_prompt: str | None,
         batch_size: int,
     ) -> list[tuple[int, Generated]]:
         """Each kept sequence with the seed it was drawn from."""
-        _check_drawing(n, best_of, rerank)
+        self._check_drawing(n, best_of, rerank)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for all, or one each.")
@@ -339,10 +345,27 @@ class Pipeline:
             return replace(request, null=Request(order=order, given={"text": self._whole(negative_prompt)}))
         return replace(request, null=self._uncaptioned())
 
-    def _best(self, found: Sequence[Generated], best_of: int, rerank: str, batch_size: int) -> list[int]:
+    def _check_drawing(self, n: int, best_of: int, rerank: str | None) -> None:
+        if n < 1 or best_of < 1:
+            raise ValueError(f"n is {n} and best_of {best_of}; both must be at least 1.")
+        if rerank is not None and rerank not in RERANKERS:
+            raise ValueError(f"rerank {rerank!r} is unknown; choose one of {', '.join(RERANKERS)}.")
+        if best_of > 1 and rerank is not None and rerank not in self.rerankers:
+            raise InputError(
+                f"the bundle {self.name} has no order with image before text, so it cannot rerank by {rerank!r}; "
+                f"choose one of {', '.join(self.rerankers)}."
+            )
+
+    @property
+    def rerankers(self) -> tuple[str, ...]:
+        """Those of RERANKERS that this bundle has, what tells most of the caption first."""
+        return ("caption", "pmi", "picture") if self._has_order("image", "text") else ("pmi", "picture")
+
+    def _best(self, found: Sequence[Generated], best_of: int, rerank: str | None, batch_size: int) -> list[int]:
         """Which of every `best_of` sequences is kept."""
         words = [sequence.spans["text"] for sequence in found]
-        merit = self.score_codes(self._codes(found), words, batch_size=batch_size).merit(rerank)
+        scores = self.score_codes(self._codes(found), words, batch_size=batch_size)
+        merit = scores.merit(rerank or self.rerankers[0])
         return [i * best_of + int(best) for i, best in enumerate(merit.view(-1, best_of).argmax(1))]
 
     # Captions from pictures, both from nothing -----------------------------------------------------------------
@@ -376,7 +399,7 @@ class Pipeline:
         *,
         order: str | None = None,
         best_of: int = 1,
-        rerank: str = "caption",
+        rerank: str | None = None,
         batch_size: int = 64,
         **sampling: Any,
     ) -> tuple[Codes, list[str]]:
@@ -385,7 +408,7 @@ class Pipeline:
         Drawn from the model's own distribution unless `sampling` says otherwise. With guidance the caption comes first
         and the picture is guided by it."""
         config = self._sample_config(SampleConfig(), sampling)
-        _check_drawing(n, best_of, rerank)
+        self._check_drawing(n, best_of, rerank)
         guided = config.guidance_scale != 1
         if guided and order not in (None, self._order("text", "image")):
             raise ValueError(f"guidance needs the caption before the picture; order {order!r} has it behind.")
@@ -466,9 +489,21 @@ class Pipeline:
             "image": SpanValues(codes.flatten(1), torch.full((len(codes),), self._image_length)),
             "text": SpanValues(nn.utils.rnn.pad_sequence(list(words), batch_first=True), lengths),
         }
-        text_first = score(self.model, self.layout, self._order("text", "image"), spans, batch_size=batch_size)
-        image_first = score(self.model, self.layout, self._order("image", "text"), spans, batch_size=batch_size)
-        return Scores(text_first["image"], image_first["text"], image_first["image"] - text_first["image"])
+
+        def nats(order: str) -> dict[str, Float[Tensor, " B"]]:
+            return score(self.model, self.layout, order, spans, batch_size=batch_size)
+
+        text_first, empty = nats(self._order("text", "image")), self._empty_caption_order()
+        image_first = None
+        if empty is None or self._has_order("image", "text"):
+            image_first = nats(self._order("image", "text"))
+        caption_nll_nats = None if image_first is None else image_first["text"]
+        alone = image_first
+        if empty is not None:
+            spans["text"] = SpanValues(torch.zeros(len(codes), 0, dtype=torch.long), torch.zeros_like(lengths))
+            alone = nats(empty)
+        assert alone is not None
+        return Scores(text_first["image"], caption_nll_nats, alone["image"] - text_first["image"])
 
     # Pictures and codes ----------------------------------------------------------------------------------------
 
@@ -543,12 +578,19 @@ class Pipeline:
     def _uncaptioned(self, **given: Int[Tensor, " L"]) -> Request:
         """A picture without a caption, what guidance steers away from: behind an empty caption where captions may have
         any length, else in the order that has the picture first."""
-        order = next(
-            (o for o in self.layout.orders.values() if [s.segment for s in o.spans] == ["text", "image"]), None
-        )
-        if order is not None and order.span("text").end is not None:
-            return Request(order=order.name, given={"text": torch.zeros(0, dtype=torch.long), **given})
+        if (order := self._empty_caption_order()) is not None:
+            return Request(order=order, given={"text": torch.zeros(0, dtype=torch.long), **given})
         return Request(order=self._order("image", "text"), given=given)
+
+    def _empty_caption_order(self) -> str | None:
+        """The order with the caption first, if its captions may be empty."""
+        if not self._has_order("text", "image"):
+            return None
+        order = self.layout[self._order("text", "image")]
+        return order.name if order.span("text").end is not None else None
+
+    def _has_order(self, first: str, then: str) -> bool:
+        return any([span.segment for span in o.spans] == [first, then] for o in self.layout.orders.values())
 
     def _order(self, first: str, then: str) -> str:
         """The name of the order in which one segment is given and the other follows."""
@@ -573,13 +615,6 @@ class Pipeline:
             "weights_sha256": self.weights_sha256,
             **details,
         }
-
-
-def _check_drawing(n: int, best_of: int, rerank: str) -> None:
-    if n < 1 or best_of < 1:
-        raise ValueError(f"n is {n} and best_of {best_of}; both must be at least 1.")
-    if rerank not in RERANKERS:
-        raise ValueError(f"rerank {rerank!r} is unknown; choose one of {', '.join(RERANKERS)}.")
 
 
 def _cell(text: Any) -> str:

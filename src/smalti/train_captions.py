@@ -3,54 +3,40 @@
 Everything lies in one folder, each stage in a place of its own, written whole or not at all. A run that was stopped,
 or killed, goes on from what is there; run again when it is done, it finds nothing left to do.
 
+    image_tokenizer/      the image tokenizer, in half precision
     text_tokenizer.json   pieces of words, learned from the training captions
     tokens/               train and validation pairs as codes and numbers
     model/                the transformer's training: checkpoints, curves.csv, curves.png, tensorboard
+    samples/              the same prompts with the same seeds on the way: table.png, table.md
     bundle/               what `Pipeline.load` reads
-
-Letters: n rows of a batch.
+    compositions.md       held-out compositions, where the recipe asks for them
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 import torch.distributed as dist
-from jaxtyping import Integer
 
 from smalti.data.pair_sources import open_pairs
 from smalti.data.tokenize_pairs import TokenizeConfig, require_tokenizers, tokenize_pairs, tokenizer_metadata
-from smalti.data.tokens import TokenBatch, TokenTable
+from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
-from smalti.image_tokenizers import load_image_tokenizer
+from smalti.evaluate.compositions import evaluate_compositions
+from smalti.evaluate.reconstruction import find_image_tokenizer
+from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.layout import Layout
+from smalti.models import DecoderOnly
 from smalti.pictures import PictureConfig
 from smalti.pipeline import Pipeline
 from smalti.recipes import CaptionsRecipe, claim_folder
+from smalti.sample_table import SampleTable
 from smalti.text_tokenizer import BPEConfig, TextTokenizer
-from smalti.train_model import processes, train_model
+from smalti.train_model import nats_by_order, processes, train_model
 
 
-class WithoutSomeCaptions:
-    """A token table in which a share of the captions is empty, so that the model also learns pictures without one.
-
-    Which are is drawn from the seed and the rows of the batch: another choice in every epoch, but the same when a
-    training is resumed.
-    """
-
-    def __init__(self, table: TokenTable, share: float, seed: int):
-        self._table, self._share, self._seed = table, share, seed
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def batch(self, rows: Integer[np.ndarray, " n"]) -> TokenBatch:
-        batch = self._table.batch(rows)
-        empty = np.random.default_rng([self._seed, *rows.tolist()]).random(len(rows)) < self._share
-        return batch._replace(text_lengths=np.where(empty, 0, batch.text_lengths))
-
-
-def train_captions(recipe: CaptionsRecipe, *, show_progress: bool = True) -> Path:
+def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: bool = True) -> Path:
     """Trains the system of a recipe in its output folder, from wherever it stands; returns the bundle's folder.
 
     Under `torchrun` the first process makes the tables, all of them train the transformer. Raises InputError if the
@@ -59,7 +45,7 @@ def train_captions(recipe: CaptionsRecipe, *, show_progress: bool = True) -> Pat
     if recipe.data.train is None or recipe.data.validation is None or recipe.image_tokenizer is None:
         raise InputError("give data.train and data.validation, pictures with captions, and image_tokenizer, a folder.")
     output = recipe.output
-    image_tokenizer: Any = load_image_tokenizer(recipe.image_tokenizer).eval()
+    image_tokenizer: Any = load_image_tokenizer(find_image_tokenizer(recipe.image_tokenizer)).eval()
     config = BPEConfig(
         image_size=image_tokenizer.config.codebook_size,
         text_size=recipe.text_size,
@@ -70,7 +56,8 @@ def train_captions(recipe: CaptionsRecipe, *, show_progress: bool = True) -> Pat
     max_text_length = _check_spans(layout, image_tokenizer)
     with processes() as (rank, world_size):
         if rank == 0:
-            claim_folder(recipe, output, free=("sample",))
+            claim_folder(recipe, output, free=("sample", "evaluate", "about"))
+            image_tokenizer = _stored(image_tokenizer, output / "image_tokenizer")
             if not (output / "text_tokenizer.json").exists():
                 captions = [pair.caption for pair in open_pairs(recipe.data.train).records() if pair.caption]
                 TextTokenizer.train(captions, config)[0].save(output / "text_tokenizer.json")
@@ -87,22 +74,83 @@ def train_captions(recipe: CaptionsRecipe, *, show_progress: bool = True) -> Pat
         if world_size > 1:
             dist.barrier()
         train, validation = (TokenTable.open(output / "tokens" / f"{s}.parquet") for s in ("train", "validation"))
-        rows = WithoutSomeCaptions(train, recipe.caption_dropout, recipe.train.seed)
-        model = train_model(
-            recipe.model, layout, rows, validation, recipe.train, output / "model", show_progress=show_progress
-        )
-        if rank == 0:
+
+        def make_pipeline(model: DecoderOnly, **described: Any) -> Pipeline:
             height, width = recipe.data.size
-            Pipeline(
-                model=model.cpu(),
+            return Pipeline(
+                model=model,
                 layout=layout,
                 image_tokenizer=image_tokenizer,
                 text_tokenizer=text_tokenizer,
-                pictures=PictureConfig(height=height, width=width),
+                pictures=PictureConfig(height=height, width=width, scale=recipe.data.scale),
                 sampling=recipe.sample,
                 name=output.name,
-            ).save(output / "bundle", half=True, force=True)
+                **described,
+            )
+
+        watch = recipe.watch
+        model = train_model(
+            recipe.model,
+            layout,
+            train,
+            validation,
+            recipe.train,
+            output / "model",
+            sampler=SampleTable(output / "samples", watch, make_pipeline) if watch.prompts else None,
+            sample_every=watch.every,
+            show_progress=show_progress,
+        )
+        if rank == 0:
+            _finish(recipe, make_pipeline(model.cpu()), validation, command, show_progress)
     return output / "bundle"
+
+
+def _stored(image_tokenizer: Any, folder: Path) -> Any:
+    """The image tokenizer as the bundle holds it, in half precision, and read back: so that the tables have the codes
+    that the bundle gives."""
+    if not (folder / "config.json").exists():
+        save_image_tokenizer(image_tokenizer, folder, dtype=torch.float16)
+    return load_image_tokenizer(folder).eval()
+
+
+def _finish(
+    recipe: CaptionsRecipe, trained: Pipeline, validation: TokenTable, command: str, show_progress: bool
+) -> None:
+    """The bundle, with what is measured of it: of the model as the bundle holds it, in half precision."""
+    folder = recipe.output / "bundle"
+    trained.about = {**recipe.about, "Trained by": f"`{command}`", "Seed": str(recipe.train.seed)}
+    trained.save(folder, half=True, force=True)
+    pipe = Pipeline.load(folder)
+    num_rows = min(len(validation), recipe.train.evaluation_rows or len(validation))
+    figures = _likelihood_figures(pipe, validation, num_rows)
+    if recipe.evaluate is not None:
+        assert recipe.data.train is not None and recipe.data.validation is not None
+        measure = shlex.join(["smalti", "evaluate", "compositions", str(folder)])
+        report = evaluate_compositions(
+            pipe,
+            recipe.data.validation,
+            recipe.data.train,
+            recipe.evaluate,
+            command=f"{measure} --test {recipe.data.validation} --train {recipe.data.train}",
+            show_progress=show_progress,
+        )
+        report.write(recipe.output, force=True)
+        figures |= report.figures()
+    pipe.figures = figures
+    pipe.save(folder, half=True, force=True)
+
+
+def _likelihood_figures(pipe: Pipeline, validation: TokenTable, num_rows: int) -> dict[str, str]:
+    """Nats per token of each part that an order learns, on the validation pairs; of pictures also without captions."""
+    figures = {}
+    for captioned in (True, False):
+        for name, found in nats_by_order(pipe.model, pipe.layout, validation, num_rows, captioned=captioned).items():
+            for part, nats in found.items():
+                if nats.num_tokens and part in ("picture", "caption") and (captioned or part == "picture"):
+                    given = "" if captioned else ", captions empty"
+                    what = f"validation nats per {part} token, {name}{given}"
+                    figures[what] = f"{nats.nats_per_token:.4f} ± {nats.standard_error:.4f}"
+    return figures
 
 
 def _check_spans(layout: Layout, image_tokenizer: Any) -> int:

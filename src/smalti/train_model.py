@@ -33,11 +33,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smalti.checkpoint import check_writable, latest_checkpoint, load_checkpoint, save_checkpoint
 from smalti.curves import Curves
-from smalti.data.loader import batches, prefetch
+from smalti.data.loader import prefetch, step_rows
 from smalti.data.tokens import TokenBatch
 from smalti.errors import InputError
 from smalti.layout import NO_SLOT, PARTS, Layout, Marker, Order, Packed, Span, SpanValues
-from smalti.likelihood import evaluate_nll
+from smalti.likelihood import Likelihood, evaluate_nll
 from smalti.models import DecoderOnly, SlotTargets, new_model, slot_nll, slot_targets
 from smalti.transformer import TransformerConfig
 from smalti.vocabulary import SPECIAL, Vocabulary
@@ -52,7 +52,7 @@ LOG_EVERY = 50
 
 
 class Pairs(Protocol):
-    """Rows of picture and caption tokens by number: a `TokenTable`, or `TokenArrays`."""
+    """Rows of picture and caption tokens by number: a `TokenTable`, `TokenArrays`, or a `TokenStream` by its places."""
 
     def __len__(self) -> int: ...
     def batch(self, rows: Integer[np.ndarray, " n"]) -> TokenBatch: ...
@@ -258,7 +258,7 @@ def micro_batches(
     """
     weights = [order.weight for order in layout.orders.values()]
     num_pieces = world_size * config.num_micro_batches
-    for step, rows in enumerate(batches(len(pairs), config.batch_size, config.seed, start_step), start_step):
+    for step, rows in enumerate(step_rows(pairs, config.batch_size, config.seed, start_step), start_step):
         orders = draw_orders(weights, len(rows), config.seed, step)
         uncaptioned = None
         if config.caption_dropout:
@@ -493,12 +493,34 @@ def evaluate(
 
 
 def _evaluation_batches(
-    layout: Layout, pairs: Pairs, num_rows: int, order: int, rank: int, world_size: int
+    layout: Layout,
+    pairs: Pairs,
+    num_rows: int,
+    order: int,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    captioned: bool = True,
 ) -> Iterator[Packed]:
     for start in range(rank * EVALUATION_BATCH_SIZE, num_rows, world_size * EVALUATION_BATCH_SIZE):
         rows = np.arange(start, min(start + EVALUATION_BATCH_SIZE, num_rows))
-        packed = pack_rows(layout, pairs, rows, np.full(len(rows), order))
+        uncaptioned = None if captioned else np.ones(len(rows), dtype=bool)
+        packed = pack_rows(layout, pairs, rows, np.full(len(rows), order), uncaptioned)
         yield packed._replace(slot_ids=torch.where(packed.counted, packed.slot_ids, NO_SLOT))
+
+
+def nats_by_order(
+    model: DecoderOnly, layout: Layout, pairs: Pairs, num_rows: int, *, captioned: bool = True
+) -> dict[str, dict[str, Likelihood]]:
+    """Likelihood of the counted tokens of the first `num_rows` pairs by order and part. If not `captioned`, only of the
+    orders in which a caption of open length comes before the picture, with the caption left empty."""
+    found = {}
+    for index, order in enumerate(layout.orders.values()):
+        if captioned or _may_lack_caption(order):
+            found[order.name] = evaluate_nll(
+                model, layout, _evaluation_batches(layout, pairs, num_rows, index, captioned=captioned)
+            )
+    return found
 
 
 def curve_columns(layout: Layout) -> list[str]:

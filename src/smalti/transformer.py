@@ -116,6 +116,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llamagen-1b": LLAMAGEN | dict(num_layers=22, d_model=2048, num_heads=32, d_ff=5632),  # 1,199,616,000
     "llamagen-3b": LLAMAGEN | dict(num_layers=24, d_model=3200, num_heads=32, d_ff=8704),  # 3,096,659,200
     "llamagen-7b": LLAMAGEN | dict(num_layers=32, d_model=4096, num_heads=32, d_ff=11008),  # 6,614,589,440
+    # Llama (arXiv:2302.13971) in sizes for pictures from captions. Parameters with the 30,000 ids of the CC3M data
+    # set's card; embeddings and head, 60,000 × d_model, are most of the small ones.
+    "llama-5m": LLAMA | dict(num_layers=4, d_model=80, num_heads=5, d_ff=216),  # 5,110,480
+    "llama-20m": LLAMA | dict(num_layers=8, d_model=256, num_heads=8, d_ff=704),  # 21,786,880
+    "llama-60m": LLAMA | dict(num_layers=10, d_model=512, num_heads=8, d_ff=1408),  # 62,843,392
+    "llama-130m": LLAMA | dict(num_layers=12, d_model=768, num_heads=12, d_ff=2048),  # 131,033,856
+    "llama-350m": LLAMA | dict(num_layers=22, d_model=1024, num_heads=16, d_ff=2816),  # 344,077,312
+    "llama-1b": LLAMA | dict(num_layers=18, d_model=2048, num_heads=16, d_ff=5632),  # 1,047,799,808
 }
 
 

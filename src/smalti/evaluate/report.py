@@ -224,6 +224,8 @@ def _likelihood_rows(pipe: Pipeline, codes: Codes, captions: Sequence[str]) -> l
     scores = pipe.score_codes(codes, words, batch_size=_PICTURES_AT_ONCE)
     names = ("−ln p(picture | caption)", "−ln p(caption | picture)", "mutual information")
     for name, values in zip(names, scores, strict=True):
+        if values is None:
+            continue
         error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
         rows.append(Row("nats a pair", name, float(values.mean()), error, "nats", len(values)))
     return rows

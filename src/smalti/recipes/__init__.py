@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from smalti.data.digits import ColouringConfig
 from smalti.data.picture_sets import PicturesConfig
 from smalti.errors import InputError
+from smalti.evaluate.compositions import CompositionsConfig
 from smalti.evaluate.report import ReportConfig
 from smalti.files import new_file
 from smalti.image_tokenizers.losses import AdversarialConfig, LossConfig
@@ -29,6 +30,7 @@ from smalti.image_tokenizers.vqvae import VQVAEConfig
 from smalti.layout import Layout, Order, parse_order
 from smalti.line_presets import AUTO, choose_preset
 from smalti.pipeline import Sampling
+from smalti.sample_table import SampleTableConfig
 from smalti.text_tokenizer import BPEConfig
 from smalti.train_gan_tokenizer import TrainGANTokenizerConfig
 from smalti.train_model import TrainConfig
@@ -201,6 +203,8 @@ class CaptionedPictures(Section):
     """Rows and columns to which pictures are cropped and resized: what the image tokenizer was trained on."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do about a broken picture."""
+    scale: int = 1
+    """Drawn pictures are enlarged this many times."""
 
 
 class CaptionsRecipe(Section):
@@ -217,18 +221,20 @@ class CaptionsRecipe(Section):
     segments: tuple[str, ...]
     """Which ids come first: image, special and text in some order."""
     layout: Orders
-    caption_dropout: float = 0.1
-    """Share of the training captions left empty, which guidance needs."""
     model: TransformerConfig
-    """Without `max_length`, which is that of the layout's longest sequence."""
+    """Without `max_length`, which is that of the layout's longest sequence; `preset` names one of `PRESETS` to start
+    from."""
     train: TrainConfig
+    watch: SampleTableConfig = SampleTableConfig()
     sample: Sampling = Sampling()
+    evaluate: CompositionsConfig | None = None
+    """Draw the compositions of `data.validation` and look for each among all true pictures; None: do not."""
+    about: dict[str, str] = {}
+    """What the model card says of data and licence."""
     output: Path
 
     @model_validator(mode="after")
     def _in_range(self) -> "CaptionsRecipe":
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout is {self.caption_dropout}; expected a share in [0, 1).")
         # the codebook's size is known when the image tokenizer is loaded
         BPEConfig(image_size=1, text_size=self.text_size, specials=self.layout.specials, order=self.segments)
         self.layout.make(codebook_size=1, text_vocab_size=1)
@@ -386,13 +392,16 @@ def _apply(content: dict[str, Any], override: str, system: System) -> None:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{override!r}: the value cannot be read as YAML; put it in quotes.") from error
-    *sections, last = _full_key(key, system).split(".")
+    full_key = _full_key(key, system)
+    *sections, last = full_key.split(".")
     for section in sections:
         if content.get(section) is None:
             content[section] = {}
         content = content[section]
         if not isinstance(content, dict):
             raise InputError(f"{override!r}: the recipe's {section} is not a section but {content!r}.")
+    if isinstance(value, str) and isinstance(content.get(last), dict) and f"{full_key}.preset" in _keys(system):
+        content, last = content[last], "preset"  # model=llama-60m
     content[last] = value
 
 
