@@ -6,14 +6,17 @@ alone says where to go on. With several processes each takes its share of every 
 the batch that one process would see.
 """
 
+import itertools
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sized
 from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int64
+
+from smalti.data.streams import TokenStream
 
 Item = TypeVar("Item")
 
@@ -54,6 +57,14 @@ def _batches(
         epochs, places = np.divmod(np.arange(first, first + share), num_rows)
         yield np.concatenate([order(epoch)[places[epochs == epoch]] for epoch in range(epochs[0], epochs[-1] + 1)])
         first += batch_size
+
+
+def step_rows(pairs: Sized, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Int64[np.ndarray, " n"]]:
+    """The rows of each step's batch from `start_step` on, without end, as `pairs` number them: see `batches`. A stream
+    shuffles itself, so of it they are the next places."""
+    if not isinstance(pairs, TokenStream):
+        return batches(len(pairs), batch_size, seed, start_step)
+    return (np.arange(step * batch_size, (step + 1) * batch_size) for step in itertools.count(start_step))
 
 
 def prefetch(items: Iterable[Item], num_ready: int = 4) -> Generator[Item, None, None]:

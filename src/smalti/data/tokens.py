@@ -43,7 +43,7 @@ KEEP_IN_MEMORY_BYTES = 64 * 2**20
 
 _METADATA_KEY = b"smalti"
 _CACHE_VERSION = 1  # part of the fingerprint: raise it when the cache's layout changes
-_TOKEN_COLUMNS = ("image_tokens", "text_tokens")
+TOKEN_COLUMNS = ("image_tokens", "text_tokens")
 _TEXT_COLUMNS = ("__key__", "text")
 _DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.int64))
 _SCAN_VALUES = 4 * 2**20  # how many values are looked at, or copied, at a time
@@ -196,7 +196,7 @@ class TokenTable:
     def batch(self, rows: Integer[np.ndarray, " n"]) -> TokenBatch:
         """The tokens of these rows, in the order given; the same row may be asked for twice."""
         self._check(rows)
-        image, text = (self._columns[name] for name in _TOKEN_COLUMNS)
+        image, text = (self._columns[name] for name in TOKEN_COLUMNS)
         return TokenBatch(image.padded(rows), image.lengths(rows), text.padded(rows), text.lengths(rows))
 
     def keys(self, rows: Integer[np.ndarray, " n"]) -> list[str]:
@@ -228,7 +228,7 @@ class TokenTable:
                 f"{self.where(row)}: image_tokens has {image.lengths(np.array([row]))[0]} tokens, expected "
                 f"{image_length}. Tokenize the picture again, or give the length that fits the table."
             )
-        for name, vocab_size in zip(_TOKEN_COLUMNS, (image_vocab_size, text_vocab_size), strict=True):
+        for name, vocab_size in zip(TOKEN_COLUMNS, (image_vocab_size, text_vocab_size), strict=True):
             column = self._columns[name]
             if vocab_size is not None and (row := column.first_row_with_value_from(vocab_size)) is not None:
                 raise InputError(
@@ -271,18 +271,23 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
             f"{path} ({path.stat().st_size} bytes) is not a complete parquet file: {_first_line(error)} "
             "Copy or write it again."
         ) from error
-    missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
+    check_columns(file.schema_arrow, path, SCHEMA.names)
+    return file
+
+
+def check_columns(schema: pa.Schema, path: Path | str, needed: Sequence[str]) -> None:
+    """Raises InputError listing the columns of a file if one that is needed is missing, or holds no tokens."""
+    missing = [name for name in needed if name not in schema.names]
     if missing:
         raise InputError(
-            f"{path}: no column {' or '.join(missing)}; it has {', '.join(file.schema_arrow.names)}. "
-            f"A token table needs {', '.join(SCHEMA.names)}."
+            f"{path}: no column {' or '.join(missing)}; it has {', '.join(schema.names)}. "
+            f"A token table needs {', '.join(needed)}."
         )
-    for name in _TOKEN_COLUMNS:
-        kind = file.schema_arrow.field(name).type
+    for name in TOKEN_COLUMNS:
+        kind = schema.field(name).type
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
         if not (is_list and pa.types.is_integer(kind.value_type)):
             raise InputError(f"{path}: column {name} holds {kind}, expected lists of integers.")
-    return file
 
 
 def _first_line(error: Exception) -> str:
@@ -293,11 +298,7 @@ def _common_metadata(paths: list[Path]) -> dict[str, Any]:
     """What the writer said of the tokens, which must be the same in all files: codes of two tokenizers do not mix."""
     common: dict[str, Any] | None = None
     for path in paths:
-        text = (_open_parquet(path).metadata.metadata or {}).get(_METADATA_KEY, b"{}")
-        try:
-            metadata = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"{path}: its metadata is not JSON ({error}); write the table again.") from error
+        metadata = read_metadata(_open_parquet(path).metadata, path)
         if common is None:
             common = metadata
         elif metadata != common:
@@ -309,6 +310,14 @@ def _common_metadata(paths: list[Path]) -> dict[str, Any]:
             )
     assert common is not None
     return common
+
+
+def read_metadata(footer: pq.FileMetaData, path: Path | str) -> dict[str, Any]:
+    """What the writer of a file said of its tokens; nothing, if another program wrote it."""
+    try:
+        return json.loads((footer.metadata or {}).get(_METADATA_KEY, b"{}"))
+    except ValueError as error:
+        raise InputError(f"{path}: its metadata is not JSON ({error}); write the table again.") from error
 
 
 def _is_small(paths: list[Path]) -> bool:
@@ -406,8 +415,8 @@ def _unpack(paths: list[Path], folder: Path) -> None:
 def _unpack_file(path: Path, writers: dict[str, _ColumnWriter]) -> int:
     num_rows = 0
     for batch in _column_batches(path):
-        for name in _TOKEN_COLUMNS:
-            writers[name].append(*_tokens_of(batch.column(name), path, num_rows, name))
+        for name in TOKEN_COLUMNS:
+            writers[name].append(*token_values(batch.column(name), path, num_rows, name))
         for name in _TEXT_COLUMNS:
             writers[name].append(*_bytes_of(batch.column(name)))
         num_rows += batch.num_rows
@@ -431,10 +440,10 @@ def _column_batches(path: Path) -> Iterator[pa.RecordBatch]:
             yield batch
 
 
-def _tokens_of(
-    column: pa.Array, path: Path, first_row: int, name: str
+def token_values(
+    column: pa.Array, path: Path | str, first_row: int, name: str
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " m"]]:
-    """Lengths and values. A caption without tokens may be null, a picture may not."""
+    """Lengths and values of lists of integers. A caption without tokens may be null, a picture may not: InputError."""
     if column.null_count and name == "image_tokens":
         row = first_row + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
         raise InputError(f"{path}, row {row}: image_tokens is null, expected a list of integers.")

@@ -1,0 +1,283 @@
+"""Token tables that are read as they come, without a copy on disk: from the Hugging Face hub, through `datasets`.
+
+A stream is shuffled as it is read: every epoch takes the files in an order of its own, cuts the rows of all of them
+into blocks of some ten thousand, and permutes each block. Files and permutations are drawn from (seed, epoch, block),
+and the files' own footers say how many rows they hold: so place p of the stream is the same row in every run, and a
+training that goes on at place p opens the one file that holds it. Processes take turns in the places; joined, their
+rows are those that one process would see.
+Letters in shapes: n rows asked for, L the length of the longest of them.
+"""
+
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int32, Int64, Integer
+
+from smalti.data.tokens import PAD, TOKEN_COLUMNS, TokenBatch, check_columns, read_metadata, token_values
+from smalti.errors import InputError, InputWarning
+
+BLOCK_ROWS = 65_536
+"""Rows that are shuffled among each other, and held in memory; two blocks are held at most."""
+_ROWS_AT_ONCE = 8192
+
+
+class TokenStream:
+    """The rows of a split by their place in an endless stream, epoch after epoch; made by `open`.
+
+    Cheap where places ascend, as in a training; another place is sought in its file.
+    """
+
+    def __init__(
+        self, rows: Any, files: list["_StreamFile"], checks: "_Checks", metadata: Mapping[str, Any], *, seed: int
+    ):
+        self.metadata = dict(metadata)
+        self._rows, self._files, self._checks, self._seed = rows, files, checks, seed
+        self._num_rows = sum(file.num_rows for file in files)
+        self._blocks_an_epoch = -(-self._num_rows // BLOCK_ROWS)
+        self._blocks: dict[int, _Block] = {}
+        self._coming: Iterator[_Block] = iter(())
+        self._next_block = -1
+        self._has_warned = False
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        split: str = "train",
+        *,
+        seed: int = 0,
+        image_length: int | None = None,
+        image_vocab_size: int | None = None,
+        text_vocab_size: int | None = None,
+        max_text_length: int | None = None,
+    ) -> "TokenStream":
+        """A split of the hub's data set `owner/name` (or `owner/name@revision`), or of a local folder of parquet files.
+
+        Only footers are read here. As rows come, each must have `image_length` image tokens in [0, image_vocab_size)
+        and text tokens in [0, text_vocab_size), if given; longer captions are cut to `max_text_length` tokens, and a
+        warning counts those of the first block that has some. Raises InputError where there is no such data set or
+        split, its files are no token tables, or a row has not what it must, naming file and row. Needs the extra
+        "data".
+        """
+        library = _import_datasets()
+        path, _, revision = name.partition("@")
+        with _named_errors(name):
+            builder = library.load_dataset_builder(path, revision=revision or None, columns=list(TOKEN_COLUMNS))
+            urls = (builder.config.data_files or {}).get(split)
+            if not urls:
+                splits = ", ".join(builder.config.data_files or {})
+                raise InputError(f"the data set {name} has no split {split!r}; it has {splits or 'none'}.")
+            files, metadata = _read_footers(list(map(str, urls)))
+            rows = builder.as_streaming_dataset(split).with_format("arrow")
+        if rows.num_shards != len(files):
+            raise AssertionError(f"{rows.num_shards} shards of {len(files)} files")
+        if not sum(file.num_rows for file in files):
+            raise InputError(f"the split {split!r} of {name} holds no rows.")
+        checks = _Checks(
+            image_length, {"image_tokens": image_vocab_size, "text_tokens": text_vocab_size}, max_text_length
+        )
+        return cls(rows, files, checks, metadata, seed=seed)
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        return self._num_rows
+
+    def batch(self, places: Integer[np.ndarray, " n"]) -> TokenBatch:
+        """The rows at these places of the stream; place `len(stream)` is the first of the second epoch."""
+        if len(places) and places.min() < 0:
+            raise ValueError(f"place {places.min()} of a stream; places count from 0.")
+        epochs, rows = np.divmod(places, self._num_rows)
+        numbers = epochs * self._blocks_an_epoch + rows // BLOCK_ROWS
+        found = [
+            (numbers == number, self._block(int(number)).take(rows[numbers == number] % BLOCK_ROWS))
+            for number in np.unique(numbers)
+        ]
+        return TokenBatch(
+            *_joined([(which, part.image_tokens, part.image_lengths) for which, part in found], len(places)),
+            *_joined([(which, part.text_tokens, part.text_lengths) for which, part in found], len(places)),
+        )
+
+    def _block(self, number: int) -> "_Block":
+        if number not in self._blocks:
+            if number != self._next_block:
+                self._coming = self._blocks_from(number)
+            while len(self._blocks) > 1:  # a batch may reach from one block into the next
+                del self._blocks[next(iter(self._blocks))]
+            self._next_block = -1  # of a stream that breaks off here, the block is sought again
+            self._blocks[number] = next(self._coming)
+            self._next_block = number + 1
+        return self._blocks[number]
+
+    def _blocks_from(self, number: int) -> Iterator["_Block"]:
+        first_epoch, first_block = divmod(number, self._blocks_an_epoch)
+        for epoch in itertools.count(first_epoch):
+            start = first_block * BLOCK_ROWS if epoch == first_epoch else 0
+            tables, block = self._tables(epoch, start), start // BLOCK_ROWS
+            for table in _in_blocks(tables):
+                order = np.random.default_rng([self._seed, epoch, 1, block]).permutation(table.num_rows)
+                yield self._decoded(table).take(order)
+                block += 1
+
+    def _tables(self, epoch: int, start: int) -> Iterator[pa.Table]:
+        """The rows of an epoch from number `start` on, before they are permuted."""
+        for index in np.random.default_rng([self._seed, epoch, 0]).permutation(len(self._files)).tolist():
+            file = self._files[index]
+            if start < file.num_rows:
+                yield from self._file_tables(index, start)
+            start = max(start - file.num_rows, 0)
+
+    def _file_tables(self, index: int, start: int) -> Iterator[pa.Table]:
+        file, row = self._files[index], start
+        rows = self._rows.shard(num_shards=len(self._files), index=index)
+        with _named_errors(file.url):
+            for table in (rows.skip(start) if start else rows).iter(_ROWS_AT_ONCE):
+                self._checks.require(table, file.url, row)
+                row += table.num_rows
+                yield table
+        if row != file.num_rows:
+            raise InputError(f"{file.url} gave {row} rows, its footer says {file.num_rows}; fetch or make it again.")
+
+    def _decoded(self, table: pa.Table) -> "_Block":
+        image_tokens, image_lengths = _padded(table, "image_tokens")
+        text_tokens, text_lengths = _padded(table, "text_tokens")
+        most = self._checks.max_text_length
+        if most is not None and text_tokens.shape[1] > most:
+            if not self._has_warned:
+                self._has_warned = True
+                num_cut = int((text_lengths > most).sum())
+                warnings.warn(
+                    f"{num_cut} of the {table.num_rows} captions just read are cut to {most} tokens, and so are "
+                    "longer ones behind them.",
+                    InputWarning,
+                    stacklevel=2,
+                )
+            text_tokens, text_lengths = text_tokens[:, :most], text_lengths.clip(max=most)
+        return _Block(image_tokens, image_lengths, text_tokens, text_lengths)
+
+
+class _StreamFile(NamedTuple):
+    url: str
+    num_rows: int
+
+
+class _Block(NamedTuple):
+    """Rows in memory, short ones filled up with -1, in half the bytes of a TokenBatch."""
+
+    image_tokens: Int32[np.ndarray, "n L"]
+    image_lengths: Int64[np.ndarray, " n"]
+    text_tokens: Int32[np.ndarray, "n Lt"]
+    text_lengths: Int64[np.ndarray, " n"]
+
+    def take(self, rows: Integer[np.ndarray, " n"]) -> "_Block":
+        return _Block(*(column[rows] for column in self))
+
+
+class _Checks(NamedTuple):
+    image_length: int | None
+    vocab_sizes: dict[str, int | None]
+    max_text_length: int | None
+
+    def require(self, table: pa.Table, url: str, first_row: int) -> None:
+        """Raises InputError naming the first row that has not what it must."""
+        for name, vocab_size in self.vocab_sizes.items():
+            lengths, values = token_values(table[name].combine_chunks(), url, first_row, name)
+            if name == "image_tokens" and self.image_length is not None and (lengths != self.image_length).any():
+                row = int(np.flatnonzero(lengths != self.image_length)[0])
+                raise InputError(
+                    f"{url}, row {first_row + row}: image_tokens has {lengths[row]} tokens, expected "
+                    f"{self.image_length}."
+                )
+            limit = 2**31 if vocab_size is None else vocab_size
+            if values.max(initial=-1) >= limit:
+                index = int(np.flatnonzero(values >= limit)[0])
+                row = first_row + int(np.searchsorted(np.cumsum(lengths), index, side="right"))
+                raise InputError(
+                    f"{url}, row {row}: {name} has the value {values[index]}, expected 0 to {limit - 1}. The "
+                    "data set was made with another vocabulary."
+                )
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("this needs datasets, which is an extra: pip install 'smalti[data]'.") from error
+    return datasets
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Raises InputError naming the data set or file for whatever goes wrong on the way to it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+    ) as error:  # the hub's errors are OSErrors, those of `datasets` either
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(
+            f"{name} cannot be read: {reason}. Look for the name on the hub, or fetch the file again."
+        ) from error
+
+
+def _read_footers(urls: list[str]) -> tuple[list[_StreamFile], dict[str, Any]]:
+    """How many rows each file has, and what its writer said of the tokens, in which all must agree."""
+    import fsspec  # comes with `datasets`; it opens the hub's files as local ones
+
+    files, common = [], None
+    for url in urls:
+        with _named_errors(url), fsspec.open(url, "rb") as opened:
+            footer = pq.ParquetFile(opened)
+            check_columns(footer.schema_arrow, url, TOKEN_COLUMNS)
+            metadata = read_metadata(footer.metadata, url)
+            files.append(_StreamFile(url, footer.metadata.num_rows))
+        if common is not None and metadata != common:
+            raise InputError(f"{url} was made with another tokenizer than {urls[0]}: {metadata} and {common}.")
+        common = metadata
+    assert common is not None
+    return files, common
+
+
+def _in_blocks(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    waiting: list[pa.Table] = []
+    num_waiting = 0
+    for table in tables:
+        waiting.append(table)
+        num_waiting += table.num_rows
+        while num_waiting >= BLOCK_ROWS:
+            joined = pa.concat_tables(waiting)
+            yield joined.slice(0, BLOCK_ROWS)
+            waiting, num_waiting = [joined.slice(BLOCK_ROWS)], num_waiting - BLOCK_ROWS
+    if num_waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _padded(table: pa.Table, name: str) -> tuple[Int32[np.ndarray, "n L"], Int64[np.ndarray, " n"]]:
+    lengths, values = token_values(table[name].combine_chunks(), name, 0, name)
+    inside = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    padded = np.full(inside.shape, PAD, np.int32)
+    padded[inside] = values
+    return padded, lengths
+
+
+def _joined(
+    parts: list[tuple[Any, Int32[np.ndarray, "m L"], Int64[np.ndarray, " m"]]], num_rows: int
+) -> tuple[Int64[np.ndarray, "n L"], Int64[np.ndarray, " n"]]:
+    """Rows of several blocks in the places that were asked for, padded to the longest."""
+    lengths = np.zeros(num_rows, np.int64)
+    for which, _, found in parts:
+        lengths[which] = found
+    padded = np.full((num_rows, lengths.max(initial=0)), PAD, np.int64)
+    for which, tokens, found in parts:
+        width = found.max(initial=0)
+        padded[np.flatnonzero(which), :width] = tokens[:, :width]
+    return padded, lengths
