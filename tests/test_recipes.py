@@ -177,5 +177,7 @@ def test_a_file_that_is_no_yaml_is_named_with_the_line(tmp_path):
 def test_a_preset_gives_the_model_and_other_fields_change_it():
     model = load_recipe("digits", ["data.path=mnist", "model.preset=digits", "model.dropout=0.1"]).model
     assert model == preset_config("digits", max_length=58, dropout=0.1)
+    short = load_recipe("cc3m", ["model=llama-60m", "dropout=0.2"]).model
+    assert short == preset_config("llama-60m", max_length=98, dropout=0.2)
     with pytest.raises(InputError, match=r"model.preset 'large' is unknown; choose one of digits, llamagen-b"):
         load_recipe("digits", ["data.path=mnist", "model.preset=large"])

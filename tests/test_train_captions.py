@@ -1,6 +1,8 @@
 """Pictures from free captions: the whole system on a handful of pairs, through the command line."""
 
+import csv
 import io
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +66,17 @@ def test_the_whole_system_from_pairs_to_pictures_and_to_a_llama(recipe, tmp_path
     table = TokenTable.open(out / "tokens" / "train.parquet", image_length=49, image_vocab_size=37)
     assert len(table) == NUM
     pipe = Pipeline.load(out / "bundle")
+    assert (out / "samples" / "table.md").read_text().startswith("| iteration | a \\| red bird | (no caption) |")
+    assert [path.name for path in sorted((out / "samples").glob("*-2.png"))] == [
+        "00000000-2.png",
+        "00000002-2.png",
+        "00000003-2.png",
+    ]
+    assert set(pipe.figures) == {
+        "validation nats per picture token, text to image",
+        "validation nats per picture token, text to image, captions empty",
+    }
+    assert pipe.about["Trained by"] == f"`smalti train {recipe} --quiet`".replace(" --quiet", "")
     assert pipe.layout.vocabulary == pipe.text_tokenizer.vocabulary
     [picture] = pipe.generate("a 🎉", seed=1)
     assert picture.size == (28, 28)
@@ -99,3 +112,32 @@ def test_the_shipped_recipe_is_the_cards():
     assert layout.max_length == recipe.model.max_length == 98
     with torch.device("meta"):
         assert new_model(layout, recipe.model).num_parameters == 21_786_880  # the recipe says so
+
+
+def test_the_joint_recipe_learns_pictures_and_captions_apart_and_measures_compositions(recipe, tmp_path, capsys):
+    content = yaml.safe_load(recipe.read_text())
+    joint = yaml.safe_load(shipped_recipes()["cc3m-joint"].read_text())
+    orders = {name: line.replace("64", "9").replace("32", "49") for name, line in joint["layout"]["orders"].items()}
+    for name in ("train", "validation"):
+        table = pq.read_table(tmp_path / f"{name}.parquet")
+        table = table.append_column("base", table["caption"])
+        pq.write_table(
+            table.append_column("skin_tones", pa.array([[]] * NUM, pa.list_(pa.string()))), tmp_path / f"{name}.parquet"
+        )
+    content["layout"]["orders"] = orders
+    content |= {"evaluate": {"guidance_scales": [1.0], "best_of": 2, "num": 3}, "watch": {}, "about": {"Data": "noise"}}
+    recipe.write_text(yaml.safe_dump(content))
+    assert run(["train", str(recipe), "--quiet"]) == 0
+    out = tmp_path / "out"
+    with (out / "model" / "curves.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    assert last["split"] == "test" and float(last["caption"]) > 0 and float(last["picture"]) > 0
+    pipe = Pipeline.load(out / "bundle")
+    captions = [name for name in pipe.figures if "per caption token" in name]
+    assert captions == ["validation nats per caption token, image to text"]
+    assert float(pipe.figures[captions[0]].split()[0]) == pytest.approx(float(last["caption"]), abs=0.02)
+    assert "held-out compositions, pixels: greedy, guidance 1" in pipe.figures
+    assert "captions of true pictures" in (out / "bundle" / "README.md").read_text()
+    assert json.loads((out / "compositions.json").read_text())["num"] == 3
+    assert not (out / "samples").exists()
+    assert len(pipe.caption_codes(pipe.generate_codes("red Straße"))) == 1

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import smalti.transformer
+from smalti.models import DecoderOnly, DecoderOnlyConfig
 from smalti.transformer import (
     KVCache,
     Norm,
@@ -661,6 +662,27 @@ def test_presets_have_the_published_parameter_counts(name, expected):
         transformer = Transformer(preset_config(name, max_length=257, grid=(16, 16), prefix_length=1))
     embeddings = (2 * 16384 + 1001) * transformer.config.d_model
     assert sum(parameter.numel() for parameter in transformer.parameters()) + embeddings == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama-5m", 5_110_480),
+        ("llama-20m", 21_786_880),
+        ("llama-60m", 62_843_392),
+        ("llama-130m", 131_033_856),
+        ("llama-350m", 344_077_312),
+        ("llama-1b", 1_047_799_808),
+    ],
+)
+def test_llama_presets_have_the_parameters_they_are_named_for(name, expected):
+    with torch.device("meta"):
+        config = DecoderOnlyConfig(vocab_size=30_000, transformer=preset_config(name, max_length=98))
+        assert DecoderOnly(config).num_parameters == expected
+    # By hand: embeddings and head; a layer has four D × D and three D × F matrices and two norms; one norm at the end.
+    shape = config.transformer
+    D, F = shape.d_model, shape.d_ff
+    assert expected == 2 * 30_000 * D + shape.num_layers * (4 * D * D + 3 * D * F + 2 * D) + D
 
 
 def test_an_unknown_preset_lists_the_known():

@@ -306,7 +306,7 @@ def evaluate_compositions(
         for space in spaces:
             ours = features(pipe, pictures[strategy], space)
             rows.append(Row(strategy, space, score_nearest(ours, true[space], wanted, collection).rates()))
-    shown = _shown(rows, images, pictures, num_shown)
+    shown = _shown(rows, images[: len(wanted)], pictures, num_shown)
     return CompositionsReport(
         rows=rows,
         captions=_caption_rates(pipe, codes, collection) if "caption" in pipe.rerankers else None,
@@ -395,7 +395,7 @@ def _parts(caption: str) -> tuple[str, str]:
 
 
 def _shown(
-    rows: list[Row], images: Float[Tensor, "N 3 H W"], pictures: Mapping[str, Float[Tensor, "n 3 H W"]], num: int
+    rows: list[Row], images: Float[Tensor, "n 3 H W"], pictures: Mapping[str, Float[Tensor, "n 3 H W"]], num: int
 ) -> dict[str, Float[Tensor, "_ 3 H W"]]:
     """The first `num` of: true, rebuilt, and of each kind of drawing the guidance scale that is best in top-1."""
     shown = {"true": images[:num], "rebuilt": pictures[CEILING][:num]}
