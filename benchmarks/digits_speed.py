@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti import fast_decode
+from smalti.fast_training import make_native_loss, why_not
 from smalti.generate import generate
 from smalti.layout import Layout
 from smalti.models import DecoderOnly, new_model
@@ -210,6 +211,8 @@ def x_transformer(device: torch.device, flash: bool) -> nn.Module:
 
 def training_contestants(bench: Bench) -> list[Contestant]:
     builds: dict[tuple[str, str], Callable[[], Callable[[], object]]] = {}
+    if bench.device.type == "cpu":
+        builds["smalti", "bf16 native"] = partial(train_ours, bench.device, True, False, False, native=True)
     for bf16, compiled in ((True, True), (True, False), (False, True), (False, False)):
         setting = f"{'bf16' if bf16 else 'fp32'} {'compiled' if compiled else 'eager'}"
         builds["smalti", setting] = partial(train_ours, bench.device, bf16, compiled, False)
@@ -224,14 +227,19 @@ def training_contestants(bench: Bench) -> list[Contestant]:
     return bench.prepare_all(builds, BATCH * LENGTH)
 
 
-def train_ours(device: torch.device, bf16: bool, compiled: bool, full_softmax: bool) -> Callable[[], object]:
+def train_ours(
+    device: torch.device, bf16: bool, compiled: bool, full_softmax: bool, *, native: bool = False
+) -> Callable[[], object]:
+    """As the training loop does it, which takes the native kernel by itself where that is to be had."""
     rng = np.random.default_rng(0)
     pairs = TokenArrays(rng.integers(0, CODES, (BATCH, 49)), rng.integers(0, 31, (BATCH, 6)))
     packed = pack_rows(LAYOUT, pairs, np.arange(BATCH), np.repeat([0, 1], BATCH // 2))
     batch = make_micro_batch(LAYOUT, packed, full_softmax=full_softmax).to(device)
     num_counted = int(batch.counts.sum())
     model = ours(device).train()
-    module = NextTokenLoss(model, LAYOUT)
+    module = NextTokenLoss(model, LAYOUT, make_native_loss(model) if native else None)
+    if native and module.native is None:
+        raise RuntimeError(why_not(model) or "the native kernel cannot be compiled")
     call = torch.compile(module) if compiled else module
     return training_step(
         model, lambda: call(batch.token_ids, batch.targets).sum() / num_counted, lambda: compute_precision(device, bf16)

@@ -11,6 +11,7 @@ Letters: B batch, T tokens, n counted positions that cost something, P parts.
 """
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -36,6 +37,7 @@ from smalti.curves import Curves
 from smalti.data.loader import prefetch, step_rows
 from smalti.data.tokens import TokenBatch
 from smalti.errors import InputError
+from smalti.fast_training import NativeLoss, make_native_loss
 from smalti.layout import NO_SLOT, PARTS, Layout, Marker, Order, Packed, Span, SpanValues
 from smalti.likelihood import Likelihood, evaluate_nll
 from smalti.models import DecoderOnly, SlotTargets, new_model, slot_nll, slot_targets
@@ -47,8 +49,12 @@ EVALUATION_BATCH_SIZE = 256
 CHECKPOINTS, BEST = "checkpoints", "best"
 COMPILE_FROM_TOKENS = 10_000_000
 """Tokens a training must have for compiling to repay itself: some minutes' worth on two cores, at the digits' size."""
+NATIVE_FROM_TOKENS = 1_000_000
+"""Tokens a training must have for the native kernel to be taken: some ten seconds' worth, as long as compiling it."""
 LOG_EVERY = 50
 """Steps between fetches of the losses from the device."""
+
+_log = logging.getLogger(__name__)
 
 
 class Pairs(Protocol):
@@ -303,11 +309,13 @@ def drop_tokens(
 class NextTokenLoss(nn.Module):
     """The nats of a micro-batch's targets, as a module, so that it can be compiled and wrapped."""
 
-    def __init__(self, model: DecoderOnly, layout: Layout):
+    def __init__(self, model: DecoderOnly, layout: Layout, native: NativeLoss | None = None):
         super().__init__()
-        self.model, self.slots = model, layout.slots
+        self.model, self.slots, self.native = model, layout.slots, native
 
     def forward(self, token_ids: Int[Tensor, "B T"], targets: list[SlotTargets]) -> Float[Tensor, " n"]:
+        if self.native is not None:
+            return self.native(token_ids, targets, self.slots)
         return slot_nll(self.model, token_ids, targets, self.slots)
 
 
@@ -420,6 +428,23 @@ def compute_precision(device: torch.device, bf16: bool) -> AbstractContextManage
         # The CPU's fused attention takes 4 times as long as the plain one in bfloat16 at some 60 tokens.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
     return stack
+
+
+def make_loss(
+    model: DecoderOnly, layout: Layout, asked: TrainConfig, chosen: TrainConfig, num_steps: int
+) -> NextTokenLoss:
+    """The loss by the native kernel where it covers the model and the run is long enough, else compiled if so chosen.
+
+    Only what a run that goes on finds again decides, so that it takes the same path.
+    """
+    native = None
+    if chosen.bf16 and not asked.compile and num_steps * chosen.batch_size * layout.max_length >= NATIVE_FROM_TOKENS:
+        native = make_native_loss(model)
+    loss = NextTokenLoss(model, layout, native)
+    compiled = bool(chosen.compile) and native is None
+    path = "the native kernel" if native else "torch.compile" if compiled else "torch, operator by operator"
+    _log.info("training by %s in %s", path, "bfloat16" if chosen.bf16 else str(model.embed_tokens.weight.dtype))
+    return cast(NextTokenLoss, torch.compile(loss)) if compiled else loss
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -609,10 +634,9 @@ def train_model(
             torch.manual_seed(config.seed)
             model = new_model(layout, model)
         model.to(device).train()
+        asked = config
         config = with_choices(config, layout, num_steps, device, parameters_dtype=model.embed_tokens.weight.dtype)
-        loss_module = NextTokenLoss(model, layout)
-        if config.compile:
-            loss_module = cast(NextTokenLoss, torch.compile(loss_module))
+        loss_module = make_loss(model, layout, asked, config, num_steps)
         if world_size > 1:
             loss_module = DistributedDataParallel(loss_module)
         averaged = deepcopy(model).eval() if config.ema_decay else None
