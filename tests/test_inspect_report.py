@@ -15,6 +15,7 @@ from tiny_bundle import CODEBOOK_SIZE, save_tiny_bundle
 from smalti.cli import run
 from smalti.data.lines import DISTINCT, Lines, table_lines, write_lines
 from smalti.data.tokens import TokenTable, token_rows, write_token_table
+from smalti.errors import InputError
 from smalti.image_tokenizers import load_image_tokenizer
 from smalti.inspect.findings import InspectConfig
 from smalti.inspect.grid import Grid
@@ -171,5 +172,11 @@ def test_what_does_not_fit_is_refused(lines_and_bundle, tmp_path, capsys):
     with pytest.raises(ValueError, match="num_scored is 3; it must be at least 10"):
         InspectConfig(num_scored=3)
     picture_bundle = save_tiny_bundle(tmp_path / "pictures")
+    lines = lines_and_bundle / "lines.txt"
+    for tokenizer in (picture_bundle, picture_bundle / "image_tokenizer"):
+        found = load_subject(lines_and_bundle / "bundle", lines, num_lines=9, image_tokenizer=tokenizer)
+        assert found.image_tokenizer.config.codebook_size == CODEBOOK_SIZE
+    with pytest.raises(InputError, match="there is no bundle 'nowhere'"):
+        load_subject(lines_and_bundle / "bundle", lines, num_lines=9, image_tokenizer="nowhere")
     with pytest.raises(ValueError, match="has an image tokenizer of its own"):
         load_subject(picture_bundle, tmp_path / "x.parquet", num_lines=10, image_tokenizer=tmp_path)

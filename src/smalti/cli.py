@@ -650,7 +650,10 @@ def inspect(
     data: Annotated[Path, typer.Option(help="Lines to look at it on: a token table (parquet) or a text file.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for index.html and findings.json.")],
     image_tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of the image tokenizer the lines were made with, if there is one.")
+        str | None,
+        typer.Option(
+            help="What the lines were made with, if it exists: an image tokenizer's folder, or a bundle's name."
+        ),
     ] = None,
     code_offset: Annotated[
         int, typer.Option(min=0, help="What a line's code is above the image tokenizer's (as export-lines raised it).")

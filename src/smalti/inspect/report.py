@@ -31,7 +31,7 @@ def inspect_bundle(
     output: Path,
     config: InspectConfig = InspectConfig(),  # noqa: B008 (frozen)
     *,
-    image_tokenizer: Path | None = None,
+    image_tokenizer: str | Path | None = None,
     code_offset: int = 0,
     force: bool = False,
 ) -> list[Section]:

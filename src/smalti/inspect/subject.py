@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
+from smalti.bundle import CONFIG, IMAGE_TOKENIZER, find_bundle
 from smalti.data.lines import LineFormat, read_lines
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
@@ -83,20 +84,20 @@ def load_subject(
     data: Path,
     *,
     num_lines: int,
-    image_tokenizer: Path | None = None,
+    image_tokenizer: str | Path | None = None,
     code_offset: int = 0,
     seed: int = 0,
 ) -> Subject:
     """A bundle of pictures or of lines, and `num_lines` lines drawn from a token table (parquet) or a text file.
 
-    `image_tokenizer` is the folder of one for a bundle of lines, whose codes may be raised by `code_offset`. Raises
-    InputError for what does not fit.
+    `image_tokenizer` is the folder of one for a bundle of lines, or a bundle of pictures that has it; the lines' codes
+    may be raised by `code_offset`. Raises InputError for what does not fit.
     """
     tokenizer: Any = None
     if bundle_kind(bundle) == "lines":
         lines = LineModel.load(bundle)
         model, layout, name = lines.model, lines.layout, lines.name
-        tokenizer = load_image_tokenizer(image_tokenizer) if image_tokenizer else None
+        tokenizer = _image_tokenizer(image_tokenizer) if image_tokenizer else None
     else:
         if image_tokenizer or code_offset:
             raise InputError(
@@ -116,6 +117,12 @@ def load_subject(
         image_tokenizer=tokenizer,
         code_offset=code_offset,
     )
+
+
+def _image_tokenizer(name: str | Path) -> Any:
+    folder = Path(name)
+    is_bundle = (folder / IMAGE_TOKENIZER).is_dir() or not (folder / CONFIG).is_file()
+    return load_image_tokenizer(find_bundle(name) / IMAGE_TOKENIZER if is_bundle else folder)
 
 
 def _read(
