@@ -7,6 +7,11 @@ import hypothesis
 import pytest
 import torch
 
+from smalti import native
+
+# Compiled only for the tests that ask for `native_kernels`; SMALTI_NATIVE=1 runs the whole suite on kernels.
+os.environ.setdefault("SMALTI_NATIVE", "0")
+
 hypothesis.settings.register_profile("smalti", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("smalti")
 torch.set_num_threads(1)
@@ -19,3 +24,12 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the reference data folder, which is not at {folder} (set SMALTI_SHARED to point at it)")
     return folder
+
+
+@pytest.fixture
+def native_kernels(tmp_path_factory, monkeypatch) -> None:
+    """Kernels are compiled at their first use, once in a session."""
+    if native._compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setenv("SMALTI_NATIVE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -1,4 +1,4 @@
-"""The cache of one batch on its way: prefill of ragged prefixes, steps, null rows for guidance.
+"""The cache of one batch on its way: prefill of ragged prefixes, steps, draws, null rows for guidance.
 
 Letters: B rows generated together, R rows in the cache (B, or 2 B with null rows), D model width.
 """
@@ -7,8 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from smalti.fast_decode import FastDecoder, make_stepper
+from smalti.fast_decode import Stepper, make_stepper
+from smalti.layout import Slot
 from smalti.models import DecoderOnly
+from smalti.native.decode import NativeDecoder
+from smalti.sampling import SampleConfig, guide, log_prob_of, sample
 from smalti.transformer import KVCache
 
 
@@ -20,7 +23,7 @@ class Decoder:
     """
 
     def __init__(self, model: DecoderOnly, prefixes: list[list[int]], nulls: list[list[int]], num_steps: int):
-        self.model: DecoderOnly | FastDecoder = make_stepper(model, num_steps)
+        self.model: Stepper = make_stepper(model, num_steps)
         self.num_rows = len(prefixes)
         every = prefixes + nulls
         width = max(map(len, every))
@@ -28,7 +31,7 @@ class Decoder:
         starts = torch.tensor([width - len(row) for row in every], device=model.device)
         self.cache = model.new_cache(len(every), width + num_steps - 1, starts)
         self.behind: list[Int[Tensor, " B"]] = []  # tokens the null rows have not seen
-        self._set(model.prefill(padded, self.cache))
+        self._set(self.model.prefill(padded, self.cache))
 
     def _set(self, hidden: Float[Tensor, "R D"]) -> None:
         self.hidden, self.null_hidden = hidden[: self.num_rows], hidden[self.num_rows :]
@@ -52,6 +55,30 @@ class Decoder:
             self.null_hidden = self.model.prefill(torch.stack(self.behind, dim=1), null)
             self.behind = []
         self.cache.length = cond.length
+
+    def draw(
+        self,
+        slot: Slot,
+        rows: slice | Int[Tensor, " n"],
+        uniforms: Float[Tensor, " n"],
+        scales: Float[Tensor, " n"] | None,
+        config: SampleConfig,
+    ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """A token of each of the rows, its ln p under the model, and under what it was drawn from.
+
+        `scales` guide the rows; None: no row is guided.
+        """
+        hidden = self.hidden[rows]
+        null_hidden = None if scales is None else self.null_hidden[rows]
+        if isinstance(self.model, NativeDecoder) and not config.is_filtered and config.temperature > 0:
+            return self.model.draw(hidden, null_hidden, slot, uniforms, scales, config.temperature)
+        cond = self.model.logits(hidden, slot).float()
+        logits = cond
+        if null_hidden is not None and scales is not None:
+            logits = guide(cond, self.model.logits(null_hidden, slot).float(), scales[:, None])
+        local, draw_log_probs = sample(logits, uniforms, config)
+        log_probs = draw_log_probs if config.is_plain else log_prob_of(cond, local)
+        return slot.token_ids(local), log_probs, draw_log_probs
 
     def select(self, rows: Int[Tensor, " B"]) -> None:
         """Row i goes on from what row rows[i] was."""

@@ -12,7 +12,7 @@ Letters: B batch, D model width, N heads, M key-value heads, Dh head width, S sl
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +21,38 @@ from torch import Tensor, nn
 
 from smalti.layout import Slot
 from smalti.models import DecoderOnly
+from smalti.native.decode import NativeDecoder, load
 from smalti.transformer import Block, KVCache, Norm, at_least_float32
 
 FEWEST_STEPS = 2
 """Tokens to generate from which a `FastDecoder` pays: the first comes from the prefill."""
+STEPS_BEFORE_COMPILING = 2000
+"""Steps a process takes before it compiles the native library: about as long as that takes, so that never more than
+twice the time is spent that would have been best."""
+MOST_PACKED_BYTES = 2**30
+"""Larger models are not copied."""
+
+Stepper: TypeAlias = "DecoderOnly | FastDecoder | NativeDecoder"
+
+_steps_taken = 0  # in this process, without the native library
 
 
-def make_stepper(model: DecoderOnly, num_steps: int) -> "DecoderOnly | FastDecoder":
+def make_stepper(model: DecoderOnly, num_steps: int) -> Stepper:
     """What generates `num_steps` tokens in the model's place; the model itself where that is best.
 
     The weights must not change during the job, and no gradient passes through it.
     """
     on_cpu = model.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    plain_float = model.embed_tokens.weight.dtype in (torch.float32, torch.float64)
-    if on_cpu and plain_float and not model.training and num_steps >= FEWEST_STEPS:
-        return FastDecoder(model)
-    return model
+    dtypes = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
+    if not on_cpu or model.training or num_steps < FEWEST_STEPS or not dtypes <= {torch.float32, torch.float64}:
+        return model
+    if dtypes == {torch.float32} and 4 * model.num_parameters <= MOST_PACKED_BYTES:
+        global _steps_taken
+        library = load(build=_steps_taken >= STEPS_BEFORE_COMPILING)
+        if library is not None:
+            return NativeDecoder(library, model)
+        _steps_taken += num_steps
+    return FastDecoder(model)
 
 
 class FastDecoder:

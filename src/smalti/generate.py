@@ -22,7 +22,7 @@ from torch import Tensor
 from smalti.decoder import Decoder
 from smalti.layout import NO_SLOT, Layout, Slot
 from smalti.models import DecoderOnly, evaluating
-from smalti.sampling import SampleConfig, guide, log_prob_of, sample
+from smalti.sampling import SampleConfig
 from smalti.sequences import Generated, Request, TokenSequence
 
 
@@ -213,14 +213,8 @@ class _Stage:
     def _draw(
         self, decoder: Decoder, step: int, slot: Slot, rows: slice | Int[Tensor, " R"]
     ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
-        cond = decoder.model.logits(decoder.hidden[rows], slot).float()
-        logits = cond
-        if self._guided[step]:
-            null = decoder.model.logits(decoder.null_hidden[rows], slot).float()
-            logits = guide(cond, null, self.scales[rows, step, None])
-        local, draw_log_probs = sample(logits, self.uniforms[rows, step], self.config)
-        log_probs = draw_log_probs if self.config.is_plain else log_prob_of(cond, local)
-        return slot.token_ids(local), log_probs, draw_log_probs
+        scales = self.scales[rows, step] if self._guided[step] else None
+        return decoder.draw(slot, rows, self.uniforms[rows, step], scales, self.config)
 
 
 def _table(rows: list[list], width: int, fill: float, device: torch.device) -> Tensor:

@@ -62,10 +62,14 @@ class SampleConfig:
         return 1 + (self.guidance_scale - 1) * grown
 
     @property
+    def is_filtered(self) -> bool:
+        """Whether some ids may be dropped."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def is_plain(self) -> bool:
         """Whether what is drawn from is the model's own distribution."""
-        filters = self.top_k == 0 and self.top_p == 1 and self.min_p == 0
-        return filters and self.temperature == 1 and self.guidance_scale == 1
+        return not self.is_filtered and self.temperature == 1 and self.guidance_scale == 1
 
 
 def _check(fine: bool, name: str, value: object, expected: str) -> None:

@@ -1,8 +1,8 @@
 // Work shared among the threads that torch has already started.
 //
 // A second OpenMP runtime in the process would fight torch's own for the cores, so none is linked: the functions of the
-// one that is loaded are looked up by name. Where they are not found, and in a process forked from another, whose threads
-// a fork does not copy, everything runs on the calling thread.
+// one that is loaded are looked up by name. Where they are not found, and in a process forked from another, whose
+// threads a fork does not copy, everything runs on the calling thread.
 
 #pragma once
 
@@ -28,17 +28,15 @@ struct OpenMP {
 
 inline const OpenMP openmp;
 
-// Calls body(rank, size) once on each of up to num_threads threads, rank 0 .. size - 1. The runtime may grant fewer than
-// were asked for, so the work is to be cut by the size that the body is told.
+// Calls body(rank, size) once on each of up to num_threads threads, rank 0 .. size - 1. The runtime may grant fewer
+// than were asked for, so the work is to be cut by the size that the body is told.
 template <class Body>
 void parallel(int num_threads, const Body& body) {
     if (num_threads <= 1 || !openmp.usable()) {
         body(0, 1);
         return;
     }
-    auto run = [](void* argument) {
-        (*static_cast<const Body*>(argument))(openmp.thread_num(), openmp.num_threads());
-    };
+    auto run = [](void* argument) { (*static_cast<const Body*>(argument))(openmp.thread_num(), openmp.num_threads()); };
     openmp.parallel(run, const_cast<Body*>(&body), static_cast<unsigned>(num_threads), 0);
 }
 

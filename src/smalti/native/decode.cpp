@@ -1,0 +1,542 @@
+// A transformer's pass over a few new tokens of each row of a batch, behind a cache of keys and values; float32.
+//
+// Reads top to bottom: the arithmetic of a vector, the matrix product, attention, the pass, the head. `decode.py` is
+// the other side of the C functions at the end and mirrors the structures, field by field.
+//
+// Letters: R rows (batch x new tokens), D width, n outputs and k inputs of a matrix, S slots of the cache.
+
+#include <math.h>
+#include <string.h>
+
+#include <initializer_list>
+
+#include "threads.h"
+
+namespace {
+
+// ---- vectors ----
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, VECTORS = 4;  // 6 x 4 sums, 4 weights and a factor take 29 of 32 registers
+#elif defined(__AVX__)
+constexpr int LANES = 8, VECTORS = 2;  // 6 x 2 sums, 2 weights and a factor take 15 of 16
+#else
+constexpr int LANES = 4, VECTORS = 4;
+#endif
+constexpr int PANEL = LANES * VECTORS;  // outputs of a matrix that are computed together
+constexpr int TILE_ROWS = 6;            // rows that are computed together
+
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x); }
+inline void store(float* x, Vector value) { *reinterpret_cast<Vector*>(x) = value; }
+
+inline float total(Vector v) {
+    float part[LANES];
+    store(part, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    return part[0];
+}
+
+inline float dot(const float* a, const float* b, long n) {
+    Vector sums = {};
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) sums += load(a + i) * load(b + i);
+    float sum = total(sums);
+    for (; i < n; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+// e^x within 2 units in the last place: 2^(whole part of x / ln 2), times the Taylor series of the rest.
+inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    const float rounder = 12582912.0f;  // 1.5 x 2^23: adding it rounds to whole numbers, which stand in the low bits
+    float shifted = x * 1.44269504f + rounder, whole = shifted - rounder;
+    float rest = x - whole * 0.693145752f - whole * 1.42860677e-6f;  // ln 2 in two parts: the product stays exact
+    float series = 1 / 5040.0f;
+    for (float factor : {1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 1 / 2.0f, 1.0f, 1.0f})
+        series = series * rest + factor;
+    unsigned bits;
+    memcpy(&bits, &shifted, 4);
+    bits = (bits + 127) << 23;  // the low bits of `rounder` itself are shifted out
+    float power;
+    memcpy(&power, &bits, 4);
+    return series * power;
+}
+
+// erf within 4e-7 of its value: x P(x^2) / Q(x^2), fitted for the least relative error on |x| < 4, where it is 1 -
+// 2e-8.
+inline float error_function(float x) {
+    x = x < -4.0f ? -4.0f : x > 4.0f ? 4.0f : x;
+    float u = x * x, p = 1.98677768e-06f, q = 3.74202100e-05f;
+    for (float factor : {2.84567475e-4f, 3.88339767e-3f, 5.31019121e-2f, 0.193546265f, 1.12837911f}) p = p * u + factor;
+    for (float factor : {1.18558481e-3f, 1.52073586e-2f, 0.11535050f, 0.504858434f, 1.0f}) q = q * u + factor;
+    return x * p / q;
+}
+
+inline float hyperbolic_tangent(float x) { return 1 - 2 / (exponential(2 * x) + 1); }
+
+// ---- matrices ----
+
+// y = W x + b. As torch has it, W is (outputs, inputs), and there may be no bias. Packed, it is panels of PANEL
+// outputs, each (inputs, PANEL), so that what one step of a sum reads lies side by side; zeros fill the last panel, and
+// the bias.
+struct Matrix {
+    const float* weight;
+    const float* bias;
+    long inputs, outputs, is_gated;  // gated: the first half of the outputs are SwiGLU's gates, the others its values
+
+    long num_panels() const {
+        const long half = PANEL / 2;
+        return is_gated ? (outputs / 2 + half - 1) / half : (outputs + PANEL - 1) / PANEL;
+    }
+    const float* panel(long number) const { return weight + number * inputs * PANEL; }
+
+    // The output in a place of a panel, or -1. Half of a gated panel are gates, the other half their values.
+    long output_at(long panel, long place) const {
+        if (!is_gated) return panel * PANEL + place < outputs ? panel * PANEL + place : -1;
+        const long gate = panel * (PANEL / 2) + place % (PANEL / 2);
+        return gate < outputs / 2 ? gate + place / (PANEL / 2) * (outputs / 2) : -1;
+    }
+};
+
+void pack_panel(const Matrix& matrix, long panel, float* packed, float* bias) {
+    constexpr long RUN = 64 / sizeof(float);  // of a cache line
+    for (long first = 0; first < matrix.inputs; first += RUN)
+        for (long place = 0; place < PANEL; ++place) {
+            const long output = matrix.output_at(panel, place);
+            const long end = first + RUN < matrix.inputs ? first + RUN : matrix.inputs;
+            for (long k = first; k < end; ++k)
+                packed[k * PANEL + place] = output < 0 ? 0.0f : matrix.weight[output * matrix.inputs + k];
+            bias[place] = output < 0 || !matrix.bias ? 0.0f : matrix.bias[output];
+        }
+}
+
+// One panel for a few rows. A row's sums run over the inputs in their order, whatever other rows there are: that makes
+// what a row computes independent of its batch, to the last bit.
+template <int ROWS>
+void multiply_tile(const float* x, long stride, const float* panel, const float* bias, long inputs, float* sums) {
+    Vector sum[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = load(bias + v * LANES);
+    for (long k = 0; k < inputs; ++k, panel += PANEL)
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < VECTORS; ++v) sum[r][v] += load(panel + v * LANES) * x[r * stride + k];
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) store(sums + r * PANEL + v * LANES, sum[r][v]);
+}
+
+constexpr decltype(&multiply_tile<1>) MULTIPLY_TILE[TILE_ROWS] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
+                                                                  multiply_tile<4>, multiply_tile<5>, multiply_tile<6>};
+
+// Calls use(row, panel, sums) with PANEL sums for each of the rows and panels.
+template <class Use>
+void multiply(const Matrix& matrix, const float* x, long stride, smalti::Share rows, smalti::Share panels,
+              const Use& use) {
+    const long count = rows.end - rows.begin, tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
+    alignas(64) float sums[TILE_ROWS * PANEL];
+    for (long panel = panels.begin; panel < panels.end; ++panel)
+        for (long t = 0; t < tiles; ++t) {
+            const smalti::Share tile(count, static_cast<int>(t), static_cast<int>(tiles));
+            const long first = rows.begin + tile.begin, height = tile.end - tile.begin;
+            MULTIPLY_TILE[height - 1](x + first * stride, stride, matrix.panel(panel), matrix.bias + panel * PANEL,
+                                      matrix.inputs, sums);
+            for (long r = 0; r < height; ++r) use(first + r, panel, sums + r * PANEL);
+        }
+}
+
+// ---- the model ----
+
+struct Norm {
+    const float* weight;  // null: there is no norm
+    const float* bias;    // null: RMSNorm
+    double eps;
+
+    void apply(const float* x, float* y, long n) const {
+        float mean = 0, squares = 0;
+        if (bias) {
+#pragma omp simd reduction(+ : mean)
+            for (long i = 0; i < n; ++i) mean += x[i];
+            mean /= static_cast<float>(n);
+        }
+#pragma omp simd reduction(+ : squares)
+        for (long i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
+        const float scale = 1 / sqrtf(squares / static_cast<float>(n) + static_cast<float>(eps));
+        for (long i = 0; i < n; ++i) y[i] = (x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0.0f);
+    }
+};
+
+struct Layer {
+    Norm attention_norm, q_norm, k_norm, feed_forward_norm;
+    Matrix qkv, out, up, down;
+};
+
+enum FeedForward : long { GELU, GELU_TANH, RELU, TANH, SWIGLU };  // in the order of transformer.FEED_FORWARDS
+enum Positions : long { NONE, ADDED, ROTARY };
+
+struct Model {
+    long vocab_size, num_layers, width, num_heads, kv_heads, head_width, wide, max_length, feed_forward, positions;
+    const float* embedding;  // (V, D)
+    const float* table;      // (max_length, D), or (max_length, head_width / 2, 2) cosines and sines
+    Norm norm;
+    const Layer* layers;
+};
+
+struct Batch {
+    long size, new_tokens;
+    const long* token_ids;  // (size, new_tokens)
+    const long* starts;     // (size): each row's first slot of the cache; null: 0
+    long length;            // slots filled before
+    float* const* keys;     // for each layer (size, kv_heads, S, head_width), contiguous but for the first axis
+    float* const* values;
+    long row_stride, head_stride;
+    float* hidden;  // (size, D), of the last token of each row
+    float* workspace;
+};
+
+long padded(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+// What the rows hold on their way; a thread's own part behind what all of them share.
+struct Workspace {
+    long width, qkv_width, wide, own;
+    float *x, *qkv, *attended, *up, *owned;
+
+    Workspace(const Model& model, long rows, long slots, float* memory)
+        : width(padded(model.width)),
+          qkv_width(padded((model.num_heads + 2 * model.kv_heads) * model.head_width)),
+          wide(padded(model.wide)),
+          own(rows * width + padded(slots)),
+          x(memory),
+          qkv(x + rows * width),
+          attended(qkv + rows * qkv_width),
+          up(attended + rows * width),
+          owned(up + rows * wide) {}
+
+    long floats(int threads) const { return owned - x + threads * own; }
+};
+
+// ---- a pass ----
+
+// Threads that work on rows [begin, end) of the batch together, as one of them sees it: rows are independent, so crews
+// never wait for one another; within a crew the outputs of every product are shared out.
+struct Crew {
+    int rank, size;
+    smalti::Share batch;
+    smalti::Barrier* barrier;
+
+    void wait() const { barrier->wait(size); }
+    smalti::Share part(long count) const { return smalti::Share(count, rank, size); }
+    smalti::Share part(smalti::Share whole) const {
+        smalti::Share share = part(whole.end - whole.begin);
+        share.begin += whole.begin, share.end += whole.begin;
+        return share;
+    }
+};
+
+constexpr int MOST_CREWS = 64;
+constexpr long FEWEST_ROWS = 16;  // of a crew: with fewer, reading the weights takes longer than computing with them
+
+// Calls work(crew, rank) on up to num_threads threads.
+template <class Work>
+void in_crews(long batch_size, int num_threads, const Work& work) {
+    struct alignas(64) {
+        smalti::Barrier barrier;
+    } barriers[MOST_CREWS] = {};
+    smalti::parallel(num_threads, [&](int rank, int size) {
+        int crews = size < MOST_CREWS ? size : MOST_CREWS;
+        while (crews > 1 && batch_size / crews < FEWEST_ROWS) --crews;
+        const int crew_size = size / crews, number = rank / crew_size;
+        if (number >= crews) return;
+        work(Crew{rank % crew_size, crew_size, smalti::Share(batch_size, number, crews), &barriers[number].barrier},
+             rank);
+    });
+}
+
+long position_of(const Model& model, const Batch& batch, long row, long slot) {
+    if (!batch.starts) return slot;
+    const long position = slot - batch.starts[row];  // padding, and rows that are done, need some position too
+    return position < 0 ? 0 : position < model.max_length ? position : model.max_length - 1;
+}
+
+smalti::Share rows_of(const Batch& batch, const Crew& crew) {
+    smalti::Share rows = crew.batch;
+    rows.begin *= batch.new_tokens, rows.end *= batch.new_tokens;
+    return rows;
+}
+
+void embed(const Model& model, const Batch& batch, const Workspace& space, const Crew& crew) {
+    const smalti::Share share = crew.part(rows_of(batch, crew));
+    for (long r = share.begin; r < share.end; ++r) {
+        float* x = space.x + r * space.width;
+        memcpy(x, model.embedding + batch.token_ids[r] * model.width, sizeof(float) * model.width);
+        if (model.positions == ADDED) {
+            const long slot = batch.length + r % batch.new_tokens;
+            const float* added = model.table + position_of(model, batch, r / batch.new_tokens, slot) * model.width;
+            for (long i = 0; i < model.width; ++i) x[i] += added[i];
+        }
+    }
+}
+
+void rotate(float* x, const float* table, long width) {
+    for (long i = 0; i < width; i += 2) {
+        const float a = x[i], b = x[i + 1], cos = table[i], sin = table[i + 1];
+        x[i] = a * cos - b * sin;
+        x[i + 1] = b * cos + a * sin;
+    }
+}
+
+// softmax(q k / sqrt(width)) v over `count` slots. Meanwhile the keys and values `next` numbers further on are fetched.
+void attend(const float* q, const float* keys, const float* values, long count, long width, long next, float* scores,
+            float* out) {
+    const float scale = 1 / sqrtf(static_cast<float>(width));
+    float most = -INFINITY, sum = 0;
+    for (long s = 0; s < count; ++s) {
+        for (long i = s * width + next; i < (s + 1) * width + next; i += 16) {
+            __builtin_prefetch(keys + i);
+            __builtin_prefetch(values + i);
+        }
+        scores[s] = scale * dot(q, keys + s * width, width);
+        most = scores[s] > most ? scores[s] : most;
+    }
+#pragma omp simd reduction(+ : sum)
+    for (long s = 0; s < count; ++s) {
+        scores[s] = exponential(scores[s] - most);
+        sum += scores[s];
+    }
+    const float share = 1 / sum;
+    long i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        Vector mixed = {};
+        for (long s = 0; s < count; ++s) mixed += load(values + s * width + i) * scores[s];
+        store(out + i, mixed * share);
+    }
+    for (; i < width; ++i) {
+        float mixed = 0;
+        for (long s = 0; s < count; ++s) mixed += values[s * width + i] * scores[s];
+        out[i] = mixed * share;
+    }
+}
+
+// One key-value head of one row of the batch: its new keys and values enter the cache, its query heads attend.
+void attend_head(const Model& model, const Batch& batch, const Workspace& space, long layer, long b, long head,
+                 float* scores) {
+    const Norm &q_norm = model.layers[layer].q_norm, &k_norm = model.layers[layer].k_norm;
+    const long width = model.head_width, group = model.num_heads / model.kv_heads, T = batch.new_tokens;
+    float* keys = batch.keys[layer] + b * batch.row_stride + head * batch.head_stride;
+    float* values = batch.values[layer] + b * batch.row_stride + head * batch.head_stride;
+    for (long t = 0; t < T; ++t) {
+        float *row = space.qkv + (b * T + t) * space.qkv_width, *q = row + head * group * width;
+        float *k = row + (model.num_heads + head) * width, *v = k + model.kv_heads * width;
+        const long slot = batch.length + t;
+        for (long i = 0; i <= group; ++i) {
+            float* x = i < group ? q + i * width : k;
+            const Norm& norm = i < group ? q_norm : k_norm;
+            if (norm.weight) norm.apply(x, x, width);
+            if (model.positions == ROTARY) rotate(x, model.table + position_of(model, batch, b, slot) * width, width);
+        }
+        memcpy(keys + slot * width, k, sizeof(float) * width);
+        memcpy(values + slot * width, v, sizeof(float) * width);
+        const long start = batch.starts && batch.starts[b] < slot ? batch.starts[b] : batch.starts ? slot : 0;
+        float* out = space.attended + (b * T + t) * space.width + head * group * width;
+        for (long i = 0; i < group; ++i)
+            attend(q + i * width, keys + start * width, values + start * width, slot + 1 - start, width,
+                   batch.head_stride, scores, out + i * width);
+    }
+}
+
+// y = f(sums), PANEL numbers to PANEL, or for SwiGLU gates and values, PANEL / 2 each, to PANEL / 2.
+void activate(long kind, const float* sums, float* y) {
+    if (kind == GELU)
+        for (int i = 0; i < PANEL; ++i) y[i] = sums[i] * 0.5f * (1 + error_function(sums[i] * 0.707106781f));
+    else if (kind == GELU_TANH)
+        for (int i = 0; i < PANEL; ++i) {
+            const float inner = 0.797884561f * (sums[i] + 0.044715f * sums[i] * sums[i] * sums[i]);
+            y[i] = sums[i] * 0.5f * (1 + hyperbolic_tangent(inner));
+        }
+    else if (kind == SWIGLU)
+        for (int i = 0; i < PANEL / 2; ++i) y[i] = sums[i] / (1 + exponential(-sums[i])) * sums[PANEL / 2 + i];
+    else if (kind == RELU)
+        for (int i = 0; i < PANEL; ++i) y[i] = sums[i] > 0 ? sums[i] : 0.0f;
+    else
+        for (int i = 0; i < PANEL; ++i) y[i] = hyperbolic_tangent(sums[i]);
+}
+
+// `own` is the thread's own part of the workspace.
+void run_layer(const Model& model, const Batch& batch, const Workspace& space, const Crew& crew, float* own,
+               long index) {
+    const Layer& layer = model.layers[index];
+    const smalti::Share rows = rows_of(batch, crew);
+    float *normed = own, *scores = own + batch.size * batch.new_tokens * space.width;
+    auto normalise = [&](const Norm& norm) {  // each thread all rows: cheaper than to wait for one another
+        for (long r = rows.begin; r < rows.end; ++r)
+            norm.apply(space.x + r * space.width, normed + r * space.width, model.width);
+    };
+    auto product = [&](const Matrix& matrix, const float* x, long stride, const auto& use) {
+        multiply(matrix, x, stride, rows, crew.part(matrix.num_panels()), use);
+        crew.wait();
+    };
+    auto add_to_x = [&](long r, long panel, const float* sums) {
+        float* x = space.x + r * space.width + panel * PANEL;
+        for (int i = 0; i < PANEL; ++i) x[i] += sums[i];
+    };
+    normalise(layer.attention_norm);
+    product(layer.qkv, normed, space.width, [&](long r, long panel, const float* sums) {
+        memcpy(space.qkv + r * space.qkv_width + panel * PANEL, sums, sizeof(float) * PANEL);
+    });
+    const smalti::Share heads = crew.part((crew.batch.end - crew.batch.begin) * model.kv_heads);
+    for (long i = heads.begin; i < heads.end; ++i)
+        attend_head(model, batch, space, index, crew.batch.begin + i / model.kv_heads, i % model.kv_heads, scores);
+    crew.wait();
+    product(layer.out, space.attended, space.width, add_to_x);
+    normalise(layer.feed_forward_norm);
+    const long step = model.feed_forward == SWIGLU ? PANEL / 2 : PANEL;
+    product(layer.up, normed, space.width, [&](long r, long panel, const float* sums) {
+        activate(model.feed_forward, sums, space.up + r * space.wide + panel * step);
+    });
+    product(layer.down, space.up, space.wide, add_to_x);
+}
+
+// ---- drawing ----
+
+constexpr long BLOCK = 64;
+
+double sum(const float* x, long n) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; ++i) sum += x[i];
+    return sum;
+}
+
+// weights = e^(logits - their greatest), which comes back with the weights' sum.
+struct Weighed {
+    float most;
+    double total;
+
+    Weighed(const float* logits, long n, float* weights) : most(-INFINITY), total(0) {
+#pragma omp simd reduction(max : most)
+        for (long i = 0; i < n; ++i) most = logits[i] > most ? logits[i] : most;
+        for (long i = 0; i < n; ++i) weights[i] = exponential(logits[i] - most);
+        for (long i = 0; i < n; i += BLOCK) total += sum(weights + i, n - i < BLOCK ? n - i : BLOCK);
+    }
+    float log_prob(float logit) const { return static_cast<float>(static_cast<double>(logit) - most - log(total)); }
+};
+
+// The first place at which the sum of the weights so far passes a number below their total.
+long place_of(const float* weights, long n, double number) {
+    double before = 0;
+    long i = 0, last = 0;
+    for (; i + BLOCK <= n; i += BLOCK) {
+        const double through = before + sum(weights + i, BLOCK);
+        if (through > number) break;
+        before = through;
+    }
+    for (; i < n; ++i) {
+        if (weights[i] > 0) last = i;  // rounding must not lead past the last one that is possible
+        before += weights[i];
+        if (before > number) break;
+    }
+    return last;
+}
+
+struct Draw {
+    long rows, stride;         // of the hidden states
+    const float* hidden;       // (rows, k)
+    const float* null_hidden;  // (rows, k); null: nothing is guided
+    const float* scales;       // (rows): guidance, where there is
+    const double* uniforms;    // (rows), in [0, 1)
+    long scale_stride, uniform_stride;
+    const long* ids;  // (n): what the outputs stand for
+    double temperature;
+    long* token_ids;        // (rows): what was drawn,
+    float* log_probs;       // ... its ln p under the model,
+    float* draw_log_probs;  // ... and under what it was drawn from
+    float* workspace;       // (3, rows, n)
+};
+
+void write_logits(const Matrix& matrix, const float* hidden, long stride, const Crew& crew, float* logits) {
+    multiply(
+        matrix, hidden, stride, crew.batch, crew.part(matrix.num_panels()), [&](long r, long panel, const float* sums) {
+            const long rest = matrix.outputs - panel * PANEL;
+            memcpy(logits + r * matrix.outputs + panel * PANEL, sums, sizeof(float) * (rest < PANEL ? rest : PANEL));
+        });
+}
+
+void draw_row(const Draw& draw, long r, long n, const float* logits, float* guided, float* weights) {
+    const float temperature = static_cast<float>(draw.temperature),
+                scale = draw.null_hidden ? draw.scales[r * draw.scale_stride] : 1;
+    const bool reshaped = draw.null_hidden || temperature != 1;
+    if (draw.null_hidden)
+        for (long i = 0; i < n; ++i) guided[i] = (guided[i] + scale * (logits[i] - guided[i])) / temperature;
+    else if (reshaped)
+        for (long i = 0; i < n; ++i) guided[i] = logits[i] / temperature;
+    const float* drawn_from = reshaped ? guided : logits;
+    const Weighed weighed(drawn_from, n, weights);
+    const double below_one = 1 - 0x1p-52;  // the last id must not be drawn where its probability is 0
+    const long place = place_of(weights, n, draw.uniforms[r * draw.uniform_stride] * (weighed.total * below_one));
+    draw.token_ids[r] = draw.ids[place];
+    draw.draw_log_probs[r] = draw.log_probs[r] = weighed.log_prob(drawn_from[place]);
+    if (reshaped) draw.log_probs[r] = Weighed(logits, n, weights).log_prob(logits[place]);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Floats that a packed matrix takes.
+long packed_floats(const Matrix* matrix) { return matrix->num_panels() * PANEL * (matrix->inputs + 1); }
+
+// Packs a matrix into memory that is to stay as long as it is used.
+void pack(Matrix* matrix, float* memory, int num_threads) {
+    float* bias = memory + matrix->num_panels() * PANEL * matrix->inputs;
+    smalti::parallel(num_threads, [&](int rank, int size) {
+        const smalti::Share panels(matrix->num_panels(), rank, size);
+        for (long p = panels.begin; p < panels.end; ++p)
+            pack_panel(*matrix, p, memory + p * PANEL * matrix->inputs, bias + p * PANEL);
+    });
+    matrix->weight = memory, matrix->bias = bias;
+}
+
+long workspace_floats(const Model* model, long rows, long slots, int threads) {
+    return Workspace(*model, rows, slots, nullptr).floats(threads);
+}
+
+// New tokens behind the cache: writes their keys and values, and the hidden states that predict the next ones.
+// Returns 0, or 1 without having done anything if a token id is out of range.
+int decode(const Model* model, const Batch* batch, int num_threads) {
+    const long T = batch->new_tokens;
+    for (long r = 0; r < batch->size * T; ++r)
+        if (batch->token_ids[r] < 0 || batch->token_ids[r] >= model->vocab_size) return 1;
+    const Workspace space(*model, batch->size * T, batch->length + T, batch->workspace);
+    in_crews(batch->size, num_threads, [&](const Crew& crew, int rank) {
+        embed(*model, *batch, space, crew);
+        crew.wait();
+        for (long layer = 0; layer < model->num_layers; ++layer)
+            run_layer(*model, *batch, space, crew, space.owned + rank * space.own, layer);
+        const smalti::Share share = crew.part(crew.batch);
+        for (long b = share.begin; b < share.end; ++b)
+            model->norm.apply(space.x + (b * T + T - 1) * space.width, batch->hidden + b * model->width, model->width);
+    });
+    return 0;
+}
+
+// logits (rows, n) = hidden (rows, k) times the matrix.
+void head(const Matrix* matrix, const float* hidden, long stride, long rows, float* logits, int num_threads) {
+    in_crews(rows, num_threads, [&](const Crew& crew, int) { write_logits(*matrix, hidden, stride, crew, logits); });
+}
+
+// The head, guidance, temperature, softmax, and an id per row by the inverse of the cumulative distribution.
+void draw(const Matrix* matrix, const Draw* draw, int num_threads) {
+    const long n = matrix->outputs;
+    float *logits = draw->workspace, *guided = logits + draw->rows * n, *weights = guided + draw->rows * n;
+    in_crews(draw->rows, num_threads, [&](const Crew& crew, int) {
+        write_logits(*matrix, draw->hidden, draw->stride, crew, logits);
+        if (draw->null_hidden) write_logits(*matrix, draw->null_hidden, draw->stride, crew, guided);
+        crew.wait();
+        const smalti::Share share = crew.part(crew.batch);
+        for (long r = share.begin; r < share.end; ++r)
+            draw_row(*draw, r, n, logits + r * n, guided + r * n, weights + r * n);
+    });
+}
+
+}  // extern "C"
