@@ -581,7 +581,7 @@ def tokenize(
         typer.echo(
             f"warning: {report.num_cut} of {report.num_rows} captions were cut to {max_text_length} tokens.", err=True
         )
-    typer.echo(f"{output}: {report.num_rows} rows, {len(report.skipped)} skipped")
+    typer.echo(f"{output}: {report.num_rows} rows, {len(report.skipped)} skipped; {report.time}")
 
 
 def _tokenizers(bundle: str | None, image_tokenizer: Path | None, text_tokenizer: Path | None) -> tuple[Any, Any]:

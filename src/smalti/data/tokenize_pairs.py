@@ -12,12 +12,13 @@ import json
 import multiprocessing
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +40,7 @@ from smalti.text_tokenizer import TextTokenizer
 
 ON_ERROR = ("stop", "skip")
 MANIFEST = "manifest.json"
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,25 @@ class TokenizeReport(NamedTuple):
     """Name and fault of every broken record."""
     num_cut: int
     """Captions that were longer than `max_text_length`."""
+    time: "TimeSpent"
+
+
+class TimeSpent(NamedTuple):
+    """Where the seconds went, over all parts, those of earlier starts of the run included."""
+
+    reading_s: float
+    """Processor time that unpacking, cropping and captions took."""
+    processor_s: float
+    """Processor time in all: the rest is the network."""
+    available_s: float
+    """Seconds by the clock times the threads that could work."""
+
+    def __str__(self) -> str:
+        busy = self.processor_s / max(self.available_s, 1e-9)
+        reading = self.reading_s / max(self.processor_s, 1e-9)
+        return (
+            f"processors {busy:.0%} busy, {1 - reading:.0%} of that in the network and {reading:.0%} reading pictures"
+        )
 
 
 def tokenize_pairs(
@@ -165,15 +186,24 @@ class _Job(NamedTuple):
     def do(self, part: int) -> None:
         """Writes the table of one part; in its metadata, what was skipped and cut."""
         config = self.config
-        counts: dict[str, Any] = {"skipped": [], "num_cut": 0}
+        counts: dict[str, Any] = {"skipped": [], "num_cut": 0, **dict.fromkeys(TimeSpent._fields, 0.0)}
         start = part * config.records_per_part
         records = islice(self.source.records(start), config.records_per_part)
 
-        def batches() -> Iterator[pa.RecordBatch]:
+        def read() -> Iterator[list[_Row]]:
+            started_at = time.thread_time()
             while batch := list(islice(records, config.batch_size)):
-                read = [row for record in batch if (row := self._read(record, counts)) is not None]
-                if read:
-                    yield self._encode(read)
+                rows = [row for record in batch if (row := self._read(record, counts)) is not None]
+                counts["reading_s"] = time.thread_time() - started_at
+                yield rows
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            started_at, processor_before = time.perf_counter(), time.process_time()
+            for rows in one_ahead(read()):
+                if rows:
+                    yield self._encode(rows)
+            counts["processor_s"] = time.process_time() - processor_before
+            counts["available_s"] = (time.perf_counter() - started_at) * torch.get_num_threads()
 
         write_token_table(self.file(part), batches(), counts, force=True)
 
@@ -218,6 +248,17 @@ class _Job(NamedTuple):
             codes = self.image_tokenizer.encode_images(pictures.permute(0, 3, 1, 2).float() / 255)
         words, texts = [row.numbers for row in rows], [row.caption for row in rows]
         return token_rows([row.key for row in rows], codes.flatten(1).numpy(), words, texts)
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items; while one is in use, a thread makes the next."""
+    iterator = iter(items)
+    end: Any = object()
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(next, iterator, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = thread.submit(next, iterator, end)
+            yield item
 
 
 class _Row(NamedTuple):
@@ -311,16 +352,18 @@ def _claim(folder: Path, manifest: dict[str, Any], tokens: Path, *, force: bool)
 
 def _join(parts: list[Path], tokens: Path, metadata: dict[str, Any], on_error: str, *, force: bool) -> TokenizeReport:
     skipped: list[tuple[str, str]] = []
-    num_cut = 0
+    num_cut, seconds = 0, dict.fromkeys(TimeSpent._fields, 0.0)
     for part in parts:
         counts = json.loads(pq.read_metadata(part).metadata[b"smalti"])
         skipped += [(name, fault) for name, fault in counts["skipped"]]
         num_cut += counts["num_cut"]
+        for name in seconds:
+            seconds[name] += counts.get(name, 0.0)  # parts of an earlier version have none
     if skipped and (on_error == "stop" or not sum(pq.read_metadata(part).num_rows for part in parts)):
         first = f"the first: {skipped[0][0]}: {skipped[0][1]}"
         raise InputError(f"there is no table {tokens}: {len(skipped)} broken records, {first}.")
     num_rows = write_token_table(tokens, _batches(parts), metadata, force=force)
-    return TokenizeReport(num_rows, skipped, num_cut)
+    return TokenizeReport(num_rows, skipped, num_cut, TimeSpent(**seconds))
 
 
 def _batches(parts: Iterable[Path]) -> Iterator[pa.RecordBatch]:
