@@ -269,6 +269,10 @@ def test_an_exported_bundle_goes_on_from_its_own_text(pipe: Pipeline, tmp_path):
     line = words.decode(theirs.generate(**prompt, do_sample=False)[0])
     ours = pipe.generate_codes("a dog", temperature=0.0).flatten().tolist()
     assert line == "a dog<|startofimage|>" + "".join(map(image_token, ours)) + "<|endofimage|>"
+    empty = words("<|startofimage|>", return_tensors="pt").input_ids
+    guided = theirs.generate(**prompt, do_sample=False, guidance_scale=3.0, negative_prompt_ids=empty)[0, -50:-1]
+    codes = pipe.generate_codes("a dog", temperature=0.0, guidance_scale=3.0).flatten().tolist()
+    assert codes != ours and guided.tolist() == codes  # the pictures' ids come first
 
 
 def test_another_tokenizer_in_a_bundle_is_refused_with_both_layouts(pipe: Pipeline):
