@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smalti.image_tokenizers.quantizer import QuantizerConfig
-from smalti.image_tokenizers.vqgan import PRESETS, VQGAN, ResidualBlock, VQGANConfig
+from smalti.image_tokenizers.vqgan import PRESETS, VQGAN, ResidualBlock, VQGANConfig, attend, group_norm
 
 TINY = VQGANConfig(
     quantizer=QuantizerConfig(codebook_size=37, code_dim=5, update="gradient", l2_normalised=True),
@@ -26,6 +26,15 @@ TINY_MASKGIT = replace(
     encoder_attention_levels=(),
     decoder_attention_levels=(),
     form="maskgit",
+)
+TINY_FOLDED = replace(
+    TINY,
+    fold=2,
+    local=True,
+    encoder_multipliers=(1, 2),
+    decoder_multipliers=(2, 1),
+    encoder_attention_levels=(),
+    decoder_attention_levels=(0,),
 )
 
 
@@ -54,7 +63,7 @@ def test_grids_of_the_presets():
     assert PRESETS["maskgit"].codebook_size == 1024
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_MASKGIT])
+@pytest.mark.parametrize("config", [TINY, TINY_MASKGIT, TINY_FOLDED])
 def test_any_size_that_halves_evenly(config):
     vqgan = build(config)
     assert vqgan.config.grid == (3, 5)
@@ -70,7 +79,7 @@ def test_other_sizes_are_refused_with_the_nearest_that_fit():
         build(TINY).encode_images(torch.rand(1, 3, 13, 22))
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_MASKGIT])
+@pytest.mark.parametrize("config", [TINY, TINY_MASKGIT, TINY_FOLDED])
 def test_batch_and_single_pictures_give_the_same_codes(config):
     vqgan = build(config)
     images = torch.rand(5, 3, 12, 20)
@@ -80,7 +89,7 @@ def test_batch_and_single_pictures_give_the_same_codes(config):
     assert torch.equal(together, one_by_one)
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_MASKGIT])
+@pytest.mark.parametrize("config", [TINY, TINY_MASKGIT, TINY_FOLDED])
 def test_forward_is_encode_then_decode_and_trains_every_parameter(config):
     vqgan = build(config)
     images = torch.rand(2, 3, 12, 20)
@@ -133,6 +142,42 @@ def test_resampling_without_convolution_has_no_such_weights():
     assert vqgan.decode_codes(vqgan.encode_images(torch.rand(1, 3, 8, 8))).shape == (1, 3, 8, 8)
 
 
+def test_folded_pixels_are_only_laid_out_otherwise():
+    folded, plain = build(TINY_FOLDED), build(replace(TINY_FOLDED, fold=1, image_channels=12))
+    plain.load_state_dict(folded.state_dict())
+    images = torch.rand(2, 3, 12, 20)
+    blocks = torch.nn.functional.pixel_unshuffle(images, 2)
+    with torch.inference_mode():
+        codes = plain.encode_images(blocks)
+        assert torch.equal(folded.encode_images(images), codes)
+        assert torch.equal(folded.decode_codes(codes), torch.nn.functional.pixel_shuffle(plain.decode_codes(codes), 2))
+
+
+def test_local_codes_do_not_see_the_far_side_of_the_picture():
+    # Cells of 4 x 4 pixels. At level 0 (2 pixels a cell) four convolutions reach 1 + 2 + 1 cells, 8 pixels; at level 1
+    # three more reach 3 cells, 12 pixels.
+    for config, sees in ((TINY_FOLDED, False), (replace(TINY_FOLDED, local=False), True)):
+        vqgan = build(config)
+        images = torch.rand(1, 3, 12, 64, requires_grad=True)
+        vqgan.encode_latents(images)[0, :, 0].sum().backward()
+        assert images.grad is not None
+        assert bool(images.grad[..., 24:].any()) == sees
+        assert images.grad[..., :4].any()
+
+
+def test_training_in_bf16_normalises_and_attends_in_float32():
+    x = torch.randn(2, 64, 6, 5, dtype=torch.bfloat16, requires_grad=True)
+    norm = group_norm(64)
+    normed = norm(x)
+    expected = torch.nn.functional.group_norm(x.detach().float(), 32, norm.weight, norm.bias, 1e-6)
+    assert torch.equal(normed, expected.to(torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):  # it would turn attention back to bf16
+        q, k, v = (torch.randn(2, 3, 7, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        mixed = attend(q, k, v)
+    weights = (q.detach().double() @ k.detach().double().mT / 8**0.5).softmax(-1)
+    assert torch.equal(mixed, (weights @ v.detach().double()).to(torch.bfloat16))
+
+
 def test_codes_outside_the_codebook_are_refused():
     with pytest.raises(ValueError, match=r"code 37 is outside the codebook: codes lie in 0..36"):
         build(TINY).decode_codes(torch.full((1, 2, 2), 37))
@@ -149,6 +194,8 @@ def test_codes_outside_the_codebook_are_refused():
         ({"num_res_blocks": 0}, "num_res_blocks is 0"),
         ({"form": "taming"}, 'form is \'taming\'; use "llamagen" or "maskgit"'),
         ({"form": "maskgit"}, "has no attention"),
+        ({"fold": 0}, "fold is 0"),
+        ({"local": True}, "attention sees all cells"),
     ],
 )
 def test_config_errors_name_the_field(changes, message):

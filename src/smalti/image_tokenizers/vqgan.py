@@ -9,6 +9,7 @@ attention, residual convolutions without bias, average pooling, no 1x1 convoluti
 pictures used in [0, 1] as they come, and a shortcut that reads the branch's own output (see `ResidualBlock`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -40,6 +41,10 @@ class VQGANConfig:
     With `fold` above 1, blocks of fold x fold pixels become channels before the first convolution and pixels
     again after the last (space to depth, as in Shi et al. 2016, arXiv:1609.05158): level 0 then has 1/fold of the
     picture's rows and columns, where most of the time is spent otherwise.
+
+    With `local`, the encoder has no middle and no attention and normalises each cell by its own channels, so that a
+    code tells of the pixels around it and of nothing else. Such codes are easier to predict: the same patch has the
+    same code in every picture. Otherwise idle codes, of a blank background say, come to tell of the whole picture.
     """
 
     quantizer: AnyQuantizerConfig = LLAMAGEN_QUANTIZER
@@ -53,6 +58,7 @@ class VQGANConfig:
     latent_channels: int = 256
     image_channels: int = 3
     fold: int = 1
+    local: bool = False
     dropout: float = 0.0
     resample_with_conv: bool = True
     form: Literal["llamagen", "maskgit"] = "llamagen"
@@ -73,6 +79,8 @@ class VQGANConfig:
             raise ValueError(f'form is {self.form!r}; use "llamagen" or "maskgit".')
         if self.form == "maskgit":
             self._check_maskgit()
+        if self.local and (self.encoder_attention_levels or self.form == "maskgit"):
+            raise ValueError('local needs form "llamagen" and no encoder_attention_levels: attention sees all cells.')
         check_image_size(*self.image_size, self.patch_size, "image_size")
 
     def _check_levels(self, side: str, multipliers: tuple[int, ...], attention: tuple[int, ...]) -> None:
@@ -123,6 +131,30 @@ def check_image_size(rows: int, columns: int, patch_size: int, name: str) -> Non
         )
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm, in float32 where the CPU is to find gradients: torch's backward pass in bf16 takes 8 to 12 times as
+    long (112 ms and 14 ms for 16 maps of 32 x 64 x 64)."""
+
+    def forward(self, input: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+        if torch.is_grad_enabled() and input.dtype == torch.bfloat16 and input.device.type == "cpu":
+            return super().forward(input.float()).to(input.dtype)
+        return super().forward(input)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+
+
+class CellNorm(nn.LayerNorm):
+    """Normalises the channels of each cell by themselves."""
+
+    def forward(self, input: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+Norm = Callable[[int], nn.Module]
+
+
 class ResidualBlock(nn.Module):
     """GroupNorm, swish, 3x3 convolution, twice, plus the input.
 
@@ -130,12 +162,12 @@ class ResidualBlock(nn.Module):
     to the branch's output instead and the input is not added at all; its weights were trained that way.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, config: VQGANConfig):
+    def __init__(self, in_channels: int, out_channels: int, config: VQGANConfig, norm: Norm = group_norm):
         super().__init__()
         self.maskgit = config.form == "maskgit"
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=not self.maskgit)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = norm(out_channels)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=not self.maskgit)
         self.shortcut = None
@@ -194,9 +226,11 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """Residual blocks, each followed by attention where the level has it, then the change of resolution."""
 
-    def __init__(self, widths: list[int], attention: bool, resample: nn.Module, config: VQGANConfig):
+    def __init__(
+        self, widths: list[int], attention: bool, resample: nn.Module, config: VQGANConfig, norm: Norm = group_norm
+    ):
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(before, after, config) for before, after in pairwise(widths))
+        self.blocks = nn.ModuleList(ResidualBlock(before, after, config, norm) for before, after in pairwise(widths))
         self.attentions = nn.ModuleList(SpatialAttention(width) if attention else nn.Identity() for width in widths[1:])
         self.resample = resample
 
@@ -212,6 +246,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         maskgit = config.form == "maskgit"
+        norm = CellNorm if config.local else group_norm
         widths = [config.channels * multiplier for multiplier in config.encoder_multipliers]
         last = len(widths) - 1
         self.fold = nn.PixelUnshuffle(config.fold)
@@ -228,11 +263,12 @@ class Encoder(nn.Module):
                     i in config.encoder_attention_levels,
                     halve if i < last else nn.Identity(),
                     config,
+                    norm,
                 )
             )
             before = width
-        self.mid = middle(before, config)
-        self.norm_out = group_norm(before)
+        self.mid = nn.Identity() if config.local else middle(before, config)
+        self.norm_out = norm(before)
         kernel_size = 1 if maskgit else 3
         self.conv_out = nn.Conv2d(before, config.latent_channels, kernel_size, padding=kernel_size // 2)
 
@@ -268,20 +304,6 @@ class Decoder(nn.Module):
         for level in self.levels:
             x = level(x)
         return self.unfold(self.conv_out(F.silu(self.norm_out(x))))
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm, in float32 where the CPU is to find gradients: torch's backward pass in bf16 takes 8 to 12 times as
-    long (112 ms and 14 ms for 16 maps of 32 x 64 x 64)."""
-
-    def forward(self, input: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
-        if torch.is_grad_enabled() and input.dtype == torch.bfloat16 and input.device.type == "cpu":
-            return super().forward(input.float()).to(input.dtype)
-        return super().forward(input)
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    return GroupNorm(NORM_GROUPS, channels, eps=1e-6)
 
 
 def attend(
