@@ -11,6 +11,7 @@ pictures used in [0, 1] as they come, and a shortcut that reads the branch's own
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -42,9 +43,10 @@ class VQGANConfig:
     again after the last (space to depth, as in Shi et al. 2016, arXiv:1609.05158): level 0 then has 1/fold of the
     picture's rows and columns, where most of the time is spent otherwise.
 
-    With `local`, the encoder has no middle and no attention and normalises each cell by its own channels, so that a
-    code tells of the pixels around it and of nothing else. Such codes are easier to predict: the same patch has the
-    same code in every picture. Otherwise idle codes, of a blank background say, come to tell of the whole picture.
+    With `local`, a code tells of its patch and a little around it, and of nothing else: the encoder has no middle and
+    no attention, normalises each cell by its own channels, and has 1x1 convolutions at its last level. The same patch
+    then has much the same code in every picture, which a transformer predicts more easily; otherwise the codes of a
+    blank background come to tell of the whole picture.
     """
 
     quantizer: AnyQuantizerConfig = LLAMAGEN_QUANTIZER
@@ -162,14 +164,21 @@ class ResidualBlock(nn.Module):
     to the branch's output instead and the input is not added at all; its weights were trained that way.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, config: VQGANConfig, norm: Norm = group_norm):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: VQGANConfig,
+        norm: Norm = group_norm,
+        kernel_size: int = 3,
+    ):
         super().__init__()
         self.maskgit = config.form == "maskgit"
         self.norm1 = norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=not self.maskgit)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not self.maskgit)
         self.norm2 = norm(out_channels)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=not self.maskgit)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not self.maskgit)
         self.shortcut = None
         if in_channels != out_channels:
             shortcut_in = out_channels if self.maskgit else in_channels
@@ -227,10 +236,10 @@ class Level(nn.Module):
     """Residual blocks, each followed by attention where the level has it, then the change of resolution."""
 
     def __init__(
-        self, widths: list[int], attention: bool, resample: nn.Module, config: VQGANConfig, norm: Norm = group_norm
+        self, widths: list[int], attention: bool, resample: nn.Module, block: Callable[[int, int], ResidualBlock]
     ):
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(before, after, config, norm) for before, after in pairwise(widths))
+        self.blocks = nn.ModuleList(block(before, after) for before, after in pairwise(widths))
         self.attentions = nn.ModuleList(SpatialAttention(width) if attention else nn.Identity() for width in widths[1:])
         self.resample = resample
 
@@ -257,19 +266,19 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             with_conv = config.resample_with_conv and not maskgit
             halve = Downsample(width) if with_conv else nn.AvgPool2d(2)
+            kernel_size = 1 if config.local and i == last else 3
             self.levels.append(
                 Level(
                     [before] + [width] * config.num_res_blocks,
                     i in config.encoder_attention_levels,
                     halve if i < last else nn.Identity(),
-                    config,
-                    norm,
+                    partial(ResidualBlock, config=config, norm=norm, kernel_size=kernel_size),
                 )
             )
             before = width
         self.mid = nn.Identity() if config.local else middle(before, config)
         self.norm_out = norm(before)
-        kernel_size = 1 if maskgit else 3
+        kernel_size = 1 if maskgit or config.local else 3
         self.conv_out = nn.Conv2d(before, config.latent_channels, kernel_size, padding=kernel_size // 2)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
@@ -293,7 +302,8 @@ class Decoder(nn.Module):
         for i, width in reversed(list(enumerate(widths))):
             double = Upsample(width, config.resample_with_conv) if i > 0 else nn.Identity()
             attention = i in config.decoder_attention_levels
-            self.levels.append(Level([before] + [width] * num_blocks, attention, double, config))
+            block = partial(ResidualBlock, config=config)
+            self.levels.append(Level([before] + [width] * num_blocks, attention, double, block))
             before = width
         self.norm_out = group_norm(before)
         self.conv_out = nn.Conv2d(before, config.image_channels * config.fold**2, 3, padding=1)
