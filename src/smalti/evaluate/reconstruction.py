@@ -247,7 +247,7 @@ def compare_tokenizers(
         size = image_size or default_image_size(image_tokenizer.config)
         if size not in sizes:
             sizes[size] = picture_set.fitted(rows, size)
-            strips[f"pictures {size[0]}×{size[1]}"] = to_images(sizes[size][:num_shown])
+            strips[f"pictures {size[0]} x {size[1]}"] = to_images(sizes[size][:num_shown])
         name = str(directory)
         reports[name] = measure_reconstruction(image_tokenizer, sizes[size], lpips)
         strips[name] = _rebuilt(image_tokenizer, to_images(sizes[size][:num_shown]))

@@ -43,10 +43,10 @@ class VQGANConfig:
     again after the last (space to depth, as in Shi et al. 2016, arXiv:1609.05158): level 0 then has 1/fold of the
     picture's rows and columns, where most of the time is spent otherwise.
 
-    With `local`, a code tells of its patch and a little around it, and of nothing else: the encoder has no middle and
-    no attention, normalises each cell by its own channels, and has 1x1 convolutions at its last level. The same patch
-    then has much the same code in every picture, which a transformer predicts more easily; otherwise the codes of a
-    blank background come to tell of the whole picture.
+    With `local`, a code is made from its own patch alone: the encoder's convolutions are 1x1, or 2x2 where it halves,
+    each cell is normalised by its own channels, and there is no middle and no attention. Equal patches then have equal
+    codes, which a transformer predicts more easily; otherwise the codes of a blank background come to tell of the
+    whole picture.
     """
 
     quantizer: AnyQuantizerConfig = LLAMAGEN_QUANTIZER
@@ -82,7 +82,7 @@ class VQGANConfig:
         if self.form == "maskgit":
             self._check_maskgit()
         if self.local and (self.encoder_attention_levels or self.form == "maskgit"):
-            raise ValueError('local needs form "llamagen" and no encoder_attention_levels: attention sees all cells.')
+            raise ValueError('local needs form "llamagen" and no encoder_attention_levels: attention sees all patches.')
         check_image_size(*self.image_size, self.patch_size, "image_size")
 
     def _check_levels(self, side: str, multipliers: tuple[int, ...], attention: tuple[int, ...]) -> None:
@@ -211,14 +211,16 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves rows and columns: pad right and bottom by one, then a 3x3 convolution of stride 2."""
+    """Halves rows and columns: pad right and bottom by one, then a 3x3 convolution of stride 2. If `local`, a 2x2
+    convolution, which needs no padding."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, local: bool):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.padding = 0 if local else 1
+        self.conv = nn.Conv2d(channels, channels, 2 + self.padding, stride=2)
 
     def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D h w"]:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, (0, self.padding, 0, self.padding)))
 
 
 class Upsample(nn.Module):
@@ -255,30 +257,32 @@ class Encoder(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         maskgit = config.form == "maskgit"
-        norm = CellNorm if config.local else group_norm
+        kernel_size, norm = (1, CellNorm) if config.local else (3, group_norm)
+        block = partial(ResidualBlock, config=config, norm=norm, kernel_size=kernel_size)
         widths = [config.channels * multiplier for multiplier in config.encoder_multipliers]
         last = len(widths) - 1
         self.fold = nn.PixelUnshuffle(config.fold)
         pixel_channels = config.image_channels * config.fold**2
-        self.conv_in = nn.Conv2d(pixel_channels, config.channels, 3, padding=1, bias=not maskgit)
+        self.conv_in = nn.Conv2d(
+            pixel_channels, config.channels, kernel_size, padding=kernel_size // 2, bias=not maskgit
+        )
         self.levels = nn.ModuleList()
         before = config.channels
         for i, width in enumerate(widths):
             with_conv = config.resample_with_conv and not maskgit
-            halve = Downsample(width) if with_conv else nn.AvgPool2d(2)
-            kernel_size = 1 if config.local and i == last else 3
+            halve = Downsample(width, config.local) if with_conv else nn.AvgPool2d(2)
             self.levels.append(
                 Level(
                     [before] + [width] * config.num_res_blocks,
                     i in config.encoder_attention_levels,
                     halve if i < last else nn.Identity(),
-                    partial(ResidualBlock, config=config, norm=norm, kernel_size=kernel_size),
+                    block,
                 )
             )
             before = width
         self.mid = nn.Identity() if config.local else middle(before, config)
         self.norm_out = norm(before)
-        kernel_size = 1 if maskgit or config.local else 3
+        kernel_size = 1 if maskgit else kernel_size
         self.conv_out = nn.Conv2d(before, config.latent_channels, kernel_size, padding=kernel_size // 2)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
