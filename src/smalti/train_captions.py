@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from smalti.data.pair_sources import open_pairs
+from smalti.data.ready_tokens import are_tokens, open_tokens
 from smalti.data.tokenize_pairs import TokenizeConfig, require_tokenizers, tokenize_pairs, tokenizer_metadata
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
@@ -33,7 +34,7 @@ from smalti.pipeline import Pipeline
 from smalti.recipes import CaptionsRecipe, claim_folder
 from smalti.sample_table import SampleTable
 from smalti.text_tokenizer import BPEConfig, TextTokenizer
-from smalti.train_model import nats_by_order, processes, train_model
+from smalti.train_model import Pairs, nats_by_order, processes, train_model
 
 
 def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: bool = True) -> Path:
@@ -54,13 +55,34 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
     )
     layout = Layout.parse(config.vocabulary, recipe.layout.orders)
     max_text_length = _check_spans(layout, image_tokenizer)
+    sources = {"train": recipe.data.train, "validation": recipe.data.validation}
+    given = None if recipe.text_tokenizer is None else TextTokenizer.load(recipe.text_tokenizer)
+    if given is not None:
+        given.check_vocabulary(layout.vocabulary)
+    elif tokens := [str(source) for source in sources.values() if are_tokens(source)]:
+        raise InputError(f"{tokens[0]} is tokens: give the text_tokenizer that goes with them, a file.")
     with processes() as (rank, world_size):
+        # tokens that are there are of the image tokenizer as it was given, not of its copy in half precision
+        opened = {
+            split: open_tokens(
+                source,
+                split,
+                image_tokenizer,
+                given,
+                max_text_length=max_text_length,
+                seed=recipe.train.seed,
+            )
+            for split, source in sources.items()
+            if given is not None and are_tokens(source)
+        }
         if rank == 0:
             claim_folder(recipe, output, free=("sample", "evaluate", "about"))
             image_tokenizer = _stored(image_tokenizer, output / "image_tokenizer")
             if not (output / "text_tokenizer.json").exists():
-                captions = [pair.caption for pair in open_pairs(recipe.data.train).records() if pair.caption]
-                TextTokenizer.train(captions, config)[0].save(output / "text_tokenizer.json")
+                if given is None:
+                    captions = [pair.caption for pair in open_pairs(recipe.data.train).records() if pair.caption]
+                    given, _ = TextTokenizer.train(captions, config)
+                given.save(output / "text_tokenizer.json")
         if world_size > 1:
             dist.barrier()
         text_tokenizer = TextTokenizer.load(output / "text_tokenizer.json")
@@ -68,12 +90,15 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
             tokenizing = TokenizeConfig(
                 size=recipe.data.size, max_text_length=max_text_length, on_error=recipe.data.on_error
             )
-            for split, pairs in (("train", recipe.data.train), ("validation", recipe.data.validation)):
+            for split in (split for split in sources if split not in opened):
                 tokens = output / "tokens" / f"{split}.parquet"
-                _tokenize(pairs, tokens, image_tokenizer, text_tokenizer, tokenizing, show_progress)
+                _tokenize(sources[split], tokens, image_tokenizer, text_tokenizer, tokenizing, show_progress)
         if world_size > 1:
             dist.barrier()
-        train, validation = (TokenTable.open(output / "tokens" / f"{s}.parquet") for s in ("train", "validation"))
+        train, validation = (
+            opened[split] if split in opened else TokenTable.open(output / "tokens" / f"{split}.parquet")
+            for split in sources
+        )
 
         def make_pipeline(model: DecoderOnly, **described: Any) -> Pipeline:
             height, width = recipe.data.size
@@ -113,9 +138,7 @@ def _stored(image_tokenizer: Any, folder: Path) -> Any:
     return load_image_tokenizer(folder).eval()
 
 
-def _finish(
-    recipe: CaptionsRecipe, trained: Pipeline, validation: TokenTable, command: str, show_progress: bool
-) -> None:
+def _finish(recipe: CaptionsRecipe, trained: Pipeline, validation: Pairs, command: str, show_progress: bool) -> None:
     """The bundle, with what is measured of it: of the model as the bundle holds it, in half precision."""
     folder = recipe.output / "bundle"
     trained.about = {**recipe.about, "Trained by": f"`{command}`", "Seed": str(recipe.train.seed)}
@@ -140,7 +163,7 @@ def _finish(
     pipe.save(folder, half=True, force=True)
 
 
-def _likelihood_figures(pipe: Pipeline, validation: TokenTable, num_rows: int) -> dict[str, str]:
+def _likelihood_figures(pipe: Pipeline, validation: Pairs, num_rows: int) -> dict[str, str]:
     """Nats per token of each part that an order learns, on the validation pairs; of pictures also without captions."""
     figures = {}
     for captioned in (True, False):

@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int32, Int64, Integer
 
-from smalti.data.tokens import PAD, TOKEN_COLUMNS, TokenBatch, check_columns, read_metadata, token_values
+from smalti.data.tokens import PAD, TokenBatch, check_columns, read_metadata, token_values
 from smalti.errors import InputError, InputWarning
+from smalti.text_tokenizer import TextTokenizer
 
 BLOCK_ROWS = 65_536
 """Rows that are shuffled among each other, and held in memory; two blocks are held at most."""
@@ -34,10 +35,18 @@ class TokenStream:
     """
 
     def __init__(
-        self, rows: Any, files: list["_StreamFile"], checks: "_Checks", metadata: Mapping[str, Any], *, seed: int
+        self,
+        rows: Any,
+        files: list["_StreamFile"],
+        checks: "_Checks",
+        metadata: Mapping[str, Any],
+        *,
+        seed: int,
+        text_tokenizer: TextTokenizer | None,
     ):
         self.metadata = dict(metadata)
-        self._rows, self._files, self._checks, self._seed = rows, files, checks, seed
+        self._rows, self._files, self._checks = rows, files, checks
+        self._seed, self._text_tokenizer = seed, text_tokenizer
         self._num_rows = sum(file.num_rows for file in files)
         self._blocks_an_epoch = -(-self._num_rows // BLOCK_ROWS)
         self._blocks: dict[int, _Block] = {}
@@ -55,9 +64,12 @@ class TokenStream:
         image_length: int | None = None,
         image_vocab_size: int | None = None,
         text_vocab_size: int | None = None,
+        text_tokenizer: TextTokenizer | None = None,
         max_text_length: int | None = None,
     ) -> "TokenStream":
         """A split of the hub's data set `owner/name` (or `owner/name@revision`), or of a local folder of parquet files.
+
+        With a text tokenizer the captions' `text` is encoded, and `text_tokens` are left aside.
 
         Only footers are read here. As rows come, each must have `image_length` image tokens in [0, image_vocab_size)
         and text tokens in [0, text_vocab_size), if given; longer captions are cut to `max_text_length` tokens, and a
@@ -68,12 +80,13 @@ class TokenStream:
         library = _import_datasets()
         path, _, revision = name.partition("@")
         with _named_errors(name):
-            builder = library.load_dataset_builder(path, revision=revision or None, columns=list(TOKEN_COLUMNS))
+            columns = ["image_tokens", "text" if text_tokenizer else "text_tokens"]
+            builder = library.load_dataset_builder(path, revision=revision or None, columns=columns)
             urls = (builder.config.data_files or {}).get(split)
             if not urls:
                 splits = ", ".join(builder.config.data_files or {})
                 raise InputError(f"the data set {name} has no split {split!r}; it has {splits or 'none'}.")
-            files, metadata = _read_footers(list(map(str, urls)))
+            files, metadata = _read_footers(list(map(str, urls)), columns)
             rows = builder.as_streaming_dataset(split).with_format("arrow")
         if rows.num_shards != len(files):
             raise AssertionError(f"{rows.num_shards} shards of {len(files)} files")
@@ -82,25 +95,25 @@ class TokenStream:
         checks = _Checks(
             image_length, {"image_tokens": image_vocab_size, "text_tokens": text_vocab_size}, max_text_length
         )
-        return cls(rows, files, checks, metadata, seed=seed)
+        return cls(rows, files, checks, metadata, seed=seed, text_tokenizer=text_tokenizer)
 
     def __len__(self) -> int:
         """Rows of an epoch."""
         return self._num_rows
 
-    def batch(self, places: Integer[np.ndarray, " n"]) -> TokenBatch:
+    def batch(self, rows: Integer[np.ndarray, " n"]) -> TokenBatch:
         """The rows at these places of the stream; place `len(stream)` is the first of the second epoch."""
-        if len(places) and places.min() < 0:
-            raise ValueError(f"place {places.min()} of a stream; places count from 0.")
-        epochs, rows = np.divmod(places, self._num_rows)
-        numbers = epochs * self._blocks_an_epoch + rows // BLOCK_ROWS
+        if len(rows) and rows.min() < 0:
+            raise ValueError(f"place {rows.min()} of a stream; places count from 0.")
+        epochs, places = np.divmod(rows, self._num_rows)
+        numbers = epochs * self._blocks_an_epoch + places // BLOCK_ROWS
         found = [
-            (numbers == number, self._block(int(number)).take(rows[numbers == number] % BLOCK_ROWS))
+            (numbers == number, self._block(int(number)).take(places[numbers == number] % BLOCK_ROWS))
             for number in np.unique(numbers)
         ]
         return TokenBatch(
-            *_joined([(which, part.image_tokens, part.image_lengths) for which, part in found], len(places)),
-            *_joined([(which, part.text_tokens, part.text_lengths) for which, part in found], len(places)),
+            *_joined([(which, part.image_tokens, part.image_lengths) for which, part in found], len(rows)),
+            *_joined([(which, part.text_tokens, part.text_lengths) for which, part in found], len(rows)),
         )
 
     def _block(self, number: int) -> "_Block":
@@ -137,11 +150,18 @@ class TokenStream:
         rows = self._rows.shard(num_shards=len(self._files), index=index)
         with _named_errors(file.url):
             for table in (rows.skip(start) if start else rows).iter(_ROWS_AT_ONCE):
+                table = self._encoded(table)
                 self._checks.require(table, file.url, row)
                 row += table.num_rows
                 yield table
         if row != file.num_rows:
             raise InputError(f"{file.url} gave {row} rows, its footer says {file.num_rows}; fetch or make it again.")
+
+    def _encoded(self, table: pa.Table) -> pa.Table:
+        if self._text_tokenizer is None:
+            return table
+        numbers = [self._text_tokenizer.encode(text or "") for text in table["text"].to_pylist()]
+        return table.drop_columns("text").append_column("text_tokens", pa.array(numbers, pa.list_(pa.int64())))
 
     def _decoded(self, table: pa.Table) -> "_Block":
         image_tokens, image_lengths = _padded(table, "image_tokens")
@@ -229,7 +249,7 @@ def _named_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def _read_footers(urls: list[str]) -> tuple[list[_StreamFile], dict[str, Any]]:
+def _read_footers(urls: list[str], columns: list[str]) -> tuple[list[_StreamFile], dict[str, Any]]:
     """How many rows each file has, and what its writer said of the tokens, in which all must agree."""
     import fsspec  # comes with `datasets`; it opens the hub's files as local ones
 
@@ -237,7 +257,7 @@ def _read_footers(urls: list[str]) -> tuple[list[_StreamFile], dict[str, Any]]:
     for url in urls:
         with _named_errors(url), fsspec.open(url, "rb") as opened:
             footer = pq.ParquetFile(opened)
-            check_columns(footer.schema_arrow, url, TOKEN_COLUMNS)
+            check_columns(footer.schema_arrow, url, columns)
             metadata = read_metadata(footer.metadata, url)
             files.append(_StreamFile(url, footer.metadata.num_rows))
         if common is not None and metadata != common:

@@ -193,6 +193,11 @@ class TokenTable:
         """The largest text token in the table, -1 if there is none."""
         return self._columns["text_tokens"].max_value
 
+    @property
+    def max_text_length(self) -> int:
+        """The number of text tokens of the row that has most."""
+        return self._columns["text_tokens"].max_length
+
     def batch(self, rows: Integer[np.ndarray, " n"]) -> TokenBatch:
         """The tokens of these rows, in the order given; the same row may be asked for twice."""
         self._check(rows)
@@ -262,6 +267,18 @@ def _table_files(path: str | Path) -> list[Path]:
     return [file.resolve() for file in found]
 
 
+def is_token_table(path: str | Path) -> bool:
+    """Whether the parquet files at a path, or the first of them, hold image tokens. False if there is none."""
+    path = Path(path)
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else sorted(glob.glob(str(path)))
+    if not files or not str(files[0]).endswith(".parquet"):
+        return False
+    try:
+        return "image_tokens" in pq.read_schema(files[0]).names
+    except (pa.ArrowException, OSError):
+        return False  # who opens it says what is wrong with it
+
+
 def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
         # Without pre-buffering, pages are read as they are needed: a file of one huge row group stays cheap.
@@ -283,7 +300,7 @@ def check_columns(schema: pa.Schema, path: Path | str, needed: Sequence[str]) ->
             f"{path}: no column {' or '.join(missing)}; it has {', '.join(schema.names)}. "
             f"A token table needs {', '.join(needed)}."
         )
-    for name in TOKEN_COLUMNS:
+    for name in (name for name in TOKEN_COLUMNS if name in needed):
         kind = schema.field(name).type
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
         if not (is_list and pa.types.is_integer(kind.value_type)):
@@ -567,6 +584,13 @@ class _Column:
         if self._offsets is not None:
             return self._offsets[rows]
         return rows.astype(np.int64) * (self.length or 0)
+
+    @property
+    def max_length(self) -> int:
+        if self._offsets is None:
+            return self.length or 0
+        starts = range(0, self._num_rows, _SCAN_VALUES)
+        return max(int(np.diff(self._offsets[start : start + _SCAN_VALUES + 1]).max(initial=0)) for start in starts)
 
     def lengths(self, rows: Integer[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         if self._offsets is None:

@@ -195,7 +195,8 @@ class TokenizerRecipe(Section):
 
 
 class CaptionedPictures(Section):
-    """Pictures with captions, as `open_pairs` finds them: parquet, webdataset shards, or a folder."""
+    """Pictures with captions, as `open_pairs` finds them: parquet, webdataset shards, or a folder. Or what is tokens
+    already: a table of `smalti tokenize`, or "hub:owner/name", a data set of the hub, read as a stream."""
 
     train: Path | None = None
     validation: Path | None = None
@@ -216,8 +217,10 @@ class CaptionsRecipe(Section):
     data: CaptionedPictures
     image_tokenizer: Path | None = None
     """Folder of a trained image tokenizer."""
+    text_tokenizer: Path | None = None
+    """File of a text tokenizer, which tokens need. None: one is trained on the captions of the training pictures."""
     text_size: int
-    """Pieces of words; the text tokenizer is trained on the training captions."""
+    """Pieces of words."""
     segments: tuple[str, ...]
     """Which ids come first: image, special and text in some order."""
     layout: Orders
