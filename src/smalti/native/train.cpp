@@ -18,6 +18,7 @@
 // Letters: B sequences, T tokens, D model width, F feed-forward width, Dh head width, n the ids of a slot.
 
 #include <immintrin.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 
 #include <algorithm>
@@ -146,9 +147,17 @@ INLINE void transpose(__m512i r[16]) {
     }
 }
 
+// Panels that only a later pass reads go past the caches, which then hold more of what is at hand.
+INLINE void store_tile_row(bf16* to, __m512i row, bool for_later) {
+    if (for_later)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), row);
+    else
+        _mm512_store_si512(to, row);
+}
+
 // Packs `depth` rows of `columns` numbers, from depth step `step` on of panels that have `steps`, as a right operand, or
 // as a left operand that is the transpose. Rows up to `padded` are zero.
-template <bool LEFT>
+template <bool LEFT, bool FOR_LATER = false>
 void pack(const bf16* from, long stride, long depth, long padded, long columns, bf16* to, long steps, long step = 0) {
     for (long k = 0; k < padded; k += EDGE, ++step)
         for (long c = 0; c < columns; c += 16) {
@@ -161,7 +170,7 @@ void pack(const bf16* from, long stride, long depth, long padded, long columns, 
             }
             if (LEFT) transpose(r);
             bf16* tile = to + (c / EDGE * steps + step) * BLOCK + c % EDGE / 16 * TILE;
-            for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + i * 32, r[i]);
+            for (int i = 0; i < 16; ++i) store_tile_row(tile + i * 32, r[i], FOR_LATER);
         }
 }
 
@@ -176,6 +185,11 @@ void pack_transposed(const bf16* from, long stride, long columns, long padded, l
             bf16* tile = to + (c / EDGE * (depth / EDGE) + k / EDGE) * BLOCK + c % EDGE / 16 * TILE;
             for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + i * 32, r[i]);
         }
+}
+
+// Has memory brought to the cache that will be read soon, out of order.
+void fetch(const bf16* from, long count) {
+    for (long i = 0; i < count; i += 32) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
 }
 
 // ---- products ----
@@ -262,8 +276,8 @@ void block(Rows a, const bf16* b, long steps, float* c, long stride) {
 template <class Take>
 void product(const bf16* a, long stride, long rows, const bf16* b, long columns, long depth, const Take& take) {
     alignas(64) float c[EDGE * EDGE];
-    for (long column = 0; column < columns; column += EDGE)
-        for (long row = 0; row < rows; row += EDGE) {
+    for (long row = 0; row < rows; row += EDGE)
+        for (long column = 0; column < columns; column += EDGE) {
             block(plain_rows(a + row * stride, stride), b + column * depth, depth / EDGE, c, EDGE);
             for (long i = 0; i < EDGE && row + i < rows; ++i) take(row + i, column, c + i * EDGE);
         }
@@ -440,6 +454,15 @@ struct Plan {
     }
 };
 
+// Asks for pages of 2 MiB, where the system gives them on request: panels lie so far apart that small ones cost a
+// twentieth of the time.
+void use_large_pages(const Plan& plan) {
+    constexpr uintptr_t page = 1 << 21;
+    const auto start = reinterpret_cast<uintptr_t>(plan.task.workspace);
+    const uintptr_t first = (start + page - 1) / page * page, end = (start + plan.memory.used) / page * page;
+    if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+}
+
 // Tasks 0 .. count − 1, each taken by the next thread that is free.
 template <class Work>
 void for_each(const Plan& plan, long count, const Work& work) {
@@ -569,24 +592,23 @@ void drop_gradient(const Plan& plan, const float* gradient, Dropout dropout, lon
     const long D = plan.D, num_rows = plan.num_rows(group);
     for (long i = 0; i < num_rows * D; i += 16)
         store(rows + i, load(gradient + i) * dropout.factors(group * plan.rows * D + i));
-    pack<true>(rows, D, num_rows, plan.rows, D, weight.output_gradient, plan.depth / EDGE, group * plan.rows / EDGE);
+    pack<true, true>(rows, D, num_rows, plan.rows, D, weight.output_gradient, plan.depth / EDGE, group * plan.rows / EDGE);
 }
 
 // Packs the rows of a group as what a weight's gradient is summed over.
 void keep_input(const Plan& plan, const bf16* rows, long group, const Weight& weight) {
-    pack<false>(rows, weight.in, plan.num_rows(group), plan.rows, weight.in, weight.input, plan.depth / EDGE,
+    pack<false, true>(rows, weight.in, plan.num_rows(group), plan.rows, weight.in, weight.input, plan.depth / EDGE,
                 group * plan.rows / EDGE);
 }
 
 void keep_output_gradient(const Plan& plan, const bf16* rows, long group, const Weight& weight) {
-    pack<true>(rows, weight.out, plan.num_rows(group), plan.rows, weight.out, weight.output_gradient,
+    pack<true, true>(rows, weight.out, plan.num_rows(group), plan.rows, weight.out, weight.output_gradient,
                plan.depth / EDGE, group * plan.rows / EDGE);
 }
 
-// What enters the activation is kept in panels of 32 columns, one group after the other: it is written and read in the
-// order of the blocks of a product.
-long in_panels(const Plan& plan, long row, long column) {
-    return column / EDGE * EDGE * plan.rows + row * EDGE + column % EDGE;
+// What enters the activation is kept in blocks of 32 × 32, in the order in which a product makes them.
+long in_blocks(const Plan& plan, long row, long column) {
+    return row / EDGE * EDGE * plan.wide + column / EDGE * EDGE * EDGE + row % EDGE * EDGE + column % EDGE;
 }
 
 // The feed-forward's first product and the activation; `wide` gets what enters it.
@@ -594,13 +616,13 @@ template <int KIND>
 void activate(const Plan& plan, const bf16* input, const Weight& up, const float* bias, long rows, bf16* wide, bf16* to) {
     const long F = plan.F;
     product(input, plan.D, rows, up.forward, plan.wide, plan.D, [&](long r, long column, float* c) {
-        bf16* kept = wide + in_panels(plan, r, column);
+        bf16* kept = wide + in_blocks(plan, r, column);
         for (long i = 0; i < EDGE; i += 16) {
             store(kept + i, load(c + i) + bias_at(bias, column + i));
             if (KIND != SWIGLU)
                 store(to + r * F + column + i, activation<KIND>(load(kept + i)).value);
             else if (column >= F)  // its gate has come before
-                store(to + r * F + column - F + i, load(kept + i) * silu(load(kept - F * plan.rows + i)).value);
+                store(to + r * F + column - F + i, load(kept + i) * silu(load(kept - F * EDGE + i)).value);
         }
     });
 }
@@ -611,13 +633,13 @@ void activate_backward(const Plan& plan, const bf16* gradient, const Weight& dow
                        bf16* to, bf16* output) {
     const long F = plan.F;
     product(gradient, plan.D, rows, down.backward, F, plan.D, [&](long r, long column, float* c) {
-        const bf16* kept = wide + in_panels(plan, r, column);
+        const bf16* kept = wide + in_blocks(plan, r, column);
         bf16 *gradients = to + r * plan.wide + column, *outputs = output + r * F + column;
         for (long i = 0; i < EDGE; i += 16) {
             Activated found = activation<KIND>(load(kept + i));
             Vector d = load(c + i);
             if (KIND == SWIGLU) {
-                Vector up = load(kept + F * plan.rows + i);
+                Vector up = load(kept + F * EDGE + i);
                 store(gradients + F + i, d * found.value);
                 found.value *= up;
                 d *= up;
@@ -1027,9 +1049,12 @@ void backward(const Plan& plan, long group, const Scratch& s, const float* gradi
 
         drop_gradient(plan, dx, Dropout(task, place_of(l, BEHIND_ATTENTION)), group, layer.out, s.output);
         through(s.output, layer.out, s.mixed);
-        for (long i = 0; i < plan.num_sequences(group); ++i)
-            attend_backward(plan, layer.heads + (first + i * plan.T) * plan.heads_width, s.mixed + i * plan.T * D, s,
-                            s.heads + i * plan.T * plan.heads_width);
+        const long sequence = plan.T * plan.heads_width;
+        for (long i = 0; i < plan.num_sequences(group); ++i) {
+            const bf16* heads = layer.heads + first * plan.heads_width + i * sequence;
+            fetch(heads + sequence, sequence);  // the next one's, meanwhile
+            attend_backward(plan, heads, s.mixed + i * plan.T * D, s, s.heads + i * sequence);
+        }
         keep_output_gradient(plan, s.heads, group, layer.qkv);
         through(s.heads, layer.qkv, s.sums);
         norm_backward(plan, s.sums, layer.before + first * D, rows, parameter(NORM_1), parameter(NORM_1_BIAS), dx,
@@ -1142,6 +1167,7 @@ int64_t smalti_train_bytes(const Task* task) { return Plan(*task).memory.used; }
 // The negative log-likelihood of every target, in nats, one slot after the other.
 void smalti_train_forward(const Task* task, float* nll) {
     Plan plan(*task);
+    use_large_pages(plan);
     pack_weights(plan);
     for_each(plan, plan.num_groups, [&](long group, const Scratch& s) { forward(plan, group, s, nll); });
 }
