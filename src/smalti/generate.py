@@ -174,9 +174,11 @@ class _Stage:
         self.ends_early = bool((self.stops >= 0).any()) or bool((self.slot_ids == NO_SLOT).any())
         uniforms = [sequence.uniforms[len(sequence.token_ids) :] for sequence in batch]
         self.uniforms = torch.nn.utils.rnn.pad_sequence(uniforms, batch_first=True).to(device)
-        scales = [[config.guidance_at(*step) for step in plan.steps] for plan in plans]
-        self.scales = _table(scales, self.num_steps, 1.0, device)
-        self.scales[self.forced >= 0] = 1.0  # nothing is drawn there
+        self.scales = torch.ones(self.forced.shape, device=device)
+        if config.guidance_scale != 1:
+            scales = [[config.guidance_at(*step) for step in plan.steps] for plan in plans]
+            self.scales = _table(scales, self.num_steps, 1.0, device)
+            self.scales[self.forced >= 0] = 1.0  # nothing is drawn there
         self._guided = (self.scales != 1).any(0).tolist()
         # Columns in which all rows do the same are the rule: one slot, one head, no grouping.
         self._same_slot = [row[0] if len(set(row)) == 1 else None for row in self.slot_ids.T.tolist()]

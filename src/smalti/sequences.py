@@ -122,7 +122,7 @@ class TokenSequence:
 
     def push(self, token: int, log_prob: float = 0.0, draw_log_prob: float = 0.0) -> None:
         """Appends a token and moves on to the next part where this one is full or ended. The null follows."""
-        if self.chooses_order:
+        if len(self.orders) > 1 and self.chooses_order:
             special = self.layout.vocabulary.special
             self.orders = [o for o in self.orders if special(str(o.parts[self.part])) == token]
         self.token_ids.append(token)
@@ -130,7 +130,7 @@ class TokenSequence:
         self.draw_log_probs.append(draw_log_prob)
         if self.null is not None:
             self.null.push(token)
-        part = self.order.parts[self.part]
+        part = self.orders[0].parts[self.part]
         self.filled += 1
         if isinstance(part, Marker):
             full = True

@@ -26,24 +26,31 @@ constexpr int LANES = 4, VECTORS = 4;
 constexpr int PANEL = LANES * VECTORS;  // outputs of a matrix that are computed together
 constexpr int TILE_ROWS = 6;            // rows that are computed together
 
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+template <int SIZE>
+struct Lanes {
+    typedef float Type __attribute__((vector_size(4 * SIZE), aligned(4), may_alias));
+};
+typedef Lanes<LANES>::Type Vector;
 
 inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x); }
 inline void store(float* x, Vector value) { *reinterpret_cast<Vector*>(x) = value; }
 
-inline float total(Vector v) {
-    float part[LANES];
-    store(part, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) part[i] += part[i + half];
-    return part[0];
+template <int SIZE>
+inline float total(typename Lanes<SIZE>::Type v) {
+    if constexpr (SIZE == 1) {
+        return v[0];
+    } else {
+        typename Lanes<SIZE / 2>::Type halves[2];
+        memcpy(halves, &v, sizeof(v));
+        return total<SIZE / 2>(halves[0] + halves[1]);
+    }
 }
 
 inline float dot(const float* a, const float* b, long n) {
     Vector sums = {};
     long i = 0;
     for (; i + LANES <= n; i += LANES) sums += load(a + i) * load(b + i);
-    float sum = total(sums);
+    float sum = total<LANES>(sums);
     for (; i < n; ++i) sum += a[i] * b[i];
     return sum;
 }
@@ -116,13 +123,17 @@ void pack_panel(const Matrix& matrix, long panel, float* packed, float* bias) {
 // One panel for a few rows. A row's sums run over the inputs in their order, whatever other rows there are: that makes
 // what a row computes independent of its batch, to the last bit.
 template <int ROWS>
-void multiply_tile(const float* x, long stride, const float* panel, const float* bias, long inputs, float* sums) {
+void multiply_tile(const float* x, long stride, const float* panel, const float* bias, long inputs, const float* ahead,
+                   long ahead_step, float* sums) {
     Vector sum[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) sum[r][v] = load(bias + v * LANES);
-    for (long k = 0; k < inputs; ++k, panel += PANEL)
+    for (long k = 0; k < inputs; ++k, panel += PANEL, ahead += ahead_step) {
+        if (ROWS > 1)
+            for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(ahead + v * LANES, 0, 2);
         for (int r = 0; r < ROWS; ++r)
             for (int v = 0; v < VECTORS; ++v) sum[r][v] += load(panel + v * LANES) * x[r * stride + k];
+    }
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) store(sums + r * PANEL + v * LANES, sum[r][v]);
 }
@@ -139,9 +150,10 @@ void multiply(const Matrix& matrix, const float* x, long stride, smalti::Share r
     for (long panel = panels.begin; panel < panels.end; ++panel)
         for (long t = 0; t < tiles; ++t) {
             const smalti::Share tile(count, static_cast<int>(t), static_cast<int>(tiles));
-            const long first = rows.begin + tile.begin, height = tile.end - tile.begin;
+            const long first = rows.begin + tile.begin, height = tile.end - tile.begin, ahead_step = PANEL / tiles;
+            const float* ahead = panel + 1 < panels.end ? matrix.panel(panel + 1) : matrix.panel(panel);
             MULTIPLY_TILE[height - 1](x + first * stride, stride, matrix.panel(panel), matrix.bias + panel * PANEL,
-                                      matrix.inputs, sums);
+                                      matrix.inputs, ahead + t * ahead_step * matrix.inputs, ahead_step, sums);
             for (long r = 0; r < height; ++r) use(first + r, panel, sums + r * PANEL);
         }
 }
@@ -286,6 +298,15 @@ void rotate(float* x, const float* table, long width) {
     }
 }
 
+// A few vectors of the weighted mean of values.
+template <int COUNT>
+void mix(const float* weights, const float* values, long count, long width, float share, float* out) {
+    Vector mixed[COUNT] = {};
+    for (long s = 0; s < count; ++s)
+        for (int v = 0; v < COUNT; ++v) mixed[v] += weights[s] * load(values + s * width + v * LANES);
+    for (int v = 0; v < COUNT; ++v) store(out + v * LANES, mixed[v] * share);
+}
+
 // softmax(q k / sqrt(width)) v over `count` slots. Meanwhile the keys and values `next` numbers further on are fetched.
 void attend(const float* q, const float* keys, const float* values, long count, long width, long next, float* scores,
             float* out) {
@@ -306,14 +327,12 @@ void attend(const float* q, const float* keys, const float* values, long count, 
     }
     const float share = 1 / sum;
     long i = 0;
-    for (; i + LANES <= width; i += LANES) {
-        Vector mixed = {};
-        for (long s = 0; s < count; ++s) mixed += load(values + s * width + i) * scores[s];
-        store(out + i, mixed * share);
-    }
+    for (; i + 4 * LANES <= width; i += 4 * LANES) mix<4>(scores, values + i, count, width, share, out + i);
+    for (; i + 2 * LANES <= width; i += 2 * LANES) mix<2>(scores, values + i, count, width, share, out + i);
+    for (; i + LANES <= width; i += LANES) mix<1>(scores, values + i, count, width, share, out + i);
     for (; i < width; ++i) {
         float mixed = 0;
-        for (long s = 0; s < count; ++s) mixed += values[s * width + i] * scores[s];
+        for (long s = 0; s < count; ++s) mixed += scores[s] * values[s * width + i];
         out[i] = mixed * share;
     }
 }
