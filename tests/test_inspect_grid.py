@@ -67,6 +67,31 @@ def test_the_grid_is_found(rows, width, order, columns, before, after):
     assert found.explained > 2 * found.line_explained
 
 
+def faces(num: int, rows: int, columns: int, num_codes: int) -> np.ndarray:
+    """Pictures whose right half mostly mirrors the left, with little in the outer columns."""
+    field = markov_field(num, rows, columns, num_codes)
+    generator = np.random.default_rng(2)
+    mirrored = np.where(generator.random(field.shape) < 0.6, field[:, :, ::-1], field)
+    field[:, :, columns // 2 :] = mirrored[:, :, columns // 2 :]
+    for column in (0, columns - 1):
+        field[:, :, column] = np.where(generator.random(field.shape[:2]) < 0.6, 0, field[:, :, column])
+    return field
+
+
+@pytest.mark.parametrize("order", ["raster", "snake"])
+@pytest.mark.parametrize("columns", [None, (3, 0, 6, 2, 7, 5, 1, 4)])
+def test_symmetric_pictures_are_not_folded(order, columns):
+    """Each half of a row tells most of the other: a grid of half the width, every other row backwards, would bring
+    mirror images together; so would an order of columns that goes to and fro."""
+    lines = as_lines(faces(900, 7, 8, 5), order, columns, 1, 2)
+    found = infer_grid(lines, int(lines.max()) + 1, num_halvings=2, max_outside=4)
+    assert found.grid is not None
+    assert (found.grid.rows, found.grid.columns, found.grid.order) == (7, 8, order)
+    assert (found.grid.before, found.grid.after) == (1, 2)
+    expected = columns and {columns, tuple(7 - c for c in columns)}
+    assert found.grid.column_order is None if columns is None else found.grid.column_order in expected
+
+
 def test_the_grid_is_found_through_many_codes_of_few_kinds():
     """210 codes, 30 of each of 7 kinds: pairs of codes are too rare to count, their kinds are not."""
     kinds = markov_field(1500, 5, 7, 7)

@@ -2,22 +2,29 @@
 
 A hypothesis is a shape, the number of positions before and after it, and an order of reading: row by row (raster),
 every other row backwards (snake), either with the columns in another order. It says how far apart in the picture any
-two positions are. Mutual information is fitted as a function of that distance on one half of the lines and judged on
-the other; the hypothesis that explains most wins, and how often it wins over random halvings is the confidence.
+two positions are, and which are mirror images: in a face the halves of a row tell more of each other than neighbours
+do. Mutual information is fitted as a function of that on one half of the lines and judged on the other; the hypothesis
+that explains most wins, and how often it wins over random halvings is the confidence.
 
 What codes alone cannot tell: which side is left, which is up, and rows from columns, since the mirrored or transposed
 picture has the same neighbours. Letters: N lines, L positions, w columns, h rows.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float64, Int64, Integer
 
-from smalti.inspect.positions import check_codes, merge_codes, mutual_information, special_positions
+from smalti.inspect.positions import (
+    check_codes,
+    merge_codes,
+    mutual_information,
+    position_statistics,
+    special_positions,
+)
 
 ORDERS = ("raster", "snake")
 OUTSIDE = -1
@@ -25,11 +32,14 @@ OUTSIDE = -1
 MIN_EXPLAINED = 0.1
 """A grid that explains less of the mutual information than this is none."""
 _MAX_DISTANCE = 2
-_FAR, _NOT_INSIDE = (_MAX_DISTANCE + 1) ** 2, (_MAX_DISTANCE + 1) ** 2 + 1
-_NUM_KINDS = _NOT_INSIDE + 1
+_NEAR, _MIRRORED_COLUMNS, _MIRRORED_ROWS, _FAR = (part * (_MAX_DISTANCE + 1) ** 2 for part in range(4))
+_NOT_INSIDE = _FAR + 1
+_NUM_KINDS = _FAR + 2
 _TIE = 0.02  # hypotheses whose explained shares differ by less, relatively, are told apart by their special positions
 _MAX_REORDERED = 64  # more columns than this are taken as read: finding their order takes the cube of their number
-_SHUFFLE_GAIN = 1.15  # what reordered columns must explain over those as read: their order is chosen among many
+_MAX_REFINED = 10  # more columns than this keep the order of a path through neighbours
+_REFINE_GAIN = 1.05  # what another order than that path must explain over it: it is chosen among many more
+_SHUFFLE_GAIN = 1.1  # what reordered columns must explain over those as read: their order is chosen among many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +141,16 @@ def infer_grid(
         special.position: 2 if special.kind == "constant" else 1 for special in special_positions(codes, vocab_size)
     }
     scores = {shape: _explained(_kinds(shape), halves) for shape in shapes}
+    entropy = position_statistics(codes, vocab_size).entropy_nats
+    as_read = max((score.mean() for score in scores.values()), default=0.0)
     for shape in _best_apart_from_columns(shapes, halves):
         if shape.columns > _MAX_REORDERED:
             continue
-        reordered = _with_columns_in_order(shape, halves)
+        reordered = _with_columns_in_order(shape, halves, entropy)
         if reordered.column_order is None:
             continue
         score = _explained(_kinds(reordered), halves)
-        if score.mean() > _SHUFFLE_GAIN * scores[shape].mean():
+        if score.mean() > _SHUFFLE_GAIN * as_read:
             scores[reordered] = score
     line = _explained(_line_kinds(codes.shape[1]), halves)
     return _decide(scores, line, strange, mutual_information(classes, num_classes, seed=seed))
@@ -206,15 +218,24 @@ def _shapes(length: int, max_outside: int) -> Iterator[Grid]:
 
 
 def _kinds(grid: Grid, *, columns_known: bool = True) -> Int64[np.ndarray, "L L"]:
-    """How two positions lie to each other, as a number: by rows and columns apart, far, or not both inside. Without
-    knowledge of the columns' order all different columns are equally far apart."""
+    """How two positions lie to each other, as a number: by rows and columns apart; else by those of one and the other's
+    mirror image, left and right or above and below; else far, or not both inside. Without knowledge of the columns'
+    order all different columns are equally far apart."""
     row, column = grid.cells.T
     down = np.abs(row[:, None] - row)
     right = np.abs(column[:, None] - column)
     if not columns_known:
         right = np.minimum(right, 1)
-    near = (down <= _MAX_DISTANCE) & (right <= _MAX_DISTANCE)
-    kinds = np.where(near, down * (_MAX_DISTANCE + 1) + right, _FAR)
+    kinds = np.full(down.shape, _FAR)
+    ways = [(_MIRRORED_ROWS, np.abs(row[:, None] + row - (grid.rows - 1)), right)]
+    if columns_known:
+        ways.append((_MIRRORED_COLUMNS, down, np.abs(column[:, None] + column - (grid.columns - 1))))
+    for first, rows_apart, columns_apart in (*ways, (_NEAR, down, right)):
+        close = (rows_apart <= _MAX_DISTANCE) & (columns_apart <= _MAX_DISTANCE)
+        kinds[close] = (first + rows_apart * (_MAX_DISTANCE + 1) + columns_apart)[close]
+    if columns_known:  # where the halves of a row meet, mirror images are neighbours: they are like other mirror images
+        across = (right > 0) & (down <= _MAX_DISTANCE) & (column[:, None] + column == grid.columns - 1)
+        kinds[across] = (_MIRRORED_COLUMNS + down * (_MAX_DISTANCE + 1))[across]
     inside = row != OUTSIDE
     return np.where(inside[:, None] & inside, kinds, _NOT_INSIDE)
 
@@ -276,12 +297,33 @@ def _explained(kinds: Int64[np.ndarray, "L L"], halves: list[_Halves]) -> Float6
 # ---- the order of columns ----
 
 
-def _with_columns_in_order(shape: Grid, halves: list[_Halves]) -> Grid:
-    """The shape with its columns so that those next to each other tell most of each other, by the fitted halves."""
-    information = np.mean([half.fitted for half in halves], axis=0)
+def _with_columns_in_order(shape: Grid, halves: list[_Halves], entropy: Float64[np.ndarray, " L"]) -> Grid:
+    """The shape with its columns so that those next to each other tell most of each other, by the fitted halves.
+
+    In symmetric pictures a column tells most of its mirror image: a path through neighbours jumps from side to side.
+    So the path, and the same unfolded, are improved until no change of the order explains more, and that is taken if it
+    explains clearly more. What symmetry leaves open, inner against outer columns, is told by `entropy`: pictures are
+    emptier at their edges.
+    """
+    together = _joined(halves)
     positions = shape.positions
-    shared = np.mean([information[np.ix_(row, row)] for row in positions], axis=0)  # (w, w)
+    shared = np.mean([together.fitted[np.ix_(row, row)] for row in positions], axis=0)  # (w, w)
     order = _longest_path(shared)
+    if shape.columns <= _MAX_REFINED:
+
+        def explained(order: list[int]) -> float:
+            reordered = replace(shape, column_order=tuple(np.argsort(order).tolist()))
+            return float(_explained(_kinds(reordered), [together])[0])
+
+        path = order
+        order = max((_improved(start, explained) for start in (path, _unfolded(path))), key=explained)
+        if explained(order) < _REFINE_GAIN * explained(path):
+            order = path
+        half = len(order) // 2
+        turned = order[:half][::-1] + order[half:-half] + order[-half:][::-1]
+        at_edge = {found[0]: entropy[positions[:, [found[0], found[-1]]]].mean() for found in (order, turned)}
+        if explained(turned) >= (1 - _TIE) * explained(order) and at_edge[turned[0]] < at_edge[order[0]]:
+            order = turned
     if order[0] > order[-1]:  # a mirrored picture has the same neighbours: one of the two is as good
         order = order[::-1]
     column_order = np.argsort(order)
@@ -290,7 +332,34 @@ def _with_columns_in_order(shape: Grid, halves: list[_Halves]) -> Grid:
     return replace(shape, column_order=tuple(column_order.tolist()))
 
 
-def _longest_path(weights: Float64[np.ndarray, "w w"]) -> Int64[np.ndarray, " w"]:
+def _joined(halves: list[_Halves]) -> _Halves:
+    """What all halvings were fitted to, to be judged on itself: for choosing, not for reporting."""
+    fitted = np.mean([half.fitted for half in halves], axis=0)
+    return _Halves(fitted=fitted, judged=fitted, expected=np.mean([half.expected for half in halves], axis=0))
+
+
+def _unfolded(path: list[int]) -> list[int]:
+    """A path that goes to and fro between mirror images, 0 7 6 1 2 5 4 3, as the row it folds: 0 1 2 3 4 5 6 7."""
+    first = [node for place, node in enumerate(path) if place % 4 in (0, 3)]
+    return first + [node for place, node in enumerate(path) if place % 4 in (1, 2)][::-1]
+
+
+def _improved(order: list[int], score: Callable[[list[int]], float]) -> list[int]:
+    """The order after swaps, moves and turned stretches, as long as one raises the score."""
+    best, improved = score(order), True
+    while improved:
+        improved = False
+        for start in range(len(order)):
+            for end in range(start + 1, len(order)):
+                swapped = order.copy()
+                swapped[start], swapped[end] = swapped[end], swapped[start]
+                for candidate in (swapped, *_changed(order, start, end + 1)):
+                    if (found := score(candidate)) > best + 1e-9:
+                        order, best, improved = candidate, found, True
+    return order
+
+
+def _longest_path(weights: Float64[np.ndarray, "w w"]) -> list[int]:
     """A path of much weight through all nodes: the best greedy one, then stretches turned or moved while that helps."""
     num = len(weights)
     path = max((_greedy_path(weights, start) for start in range(num)), key=lambda path: _path_weight(weights, path))
@@ -302,7 +371,7 @@ def _longest_path(weights: Float64[np.ndarray, "w w"]) -> Int64[np.ndarray, " w"
                 for candidate in _changed(path, start, end + 1):
                     if _path_weight(weights, candidate) > _path_weight(weights, path) + 1e-12:
                         path, improved = candidate, True
-    return np.array(path)
+    return path
 
 
 def _changed(path: list[int], start: int, end: int) -> Iterator[list[int]]:
