@@ -8,6 +8,7 @@ import torch
 from test_fast_decode import KINDS, LAYOUT, MAX_LENGTH, B, V, decoder_only, layout_model, tokens
 
 import smalti.fast_decode
+import smalti.native.decode
 from smalti import native
 from smalti.beam import beam_search
 from smalti.fast_decode import FEWEST_STEPS, FastDecoder, make_stepper
@@ -84,6 +85,20 @@ def test_rows_padded_on_the_left_equal_the_plain_path(kind):
             assert torch.allclose(hidden[real], expected[real], atol=3e-5, rtol=3e-5)
             if not real.all():
                 assert hidden.isfinite().all()
+
+
+def test_a_long_prefill_in_parts_is_the_same(monkeypatch):
+    model, token_ids = decoder_only(torch.float32), tokens(11)
+    starts = torch.tensor([2, 0, 4, 1, 0])
+    found = []
+    for most_rows in (1024, 3, 4 * B):
+        monkeypatch.setattr(smalti.native.decode, "MOST_ROWS", most_rows)
+        cache = model.new_cache(B, starts=starts)
+        found.append((native_decoder(model).prefill(token_ids, cache), cache.keys[2], cache.values[2]))
+        assert cache.length == 11
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            assert torch.equal(one, same)
 
 
 def test_a_cache_may_change_hands_and_its_rows_their_places():

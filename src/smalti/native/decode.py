@@ -17,6 +17,8 @@ from smalti.models import DecoderOnly
 from smalti.transformer import FEED_FORWARDS, Block, KVCache, Norm
 
 FEED_FORWARD_CODES = {name: code for code, name in enumerate(FEED_FORWARDS)}
+MOST_ROWS = 1024
+"""Tokens of all rows together that run at once: more need memory and gain nothing."""
 POSITION_CODES = {"none": 0, "learned": 1, "sinusoidal": 1, "rotary": 2, "rotary_2d": 2}
 
 
@@ -101,20 +103,10 @@ class NativeDecoder:
         """`DecoderOnly.prefill`, within rounding. Raises ValueError where the cache has no room."""
         B, T = token_ids.shape
         self.model.transformer.check_length(kv_cache.length + T, kv_cache)
-        if self.cache is None or not self.cache.is_of(kv_cache):
-            self.cache = _BoundCache(kv_cache)
-        threads, slots = torch.get_num_threads(), kv_cache.length + T
-        needed = self.library.workspace_floats(byref(self.fields), B * T, slots, threads)
-        if len(self.workspace) < needed:
-            self.workspace = torch.empty(needed)
-        token_ids, hidden = token_ids.contiguous(), torch.empty(B, self.fields.width)
-        batch = self.cache.batch
-        batch.size, batch.new_tokens, batch.length = B, T, kv_cache.length
-        batch.token_ids, batch.hidden = token_ids.data_ptr(), hidden.data_ptr()
-        batch.workspace = self.workspace.data_ptr()
-        if self.library.decode(byref(self.fields), byref(batch), threads):
-            raise IndexError(f"a token id is outside 0..{self.fields.vocab_size - 1}.")
-        kv_cache.advance(T)
+        hidden = torch.empty(B, self.fields.width)
+        columns = max(1, MOST_ROWS // B)
+        for start in range(0, T, columns):
+            self._run(token_ids[:, start : start + columns].contiguous(), kv_cache, hidden)
         return hidden
 
     def decode_step(self, token_ids: Int[Tensor, " B"], kv_cache: KVCache) -> Float[Tensor, "B D"]:
@@ -166,6 +158,23 @@ class NativeDecoder:
         )
         self.library.draw(byref(head.matrix), byref(fields), torch.get_num_threads())
         return token_ids, log_probs[0], log_probs[1]
+
+    def _run(self, token_ids: Int[Tensor, "B T"], kv_cache: KVCache, hidden: Float[Tensor, "B D"]) -> None:
+        """Runs new tokens into the cache; fills `hidden` with what predicts the token behind them."""
+        B, T = token_ids.shape
+        if self.cache is None or not self.cache.is_of(kv_cache):
+            self.cache = _BoundCache(kv_cache)
+        threads, slots = torch.get_num_threads(), kv_cache.length + T
+        needed = self.library.workspace_floats(byref(self.fields), B * T, slots, threads)
+        if len(self.workspace) < needed:
+            self.workspace = torch.empty(needed)
+        batch = self.cache.batch
+        batch.size, batch.new_tokens, batch.length = B, T, kv_cache.length
+        batch.token_ids, batch.hidden = token_ids.data_ptr(), hidden.data_ptr()
+        batch.workspace = self.workspace.data_ptr()
+        if self.library.decode(byref(self.fields), byref(batch), threads):
+            raise IndexError(f"a token id is outside 0..{self.fields.vocab_size - 1}.")
+        kv_cache.advance(T)
 
     def _head(self, slot: Slot | None) -> "_Head":
         if slot not in self.heads:
