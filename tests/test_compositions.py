@@ -205,3 +205,19 @@ def test_candidates_are_chosen_by_each_likelihood(monkeypatch):
 def test_numbers_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         CompositionsConfig(**bad)
+
+
+def test_a_card_has_each_way_at_its_best_guidance():
+    def row(strategy, space, rate):
+        return module.Row(strategy, space, {"top_1": {"rate": rate, "standard_error": 0.0, "num": 10}})
+
+    rows = [
+        row(CEILING, "pixels", 1.0),
+        row("greedy, guidance 1", "pixels", 0.5),
+        row("greedy, guidance 1", "encoder", 0.7),
+        row("sampled, guidance 1", "pixels", 0.3),
+        row("greedy, guidance 2", "pixels", 0.6),
+        row("greedy, guidance 2", "encoder", 0.7),
+        row("sampled, guidance 2", "pixels", 0.2),
+    ]
+    assert module.best_of_each_kind(rows) == [rows[0], rows[4], rows[2], rows[3]]

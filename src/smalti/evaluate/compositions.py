@@ -111,11 +111,6 @@ class CompositionsReport:
     grid: Figure
     """The first compositions: true, rebuilt, and drawn in some of the ways."""
 
-    def best(self, space: str = ENCODER) -> Row:
-        """The way of drawing with the best top-1 in a space; the first of several."""
-        rows = [row for row in self.rows if row.space == space and row.strategy != CEILING]
-        return max(rows, key=lambda row: row.rates["top_1"]["rate"])
-
     def to_dict(self) -> dict[str, Any]:
         return {
             "bundle": self.bundle,
@@ -165,9 +160,9 @@ class CompositionsReport:
         return ", ".join(f"{name} {_percent(rate)}" for name, rate in self.captions.items())
 
     def figures(self) -> dict[str, str]:
-        """What a bundle's card holds: the ceiling and every way of drawing, top-1 and skin tone."""
+        """What a bundle's card holds: the ceiling, and every way of drawing at the guidance that is best for it."""
         found = {}
-        for row in self.rows:
+        for row in best_of_each_kind(self.rows):
             what = ", ".join(f"{title} {_percent(row.rates[name])}" for name, title in _COLUMNS.items())
             found[f"held-out compositions, {row.space}: {row.strategy}"] = what
         if self.captions:
@@ -184,6 +179,16 @@ class CompositionsReport:
                 temporary.write_text(text, encoding="utf-8")
         with new_file(paths[2], force=force) as temporary:
             self.grid.savefig(temporary, format="png", dpi=100)
+
+
+def best_of_each_kind(rows: Sequence[Row]) -> list[Row]:
+    """Of every way of drawing, in each space, the guidance scale with the best top-1; the first of several."""
+    best: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        kind = row.strategy.partition(", guidance")[0], row.space
+        if kind not in best or row.rates["top_1"]["rate"] > best[kind].rates["top_1"]["rate"]:
+            best[kind] = row
+    return list(best.values())
 
 
 _COLUMNS = {"top_1": "top-1", "top_5": "top-5", "figure": "figure", "tone": "skin tone"}
@@ -399,13 +404,8 @@ def _shown(
 ) -> dict[str, Float[Tensor, "_ 3 H W"]]:
     """The first `num` of: true, rebuilt, and of each kind of drawing the guidance scale that is best in top-1."""
     shown = {"true": images[:num], "rebuilt": pictures[CEILING][:num]}
-    best: dict[str, Row] = {}
-    for row in rows:
-        kind = row.strategy.rpartition(", ")[0]
-        better = kind not in best or row.rates["top_1"]["rate"] > best[kind].rates["top_1"]["rate"]
-        if row.space == rows[-1].space and row.strategy != CEILING and better:
-            best[kind] = row
-    return shown | {row.strategy: pictures[row.strategy][:num] for row in best.values()}
+    best = [row for row in best_of_each_kind(rows) if row.space == rows[-1].space and row.strategy != CEILING]
+    return shown | {row.strategy: pictures[row.strategy][:num] for row in best}
 
 
 def _grid(shown: Mapping[str, Float[Tensor, "_ 3 H W"]], captions: Sequence[str]) -> Figure:
