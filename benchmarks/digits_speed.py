@@ -12,6 +12,7 @@ Needs `transformers` and `x-transformers` (the extra "dev"). Uses a GPU where th
 
 import argparse
 import json
+import os
 import platform
 import time
 import warnings
@@ -32,6 +33,7 @@ from smalti.fast_training import make_native_loss, why_not
 from smalti.generate import generate
 from smalti.layout import Layout
 from smalti.models import DecoderOnly, new_model
+from smalti.native.decode import NativeDecoder
 from smalti.sequences import Request
 from smalti.train_model import (
     NextTokenLoss,
@@ -286,8 +288,9 @@ def training_step(
 def sampling_contestants(bench: Bench, batch_size: int) -> list[Contestant]:
     device = bench.device
     builds: dict[tuple[str, str], Callable[[], Callable[[], object]]] = {
-        ("smalti", "fp32"): partial(sample_ours, device, batch_size, plain=False),
-        ("smalti", "fp32, plain path"): partial(sample_ours, device, batch_size, plain=True),
+        ("smalti", "fp32 native"): partial(sample_ours, device, batch_size, "native"),
+        ("smalti", "fp32, torch alone"): partial(sample_ours, device, batch_size, "torch"),
+        ("smalti", "fp32, plain path"): partial(sample_ours, device, batch_size, "plain"),
     }
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         builds["GPT-2", f"{name}, dynamic cache"] = partial(sample_gpt2, device, batch_size, dtype, False)
@@ -299,16 +302,25 @@ def sampling_contestants(bench: Bench, batch_size: int) -> list[Contestant]:
     return bench.prepare_all(builds, batch_size * SAMPLED)
 
 
-def sample_ours(device: torch.device, batch_size: int, plain: bool) -> Callable[[], object]:
-    """Captions with their pictures, with `generate` as anybody calls it; or without its fast decoder."""
+def sample_ours(device: torch.device, batch_size: int, path: str) -> Callable[[], object]:
+    """Captions with their pictures, as anybody calls `generate`; or without kernels, or without any fast path."""
     model = ours(device).eval()
     requests = [Request(order="text to image", seed=seed) for seed in range(batch_size)]
+    fewest_steps = LENGTH if path == "plain" else fast_decode.FEWEST_STEPS
+    if path == "native" and not isinstance(_stepper(model), NativeDecoder):
+        raise RuntimeError("the native library cannot be compiled")
 
     def run() -> None:
-        with patch.object(fast_decode, "FEWEST_STEPS", LENGTH if plain else fast_decode.FEWEST_STEPS):
+        switch = {"SMALTI_NATIVE": "1" if path == "native" else "0"}
+        with patch.dict(os.environ, switch), patch.object(fast_decode, "FEWEST_STEPS", fewest_steps):
             generate(model, LAYOUT, requests, batch_size=batch_size)
 
     return run
+
+
+def _stepper(model: DecoderOnly) -> fast_decode.Stepper:
+    with patch.dict(os.environ, {"SMALTI_NATIVE": "1"}):
+        return fast_decode.make_stepper(model, LENGTH)
 
 
 def sample_gpt2(device: torch.device, batch_size: int, dtype: torch.dtype, compiled: bool) -> Callable[[], object]:
