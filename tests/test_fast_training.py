@@ -8,6 +8,7 @@ import pytest
 import torch
 from training_runs import FIXED, OPEN, arrays
 
+from smalti import native
 from smalti import train_model as module
 from smalti.fast_training import make_native_loss, why_not
 from smalti.layout import Layout
@@ -108,6 +109,18 @@ def test_sequences_longer_than_one_block_and_several_groups():
         layout, pack_rows(layout, pairs, np.arange(9), np.zeros(9, dtype=np.int64)), full_softmax=False
     )
     compare(model_of(replace(SHAPE, max_length=71), layout), layout, batch)
+
+
+def test_processors_without_tiles_compute_the_same(monkeypatch):
+    model, batch = model_of(SHAPE), batch_of()
+    found = []
+    for compiler in (native._compiler(), [*(native._compiler() or []), "-mno-amx-bf16"]):
+        monkeypatch.setenv("CXX", " ".join(compiler or []))
+        monkeypatch.setattr(native, "_loaded", {})
+        nats = native_loss(model)(batch.token_ids, batch.targets, FIXED.slots)
+        found.append({"nats": nats.detach(), **gradients(model, nats, torch.ones(len(nats)))})
+    for name, expected in found[0].items():  # sums in another order, so now and then another rounding
+        assert float((found[1][name] - expected).norm() / expected.norm()) < 5e-3, name
 
 
 def test_results_are_the_same_bits_for_any_number_of_threads():

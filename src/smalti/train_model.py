@@ -49,8 +49,8 @@ EVALUATION_BATCH_SIZE = 256
 CHECKPOINTS, BEST = "checkpoints", "best"
 COMPILE_FROM_TOKENS = 10_000_000
 """Tokens a training must have for compiling to repay itself: some minutes' worth on two cores, at the digits' size."""
-NATIVE_FROM_TOKENS = 1_000_000
-"""Tokens a training must have for the native kernel to be taken: some ten seconds' worth, as long as compiling it."""
+NATIVE_FROM_TOKENS = 200_000
+"""Tokens a training must have for the native kernel to be taken: compiling it takes as long as they would without."""
 LOG_EVERY = 50
 """Steps between fetches of the losses from the device."""
 
