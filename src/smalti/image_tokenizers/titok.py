@@ -19,7 +19,14 @@ from torch.nn import functional as F
 
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig, make_quantizer
 from smalti.image_tokenizers.vqgan import PRESETS as VQGAN_PRESETS
-from smalti.image_tokenizers.vqgan import VQGAN, Reconstructed, VQGANConfig, attend, check_image_size
+from smalti.image_tokenizers.vqgan import (
+    VQGAN,
+    Reconstructed,
+    VQGANConfig,
+    attend,
+    channels_last_if_bf16,
+    check_image_size,
+)
 from smalti.image_tokenizers.vqgan import Decoder as ProxyDecoder
 
 
@@ -212,7 +219,7 @@ class TiTok(nn.Module):
         """Pictures from quantized latents, float32 on the scale [0, 1], not clamped."""
         x = self.head(self.decode_grid(latents))
         if self.config.proxy is not None:
-            x = self.proxy_decoder(self.proxy_latents(x))
+            x = self.proxy_decoder(channels_last_if_bf16(self.proxy_latents(x)))
         return x.float()
 
     def encode_images(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B 1 n"]:
