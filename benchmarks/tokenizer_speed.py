@@ -2,8 +2,8 @@
 
     python benchmarks/tokenizer_speed.py [--model vq-16] [--part networks] [--threads 2] [--json FILE]
 
-VQ-16 (LlamaGen's sizes), TiTok-L-32 and ViT-VQGAN-Small with random weights, at batch 1 and 4, in fp32 and bf16, with
-weights laid out as peers leave them ("plain": eager, NCHW) and channels-last. The rates of the machine that they are
+VQ-16 (LlamaGen's sizes), TiTok-L-32 and ViT-VQGAN-Small with random weights, at batch 1 and 4, in fp32 and bf16, and
+VQ-16 also as peers run it: channels first and all distances to the codes. The rates of the machine that they are
 held against are measured in the same process. Then the nearest of 16,384 codes of width 8 for 1,024 vectors, by one
 matrix product and as the difference of all pairs' distances (the form of taming-transformers and of LlamaGen), and what
 `smalti tokenize` spends on decoding PNGs. Each figure is the median of the rounds. It prints and asserts nothing.
@@ -17,8 +17,10 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,10 +44,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "vit-vqgan-small": lambda: ViTVQGAN(VIT_VQGAN["small"]),
 }
 SETTINGS = {
-    "fp32 plain": (torch.float32, torch.contiguous_format),
-    "fp32 channels-last": (torch.float32, torch.channels_last),
-    "bf16 plain": (torch.bfloat16, torch.contiguous_format),
-    "bf16 channels-last": (torch.bfloat16, torch.channels_last),
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp32, peers' form": torch.float32,
+    "bf16, peers' form": torch.bfloat16,
 }
 SIDE = 256
 
@@ -101,7 +103,7 @@ def products_per_s(timing: Timing) -> dict[str, float]:
 # ---- networks ----
 
 
-def random_model(name: str, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
+def random_model(name: str, dtype: torch.dtype) -> nn.Module:
     """Without the initial values of each layer, which take longer than the measurement."""
     with torch.device("meta"):
         model = MODELS[name]()
@@ -109,7 +111,23 @@ def random_model(name: str, dtype: torch.dtype, layout: torch.memory_format) -> 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(-0.02, 0.02)
-    return model.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    return model
+
+
+def peers_form(model: VQGAN, images: Tensor, codes: Tensor) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Encoding and decoding with pictures channels first, as they come from the peers' loaders, and their search."""
+    entries = F.normalize(model.quantizer.codebook.float(), dim=-1)  # pyright: ignore[reportArgumentType]
+    images = images.to(model.encoder.conv_in.weight.dtype)
+
+    def encode() -> Tensor:
+        latents = model.to_code(model.encoder(2 * images - 1)).permute(0, 2, 3, 1).contiguous()
+        return by_distances(F.normalize(latents.float().flatten(0, 2), dim=-1), entries).view(codes.shape)
+
+    def decode() -> Tensor:
+        latents = F.embedding(codes, entries).permute(0, 3, 1, 2).contiguous().to(images.dtype)
+        return model.decoder(model.from_code(latents))
+
+    return encode, decode
 
 
 def forward_flops(name: str) -> tuple[int, int]:
@@ -132,11 +150,13 @@ def measure_networks(
     for name in names:
         flops = forward_flops(name)
         for setting in settings:
-            dtype, layout = SETTINGS[setting]
+            as_peers = "peers" in setting
+            if as_peers and name != "vq-16":
+                continue
             with torch.inference_mode():
-                model = random_model(name, dtype, layout)
+                model = random_model(name, SETTINGS[setting])
                 for batch_size in batch_sizes:
-                    row = measure_network(model, batch_size, layout, timing)
+                    row = measure_network(model, batch_size, as_peers, timing)
                     rates = row["encoded_per_s"], row["decoded_per_s"]
                     limit = limits[setting[:4]]
                     row["share_of_limit"] = [rate * work / limit for rate, work in zip(rates, flops, strict=True)]
@@ -151,13 +171,15 @@ def measure_networks(
     return rows
 
 
-def measure_network(model: nn.Module, batch_size: int, layout: torch.memory_format, timing: Timing) -> dict:
-    images = torch.rand(batch_size, 3, SIDE, SIDE).to(memory_format=layout)
-    codes = model.encode_images(images)  # pyright: ignore[reportCallIssue]
+def measure_network(model: Any, batch_size: int, as_peers: bool, timing: Timing) -> dict:
+    images = torch.rand(batch_size, 3, SIDE, SIDE)
+    codes = model.encode_images(images)
+    encode, decode = partial(model.encode_images, images), partial(model.decode_codes, codes)
+    if as_peers:
+        encode, decode = peers_form(model, images, codes)
     peak: list[int] = []
     with peak_memory(peak):
-        encode_s = timing.median(lambda: model.encode_images(images))  # pyright: ignore[reportCallIssue]
-        decode_s = timing.median(lambda: model.decode_codes(codes))  # pyright: ignore[reportCallIssue]
+        encode_s, decode_s = timing.median(encode), timing.median(decode)
     return {
         "encoded_per_s": batch_size / encode_s,
         "decoded_per_s": batch_size / decode_s,
