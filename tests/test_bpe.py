@@ -348,7 +348,7 @@ def test_a_file_without_captions_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_captions(tmp_path / name)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="there is no file"):
         read_captions(tmp_path / "missing.csv")
 
 

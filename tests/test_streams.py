@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -104,19 +105,27 @@ def test_a_stream_goes_on_anywhere_as_if_it_had_never_stopped(hub: Path, start: 
     assert numbers(resumed.batch(np.array([2, 0, 2]))) == [flat[2], flat[0], flat[2]]  # backwards too
 
 
-def test_files_that_are_passed_over_are_not_read(hub: Path, monkeypatch):
+def test_row_groups_that_are_passed_over_are_not_read(hub: Path, monkeypatch):
     stream = TokenStream.open(str(hub), seed=5)
     read = []
-    plain = TokenStream._file_tables
-    monkeypatch.setattr(TokenStream, "_file_tables", lambda self, i, at: read.append((i, at)) or plain(self, i, at))
+    plain = TokenStream._row_group
+    monkeypatch.setattr(TokenStream, "_row_group", lambda self, i: read.append(i) or plain(self, i))
     stream.batch(np.array([NUM - 1]))
-    order = np.random.default_rng([5, 0, 0]).permutation(3).tolist()
-    start, places = 24, []  # the last block begins at row 24 of the epoch
-    for index in order:
-        if start < COUNTS[index]:
-            places.append((index, start))
-        start = max(start - COUNTS[index], 0)
-    assert read == places and len(places) < 3
+    sizes = [5, 2, 5, 5, 5, 4, 3]  # of files of 7, 19 and 3 rows
+    order = np.random.default_rng([5, 0, 0]).permutation(7).tolist()
+    ends = np.cumsum([sizes[i] for i in order])
+    assert read == [i for i, end in zip(order, ends, strict=True) if end > 24]  # the last block begins at row 24
+    assert len(read) < 4
+
+
+def test_a_process_that_breaks_off_ends(hub: Path):
+    """Arrow's readers, left open, would keep it from ending."""
+    script = (
+        "import numpy as np; from smalti.data.streams import TokenStream; "
+        f"stream = TokenStream.open({str(hub)!r}); print(stream.batch(np.arange(3)).image_tokens.shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "(3, 5)\n")
 
 
 def test_processes_share_every_batch(hub: Path):

@@ -53,7 +53,7 @@ def test_unknown_words_are_all_named_once_with_near_ones(tokenizer: TextTokenize
 
 
 def test_an_unknown_word_with_nothing_near_lists_the_vocabulary(tokenizer: TextTokenizer):
-    with pytest.raises(InputError, match=re.escape("'xylophone' (known words: dark green eight on bright)")):
+    with pytest.raises(InputError, match=re.escape("'xylophone'. Known words: dark green eight on bright.")):
         tokenizer.encode("xylophone")
 
 

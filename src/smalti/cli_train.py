@@ -137,7 +137,10 @@ def text_tokenizer(
         list[Path], typer.Argument(help="Captions: .csv, .tsv, .jsonl, .parquet, or .txt with one on each line.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON file of the tokenizers library to write.")],
-    column: Annotated[str | None, typer.Option(help="Column of the captions (default: found by its name).")] = None,
+    column: Annotated[
+        str | None,
+        typer.Option("--caption-column", "--column", help="Column of the captions (default: found by its name)."),
+    ] = None,
     image_size: Annotated[int, typer.Option(help="Picture codes, the image tokenizer's codebook_size.")] = 4096,
     text_size: Annotated[int, typer.Option(help="Pieces of words.")] = 25_895,
     order: Annotated[str, typer.Option(help="Which ids come first.")] = "image,special,text",

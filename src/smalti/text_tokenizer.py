@@ -259,7 +259,9 @@ class TextTokenizer:
 
     def _check(self, caption: str) -> None:
         if max(caption, default="") >= "\ud800" and any("\ud800" <= letter <= "\udfff" for letter in caption):
-            raise InputError(f"caption {shortened(caption)!r} is not valid Unicode: it has half a surrogate pair.")
+            raise InputError(
+                f"caption {shortened(caption)!r} is not valid Unicode: not UTF-8, or half a surrogate pair."
+            )
         if not isinstance(self._tokenizer.model, models.WordLevel):
             return  # pieces of words spell any word
         normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
@@ -267,16 +269,19 @@ class TextTokenizer:
         found = [word for word, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
         unknown = [word for word in dict.fromkeys(found) if word not in self._vocabulary]
         if unknown:
-            hints = "; ".join(self._near(word) for word in unknown[:MAX_HINTS])
-            hints += f"; and {len(unknown) - MAX_HINTS} more" if len(unknown) > MAX_HINTS else ""
-            raise InputError(f"caption {shortened(caption)!r} has words outside the vocabulary: {hints}.")
+            near = {word: difflib.get_close_matches(word, self.words, n=3) for word in unknown[:MAX_HINTS]}
+            hints = [
+                repr(word) + (f" (did you mean {' or '.join(near[word])}?)" if near[word] else "") for word in near
+            ]
+            hints += [f"and {len(unknown) - MAX_HINTS} more"] if len(unknown) > MAX_HINTS else []
+            raise InputError(
+                f"caption {shortened(caption)!r} has words outside the vocabulary: {'; '.join(hints)}."
+                + ("" if all(near.values()) else f" Known words: {self._some_words()}.")
+            )
 
-    def _near(self, word: str) -> str:
-        near = difflib.get_close_matches(word, self.words, n=3)
-        if near:
-            return f"{word!r} (did you mean {' or '.join(near)}?)"
+    def _some_words(self) -> str:
         some = self.words[:40]
-        return f"{word!r} (known words: {' '.join(some)}{' …' if len(self.words) > len(some) else ''})"
+        return f"{' '.join(some)}{' …' if len(self.words) > len(some) else ''}"
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

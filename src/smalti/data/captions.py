@@ -28,6 +28,8 @@ def read_captions(path: Path | str, column: str | None = None) -> list[str]:
         captions = list(_read(path, column))
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}; give the path of a file of captions.") from error
     except (OSError, pa.ArrowException, csv.Error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} cannot be read ({reason}); fetch or save it again.") from error
@@ -40,14 +42,18 @@ def find_column(columns: Sequence[str], wanted: str | None, where: Path | str) -
     """The column of captions among `columns`. Raises InputError listing them."""
     if wanted is not None:
         if wanted not in columns:
-            raise InputError(f"{where} has no column {wanted!r}; it has {', '.join(columns)}: name one of them.")
+            raise InputError(
+                f"{where} has no column {wanted!r}; it has {', '.join(columns)}: name one of them by --caption-column."
+            )
         return wanted
     found = [name for name in columns if name.lower() in CAPTION_NAMES]
     if len(columns) == 1:
         return columns[0]
     if len(found) != 1:
         problem = "several columns may be" if found else "no column is known to be"
-        raise InputError(f"{where}: {problem} the captions; it has {', '.join(columns)}: name one of them.")
+        raise InputError(
+            f"{where}: {problem} the captions; it has {', '.join(columns)}: name one of them by --caption-column."
+        )
     return found[0]
 
 

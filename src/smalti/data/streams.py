@@ -1,10 +1,10 @@
 """Token tables that are read as they come, without a copy on disk: from the Hugging Face hub, through `datasets`.
 
-A stream is shuffled as it is read: every epoch takes the files in an order of its own, cuts the rows of all of them
-into blocks of some ten thousand, and permutes each block. Files and permutations are drawn from (seed, epoch, block),
-and the files' own footers say how many rows they hold: so place p of the stream is the same row in every run, and a
-training that goes on at place p opens the one file that holds it. Processes take turns in the places; joined, their
-rows are those that one process would see.
+A stream is shuffled as it is read: every epoch takes the row groups of all files in an order of its own, cuts their
+rows into blocks of some ten thousand, and permutes each block. Orders and permutations are drawn from (seed, epoch,
+block), and the files' own footers say how many rows there are: so place p of the stream is the same row in every run,
+and a training that goes on at place p opens the one row group that holds it. Processes take turns in the places;
+joined, their rows are those that one process would see.
 Letters in shapes: n rows asked for, L the length of the longest of them.
 """
 
@@ -31,13 +31,13 @@ _ROWS_AT_ONCE = 8192
 class TokenStream:
     """The rows of a split by their place in an endless stream, epoch after epoch; made by `open`.
 
-    Cheap where places ascend, as in a training; another place is sought in its file.
+    Cheap where places ascend, as in a training; another place is sought in its row group.
     """
 
     def __init__(
         self,
         rows: Any,
-        files: list["_StreamFile"],
+        row_groups: list["_RowGroup"],
         checks: "_Checks",
         metadata: Mapping[str, Any],
         *,
@@ -45,9 +45,9 @@ class TokenStream:
         text_tokenizer: TextTokenizer | None,
     ):
         self.metadata = dict(metadata)
-        self._rows, self._files, self._checks = rows, files, checks
+        self._rows, self._row_groups, self._checks = rows, row_groups, checks
         self._seed, self._text_tokenizer = seed, text_tokenizer
-        self._num_rows = sum(file.num_rows for file in files)
+        self._num_rows = sum(group.num_rows for group in row_groups)
         self._blocks_an_epoch = -(-self._num_rows // BLOCK_ROWS)
         self._blocks: dict[int, _Block] = {}
         self._coming: Iterator[_Block] = iter(())
@@ -86,16 +86,16 @@ class TokenStream:
             if not urls:
                 splits = ", ".join(builder.config.data_files or {})
                 raise InputError(f"the data set {name} has no split {split!r}; it has {splits or 'none'}.")
-            files, metadata = _read_footers(list(map(str, urls)), columns)
-            rows = builder.as_streaming_dataset(split).with_format("arrow")
-        if rows.num_shards != len(files):
-            raise AssertionError(f"{rows.num_shards} shards of {len(files)} files")
-        if not sum(file.num_rows for file in files):
+            row_groups, metadata = _read_footers(list(map(str, urls)), columns)
+            rows = builder.as_streaming_dataset(split).with_format("arrow").reshard()  # by row group
+        if rows.num_shards != len(row_groups):
+            raise AssertionError(f"{rows.num_shards} shards of {len(row_groups)} row groups")
+        if not sum(group.num_rows for group in row_groups):
             raise InputError(f"the split {split!r} of {name} holds no rows.")
         checks = _Checks(
             image_length, {"image_tokens": image_vocab_size, "text_tokens": text_vocab_size}, max_text_length
         )
-        return cls(rows, files, checks, metadata, seed=seed, text_tokenizer=text_tokenizer)
+        return cls(rows, row_groups, checks, metadata, seed=seed, text_tokenizer=text_tokenizer)
 
     def __len__(self) -> int:
         """Rows of an epoch."""
@@ -139,23 +139,24 @@ class TokenStream:
 
     def _tables(self, epoch: int, start: int) -> Iterator[pa.Table]:
         """The rows of an epoch from number `start` on, before they are permuted."""
-        for index in np.random.default_rng([self._seed, epoch, 0]).permutation(len(self._files)).tolist():
-            file = self._files[index]
-            if start < file.num_rows:
-                yield from self._file_tables(index, start)
-            start = max(start - file.num_rows, 0)
+        for index in np.random.default_rng([self._seed, epoch, 0]).permutation(len(self._row_groups)).tolist():
+            num_rows = self._row_groups[index].num_rows
+            if start < num_rows:
+                yield self._row_group(index).slice(start)
+            start = max(start - num_rows, 0)
 
-    def _file_tables(self, index: int, start: int) -> Iterator[pa.Table]:
-        file, row = self._files[index], start
-        rows = self._rows.shard(num_shards=len(self._files), index=index)
-        with _named_errors(file.url):
-            for table in (rows.skip(start) if start else rows).iter(_ROWS_AT_ONCE):
-                table = self._encoded(table)
-                self._checks.require(table, file.url, row)
-                row += table.num_rows
-                yield table
-        if row != file.num_rows:
-            raise InputError(f"{file.url} gave {row} rows, its footer says {file.num_rows}; fetch or make it again.")
+    def _row_group(self, index: int) -> pa.Table:
+        """Read whole at once: a reader that is left open can hang the interpreter when it ends (apache/arrow#45214)."""
+        group = self._row_groups[index]
+        with _named_errors(group.url):
+            parts = list(self._rows.shard(num_shards=len(self._row_groups), index=index).iter(_ROWS_AT_ONCE))
+            table = self._encoded(pa.concat_tables(parts))
+            self._checks.require(table, group.url, group.first_row)
+        if table.num_rows != group.num_rows:
+            raise InputError(
+                f"{group.url} gave {table.num_rows} rows, its footer says {group.num_rows}; fetch or make it again."
+            )
+        return table
 
     def _encoded(self, table: pa.Table) -> pa.Table:
         if self._text_tokenizer is None:
@@ -181,8 +182,9 @@ class TokenStream:
         return _Block(image_tokens, image_lengths, text_tokens, text_lengths)
 
 
-class _StreamFile(NamedTuple):
+class _RowGroup(NamedTuple):
     url: str
+    first_row: int
     num_rows: int
 
 
@@ -249,22 +251,24 @@ def _named_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def _read_footers(urls: list[str], columns: list[str]) -> tuple[list[_StreamFile], dict[str, Any]]:
-    """How many rows each file has, and what its writer said of the tokens, in which all must agree."""
+def _read_footers(urls: list[str], columns: list[str]) -> tuple[list[_RowGroup], dict[str, Any]]:
+    """The row groups of all files, and what their writer said of the tokens, in which all must agree."""
     import fsspec  # comes with `datasets`; it opens the hub's files as local ones
 
-    files, common = [], None
+    row_groups, common = [], None
     for url in urls:
         with _named_errors(url), fsspec.open(url, "rb") as opened:
-            footer = pq.ParquetFile(opened)
-            check_columns(footer.schema_arrow, url, columns)
-            metadata = read_metadata(footer.metadata, url)
-            files.append(_StreamFile(url, footer.metadata.num_rows))
+            file = pq.ParquetFile(opened)
+            check_columns(file.schema_arrow, url, columns)
+            metadata = read_metadata(file.metadata, url)
+            counts = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
         if common is not None and metadata != common:
             raise InputError(f"{url} was made with another tokenizer than {urls[0]}: {metadata} and {common}.")
         common = metadata
+        first_rows = itertools.accumulate(counts, initial=0)
+        row_groups += [_RowGroup(url, first, count) for first, count in zip(first_rows, counts, strict=False)]
     assert common is not None
-    return files, common
+    return row_groups, common
 
 
 def _in_blocks(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
