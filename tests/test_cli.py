@@ -222,6 +222,7 @@ def test_our_own_bugs_keep_their_traceback(smalti, monkeypatch):
     [
         "",
         "generate",
+        "replay",
         "caption",
         "complete",
         "score",

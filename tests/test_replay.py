@@ -87,6 +87,24 @@ def test_a_completed_picture_is_completed_again(bundles, drawn: Path, tmp_path, 
     assert replay(tmp_path / "completed.png", bundles["tiny"]).difference is None
 
 
+def test_a_bundle_of_the_hub_is_fetched_by_its_name(bundles, tmp_path, capsys, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name: asked.append(name) or str(bundles["words"]))
+    path, of_hub = tmp_path / "a.png", ["--bundle", "owner/words"]
+    assert run(["generate", "two cats", "-o", str(path), *of_hub]) == 0
+    assert run(["replay", str(path), *of_hub]) == 0
+    assert run(["info", "owner/words"]) == 0
+    assert asked == ["owner/words"] * len(asked) and len(asked) >= 3
+
+    def refuse(name: str) -> str:
+        raise hub.errors.LocalEntryNotFoundError("Cannot reach the hub\nand more")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    assert run(["replay", str(path), *of_hub]) == 2
+    assert "the hub does not give a bundle of that name: Cannot reach the hub" in capsys.readouterr().err
+
+
 def test_other_weights_are_refused_naming_both(drawn: Path, tmp_path, capsys):
     other = tiny_pipeline(seed=1)
     other.save(tmp_path / "other")

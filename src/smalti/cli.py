@@ -70,7 +70,7 @@ def options(
 
 @app.command(epilog='Example: smalti generate "dark green eight on bright cyan" -o eight.png')
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The caption, in the bundle's words.")],
+    prompt: Annotated[str, typer.Argument(help="The caption: any text, or words that the bundle knows.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file; with -n 3: NAME-1.png to NAME-3.png.")],
     bundle: Bundle = DEFAULT_BUNDLE,
     seed: Seed = 0,
@@ -220,7 +220,7 @@ def complete(
     ] = None,
     strategy: Annotated[
         str | None,
-        typer.Option(help="sample, greedy, beam or best-of-n.", rich_help_panel=OF_LINES),
+        typer.Option(help="sample (at temperature 0.9), greedy, beam or best-of-n.", rich_help_panel=OF_LINES),
     ] = None,
     num_candidates: Annotated[
         int | None, typer.Option(min=1, help="Lines that best-of-n draws: 16.", rich_help_panel=OF_LINES)
