@@ -7,6 +7,7 @@
 
 #include <math.h>
 #include <string.h>
+#include <time.h>
 
 #include <initializer_list>
 
@@ -249,13 +250,29 @@ struct Crew {
 constexpr int MOST_CREWS = 64;
 constexpr long FEWEST_ROWS = 16;  // of a crew: with fewer, reading the weights takes longer than computing with them
 
+// On a busy machine a call takes as long as the last of its threads is kept from a core, tens of milliseconds. Where
+// one comes late, the next calls run on the calling thread alone: what they compute is the same.
+constexpr double LATE_S = 3e-4;
+constexpr int CALLS_ALONE = 200;
+int calls_alone = 0;
+
+double clock_s() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
 // Calls work(crew, rank) on up to num_threads threads.
 template <class Work>
 void in_crews(long batch_size, int num_threads, const Work& work) {
     struct alignas(64) {
         smalti::Barrier barrier;
     } barriers[MOST_CREWS] = {};
-    smalti::parallel(num_threads, [&](int rank, int size) {
+    const int alone = __atomic_load_n(&calls_alone, __ATOMIC_RELAXED);
+    if (alone) __atomic_store_n(&calls_alone, alone - 1, __ATOMIC_RELAXED);
+    const double started_at = clock_s();
+    smalti::parallel(alone ? 1 : num_threads, [&](int rank, int size) {
+        if (rank && clock_s() - started_at > LATE_S) __atomic_store_n(&calls_alone, CALLS_ALONE, __ATOMIC_RELAXED);
         int crews = size < MOST_CREWS ? size : MOST_CREWS;
         while (crews > 1 && batch_size / crews < FEWEST_ROWS) --crews;
         const int crew_size = size / crews, number = rank / crew_size;
