@@ -32,15 +32,15 @@ from smalti.recipes import LinesRecipe, load_recipe
 from smalti.train_lines import train_lines
 
 WAYS = {
-    "sample, T 1.0": CompleteConfig(),
+    "sample, T 1.0": CompleteConfig(temperature=1.0),
     "sample, T 0.9": CompleteConfig(temperature=0.9),
     "sample, T 0.8": CompleteConfig(temperature=0.8),
     "sample, T 0.6": CompleteConfig(temperature=0.6),
-    "sample, top-p 0.9": CompleteConfig(top_p=0.9),
+    "sample, top-p 0.9": CompleteConfig(temperature=1.0, top_p=0.9),
     "greedy": CompleteConfig(strategy="greedy"),
     "beam of 8": CompleteConfig(strategy="beam", beam_width=8),
-    "best of 4": CompleteConfig(strategy="best-of-n", num_candidates=4),
-    "best of 16": CompleteConfig(strategy="best-of-n", num_candidates=16),
+    "best of 4": CompleteConfig(strategy="best-of-n", temperature=1.0, num_candidates=4),
+    "best of 16": CompleteConfig(strategy="best-of-n", temperature=1.0, num_candidates=16),
 }
 
 

@@ -163,8 +163,9 @@ def _say_grid(section: Section, found: GridFinding) -> None:
     section.say(
         f"That grid explains {found.explained:.0%} of the mutual information between positions on lines not used to "
         f"fit it; nearness in the line alone explains {found.line_explained:.0%}, the next hypothesis "
-        f"({found.runner_up}) {found.runner_up_explained:.0%}. Mirrored or transposed pictures would look the same to "
-        "this method.",
+        f"({found.runner_up}) {found.runner_up_explained:.0%}. Of hypotheses that explain as much that one is taken "
+        "which leaves outside what looks special and nothing else. Mirrored or transposed pictures would look the "
+        "same to this method.",
         function,
     )
 
@@ -414,7 +415,9 @@ def _say_patching(section: Section, subject: Subject, packed, config: InspectCon
         f"Between {num} pairs of lines, predicting position {target - subject.positions.start}: before the first layer "
         f"the code that tells most is the one at position {from_start} ({float(first[from_start]):.0%} of the "
         "difference, the median over the pairs); the state of the predicting token holds, before each "
-        "layer and behind the last, " + ", ".join(f"{value:.0%}" for value in by_layer.tolist()) + ".",
+        "layer and behind the last, "
+        + ", ".join(f"{max(value, 0.0):.0%}" for value in by_layer.tolist())
+        + " of it (0 % also where it misleads alone).",
         "causes.patching_map",
     )
     section.show(

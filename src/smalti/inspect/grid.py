@@ -302,8 +302,8 @@ def _with_columns_in_order(shape: Grid, halves: list[_Halves], entropy: Float64[
 
     In symmetric pictures a column tells most of its mirror image: a path through neighbours jumps from side to side.
     So the path, and the same unfolded, are improved until no change of the order explains more, and that is taken if it
-    explains clearly more. What symmetry leaves open, inner against outer columns, is told by `entropy`: pictures are
-    emptier at their edges.
+    explains clearly more. What symmetry leaves open is told by neighbours, and, inner against outer columns, by
+    `entropy`: pictures are emptier at their edges.
     """
     together = _joined(halves)
     positions = shape.positions
@@ -320,6 +320,12 @@ def _with_columns_in_order(shape: Grid, halves: list[_Halves], entropy: Float64[
         if explained(order) < _REFINE_GAIN * explained(path):
             order = path
         half = len(order) // 2
+        for place in range(half):  # two columns that mirror each other may stand either way round
+            exchanged = order.copy()
+            exchanged[place], exchanged[-1 - place] = order[-1 - place], order[place]
+            as_good = explained(exchanged) >= (1 - _TIE) * explained(order)
+            if as_good and _path_weight(shared, exchanged) > _path_weight(shared, order):
+                order = exchanged
         turned = order[:half][::-1] + order[half:-half] + order[-half:][::-1]
         at_edge = {found[0]: entropy[positions[:, [found[0], found[-1]]]].mean() for found in (order, turned)}
         if explained(turned) >= (1 - _TIE) * explained(order) and at_edge[turned[0]] < at_edge[order[0]]:
