@@ -34,6 +34,8 @@ KINDS = {
     "llamagen": dict(norm="rms", feed_forward="swiglu", positions="rotary_2d", grid=(3, 4), prefix_length=1),
     "qk_norm, rms, grouped": dict(qk_norm=True, norm="rms", positions="rotary", num_kv_heads=3),
     "qk_norm, layer": dict(qk_norm=True),
+    "wide heads": dict(head_width=14, num_kv_heads=3, norm="rms", feed_forward="swiglu", positions="rotary"),
+    "narrow heads": dict(head_width=2, positions="rotary"),
 }
 
 

@@ -231,6 +231,7 @@ def test_numbers_that_are_not_finite_are_not_hidden():
         (replace(SHAPE, d_model=48), "d_model 48"),
         (replace(SHAPE, attention_dropout=0.1), "dropout"),
         (replace(SHAPE, qk_norm=True), "normed"),
+        (replace(SHAPE, head_width=2 * SHAPE.head_dim), "not as wide as d_model"),
         (replace(SHAPE, max_length=1000), "longer"),
     ],
 )

@@ -82,6 +82,9 @@ def test_the_whole_system_from_pairs_to_pictures_and_to_a_llama(recipe, tmp_path
     assert picture.size == (28, 28)
     assert export_llama(out / "bundle", tmp_path / "llama")[1] == ()
     made = (out / "tokens" / "train.parquet").stat().st_mtime_ns
+    claimed = json.loads((out / "recipe.json").read_text())
+    del claimed["model"]["head_width"]  # as a version wrote it that did not have this setting
+    (out / "recipe.json").write_text(json.dumps(claimed))
     assert run(["train", str(recipe), "--quiet"]) == 0  # nothing is left to do
     assert (out / "tokens" / "train.parquet").stat().st_mtime_ns == made
     assert run(["train", str(recipe), "--quiet", "caption_dropout=0.3"]) == 2

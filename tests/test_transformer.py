@@ -56,6 +56,10 @@ CONFIGS = {
         qk_norm=True, norm="rms", positions="rotary", d_model=24, num_heads=6, num_kv_heads=3
     ),
     "decoder with context": config(cross_attention=True, positions="sinusoidal"),
+    "wide heads, grouped": config(
+        d_model=22, num_heads=6, num_kv_heads=2, head_width=8, norm="rms", feed_forward="swiglu", positions="rotary"
+    ),
+    "narrow heads, context": config(head_width=3, cross_attention=True),
 }
 CAUSAL = {name: c for name, c in CONFIGS.items() if c.causal}
 every_config = pytest.mark.parametrize("config_", CONFIGS.values(), ids=CONFIGS)
@@ -135,7 +139,8 @@ def plain_softmax_average(scores: list[Tensor], values: list[Tensor]) -> Tensor:
 
 def plain_attention(layer, config_: TransformerConfig, x: Tensor) -> Tensor:
     """One sequence, one head, one query after the other."""
-    D, Dh = config_.d_model, config_.head_dim
+    Dh = config_.head_dim
+    D = config_.num_heads * Dh
     qkv = plain_linear(layer.qkv, x)
     heads = []
     for head in range(config_.num_heads):
@@ -156,7 +161,8 @@ def plain_attention(layer, config_: TransformerConfig, x: Tensor) -> Tensor:
 
 
 def plain_cross_attention(layer, config_: TransformerConfig, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-    D, Dh = config_.d_model, config_.head_dim
+    Dh = config_.head_dim
+    D = config_.num_heads * Dh
     q, kv = plain_linear(layer.q, x), plain_linear(layer.kv, context[mask])
     heads = []
     for head in range(config_.num_heads):
@@ -511,6 +517,8 @@ def test_parameter_counts_are_llamagens(sizes):
         ({"num_layers": 0}, "num_layers is 0; it must be at least 1"),
         ({"max_length": -1}, "max_length is -1"),
         ({"d_model": 21}, "d_model 21 is not divisible by num_heads 5"),
+        ({"head_width": 0}, "head_width is 0; it must be at least 1"),
+        ({"positions": "rotary", "head_width": 3}, "rotary positions need an even head width, not 3"),
         ({"num_kv_heads": 2}, "num_heads 5 is not divisible by num_kv_heads 2"),
         ({"num_kv_heads": 0}, "num_kv_heads is 0; it must be at least 1, or None"),
         ({"num_kv_heads": -5}, "num_kv_heads is -5"),

@@ -63,7 +63,7 @@ class _Task(ctypes.Structure):
 def why_not(model: DecoderOnly) -> str | None:
     """What keeps the kernel from training this model here, in words; None if it can."""
     config = model.config.transformer
-    widths = {"d_model": config.d_model, "d_ff": config.d_ff, "key-value width": config.kv_heads * config.head_dim}
+    widths = {"d_model": config.d_model, "d_ff": config.d_ff, "key-value width": config.kv_width}
     uneven = [f"{name} {width}" for name, width in widths.items() if width % EDGE]
     checks = {
         "the model is not on the CPU": model.device.type == "cpu",
@@ -71,6 +71,7 @@ def why_not(model: DecoderOnly) -> str | None:
         "the processor has no bfloat16 products": torch.cpu._is_avx512_bf16_supported(),
         f"{', '.join(uneven)}: not a multiple of {EDGE}": not uneven,
         f"heads are wider than {WIDEST_HEAD}": config.head_dim <= WIDEST_HEAD,
+        "the heads together are not as wide as d_model": config.q_width == config.d_model,
         f"sequences are longer than {LONGEST} tokens": config.max_length <= LONGEST,
         "queries and keys are normed": not config.qk_norm,
         "attention has dropout": not config.attention_dropout,

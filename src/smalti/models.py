@@ -35,7 +35,10 @@ class DecoderOnlyConfig:
             raise ValueError("a decoder-only model needs causal=True and cross_attention=False.")
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        content = asdict(self)
+        if self.transformer.head_width is None:  # as bundles and checkpoints of before there was the field
+            del content["transformer"]["head_width"]
+        return content
 
     @classmethod
     def from_dict(cls, content: dict) -> "DecoderOnlyConfig":

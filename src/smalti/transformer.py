@@ -33,6 +33,8 @@ class TransformerConfig:
     """Most tokens in a sequence, the prefix included."""
     num_kv_heads: int | None = None
     """Key-value heads, each shared by num_heads / num_kv_heads query heads (arXiv:2305.13245); None: one each."""
+    head_width: int | None = None
+    """Channels of a head; None: d_model / num_heads."""
     norm: str = "layer"
     norm_eps: float = 1e-5
     feed_forward: str = "gelu"
@@ -59,14 +61,18 @@ class TransformerConfig:
         for name in ("num_layers", "d_model", "num_heads", "d_ff", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.d_model % self.num_heads:
+        if self.head_width is None and self.d_model % self.num_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by num_heads {self.num_heads}.")
+        if self.head_width is not None and self.head_width < 1:
+            raise ValueError(
+                f"head_width is {self.head_width}; it must be at least 1, or None for d_model / num_heads."
+            )
         if self.num_kv_heads is not None and self.num_kv_heads < 1:
             raise ValueError(f"num_kv_heads is {self.num_kv_heads}; it must be at least 1, or None for one per head.")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.kv_heads}.")
         if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head width, not {self.head_dim} (d_model / num_heads).")
+            raise ValueError(f"rotary positions need an even head width, not {self.head_dim}.")
         if self.positions == "rotary_2d":
             self._check_2d()
         for name in ("dropout", "attention_dropout"):
@@ -92,7 +98,17 @@ class TransformerConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.num_heads
+        return self.d_model // self.num_heads if self.head_width is None else self.head_width
+
+    @property
+    def q_width(self) -> int:
+        """Channels of all query heads together: d_model, unless `head_width` says otherwise."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of all keys, and of all values."""
+        return self.kv_heads * self.head_dim
 
     @property
     def kv_heads(self) -> int:
@@ -220,9 +236,8 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        kv_width = config.kv_heads * config.head_dim
-        self.qkv = nn.Linear(config.d_model, config.d_model + 2 * kv_width, bias=config.bias)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.qkv = nn.Linear(config.d_model, config.q_width + 2 * config.kv_width, bias=config.bias)
+        self.out = nn.Linear(config.q_width, config.d_model, bias=config.bias)
         if config.qk_norm:
             self.q_norm = Norm(config.norm, config.head_dim, config.norm_eps)
             self.k_norm = Norm(config.norm, config.head_dim, config.norm_eps)
@@ -236,10 +251,9 @@ class Attention(nn.Module):
         layer: int,
     ) -> Float[Tensor, "B T D"]:
         """`mask` is true where a query may look; None: causal among the T tokens if the config is causal."""
-        B, T, D = x.shape
+        B, T, _ = x.shape
         config = self.config
-        kv_width = config.kv_heads * config.head_dim
-        q, k, v = self.qkv(x).split((D, kv_width, kv_width), dim=-1)
+        q, k, v = self.qkv(x).split((config.q_width, config.kv_width, config.kv_width), dim=-1)
         q = q.view(B, T, config.num_heads, config.head_dim).transpose(1, 2)  # (B, N, T, Dh)
         k = k.view(B, T, config.kv_heads, config.head_dim).transpose(1, 2)  # (B, M, T, Dh)
         v = v.view(B, T, config.kv_heads, config.head_dim).transpose(1, 2)
@@ -258,7 +272,7 @@ class Attention(nn.Module):
             is_causal=config.causal and mask is None and T > 1,
             enable_gqa=config.kv_heads < config.num_heads,
         )
-        return self.out(attended.transpose(1, 2).reshape(B, T, D))
+        return self.out(attended.transpose(1, 2).reshape(B, T, config.q_width))
 
 
 class CrossAttention(nn.Module):
@@ -267,22 +281,22 @@ class CrossAttention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        self.q = nn.Linear(config.d_model, config.d_model, bias=config.bias)
-        self.kv = nn.Linear(config.d_model, 2 * config.d_model, bias=config.bias)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.q = nn.Linear(config.d_model, config.q_width, bias=config.bias)
+        self.kv = nn.Linear(config.d_model, 2 * config.q_width, bias=config.bias)
+        self.out = nn.Linear(config.q_width, config.d_model, bias=config.bias)
 
     def forward(
         self, x: Float[Tensor, "B T D"], context: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"] | None
     ) -> Float[Tensor, "B T D"]:
         """`mask` is true at the real tokens of the context."""
-        B, T, D = x.shape
+        B, T, _ = x.shape
         heads = (self.config.num_heads, self.config.head_dim)
         q = self.q(x).view(B, T, *heads).transpose(1, 2)
         k, v = self.kv(context).view(B, context.shape[1], 2, *heads).permute(2, 0, 3, 1, 4)  # (B, N, S, Dh) each
         dropout = self.config.attention_dropout if self.training else 0.0
         allowed = None if mask is None else mask[:, None, None]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
-        return self.out(attended.transpose(1, 2).reshape(B, T, D))
+        return self.out(attended.transpose(1, 2).reshape(B, T, self.config.q_width))
 
 
 class FeedForward(nn.Module):

@@ -43,9 +43,8 @@ def attend(
 ) -> Attended:
     """Self-attention written out, without a cache: the weights, and the output that the module itself gives."""
     config = attention.config
-    B, T, D = x.shape
-    kv_width = config.kv_heads * config.head_dim
-    q, k, v = attention.qkv(x).split((D, kv_width, kv_width), dim=-1)
+    B, T, _ = x.shape
+    q, k, v = attention.qkv(x).split((config.q_width, config.kv_width, config.kv_width), dim=-1)
     q = q.view(B, T, config.num_heads, config.head_dim).transpose(1, 2)  # (B, N, T, Dh)
     k = k.view(B, T, config.kv_heads, config.head_dim).transpose(1, 2)  # (B, M, T, Dh)
     v = v.view(B, T, config.kv_heads, config.head_dim).transpose(1, 2)
@@ -62,7 +61,7 @@ def attend(
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf)
     weights = scores.softmax(-1)
-    return Attended(weights, attention.out((weights @ v).transpose(1, 2).reshape(B, T, D)))
+    return Attended(weights, attention.out((weights @ v).transpose(1, 2).reshape(B, T, config.q_width)))
 
 
 @torch.no_grad()

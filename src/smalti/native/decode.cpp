@@ -212,18 +212,19 @@ long padded(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 // What the rows hold on their way; a thread's own part behind what all of them share.
 struct Workspace {
-    long width, qkv_width, wide, own;
+    long width, qkv_width, attended_width, wide, own;
     float *x, *qkv, *attended, *up, *owned;
 
     Workspace(const Model& model, long rows, long slots, float* memory)
         : width(padded(model.width)),
           qkv_width(padded((model.num_heads + 2 * model.kv_heads) * model.head_width)),
+          attended_width(padded(model.num_heads * model.head_width)),
           wide(padded(model.wide)),
           own(rows * width + padded(slots)),
           x(memory),
           qkv(x + rows * width),
           attended(qkv + rows * qkv_width),
-          up(attended + rows * width),
+          up(attended + rows * attended_width),
           owned(up + rows * wide) {}
 
     long floats(int threads) const { return owned - x + threads * own; }
@@ -374,7 +375,7 @@ void attend_head(const Model& model, const Batch& batch, const Workspace& space,
         memcpy(keys + slot * width, k, sizeof(float) * width);
         memcpy(values + slot * width, v, sizeof(float) * width);
         const long start = batch.starts && batch.starts[b] < slot ? batch.starts[b] : batch.starts ? slot : 0;
-        float* out = space.attended + (b * T + t) * space.width + head * group * width;
+        float* out = space.attended + (b * T + t) * space.attended_width + head * group * width;
         for (long i = 0; i < group; ++i)
             attend(q + i * width, keys + start * width, values + start * width, slot + 1 - start, width,
                    batch.head_stride, scores, out + i * width);
@@ -424,7 +425,7 @@ void run_layer(const Model& model, const Batch& batch, const Workspace& space, c
     for (long i = heads.begin; i < heads.end; ++i)
         attend_head(model, batch, space, index, crew.batch.begin + i / model.kv_heads, i % model.kv_heads, scores);
     crew.wait();
-    product(layer.out, space.attended, space.width, add_to_x);
+    product(layer.out, space.attended, space.attended_width, add_to_x);
     normalise(layer.feed_forward_norm);
     const long step = model.feed_forward == SWIGLU ? PANEL / 2 : PANEL;
     product(layer.up, normed, space.width, [&](long r, long panel, const float* sums) {

@@ -456,7 +456,8 @@ def _fields(annotation: Any) -> Mapping[str, Any]:
 
 def claim_folder(recipe: BaseModel, folder: Path, *, free: Collection[str]) -> None:
     """Writes the recipe into a run's folder, or checks that the run there is of the same one, but for the sections in
-    `free`, which say how a run is described and measured and not what it makes.
+    `free`, which say how a run is described and measured and not what it makes. A setting that is None and one that an
+    earlier version did not have are the same.
 
     Raises InputError naming the section that differs.
     """
@@ -464,7 +465,7 @@ def claim_folder(recipe: BaseModel, folder: Path, *, free: Collection[str]) -> N
     settings = json.loads(recipe.model_dump_json(exclude=set(free) | {"output", "description", "expects"}))
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in settings if found.get(name) != settings[name]]
+        differing = [name for name in settings if _without_none(found.get(name)) != _without_none(settings[name])]
         if differing:
             raise InputError(
                 f"{folder} holds a run with other settings in the section {differing[0]!r} (see {path}): go on with "
@@ -473,3 +474,9 @@ def claim_folder(recipe: BaseModel, folder: Path, *, free: Collection[str]) -> N
         return
     with new_file(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def _without_none(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {name: _without_none(value) for name, value in settings.items() if value is not None}
