@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -316,7 +317,9 @@ def test_the_commands(saved, tmp_path, capsys):
     ("content", "message"),
     [
         ("a.png 1 2 11\n", "line 1, column 11: the code 11 is out of range, expected 0 to 10"),
+        ("a.png 1 -1\n", "line 1, column 9: the code -1 is out of range, expected 0 to 10. Mend the line, or set bad"),
         ("a.png 1\nb.png 1 x\n", "line 2, column 9: the word 'x' among the codes"),
+        ("a.png 1\n\nb.png 1 1\n", "line 2, column 1: an empty line"),
         ("a.png 1 1 1 1 1 1 1 1\n", "8 codes after the tag, expected at most 7"),
         ("", "no "),
     ],
@@ -327,6 +330,34 @@ def test_bad_lines_are_named(command, content, message, saved, tmp_path, capsys)
     source.write_text(content)
     assert run([command, str(source), "--bundle", str(saved), "-o", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+    source.write_text("a.png 1\n")  # what is mended is not mistaken for an unfinished run's other input
+    assert run([command, str(source), "--bundle", str(saved), "-o", str(tmp_path / "out")]) == 0
+
+
+def test_a_file_of_tags_has_prefixes_but_nothing_to_score(model, tmp_path):
+    source = write_text(tmp_path / "tags.txt", random_codes(3), [0, 0, 0])
+    with pytest.raises(InputError, match=r"tags\.txt has no codes to score"):
+        score_file(model, source, tmp_path / "scores")
+    assert complete_file(model, source, tmp_path / "done.txt") == 3
+
+
+def test_one_line_has_no_standard_error(saved, tmp_path, capsys):
+    source = write_text(tmp_path / "lines.txt", random_codes(1))
+    assert run(["score", str(source), "--bundle", str(saved), "-o", str(tmp_path / "out")]) == 0
+    assert re.match(r"\d\.\d{4} nats per token, .*: 1 lines, 7 tokens\n", capsys.readouterr().out)
+
+
+def test_prefixes_are_not_written_over(model, tmp_path):
+    source = write_text(tmp_path / "lines.txt", random_codes(2), [2, 1])
+    with pytest.raises(InputError, match="holds the prefixes themselves"):
+        complete_file(model, source, tmp_path / "." / "lines.txt", force=True)
+
+
+def test_a_file_of_lines_is_no_caption(tmp_path, capsys):
+    source, pictures = write_text(tmp_path / "lines.txt", random_codes(2)), tmp_path / "pictures"
+    save_tiny_bundle(pictures)
+    assert run(["complete", str(source), "--bundle", str(pictures), "-o", str(tmp_path / "out.txt")]) == 2
+    assert "is a file, and" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -336,6 +367,16 @@ def test_bad_lines_are_named(command, content, message, saved, tmp_path, capsys)
         (("complete", "missing.txt", "-o", "OUT"), "no such file: missing.txt"),
         (("complete", "LINES", "-o", "OUT", "--rows", "3"), "a bundle of lines, which has no use for --rows"),
         (("complete", "LINES", "-o", "OUT", "--strategy", "best"), "strategy 'best' is unknown"),
+        (
+            ("complete", "LINES", "-o", "OUT", "--strategy", "beam", "--top-k", "3"),
+            "strategy beam has no use for --top-k",
+        ),
+        (
+            ("complete", "LINES", "-o", "OUT", "--num-candidates", "3"),
+            "strategy sample has no use for --num-candidates",
+        ),
+        (("complete", "LINES", "-o", "FOLDER"), "is a folder; completed lines go to a text file"),
+        (("score", "LINES", "-o", "LINES"), "is a file; scores go to a folder"),
         (("score", "LINES", "a caption", "-o", "OUT"), "knows no captions"),
         (("score", "LINES"), "add -o FOLDER"),
         (("generate", "a caption", "-o", "OUT.png"), "is a bundle of lines, not of pictures"),
@@ -343,8 +384,8 @@ def test_bad_lines_are_named(command, content, message, saved, tmp_path, capsys)
 )
 def test_mistakes_are_one_line(arguments, message, saved, tmp_path, capsys):
     source = write_text(tmp_path / "lines.txt", random_codes(2))
-    places = {"LINES": str(source), "OUT": str(tmp_path / "out"), "OUT.png": str(tmp_path / "out.png")}
-    assert run([places.get(word, word) for word in arguments] + ["--bundle", str(saved)]) == 2
+    places = {"LINES": source, "OUT": tmp_path / "out", "OUT.png": tmp_path / "out.png", "FOLDER": tmp_path}
+    assert run([str(places.get(word, word)) for word in arguments] + ["--bundle", str(saved)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 

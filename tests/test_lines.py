@@ -129,10 +129,11 @@ def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # ---- bad lines ----
 
 BAD_LINES = [
-    (b"a 1 two 3", 5, "the word 'two' among the codes, expected integers"),
-    (b"a 1 2.0 3", 5, "the word '2.0' among the codes, expected integers"),
-    (b"a 1 2 3x", 7, "the word '3x' among the codes, expected integers"),
+    (b"a 1 two 3", 5, "the word 'two' among the codes, expected integers written in digits"),
+    (b"a 1 2.0 3", 5, "the word '2.0' among the codes, expected integers written in digits"),
+    (b"a 1 2 3x", 7, "the word '3x' among the codes, expected integers written in digits"),
     (b"a 1 2 1025", 7, "the code 1025 is out of range, expected 0 to 1024"),
+    (b"a 1 +2 3", 5, "the word '+2' among the codes, expected integers written in digits"),
     (b"a 1 -2 3", 5, "the code -2 is out of range, expected 0 to 1024"),
     (b"a 1 9999999999999999999999 3", 5, "the code 9999999999999999999999 is out of range, expected 0 to 1024"),
     (b"a 1 2", 6, "2 codes after the tag, expected 3"),
@@ -140,7 +141,7 @@ BAD_LINES = [
     (b"a  1 2 3 4 5", 10, "5 codes after the tag, expected 3"),
     (b"", 1, "an empty line, expected a tag and its codes"),
     (b" \t ", 1, "an empty line, expected a tag and its codes"),
-    ("äö 1 x 3".encode(), 6, "the word 'x' among the codes, expected integers"),
+    ("äö 1 x 3".encode(), 6, "the word 'x' among the codes, expected integers written in digits"),
     ("ä\u00a01 2 3".encode(), 8, "2 codes after the tag, expected 3"),
     (b"a\xc3 1 2 3", 2, "the byte 0xc3 is not UTF-8"),
     (b"a 1 \xff 3", 5, "the byte 0xff is not UTF-8"),
@@ -161,21 +162,29 @@ def test_bad_lines_are_set_aside_until_there_are_too_many(tmp_path: Path, monkey
     content = b"".join(b"ok%d 1 2 %d\n" % (index, index) + line + b"\n" for index, (line, _, _) in enumerate(BAD_LINES))
     path = write(tmp_path / "a.txt", content)
     output = tmp_path / "out.parquet"
-    report = import_lines(path, output, vocab_size=1025, length=3, skip_bad=15)
-    assert (report.num_lines, report.num_bad) == (15, 15)
+    report = import_lines(path, output, vocab_size=1025, length=3, skip_bad=16)
+    assert (report.num_lines, report.num_bad) == (16, 16)
     assert report.bad_lines_path == tmp_path / "out.bad.txt"
     table = TokenTable.open(output)
-    assert table.keys(np.arange(15)) == [f"ok{index}" for index in range(15)]
-    assert table.batch(np.arange(15)).image_tokens.tolist() == [[1, 2, index] for index in range(15)]
+    assert table.keys(np.arange(16)) == [f"ok{index}" for index in range(16)]
+    assert table.batch(np.arange(16)).image_tokens.tolist() == [[1, 2, index] for index in range(16)]
     expected = [
         f"{path}, line {2 * index + 2}, column {column}: {reason}\t".encode() + line + b"\n"
         for index, (line, column, reason) in enumerate(BAD_LINES)
     ]
     assert (tmp_path / "out.bad.txt").read_bytes() == b"".join(expected)
-    with pytest.raises(InputError, match=r"line 30, .* That is more than 14 bad lines; the others are listed in .*bad"):
-        import_lines(path, tmp_path / "new.parquet", vocab_size=1025, length=3, skip_bad=14)
+    with pytest.raises(
+        InputError, match=r"line 32, .* It is one more than --skip-bad 15; the others are listed in .*bad"
+    ):
+        import_lines(path, tmp_path / "new.parquet", vocab_size=1025, length=3, skip_bad=15)
     assert not (tmp_path / "new.parquet").exists()
     assert (tmp_path / "new.bad.txt").read_bytes() == b"".join(expected[:-1])
+    good = write(tmp_path / "good.txt", "a 1 2\n")
+    with pytest.raises(InputError, match="exists already"):
+        import_lines(good, output, skip_bad=1)
+    assert (tmp_path / "out.bad.txt").exists()
+    import_lines(good, output, skip_bad=1, force=True)
+    assert not (tmp_path / "out.bad.txt").exists(), "the list of the import before would pass for this one's"
 
 
 @given(lines=st.lists(st.text("a1 \u00e4-+\t0", max_size=7).map(str.encode), min_size=1, max_size=11), data=st.data())
@@ -265,7 +274,10 @@ def test_nothing_is_overwritten_or_made_of_nothing(tmp_path: Path) -> None:
         import_lines(tmp_path / "b.txt", tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r"empty\.txt: no good line, nothing to import"):
         import_lines(write(tmp_path / "empty.txt", ""), tmp_path / "b.parquet")
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.parquet", "a.txt", "empty.txt"]
+    with pytest.raises(InputError, match=r"tags\.txt: tags alone, expected a tag and its codes on each line"):
+        import_lines(write(tmp_path / "tags.txt", "a\nb\n"), tmp_path / "b.parquet")
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.parquet", "a.txt", "empty.txt", "tags.txt"]
+    assert import_lines(tmp_path / "tags.txt", tmp_path / "b.parquet", allow_short=True).num_lines == 2
 
 
 def test_a_progress_bar_counts_the_bytes_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

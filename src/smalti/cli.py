@@ -253,6 +253,11 @@ def complete(
     _refuse_options(of_lines, bundle, "pictures")
     given = {**sampling, **_given(guidance_scale=guidance_scale)}
     if picture is None:
+        if beginning is not None and Path(beginning).is_file():
+            raise ValueError(
+                f"{beginning} is a file, and {bundle} a bundle of pictures: give a picture with --picture, or --bundle "
+                "with a bundle of lines."
+            )
         from smalti.pipeline import Pipeline
 
         for line in Pipeline.load(bundle).complete_caption(beginning or "", seed=seed, n=n or 1, **given):
@@ -284,6 +289,10 @@ def _complete_lines(
     from smalti.line_model import CompleteConfig, LineModel
 
     config = CompleteConfig(**settings)
+    drawing = {"temperature", "top_k", "top_p"}
+    used = {"sample": drawing, "best-of-n": drawing | {"num_candidates"}, "beam": {"beam_width"}, "greedy": set()}
+    for name in sorted(settings.keys() - used[config.strategy] - {"strategy", "seed"}):
+        raise ValueError(f"strategy {config.strategy} has no use for --{name.replace('_', '-')}; leave it out.")
     model = LineModel.load(bundle)
     num_lines = complete_file(model, prefixes, output, config, batch_size=batch_size, force=force, show_progress=True)
     typer.echo(f"{output}: {num_lines} lines, log-likelihoods in {output}{LIKELIHOOD_SUFFIX}")
@@ -350,8 +359,9 @@ def _score_lines(lines: Path, output: Path, bundle: str, batch_size: int, force:
     if as_json:
         typer.echo((output / SCORE_FILES[-1]).read_text(encoding="utf-8"), nl=False)
         return
+    error = f" ± {found.standard_error:.4f}" if found.num_lines > 1 else ""
     typer.echo(
-        f"{found.nats_per_token:.4f} ± {found.standard_error:.4f} nats per token, {found.bits_per_token:.4f} bits, "
+        f"{found.nats_per_token:.4f}{error} nats per token, {found.bits_per_token:.4f} bits, "
         f"perplexity {found.perplexity:.3f}: {found.num_lines} lines, {found.num_tokens} tokens\n"
         f"{output}: {', '.join(SCORE_FILES)}"
     )

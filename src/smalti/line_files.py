@@ -36,6 +36,9 @@ from smalti.line_model import CompleteConfig, LineModel
 SCORE_FILES = ("lines.csv", "positions.csv", "positions.png", "summary.json")
 LIKELIHOOD_SUFFIX = ".log_probs.csv"
 """Behind the name of a file of completions: each line's own log-likelihood."""
+ADVICE = (
+    "Mend the line, or set bad lines aside (smalti data import-lines --allow-short --skip-bad N) and give the table."
+)
 LINES_PER_PIECE = 1024
 _PARTS = ".part"
 
@@ -78,7 +81,7 @@ def _pieces(path: Path, line_format: LineFormat, first_piece: int) -> Iterator[L
 def _read(path: Path, line_format: LineFormat) -> Iterator[Lines]:
     """The lines of a text file, or of a token table, which is known by its name."""
     if path.suffix != ".parquet":
-        yield from read_lines(path, line_format)
+        yield from read_lines(path, line_format, advice=ADVICE)
         return
     for lines in table_lines(TokenTable.open(path, image_vocab_size=line_format.vocab_size)):
         if line_format.length is not None and (longest := int(lines.lengths.max(initial=0))) > line_format.length:
@@ -102,9 +105,11 @@ def _padded(lines: Lines, width: int) -> Int64[np.ndarray, "n L"]:
     return np.pad(codes, ((0, 0), (0, width - codes.shape[1])), constant_values=-1)
 
 
-def _num_lines(path: Path) -> int:
-    """By its line feeds, uncompressed; for the length of the progress bar."""
-    return sum(len(block.lengths) for block in _read(path, LineFormat(allow_short=True)))
+def _size(path: Path, line_format: LineFormat) -> tuple[int, int]:
+    """How many lines and codes there are. All are read: a bad one is better found before the work than in it."""
+    sizes = [(len(block.lengths), len(block.codes)) for block in _read(path, line_format)]
+    num_lines, num_codes = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
+    return num_lines, num_codes
 
 
 @dataclass
@@ -211,10 +216,16 @@ def score_file(
     """
     path, output = _existing(path), Path(output)
     *others, last = (output / name for name in SCORE_FILES)
+    if output.is_file():
+        raise InputError(f"{output} is a file; scores go to a folder: give another name.")
+    refuse_existing([last], force=force)
     line_format = LineFormat(vocab_size=model.vocab_size, length=model.length, allow_short=True)
+    num_lines, num_codes = _size(path, line_format)
+    if not num_codes:
+        raise InputError(f"{path} has no codes to score.")
     parts = _Parts.open(output / "scores", _job(path, model), last, others, force=force)
     first = parts.num_done
-    with _progress("scoring", "tokens", _num_lines(path), first * LINES_PER_PIECE, show_progress) as advance:
+    with _progress("scoring", "tokens", num_lines, first * LINES_PER_PIECE, show_progress) as advance:
         for number, lines in enumerate(_pieces(path, line_format, first), first):
             codes = torch.from_numpy(_padded(lines, int(lines.lengths.max(initial=0))))
             nll = model.score(codes, torch.from_numpy(lines.lengths), batch_size=batch_size).numpy()
@@ -227,8 +238,6 @@ def score_file(
             )
             advance(len(lines.lengths), int(lines.lengths.sum()))
     found = list(parts.read())
-    if not found:
-        raise InputError(f"{path} has no lines to score.")
     nats, lengths = (np.concatenate([piece[name] for piece in found]) for name in ("line_nats", "lengths"))
     score = _file_score(nats, lengths)
     _write_lines_csv(output / "lines.csv", path, line_format, nats, lengths)
@@ -335,20 +344,26 @@ def complete_file(
     unfinished run of another job.
     """
     path, output = _existing(path), Path(output)
+    if output.is_dir():
+        raise InputError(f"{output} is a folder; completed lines go to a text file: give the name of one.")
+    if output.exists() and output.samefile(path):
+        raise InputError(f"{output} holds the prefixes themselves; give another name for the completed lines.")
+    refuse_existing([output], force=force)
     side = output.with_name(output.name + LIKELIHOOD_SUFFIX)
     line_format = LineFormat(vocab_size=model.vocab_size, length=model.length, allow_short=True)
+    num_lines, _ = _size(path, line_format)
+    if not num_lines:
+        raise InputError(f"{path} has no prefixes to complete.")
     parts = _Parts.open(output, _job(path, model, settings=asdict(config)), output, [side], force=force)
     first = parts.num_done
-    with _progress("completing", "prefixes", _num_lines(path), first * LINES_PER_PIECE, show_progress) as advance:
+    with _progress("completing", "prefixes", num_lines, first * LINES_PER_PIECE, show_progress) as advance:
         for number, lines in enumerate(_pieces(path, line_format, first), first):
             prefixes = [torch.from_numpy(codes) for codes in np.split(lines.codes, np.cumsum(lines.lengths)[:-1])]
             found = model.complete(prefixes, config, first_line=number * LINES_PER_PIECE, batch_size=batch_size)
             parts.write(number, codes=found.codes.numpy(), log_probs=found.log_probs.numpy(), lengths=lines.lengths)
             advance(len(prefixes), len(prefixes))
-    if not parts.num_done:
-        raise InputError(f"{path} has no prefixes to complete.")
     _write_log_probs(side, path, line_format, parts, model.length)
-    num_lines = write_lines(output, _completed_lines(path, line_format, parts, model.length), force=force)
+    write_lines(output, _completed_lines(path, line_format, parts, model.length), force=force)
     parts.remove()
     return num_lines
 

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from smalti.data.loader import prefetch
 from smalti.data.tokens import PAD, ROWS_PER_GROUP, TokenTable, token_rows, write_token_table
 from smalti.errors import InputError
-from smalti.files import new_file
+from smalti.files import new_file, refuse_existing
 
 # Small enough that the arrays made of a block stay in the processor's cache, large enough to hide Python's own time.
 _BLOCK_BYTES = 2**20
@@ -80,10 +80,12 @@ class Lines(NamedTuple):
 # ---- reading ----
 
 
-def read_lines(paths: str | Path | Sequence[str | Path], line_format: LineFormat | None = None) -> Iterator[Lines]:
+def read_lines(
+    paths: str | Path | Sequence[str | Path], line_format: LineFormat | None = None, *, advice: str = "Mend the line."
+) -> Iterator[Lines]:
     """The lines of one or several files, some thousands at a time. Raises InputError, naming file, line and column,
-    for a line that is not as `line_format` says, is empty, or is not UTF-8."""
-    with _BadLines(0, None) as bad_lines:
+    for a line that is not as `line_format` says, is empty, or is not UTF-8; the error ends with `advice`."""
+    with _BadLines(0, None, advice) as bad_lines:
         for _, lines in _read(_paths(paths), line_format or LineFormat(), bad_lines):
             yield lines
 
@@ -278,8 +280,8 @@ def _complaint(line: bytes, line_format: LineFormat) -> tuple[int, str]:
         return 1, "an empty line, expected a tag and its codes"
     for word in words[1:]:
         shown = word[0][:40].decode(errors="replace")
-        if not re.fullmatch(rb"[+-]?[0-9]+", word[0]):
-            return column(word.start()), f"the word {shown!r} among the codes, expected integers"
+        if not re.fullmatch(rb"-?[0-9]+", word[0]):
+            return column(word.start()), f"the word {shown!r} among the codes, expected integers written in digits"
         if not word[0].isdigit() or len(word[0]) > _MAX_DIGITS or int(word[0]) > line_format.max_code:
             return column(word.start()), f"the code {shown} is out of range, expected 0 to {line_format.max_code}"
     num_codes, length = len(words) - 1, line_format.length
@@ -292,8 +294,9 @@ def _complaint(line: bytes, line_format: LineFormat) -> tuple[int, str]:
 class _BadLines:
     """Counts bad lines and writes each with its place to a side file, until there are more than allowed."""
 
-    def __init__(self, num_allowed: int, path: Path | None):
+    def __init__(self, num_allowed: int, path: Path | None, advice: str):
         self.count = 0
+        self._advice = advice
         self._num_allowed = num_allowed
         self._path = path
         self._file: IO[bytes] | None = None
@@ -308,10 +311,8 @@ class _BadLines:
     def add(self, complaint: str, line: bytes) -> None:
         self.count += 1
         if self.count > self._num_allowed:
-            advice = "Mend the line, or set bad lines aside with --skip-bad (skip_bad=N)."
-            if self._num_allowed:
-                advice = f"That is more than {self._num_allowed} bad lines; the others are listed in {self._path}."
-            raise InputError(f"{complaint}. {advice}")
+            advice = f"It is one more than --skip-bad {self._num_allowed}; the others are listed in {self._path}."
+            raise InputError(f"{complaint}. {advice if self._num_allowed else self._advice}")
         if self._file is None:
             assert self._path is not None
             self._file = self._path.open("wb")
@@ -348,16 +349,20 @@ def import_lines(
 
     Vocabulary size and length are found from the data unless given; see `LineFormat` for them and `allow_short`.
     Up to `skip_bad` bad lines are left out and listed in `<output without suffix>.bad.txt`: place and reason, a tab,
-    the line as it was. One more raises InputError, and nothing is written but that list. The table's metadata holds
-    `image_vocab_size`, `image_length` and `num_duplicates`.
+    the line as it was. One more raises InputError, and nothing is written but that list; so do lines of tags alone,
+    unless `allow_short`. The table's metadata holds `image_vocab_size`, `image_length` and `num_duplicates`.
     """
     paths, output = _paths(paths), Path(output)
+    refuse_existing([output], force=force)
     line_format = LineFormat(vocab_size=vocab_size, length=length, allow_short=allow_short)
     bad_lines_path = output.with_suffix(".bad.txt") if skip_bad else None
+    if bad_lines_path is not None:
+        bad_lines_path.unlink(missing_ok=True)  # an earlier import's list would pass for this one's
+    advice = "Mend the line, or set bad lines aside with --skip-bad (skip_bad=N)."
     metadata: dict[str, Any] = {}
     with (
         tempfile.TemporaryFile(prefix="smalti-hashes-") as hashes_file,
-        _BadLines(skip_bad, bad_lines_path) as bad_lines,
+        _BadLines(skip_bad, bad_lines_path, advice) as bad_lines,
         _progress(paths, show_progress) as advance,
         # Reading and parsing run in a thread beside the writing; both are array code that leaves Python's lock free.
         closing(prefetch(_read(paths, line_format, bad_lines))) as blocks,
@@ -372,6 +377,10 @@ def import_lines(
                 advance(num_bytes)
             if not found.num_lines:
                 raise InputError(f"{', '.join(map(str, paths))}: no good line, nothing to import.")
+            if found.max_code < 0 and not allow_short:
+                raise InputError(
+                    f"{', '.join(map(str, paths))}: tags alone, expected a tag and its codes on each line."
+                )
             metadata.update(
                 image_vocab_size=vocab_size or found.max_code + 1,
                 image_length=found.length,
