@@ -112,7 +112,7 @@ def test_info_says_what_a_bundle_holds(smalti, tiny: Path):
 
 
 def test_data_digits_tokenize_and_evaluate(smalti, tmp_path, monkeypatch):
-    monkeypatch.setattr("smalti.evaluate.report.load_digit_classifier", lambda: DigitClassifier().eval())
+    monkeypatch.setattr("smalti.evaluate.report.load_digit_classifier", lambda _: DigitClassifier().eval())
     assert smalti("data", "digits", tmp_path / "digits", "--seed", 1)[0] == 0
     assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == [
         "test.parquet",

@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from smalti.data.digit_sources import read_mnist, scikit_learn_digits
-from smalti.data.digits import ColouringConfig, SourceDigits, colour_digits
+from smalti.data.digits import ColouringConfig, SourceDigits, colour_digits, source_of, write_digits
 from smalti.errors import InputError
 from smalti.evaluate import digits as judge
 from smalti.evaluate.digits import (
@@ -26,8 +28,10 @@ from smalti.evaluate.digits import (
     prompt_accuracy,
     save_digit_classifier,
     shift_masks,
+    shipped_classifier,
     train_digit_classifier,
 )
+from smalti.evaluate.report import read_held_out
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +121,40 @@ def test_shifts_against_a_loop() -> None:
 # ---- the shipped classifier ----
 
 
-def test_the_shipped_classifier_is_small_and_says_how_good_it_is() -> None:
-    report = json.loads(SHIPPED_CLASSIFIER.with_suffix(".json").read_text())
-    assert SHIPPED_CLASSIFIER.stat().st_size < 300_000
-    assert all(t.dtype == torch.float16 for t in load_file(SHIPPED_CLASSIFIER).values() if t.is_floating_point())
-    assert report["source"] == "mnist" and report["test_accuracy"]["num"] == 5000
-    assert report["test_accuracy"]["rate"] >= 0.985
-    assert report["command"].startswith("python -m smalti.evaluate.digits --mnist DIR --seed")
+@pytest.mark.parametrize(
+    ("source", "num", "at_least", "argument"), [("mnist", 5000, 0.985, "--mnist DIR "), ("scikit-learn", 300, 0.97, "")]
+)
+def test_a_shipped_classifier_is_small_and_says_how_good_it_is(
+    source: str, num: int, at_least: float, argument: str
+) -> None:
+    path = shipped_classifier(source)
+    report = json.loads(path.with_suffix(".json").read_text())
+    assert path.stat().st_size < 300_000
+    assert all(t.dtype == torch.float16 for t in load_file(path).values() if t.is_floating_point())
+    assert report["source"] == source and report["test_accuracy"]["num"] == num
+    assert report["test_accuracy"]["rate"] >= at_least
+    assert report["command"].startswith(f"python -m smalti.evaluate.digits {argument}--seed")
+
+
+def test_digits_are_read_by_the_classifier_of_their_source(splits: dict[str, SourceDigits], tmp_path: Path) -> None:
+    write_digits(tmp_path, "scikit-learn", {"test": splits["test"]}, show_progress=False)
+    held_out = read_held_out(tmp_path)
+    assert held_out.digits == source_of(tmp_path / "test.parquet") == "scikit-learn"
+    path = shipped_classifier(held_out.digits)
+    judgement = judge_pictures(held_out.pictures, held_out.captions, load_digit_classifier(path))
+    said = json.loads(path.with_suffix(".json").read_text())["test_accuracy"]["rate"]
+    assert prompt_accuracy(judgement)["all"]["rate"] == pytest.approx(said, abs=1 / 300)
+
+
+@pytest.mark.parametrize("content", [None, b"no table", b""])
+def test_the_source_of_a_table_that_does_not_say_is_none(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "test.parquet"
+    if content is None:
+        pq.write_table(pa.table({"caption": ["a"]}), path)
+    else:
+        path.write_bytes(content)
+    assert source_of(path) is None
+    assert shipped_classifier(source_of(path)) == shipped_classifier("pickle") == SHIPPED_CLASSIFIER
 
 
 def test_the_shipped_classifier_is_as_good_as_it_says(shared_dir: Path) -> None:

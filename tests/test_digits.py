@@ -25,8 +25,10 @@ from smalti.data.digits import (
     CaptionContent,
     ColouredDigits,
     ColouringConfig,
+    DistortionConfig,
     SourceDigits,
     colour_digits,
+    distort_masks,
     images_to_levels,
     levels_to_images,
     make_caption,
@@ -211,6 +213,64 @@ def test_all_colours_occur_about_equally_often() -> None:
         expected[" ".join(foreground)] += 5000 / len(COLOUR_PAIRS)
     for name, mean in expected.items():
         assert abs(foregrounds.count(name) - mean) < 5 * mean**0.5
+
+
+def test_held_out_digits_are_drawn_once_and_as_they_are() -> None:
+    source = make_source(31)
+    config = ColouringConfig(seed=3, colourings=5, distortion=DistortionConfig())
+    for split in ("validation", "test"):
+        found, plain = (colour_digits(source, split, c) for c in (config, ColouringConfig(seed=3)))
+        np.testing.assert_array_equal(found.pictures, plain.pictures)
+        assert found.captions == plain.captions
+
+
+def test_distortion_changes_no_colour_and_is_decided_by_the_seed() -> None:
+    source = scikit_learn_digits()["train"]
+    source = SourceDigits(source.masks[:40], source.labels[:40])
+    configs = [ColouringConfig(seed=seed, colourings=2, distortion=DistortionConfig()) for seed in (3, 3, 4)]
+    first, again, other = (colour_digits(source, "train", config) for config in configs)
+    plain = colour_digits(source, "train", ColouringConfig(seed=3, colourings=2))
+    assert first.captions == plain.captions
+    np.testing.assert_array_equal(first.pictures, again.pictures)
+    bent, straight = (read_colours(drawn.pictures).mask for drawn in (first, plain))
+    assert (bent[:40] != bent[40:]).any(axis=(1, 2)).all()  # each time that a digit is drawn, otherwise
+    assert (bent != read_colours(other.pictures).mask).any()
+    common, either = (bent & straight).sum(axis=(1, 2)), (bent | straight).sum(axis=(1, 2))
+    assert 0.5 < (common / either).mean() < 0.95  # and still the same digit
+
+
+def test_a_mask_is_bent_about_its_middle() -> None:
+    rows, columns = np.mgrid[:28, :28] - 13.5
+    bar = (abs(rows) < 9) & (abs(columns) < 3)
+    masks = np.repeat(bar[None], 60, axis=0)
+    still = DistortionConfig(rotation=0, shear=0, scaling=0)
+    np.testing.assert_array_equal(distort_masks(masks, still, seed=0), masks)
+
+    def moments(config: DistortionConfig) -> np.ndarray:
+        """Of each bent bar: area, middle's row and column, spread of rows and columns, slant (columns over rows)."""
+        ink = distort_masks(masks, config, seed=0).reshape(60, -1).astype(float)
+        area = ink.sum(1)
+        row, column = ink @ rows.ravel() / area, ink @ columns.ravel() / area
+        spread = [np.sqrt(ink @ (places**2).ravel() / area) for places in (rows, columns)]
+        slant = (ink @ (rows * columns).ravel()) / (ink @ (rows**2).ravel())
+        return np.stack([area, row, column, *spread, slant])
+
+    area, row, column, *_, slant = moments(DistortionConfig(rotation=20, shear=0, scaling=0))
+    assert max(abs(row).max(), abs(column).max()) < 0.5 and abs(area / bar.sum() - 1).max() < 0.1
+    assert 0.25 < abs(slant).max() <= np.tan(np.deg2rad(21)) and slant.min() < 0 < slant.max()
+    *_, slant = moments(DistortionConfig(rotation=0, shear=0.3, scaling=0))
+    assert 0.2 < abs(slant).max() <= 0.31
+    *_, high, wide, slant = moments(DistortionConfig(rotation=0, shear=0, scaling=0.3))
+    assert abs(slant).max() < 0.01 and abs(np.corrcoef(high, wide)[0, 1]) < 0.5
+    straight = moments(still)[3:5, :1]
+    ratios = np.stack([high, wide]) / straight
+    assert (ratios.min(1) < 0.85).all() and (ratios.max(1) > 1.15).all() and abs(ratios - 1).max() < 0.4
+
+
+@pytest.mark.parametrize(("change", "message"), [({"rotation": 180}, "rotation 180"), ({"scaling": -0.1}, "outside")])
+def test_distortion_config_is_checked(change: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistortionConfig(**change)
 
 
 @pytest.mark.parametrize(("change", "message"), [({"seed": -1}, "seed -1"), ({"colourings": 0}, "at least 1")])

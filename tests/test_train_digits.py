@@ -46,7 +46,7 @@ def few_digits_and_any_judge():
     few = {name: SourceDigits(d.masks[:24], d.labels[:24]) for name, d in scikit_learn_digits().items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(system, "scikit_learn_digits", lambda: few)
-        patch.setattr(report, "load_digit_classifier", lambda: DigitClassifier().eval())
+        patch.setattr(report, "load_digit_classifier", lambda _: DigitClassifier().eval())
         yield
 
 

@@ -270,15 +270,32 @@ class ColouredDigits(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistortionConfig:
+    """How far a digit may be bent each time that it is drawn, each way; drawn evenly. Angles in degrees, the rest as
+    shares: a scaling of 0.1 draws width and height each from 0.9 to 1.1."""
+
+    rotation: float = 10.0
+    shear: float = 0.15
+    scaling: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, limit in (("rotation", 180), ("shear", 1), ("scaling", 1)):
+            if not 0 <= getattr(self, name) < limit:
+                raise ValueError(f"{name} {getattr(self, name)} is outside [0, {limit})")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ColouringConfig:
     """How source digits are coloured.
 
-    `seed` (0 .. 2³²-1) draws the colours; every source digit is drawn `colourings` times, each time in a pair of
-    colours drawn anew (use more for a small source).
+    `seed` (0 .. 2³²-1) draws the colours. Every digit of the training split is drawn `colourings` times, each time in
+    a pair of colours drawn anew (use more for a small source), and bent as `distortion` says, if it is given. Held-out
+    digits are drawn once and as they are, so that in what is measured none counts twice.
     """
 
     seed: int = 0
     colourings: int = 1
+    distortion: DistortionConfig | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -288,19 +305,47 @@ class ColouringConfig:
 
 
 def colour_digits(source: SourceDigits, split: str, config: ColouringConfig) -> ColouredDigits:
-    """Every source digit in `config.colourings` pairs of colours, each pair drawn evenly from `COLOUR_PAIRS`.
+    """Every source digit, in the training split `config.colourings` times, in a pair of colours drawn evenly from
+    `COLOUR_PAIRS`.
 
     The colours depend on the seed, the split's name and the digit's position only.
     """
     # RandomState's streams are frozen by NumPy's compatibility promise; those of Generator may change.
     stream = np.random.RandomState([config.seed, SPLITS.index(split)])
-    masks = np.tile(source.masks, (config.colourings, 1, 1))  # all digits once, then all again: any first few differ
-    labels = np.tile(source.labels, config.colourings)
+    colourings = config.colourings if split == "train" else 1
+    masks = np.tile(source.masks, (colourings, 1, 1))  # all digits once, then all again: any first few differ
+    labels = np.tile(source.labels, colourings)
+    if config.distortion is not None and split == "train":
+        masks = distort_masks(masks, config.distortion, config.seed)
     pairs = [COLOUR_PAIRS[i] for i in stream.randint(len(COLOUR_PAIRS), size=len(labels))]
     colours = np.array([[COLORS[f], COLORS[b]] for f, b in pairs], dtype=np.uint8).reshape(-1, 2, 3)
     pictures = np.where(masks[..., None], colours[:, 0, None, None], colours[:, 1, None, None])
     captions = [f"{f[0]} {f[1]} {DIGITS[n]} on {b[0]} {b[1]}" for (f, b), n in zip(pairs, labels, strict=True)]
     return ColouredDigits(pictures, captions)
+
+
+def distort_masks(
+    masks: Bool[np.ndarray, "N 28 28"], config: DistortionConfig, seed: int
+) -> Bool[np.ndarray, "N 28 28"]:
+    """Each mask turned, sheared and scaled about its middle by amounts of its own, with edges as crisp as before."""
+    # a stream of its own: with distortion or without, the colours are the same
+    turn, slant, wide, high = np.random.RandomState([seed, len(SPLITS)]).uniform(-1, 1, size=(4, len(masks)))
+    angle, none = np.deg2rad(config.rotation * turn), np.zeros(len(masks))
+    rotation = _matrices(np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle))
+    shear = _matrices(none + 1, config.shear * slant, none, none + 1)
+    scaling = _matrices(1 / (1 + config.scaling * wide), none, none, 1 / (1 + config.scaling * high))
+    back = rotation @ shear @ scaling  # from a new pixel's place to the old one, (N, 2, 2)
+    middle = np.full((2, 1), PICTURE_SIZE / 2)
+    coefficients = np.concatenate([back, middle - back @ middle], axis=2).reshape(-1, 6).tolist()
+    distorted = np.empty_like(masks)
+    for mask, bent, six in zip(masks, distorted, coefficients, strict=True):
+        ink = Image.fromarray(mask * np.uint8(255))
+        bent[:] = np.asarray(ink.transform(ink.size, Image.Transform.AFFINE, six, Image.Resampling.BILINEAR)) > 127
+    return distorted
+
+
+def _matrices(*entries: Float[np.ndarray, " N"]) -> Float[np.ndarray, "N 2 2"]:
+    return np.stack(entries, axis=1).reshape(-1, 2, 2)
 
 
 # Tables --------------------------------------------------------------------------------------------------------
@@ -363,12 +408,12 @@ def _note(
     source: str, split: str, content: SourceDigits | ColouredDigits, config: ColouringConfig
 ) -> dict[str, object]:
     digest = hashlib.sha256(content[0].tobytes())
+    drawn: dict[str, object] = {}
     if isinstance(content, SourceDigits):
         digest.update(content.labels.tobytes())
-        drawn: dict[str, object] = asdict(config)
+        drawn = {name: value for name, value in asdict(config).items() if value is not None}
     else:
         digest.update("\n".join(content.captions).encode())
-        drawn = {}
     names = json.dumps([(*name, *colour) for name, colour in COLORS.items()])
     return {
         "source": source,
@@ -378,6 +423,15 @@ def _note(
         "colours_sha256": hashlib.sha256(names.encode()).hexdigest(),
         **drawn,
     }
+
+
+def source_of(path: Path | str) -> str | None:
+    """Where the digits of a table come from, as `write_digits` was told; None if it does not say."""
+    try:
+        note = json.loads((pq.read_schema(path).metadata or {}).get(_METADATA_KEY, b"null"))
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+    return note.get("source") if isinstance(note, dict) else None
 
 
 def _is_made(path: Path, note: dict[str, object]) -> bool:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-from smalti.data.digits import LEVEL_STEP, PICTURE_SIZE, images_to_levels, levels_to_images, parse_caption
+from smalti.data.digits import LEVEL_STEP, PICTURE_SIZE, images_to_levels, levels_to_images, parse_caption, source_of
 from smalti.data.pairs import PairTable
 from smalti.errors import InputError
 from smalti.evaluate.digits import (
@@ -30,6 +30,7 @@ from smalti.evaluate.digits import (
     judge_pictures,
     load_digit_classifier,
     prompt_accuracy,
+    shipped_classifier,
 )
 from smalti.files import new_file, refuse_existing
 from smalti.layout import Packed, SpanValues
@@ -133,6 +134,9 @@ class HeldOut(NamedTuple):
     pictures: UInt8[np.ndarray, "N 28 28 3"]
     captions: list[str]
     source: str
+    """The table's name."""
+    digits: str | None = None
+    """Where the digits come from, as `smalti.data.digits.source_of` says."""
 
 
 def find_report(directory: Path, weights_sha256: str, config: ReportConfig) -> Report | None:
@@ -159,7 +163,7 @@ def read_held_out(path: Path | str) -> HeldOut:
             f"{table}: row {int(wrong.argmax())}: expected a picture of {PICTURE_SIZE}×{PICTURE_SIZE} pixels with "
             f"values 0, {LEVEL_STEP}, {2 * LEVEL_STEP} and {3 * LEVEL_STEP}, as smalti data digits writes them."
         )
-    return HeldOut(levels.astype(np.uint8), pairs.captions, table.name)
+    return HeldOut(levels.astype(np.uint8), pairs.captions, table.name, source_of(table))
 
 
 def evaluate_digits(
@@ -171,11 +175,11 @@ def evaluate_digits(
     command: str = "",
     show_progress: bool = True,
 ) -> Report:
-    """Measures a bundle of coloured digits. `classifier` reads digits; by default the shipped one."""
+    """Measures a bundle of coloured digits. `classifier` reads digits; by default the shipped one for their source."""
     if not pairs.captions:
         raise InputError(f"{pairs.source} holds no pictures to measure with.")
     started_at = time.perf_counter()
-    judge = classifier or load_digit_classifier()
+    judge = classifier or load_digit_classifier(shipped_classifier(pairs.digits))
     codes = _encode(pipe, pairs.pictures)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
