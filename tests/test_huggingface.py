@@ -183,6 +183,7 @@ def test_generation_config_says_what_may_follow_a_prompt():
     config = write_generation_config(picture_layout())
     assert config["suppress_tokens"] == [0, 1, 2, 3, 4, 16, 18]
     assert (config["min_new_tokens"], config["max_new_tokens"], config["eos_token_id"]) == (7, 8, 17)
+    assert config["pad_token_id"] == 17  # this vocabulary's padding is called otherwise
     bare = Layout.parse(Vocabulary({"special": ["<bos>"], "image": 4}), {"lines": "<bos> image{3}"})
     assert write_generation_config(bare)["suppress_tokens"] == [0]
     assert write_generation_config(bare)["max_new_tokens"] == 3
@@ -208,6 +209,7 @@ def test_an_export_comes_back_with_its_layout(tmp_path):
         ({"norm": "layer"}, r"LayerNorm \(a Llama has RMSNorm\)"),
         ({"positions": "learned"}, "positions 'learned'"),
         ({"feed_forward": "gelu", "qk_norm": True}, "'gelu'.*norms of queries and keys"),
+        ({"d_model": 25, "head_width": 8}, "a d_model of 25 that 3 heads do not divide"),
     ],
 )
 def test_what_a_llama_cannot_be_is_refused(tmp_path, changes, reason):
@@ -232,16 +234,19 @@ def test_a_bundle_of_pictures_is_read_too(tmp_path):
     [
         ({"model_type": "qwen2"}, r"config\.model_type is 'qwen2'; only 'llama'"),
         ({"hidden_act": "gelu"}, r"config\.hidden_act is 'gelu'"),
-        ({"head_dim": 8}, r"config\.head_dim is 8; only .* = 4 is supported"),
+        ({"head_dim": 5}, r"rotary positions need an even head width, not 5"),
         ({"hidden_size": 13}, r"config\.hidden_size 13 is not divisible"),
-        ({"attention_bias": True}, r"config\.attention_bias is True and config\.mlp_bias False"),
+        ({"attention_bias": "yes"}, r"config\.attention_bias is 'yes'; expected bool"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"config\.rope_scaling\.rope_type is 'llama3'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"config\.rope_scaling\.type is 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, r"config\.rope_parameters\.rope_type is 'yarn'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5"),
         ({"rope_parameters": {"rope_theta": 7.0}}, "rope_theta twice, as 7.0 and 500.0"),
         ({"num_key_value_heads": 2}, "num_heads 3 is not divisible by num_kv_heads 2"),
-        ({"sliding_window": 64}, r"config\.sliding_window is not a field known here"),
+        ({"sliding_window": 64}, r"config\.sliding_window asks for attention to a window of the last tokens"),
+        ({"add_cross_attention": True}, r"config\.add_cross_attention asks for cross-attention"),
+        ({"quantization_config": {"bits": 4}}, r"config\.quantization_config asks for quantized weights"),
+        ({"residual_multiplier": 0.2}, r"config\.residual_multiplier is not a field known here"),
         ({"vocab_size": "many"}, r"config\.vocab_size is 'many'"),
     ],
 )
@@ -251,18 +256,23 @@ def test_a_config_that_asks_for_more_is_refused_by_field(changes, message):
 
 
 def test_a_config_may_have_its_rotary_base_in_either_place():
-    assert read_llama_config(LLAMA).transformer.rotary_base == 500.0
+    assert read_llama_config(LLAMA).ours.transformer.rotary_base == 500.0
     newer = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
-    assert read_llama_config(newer).transformer.rotary_base == 10000.0
+    assert read_llama_config(newer).ours.transformer.rotary_base == 10000.0
     newer["rope_parameters"] = {"rope_type": "default", "rope_theta": 7}
-    assert read_llama_config(newer).transformer.rotary_base == 7.0
-    assert read_llama_config(LLAMA | {"rope_scaling": None}).transformer.kv_heads == 1
+    assert read_llama_config(newer).ours.transformer.rotary_base == 7.0
+    assert read_llama_config(LLAMA | {"rope_scaling": None}).ours.transformer.kv_heads == 1
+
+
+def test_what_is_null_or_off_asks_for_nothing():
+    off = {"sliding_window": None, "quantization_config": None, "rms_norm_eps": None, "add_cross_attention": False}
+    assert read_llama_config(LLAMA | off).ours.transformer.norm_eps == 1e-6
 
 
 @pytest.fixture
 def foreign(tmp_path):
     """A small folder in their layout, and its tensors."""
-    state = split(random_model(read_llama_config(LLAMA)))
+    state = split(random_model(read_llama_config(LLAMA).ours))
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     return tmp_path, state
 
@@ -314,7 +324,7 @@ def test_a_folder_without_weights_and_an_export_in_the_way(foreign, tmp_path, ca
     folder, _ = foreign
     with pytest.raises(InputError, match=r"holds no weights: expected model\.safetensors"):
         read_llama(folder)
-    model = random_model(read_llama_config(LLAMA))
+    model = random_model(read_llama_config(LLAMA).ours)
     save_token_model(model, one_segment_layout(23, 41), tmp_path / "bundle", name="small")
     out = tmp_path / "precious"
     out.mkdir()

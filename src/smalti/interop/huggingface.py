@@ -9,7 +9,7 @@ Letters: B sequences, T tokens, P prompt tokens, V vocabulary, Dh head width.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from smalti.sampling import SampleConfig
 from smalti.text_tokenizer import TextTokenizer
 from smalti.token_model import ORDER, load_token_model, one_segment_layout
 from smalti.transformer import TransformerConfig
+from smalti.vocabulary import Vocabulary
 
 KIND = "hf-llama"
 CONFIG = "config.json"
@@ -40,6 +41,9 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 TOKENIZER = "tokenizer.json"
 LAYOUT_FIELD = "smalti_layout"
 """Where an export keeps the layout, so that importing it again loses nothing; other readers pass it over."""
+PAD = "<|pad|>"
+PADDING = "padding"
+"""The segment of rows that were added behind a layout's ids, to make the table a multiple of 64, say."""
 INPUT_NAMES = ("input_ids", "prompt_ids")
 
 _UNUSED_FIELDS = (  # what a config says beside the network itself
@@ -47,7 +51,22 @@ _UNUSED_FIELDS = (  # what a config says beside the network itself
     *("transformers_version", "use_cache", "pretraining_tp", "_name_or_path", "return_dict", "output_attentions"),
     *("output_hidden_states", "rope_theta", "rope_parameters", "rope_scaling", "is_encoder_decoder", "problem_type"),
     *("id2label", "label2id", "chunk_size_feed_forward", "_attn_implementation", "_attn_implementation_autoset"),
+    *("attn_implementation", "tokenizer_class", "task_specific_params", "finetuning_task", "torchscript", "is_decoder"),
+    *("sep_token_id", "decoder_start_token_id", "max_sequence_length", "use_bfloat16", "_commit_hash", "prefix"),
 )
+_REFUSED_FIELDS = {  # what other architectures have, and a Llama of transformers has not
+    "sliding_window": "attention to a window of the last tokens",
+    "layer_types": "layers of several kinds",
+    "quantization_config": "quantized weights",
+    "auto_map": "code of its own beside the weights, which is never run",
+    "add_cross_attention": "cross-attention",
+    "logit_scale": "scaled logits",
+    "num_local_experts": "a mixture of experts",
+}
+ATTENTION, FEED_FORWARD = "attention", "feed_forward"
+BIASES = {ATTENTION: "attention_bias", FEED_FORWARD: "mlp_bias"}
+"""The halves of a block, and what a config calls the biases of their linear layers. Ours have both or none: where a
+file has one of the two, the other is zero, and a half whose biases are all zero is written without."""
 
 
 class Part(NamedTuple):
@@ -73,8 +92,9 @@ class Imported(NamedTuple):
 # Names and shapes ------------------------------------------------------------------------------------------------
 
 
-def tensor_map(config: DecoderOnlyConfig) -> dict[str, tuple[Part, ...]]:
-    """For every tensor of ours the foreign ones it is made of, one above the other."""
+def tensor_map(config: DecoderOnlyConfig, biased: Collection[str]) -> dict[str, tuple[Part, ...]]:
+    """For every tensor of ours the foreign ones it is made of, one above the other. `biased` are the halves of a block
+    that have biases there (see BIASES)."""
     ours = config.transformer
     D, q, kv = ours.d_model, ours.num_heads, ours.kv_heads
     table = (config.vocab_size, D)
@@ -83,17 +103,17 @@ def tensor_map(config: DecoderOnlyConfig) -> dict[str, tuple[Part, ...]]:
         foreign, block = f"model.layers.{layer}", f"transformer.blocks.{layer}"
         linear = {
             "attention.qkv": (
-                ("self_attn.q_proj", (q * ours.head_dim, D), q),
-                ("self_attn.k_proj", (kv * ours.head_dim, D), kv),
-                ("self_attn.v_proj", (kv * ours.head_dim, D), 0),
+                ("self_attn.q_proj", (ours.q_width, D), q),
+                ("self_attn.k_proj", (ours.kv_width, D), kv),
+                ("self_attn.v_proj", (ours.kv_width, D), 0),
             ),
-            "attention.out": (("self_attn.o_proj", (D, D), 0),),
+            "attention.out": (("self_attn.o_proj", (D, ours.q_width), 0),),
             "feed_forward.up": (("mlp.gate_proj", (ours.d_ff, D), 0), ("mlp.up_proj", (ours.d_ff, D), 0)),
             "feed_forward.down": (("mlp.down_proj", (D, ours.d_ff), 0),),
         }
         for name, pieces in linear.items():
             parts[f"{block}.{name}.weight"] = tuple(Part(f"{foreign}.{key}.weight", s, n) for key, s, n in pieces)
-            if ours.bias:
+            if name.partition(".")[0] in biased:
                 parts[f"{block}.{name}.bias"] = tuple(Part(f"{foreign}.{key}.bias", s[:1], n) for key, s, n in pieces)
         parts[f"{block}.attention_norm.weight"] = (Part(f"{foreign}.input_layernorm.weight", (D,)),)
         parts[f"{block}.feed_forward_norm.weight"] = (Part(f"{foreign}.post_attention_layernorm.weight", (D,)),)
@@ -113,20 +133,26 @@ def pairs_to_halves(rows: Float[Tensor, "rows ..."], num_heads: int) -> Float[Te
     return rows.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def fuse(state: Mapping[str, Tensor], config: DecoderOnlyConfig) -> dict[str, Tensor]:
-    """Our state dict from the foreign one."""
+def fuse(state: Mapping[str, Tensor], parts: Mapping[str, Sequence[Part]]) -> dict[str, Tensor]:
+    """Our state dict from the foreign one, but for biases that it has not."""
 
     def piece(part: Part) -> Tensor:
         rows = state[part.key].float()
         return halves_to_pairs(rows, part.rotary_heads) if part.rotary_heads else rows
 
-    return {name: torch.cat([piece(part) for part in parts]) for name, parts in tensor_map(config).items()}
+    return {name: torch.cat([piece(part) for part in pieces]) for name, pieces in parts.items()}
+
+
+def biased_halves(model: DecoderOnly) -> tuple[str, ...]:
+    """The halves of a block (see BIASES) in which some layer has a bias that is not zero."""
+    biases = [(name, tensor) for name, tensor in model.state_dict().items() if name.endswith(".bias")]
+    return tuple(half for half in BIASES if any(f".{half}." in name and bool(bias.any()) for name, bias in biases))
 
 
 def split(model: DecoderOnly) -> dict[str, Tensor]:
     """The foreign state dict from ours."""
     state, ours = {}, model.state_dict()
-    for name, parts in tensor_map(model.config).items():
+    for name, parts in tensor_map(model.config, biased_halves(model)).items():
         pieces = ours[name].detach().cpu().split([part.shape[0] for part in parts])
         for part, rows in zip(parts, pieces, strict=True):
             rows = pairs_to_halves(rows, part.rotary_heads) if part.rotary_heads else rows
@@ -137,24 +163,28 @@ def split(model: DecoderOnly) -> dict[str, Tensor]:
 # Configs ---------------------------------------------------------------------------------------------------------
 
 
-def read_llama_config(config: dict) -> DecoderOnlyConfig:
+class ReadConfig(NamedTuple):
+    """What a `LlamaConfig` says."""
+
+    ours: DecoderOnlyConfig
+    biased: tuple[str, ...]
+    """The halves of a block that have biases (see BIASES)."""
+
+
+def read_llama_config(config: dict) -> ReadConfig:
     """Our config from the fields of `LlamaConfig`. Raises InputError naming a field that asks for something else."""
+    config = {name: value for name, value in config.items() if value is not None}  # null asks for nothing
     fields = Fields(config, "config")
     fields.expect("model_type", "llama")
-    fields.expect("hidden_act", "silu")
+    fields.expect("hidden_act", "silu", "swish")
+    for name, what in _REFUSED_FIELDS.items():
+        if fields.take(name, object, False):
+            raise InputError(f"config.{name} asks for {what}, which is not supported; only a plain Llama is read.")
     hidden, heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
-    if heads < 1 or hidden % heads:
-        raise InputError(f"config.hidden_size {hidden} is not divisible by config.num_attention_heads {heads}.")
     head_dim = fields.take("head_dim", int | None, None)
-    if head_dim not in (None, hidden // heads):
-        raise InputError(
-            f"config.head_dim is {head_dim}; only hidden_size / num_attention_heads = {hidden // heads} is supported."
-        )
-    bias = fields.take("attention_bias", bool, False)
-    if fields.take("mlp_bias", bool, False) != bias:
-        raise InputError(
-            f"config.attention_bias is {bias} and config.mlp_bias {not bias}; only both or neither is supported."
-        )
+    if heads < 1 or (head_dim is None and hidden % heads):
+        raise InputError(f"config.hidden_size {hidden} is not divisible by config.num_attention_heads {heads}.")
+    biased = tuple(half for half, name in BIASES.items() if fields.take(name, bool, False))
     if fields.take("pretraining_tp", int, 1) < 1:
         raise InputError(f"config.pretraining_tp is {config['pretraining_tp']}; expected at least 1.")
     kv_heads = fields.take("num_key_value_heads", int | None, None)
@@ -169,10 +199,11 @@ def read_llama_config(config: dict) -> DecoderOnlyConfig:
                 d_ff=fields.take("intermediate_size", int),
                 max_length=fields.take("max_position_embeddings", int, 2048),
                 num_kv_heads=None if kv_heads == heads else kv_heads,
+                head_width=None if head_dim is None or head_dim * heads == hidden else head_dim,
                 norm="rms",
                 norm_eps=fields.take("rms_norm_eps", float, 1e-6),
                 feed_forward="swiglu",
-                bias=bias,
+                bias=bool(biased),
                 positions="rotary",
                 rotary_base=_rotary_base(config),
                 attention_dropout=fields.take("attention_dropout", float, 0.0),
@@ -184,7 +215,7 @@ def read_llama_config(config: dict) -> DecoderOnlyConfig:
     except ValueError as error:  # sizes that do not go together
         raise InputError(f"config: {error}") from error
     fields.finish(*_UNUSED_FIELDS)
-    return ours
+    return ReadConfig(ours, biased)
 
 
 def _rotary_base(config: dict) -> float:
@@ -212,7 +243,7 @@ def _rotary_base(config: dict) -> float:
     return base
 
 
-def write_llama_config(config: DecoderOnlyConfig, layout: Layout) -> dict[str, Any]:
+def write_llama_config(config: DecoderOnlyConfig, layout: Layout, biased: Collection[str]) -> dict[str, Any]:
     """The fields of `LlamaConfig`. Raises InputError listing what a Llama cannot be."""
     _refuse_inexpressible(config)
     ours = config.transformer
@@ -232,16 +263,32 @@ def write_llama_config(config: DecoderOnlyConfig, layout: Layout) -> dict[str, A
         # both places: releases of transformers before 5, and most servers, read the first
         "rope_theta": ours.rotary_base,
         "rope_parameters": {"rope_type": "default", "rope_theta": ours.rotary_base},
-        "attention_bias": ours.bias,
-        "mlp_bias": ours.bias,
+        **{name: half in biased for half, name in BIASES.items()},
         "attention_dropout": ours.attention_dropout,
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": "float32",
         "bos_token_id": None,
-        "eos_token_id": _end_of_sequence(layout),
-        "pad_token_id": None,
-        LAYOUT_FIELD: layout.to_dict(),
+        "eos_token_id": write_generation_config(layout).get("eos_token_id"),
+        "pad_token_id": write_generation_config(layout).get("pad_token_id"),
+        LAYOUT_FIELD: _layout_lists(layout),
     }
+
+
+def _layout_lists(layout: Layout) -> dict[str, list]:
+    """A layout in lists: `transformers` sorts the keys of what it saves again, but the order of the segments gives the
+    ids."""
+    content = layout.to_dict()
+    return {part: [[name, value] for name, value in content[part].items()] for part in ("vocabulary", "orders")}
+
+
+def _layout_of_lists(content: Mapping[str, Any]) -> Layout:
+    """The inverse of `_layout_lists`. Raises TypeError, ValueError or KeyError for what is none."""
+    parts = {}
+    for part in ("vocabulary", "orders"):
+        if not isinstance(content[part], list):
+            raise TypeError(f"its {part} is not a list of names with values; export the bundle again.")
+        parts[part] = {name: value for name, value in content[part]}
+    return Layout.from_dict(parts)
 
 
 def _refuse_inexpressible(config: DecoderOnlyConfig) -> None:
@@ -257,6 +304,8 @@ def _refuse_inexpressible(config: DecoderOnlyConfig) -> None:
         reasons.append(f"the feed-forward {ours.feed_forward!r} (a Llama has swiglu)")
     if ours.qk_norm:
         reasons.append("norms of queries and keys (a Llama has none)")
+    if ours.d_model % ours.num_heads:
+        reasons.append(f"a d_model of {ours.d_model} that {ours.num_heads} heads do not divide (a Llama's must be)")
     if ours.cross_attention:
         reasons.append("cross-attention (a Llama is decoder-only)")
     if reasons:
@@ -287,6 +336,7 @@ def write_generation_config(layout: Layout) -> dict[str, Any]:
     }
     if markers:  # the end may not come before its place, and must come there
         config |= {"eos_token_id": markers[-1], "forced_eos_token_id": markers[-1], "min_new_tokens": span.length}
+        config["pad_token_id"] = layout.vocabulary.specials.get(PAD, markers[-1])
     return config
 
 
@@ -302,10 +352,6 @@ def _picture_order(layout: Layout) -> Order | None:
     return None
 
 
-def _end_of_sequence(layout: Layout) -> int | None:
-    return write_generation_config(layout).get("eos_token_id")
-
-
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -318,15 +364,19 @@ def read_llama(source: Path, config: Path | None = None) -> Imported:
     folder = source if source.is_dir() else source.parent
     weights = _read_all_weights(source)
     fields = read_config(config if config is not None else folder / CONFIG)
-    ours = read_llama_config(fields)
+    ours, biased = read_llama_config(fields)
     state, dropped = _without_derived(weights.tensors, ours)
-    parts = tensor_map(ours)
+    parts = tensor_map(ours, biased)
     key_map = {part.key: Foreign(part.key, part.shape) for pieces in parts.values() for part in pieces}
     problems = shape_problems(state, key_map, dropped)
     if problems:
         raise InputError(misfit(problems))
     model = DecoderOnly(ours)
-    model.load_state_dict(fuse(state, ours))
+    ours_state = fuse(state, parts)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(".bias") and name not in parts:
+            ours_state[name] = torch.zeros_like(tensor)
+    model.load_state_dict(ours_state)
     moved = tuple(Moved(part.key, name, part.shape) for name, pieces in parts.items() for part in pieces)
     layout, notes = _layout(fields, ours)
     tokenizer = folder / TOKENIZER
@@ -388,14 +438,20 @@ def _layout(fields: dict, config: DecoderOnlyConfig) -> tuple[Layout, tuple[str,
     if LAYOUT_FIELD not in fields:
         return whole, (f"the layout is one segment, {whole!r}",)
     try:
-        layout = Layout.from_dict(fields[LAYOUT_FIELD])
+        layout = _layout_of_lists(fields[LAYOUT_FIELD])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"config.{LAYOUT_FIELD} is no layout: {error}") from error
-    if layout.vocabulary.size != config.vocab_size:
+    kept = f"the layout is the one the export kept, {layout!r}"
+    num_added = config.vocab_size - layout.vocabulary.size
+    if num_added < 0 or (num_added and PADDING in layout.vocabulary):
         raise InputError(
             f"config.{LAYOUT_FIELD} has {layout.vocabulary.size} ids, config.vocab_size is {config.vocab_size}."
         )
-    return layout, (f"the layout is the one the export kept, {layout!r}",)
+    if not num_added:
+        return layout, (kept,)
+    vocabulary = {**layout.vocabulary.to_dict(), PADDING: num_added}
+    layout = Layout.from_dict({**layout.to_dict(), "vocabulary": vocabulary})
+    return layout, (kept, f"{num_added} ids behind it were added since; they stand nowhere in a sequence")
 
 
 # Writing ---------------------------------------------------------------------------------------------------------
@@ -406,7 +462,7 @@ def export_llama(bundle: Path | str, directory: Path, *, force: bool = False) ->
     model's own. Returns the files and notes. Raises InputError for what a Llama cannot be, and if the folder exists,
     unless `force`; then it must be such a folder."""
     found = load_token_model(bundle)
-    config = write_llama_config(found.model.config, found.layout)
+    config = write_llama_config(found.model.config, found.layout, biased_halves(found.model))
     generation = {"_from_model_config": False} | write_generation_config(found.layout)
     with new_folder(directory, force=force, holds=_is_llama, what="Llama") as folder:
         save_file(split(found.model), folder / WEIGHTS, metadata={"format": "pt"})
@@ -432,7 +488,9 @@ def _export_tokenizer(text_tokenizer: Path | None, layout: Layout, folder: Path)
         return ("the bundle has no text tokenizer, so no tokenizer files were written",)
     if set(layout.vocabulary.segments) != {"text"}:  # an imported model's own tokenizer numbers as the model does
         vocabulary = TextTokenizer.load(text_tokenizer).vocabulary
-        if vocabulary != layout.vocabulary:
+        sizes = layout.vocabulary.to_dict()
+        sizes.pop(PADDING, None)
+        if vocabulary != Vocabulary(sizes):
             return (
                 "the bundle's text tokenizer holds words alone, not all of the model's ids, so no tokenizer files "
                 "were written",
@@ -442,6 +500,13 @@ def _export_tokenizer(text_tokenizer: Path | None, layout: Layout, folder: Path)
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": layout.max_length,
+        "padding_side": "left",  # prompts of several lengths end where their pictures start
+    }
+    generation, names = write_generation_config(layout), {i: name for name, i in layout.vocabulary.specials.items()}
+    settings |= {
+        f"{kind}_token": names[generation[f"{kind}_token_id"]]
+        for kind in ("eos", "pad")
+        if f"{kind}_token_id" in generation
     }
     _write_json(folder / "tokenizer_config.json", settings)
     return ()
@@ -454,7 +519,7 @@ def verify_llama(imported: Imported, directory: Path) -> tuple[list[ArrayError],
     """The largest error of every output of a reference folder: of the imported weights where the folder is of their
     sizes, of the folder's own otherwise (it then certifies the same code)."""
     arrays = read_arrays(directory / "io.npz")
-    if read_llama_config(read_config(directory / CONFIG)) == imported.model.config:
+    if read_llama_config(read_config(directory / CONFIG)).ours == imported.model.config:
         note = f"the imported weights were run on {directory / 'io.npz'}"
         return _compare(imported.model, arrays), note
     note = f"{directory} is of other sizes than the imported file, so its own weights were run"
