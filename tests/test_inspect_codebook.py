@@ -52,6 +52,21 @@ def test_places():
     assert share[0] == pytest.approx(19 / 34, abs=0.03)  # 20 of 35 cells are border, one of them is taken
 
 
+def test_background_keeps_to_the_border():
+    """Code 5 fills the border but for one cell of every other line, where code 2 stands; inside are codes 0 to 4."""
+    field = random_lines(400, 5).reshape(-1, 5, 7)
+    inner = field[:, 1:-1, 1:-1].copy()
+    field[:] = 5
+    field[:, 1:-1, 1:-1] = inner
+    field[::2, 0, 3] = 2
+    border, inside = codebook.border_and_inside(field.reshape(-1, 35), 7, GRID)
+    assert border[5] == pytest.approx(1 - 0.5 / 20) and border[2] == pytest.approx(0.5 / 20)
+    assert inside[5] == 0 and inside[:5].sum() == pytest.approx(1)
+    assert inside[2] == pytest.approx((inner == 2).mean())
+    flat = codebook.border_and_inside(np.zeros((3, 14), int), 2, Grid(rows=2, columns=7))
+    assert flat[0][0] == 1 and np.isnan(flat[1]).all(), "two rows have no inside"
+
+
 def test_attracted_neighbours():
     field = random_lines(800, 11).reshape(-1, 5, 7)
     field[:, :, 1:][(field[:, :, :-1] == 3)] = 4

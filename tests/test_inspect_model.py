@@ -263,6 +263,14 @@ def test_the_identity_patch_changes_nothing(layer, packed):
             assert not torch.allclose(model.hidden(packed.token_ids), whole)
 
 
+def test_the_identity_check_sees_a_patch_that_does_something(packed, monkeypatch):
+    model = tiny_model()
+    assert causes.identity_patch_error(model, packed.token_ids[:2]) == 0
+    states = causes.residual_stream
+    monkeypatch.setattr(causes, "residual_stream", lambda *given: [state.flip(-1) for state in states(*given)])
+    assert causes.identity_patch_error(model, packed.token_ids[:2]) > 0.01
+
+
 def test_patching_finds_what_differs(packed):
     """Two lines differ at one position: before the first layer that alone carries all, at the end the last state."""
     model = tiny_model()

@@ -202,6 +202,20 @@ def patched(
 
 
 @torch.no_grad()
+def identity_patch_error(model: DecoderOnly, token_ids: Int[Tensor, "B T"]) -> float:
+    """The largest change of any output when every state, layer by layer and token by token, is put where it was: 0, or
+    patching itself does something and its maps mean nothing."""
+    token_ids = token_ids.to(model.device)
+    whole = model.hidden(token_ids)
+    worst = 0.0
+    for layer, state in enumerate(residual_stream(model, token_ids)):
+        for position in range(token_ids.shape[1]):
+            with patched(model, layer, torch.full((len(token_ids),), position), state[:, position]):
+                worst = max(worst, float((model.hidden(token_ids) - whole).abs().max()))
+    return worst
+
+
+@torch.no_grad()
 def patching_map(
     model: DecoderOnly,
     layout: Layout,

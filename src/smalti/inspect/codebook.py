@@ -90,6 +90,20 @@ def border_share(places: CodePlaces, grid: Grid) -> Float64[np.ndarray, " K"]:
     return inside[:, border.ravel()].sum(1) / np.where(total > 0, total, np.nan)
 
 
+def border_and_inside(
+    codes: Integer[np.ndarray, "N L"], vocab_size: int, grid: Grid
+) -> tuple[Float64[np.ndarray, " K"], Float64[np.ndarray, " K"]]:
+    """Each code's share of all cells on the grid's border, and of all cells inside it (NaN if there are none)."""
+    counts = position_counts(codes, vocab_size)
+    border = np.ones((grid.rows, grid.columns), bool)
+    border[1:-1, 1:-1] = False
+    shares = []
+    for chosen in (grid.positions[border], grid.positions[~border]):
+        num_cells = len(chosen) * len(codes)
+        shares.append(counts[chosen].sum(0) / (num_cells or np.nan))
+    return shares[0], shares[1]
+
+
 def co_occurrence(
     codes: Integer[np.ndarray, "N L"], vocab_size: int, grid: Grid, *, down: int = 0, right: int = 1
 ) -> Int64[np.ndarray, "K K"]:

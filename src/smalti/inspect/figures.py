@@ -135,8 +135,9 @@ def embedding_maps(
     num_named: int = 25,
 ) -> Figure:
     """Codes in the plane, coloured by cluster; the first `num_named` of them (the commonest) with their number."""
-    figure, axes = _figure(5.4 * len(points), 4.6, 1, len(points))
-    for place, (title, plane) in zip(axes[0], points.items(), strict=True):
+    rows = -(-len(points) // 2)
+    figure, axes = _figure(10.0, 4.6 * rows, rows, 2)
+    for place, (title, plane) in zip(axes.flat, points.items(), strict=True):
         place.scatter(plane[:, 0], plane[:, 1], c=clusters, cmap=_CLUSTERS, s=10)
         for code, (x, y) in zip(codes[:num_named], plane[:num_named].tolist(), strict=True):
             place.annotate(str(code), (x, y), fontsize=7)
@@ -194,10 +195,10 @@ def ablation_map(losses: AblationLosses) -> Figure:
     return figure
 
 
-def layer_map(values: Float[np.ndarray, "layers T"], *, title: str, label: str) -> Figure:
+def layer_map(values: Float[np.ndarray, "layers T"], *, title: str, label: str, xlabel: str) -> Figure:
     figure, axes = _figure(9.5, 0.42 * len(values) + 1.4)
     image = _heat(axes[0, 0], values, title, numbers=False)
-    axes[0, 0].set(xlabel="position in the sequence", ylabel="layers done", yticks=range(len(values)))
+    axes[0, 0].set(xlabel=xlabel, ylabel="layers done", yticks=range(len(values)))
     figure.colorbar(image, ax=axes[0, 0], label=label)
     return figure
 

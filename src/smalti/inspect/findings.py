@@ -85,8 +85,12 @@ def position_section(subject: Subject, config: InspectConfig) -> tuple[Section, 
         f"{high}; all codes alike would be {math.log(K):.2f}.",
         "positions.position_statistics",
     )
-    for kind, words in (("constant", "always hold one code"), ("own codes", "use codes that hardly occur elsewhere")):
-        chosen = [f"{s.position} (mostly {s.top_code})" for s in special if s.kind == kind]
+    kinds = {
+        "constant": ("always hold one code", "code"),
+        "own codes": ("use codes that hardly occur elsewhere", "most often"),
+    }
+    for kind, (words, how) in kinds.items():
+        chosen = [f"{s.position} ({how} {s.top_code})" for s in special if s.kind == kind]
         if chosen:
             section.say(f"Positions that {words}: {_listed(chosen)}.", "positions.special_positions", headline=True)
     if not special:
@@ -203,18 +207,42 @@ def code_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> 
         "codebook.code_places",
     )
     if grid is not None:
+        _say_background(section, codes, K, grid)
         _say_border(section, codebook.border_share(places, grid), common, grid)
-        table = codebook.co_occurrence(codes, K, grid, down=0, right=1)
-        attracted = codebook.attracted_pairs(table, num=5)
-        if attracted:
-            pairs = [f"{p.code} {p.other} (e^{p.score:.1f} × chance)" for p in attracted]
-            section.say(f"Most attracted neighbours, left and right: {_listed(pairs)}.", "codebook.attracted_pairs")
+    _say_neighbours(section, codes, K, grid)
     _say_embeddings(section, subject, common[:400], config)
     section.show("How often codes occur, and how clumped.", figures.frequencies(counts, statistics.burstiness))
     section.show(
         "Where the codes most bound to places stand.", figures.place_maps(places.counts, bound[:16].tolist(), grid)
     )
     return section
+
+
+def _say_background(section: Section, codes: np.ndarray, vocab_size: int, grid: Grid) -> None:
+    border, inside = codebook.border_and_inside(codes, vocab_size, grid)
+    code = int(border.argmax())
+    if border[code] < 0.25 or not border[code] > inside[code]:  # without inner cells nothing can be told (NaN)
+        return
+    section.say(
+        f"Code {code} is the background: it takes {border[code]:.0%} of the cells of the border and {inside[code]:.0%} of "
+        "the inner ones.",
+        "codebook.border_and_inside",
+        headline=True,
+    )
+
+
+def _say_neighbours(section: Section, codes: np.ndarray, vocab_size: int, grid: Grid | None) -> None:
+    """Pairs that stand together, on the grid or, without one, in the line."""
+    line = grid or Grid(rows=1, columns=codes.shape[1])
+    steps = {"left and right": (0, 1), "above and below": (1, 0)} if grid else {"one behind the other": (0, 1)}
+    for words, (down, right) in steps.items():
+        table = codebook.co_occurrence(codes, vocab_size, line, down=down, right=right)
+        pairs = [f"{p.code} {p.other} ({math.exp(p.score):.0f} ×)" for p in codebook.attracted_pairs(table, num=5)]
+        if pairs:
+            section.say(
+                f"Pairs that occur together more than by chance, {words}: {_listed(pairs)}.",
+                "codebook.co_occurrence, codebook.attracted_pairs",
+            )
 
 
 def _say_border(section: Section, share: np.ndarray, common: np.ndarray, grid: Grid) -> None:
@@ -301,7 +329,9 @@ def prediction_section(subject: Subject, config: InspectConfig, grid: Grid | Non
     )
     section.show(
         "Nats of the true code if the model ended after so many layers, by position.",
-        figures.layer_map(lens.nats[:, places].numpy(), title="logit lens", label="nats per code"),
+        figures.layer_map(
+            lens.nats[:, places].numpy(), title="logit lens", label="nats per code", xlabel="position in the line"
+        ),
     )
     return section
 
@@ -408,6 +438,12 @@ def _say_patching(section: Section, subject: Subject, packed, config: InspectCon
     typical = maps.nanmedian(0).values  # a mean would be ruled by pairs that hardly differ
     if typical.isnan().all():
         return
+    error = causes.identity_patch_error(subject.model, packed.token_ids[:2])
+    section.say(
+        "Check of the method: a state put where it was, at any layer and token, "
+        + ("changes nothing." if error == 0 else f"changes an output by {error:.1e} at most."),
+        "causes.identity_patch_error",
+    )
     by_layer = typical[:, -1]  # the state at the token that predicts
     first = typical[0, subject.positions.start :]
     from_start = int(first.nan_to_num(-math.inf).argmax())
@@ -425,7 +461,10 @@ def _say_patching(section: Section, subject: Subject, packed, config: InspectCon
         f"{target - subject.positions.start} that each state carries (1: patching it alone makes the prediction the "
         "other line's).",
         figures.layer_map(
-            typical.clamp(-0.2, 1).numpy(), title="patched before layer", label="share of the difference"
+            typical.clamp(-0.2, 1).numpy(),
+            title="patched before layer",
+            label="share of the difference",
+            xlabel="token of the sequence (0: its start)",
         ),
     )
 
