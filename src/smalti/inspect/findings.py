@@ -224,8 +224,8 @@ def _say_background(section: Section, codes: np.ndarray, vocab_size: int, grid: 
     if border[code] < 0.25 or not border[code] > inside[code]:  # without inner cells nothing can be told (NaN)
         return
     section.say(
-        f"Code {code} is the background: it takes {border[code]:.0%} of the cells of the border and {inside[code]:.0%} of "
-        "the inner ones.",
+        f"Code {code} is the background: it takes {border[code]:.0%} of the cells of the border and "
+        f"{inside[code]:.0%} of the inner ones.",
         "codebook.border_and_inside",
         headline=True,
     )
