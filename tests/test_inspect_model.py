@@ -184,6 +184,17 @@ def test_the_last_lens_is_the_model(changes, packed):
     assert torch.equal(lens.likeliest[-1][:, 1:], logits[:, :-1, 1:].argmax(-1) + 1)
 
 
+def test_a_lens_guesses_among_what_it_is_told_to(packed):
+    model = tiny_model()
+    plain, told = (causes.logit_lens(model, LAYOUT, packed, among=among) for among in (None, range(3, 7)))
+    guessed = told.likeliest[:, :, 1:]
+    assert int(guessed.min()) >= 3 and int(guessed.max()) < 7
+    assert torch.equal(told.nats, plain.nats)
+    with torch.no_grad():
+        logits = model.logits(model.hidden(packed.token_ids))[:, :-1, 3:7]
+    assert torch.equal(guessed[-1], 3 + logits.argmax(-1))
+
+
 def test_the_first_lens_sees_no_context(packed):
     model = tiny_model()
     found = causes.lens_logits(model, packed.token_ids)[0]

@@ -116,6 +116,9 @@ def test_report_without_a_grid(lines_and_bundle, tmp_path):
 def test_lines_become_pictures_where_the_grid_is_the_tokenizers(lines_and_bundle):
     subject = load_subject(lines_and_bundle / "bundle", lines_and_bundle / "lines.txt", num_lines=10)
     codes = torch.from_numpy(subject.codes)
+    everything = load_subject(lines_and_bundle / "bundle", lines_and_bundle / "lines.txt", num_lines=300).codes
+    written = np.array([line.split()[1:] for line in (lines_and_bundle / "lines.txt").read_text().splitlines()], int)
+    assert sorted(map(tuple, everything)) == sorted(map(tuple, written)) and (everything != written).any()
     grid = Grid(rows=5, columns=7, before=1, after=2, order="snake")
     assert subject.pictures(codes, grid) is None, "there is no image tokenizer"
 
@@ -156,6 +159,7 @@ def test_codes_are_named_as_in_the_lines_where_they_are_raised(tmp_path):
     assert "7 × 7 codes read row by row; positions 0, 50, 51 are outside" in text
     assert "Position 51 tells the number of different codes in the line" in text
     assert titles[-1] == "What the codes look like"
+    assert "patches.decoded_lens" in text, "a special code, which has no picture, was guessed in one"
     [flattest] = re.findall(r"The flattest is code (\d+)", text)
     tokenizer: Any = load_image_tokenizer(image_tokenizer)
     average, num_cells = average_patches(tokenizer, torch.from_numpy(codes).view(-1, 7, 7))

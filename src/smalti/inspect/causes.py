@@ -4,6 +4,7 @@ Everything is done by hooks that are gone when the block or call ends; the model
 Letters: B sequences, T tokens, D model width, n the ids of a slot.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -60,8 +61,9 @@ def lens_logits(model: DecoderOnly, token_ids: Int[Tensor, "B T"]) -> list[Float
 
 
 @torch.no_grad()
-def logit_lens(model: DecoderOnly, layout: Layout, packed: Packed) -> Lens:
-    """The lens at every predicted position, the softmax taken over what can stand there, as in the loss."""
+def logit_lens(model: DecoderOnly, layout: Layout, packed: Packed, *, among: range | None = None) -> Lens:
+    """The lens at every predicted position, the softmax taken over what can stand there, as in the loss. The likeliest
+    token is chosen from the token ids `among`, wherever one of them can stand."""
     packed = to_device(packed, model.device)
     nats, agreement, likeliest = [], [], []
     states = residual_stream(model, packed.token_ids[:, :-1])
@@ -76,6 +78,10 @@ def logit_lens(model: DecoderOnly, layout: Layout, packed: Packed) -> Lens:
             logits = model.logits(hidden[row, column], slot)
             target = slot.local(packed.token_ids[row, column + 1])
             nll[row, column + 1] = F.cross_entropy(logits.float(), target, reduction="none").double()
+            if among is not None:
+                ids = slot.token_ids(torch.arange(logits.shape[1], device=model.device))
+                allowed = (ids >= among.start) & (ids < among.stop)
+                logits = logits.masked_fill(~allowed & allowed.any(), -math.inf)
             top[row, column + 1] = slot.token_ids(logits.argmax(-1))
         nats.append(nll.mean(0))
         likeliest.append(top)

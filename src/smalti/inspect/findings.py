@@ -574,8 +574,10 @@ def picture_section(subject: Subject, config: InspectConfig, grid: Grid | None) 
     )
     _show_swaps(section, subject, config, grid, codes)
     few = subject.packed(6)
-    lens = causes.logit_lens(subject.model, subject.layout, few)
     offset = subject.layout.vocabulary["image"].offset
+    first = offset + subject.code_offset  # specials have no picture, so none is guessed
+    drawable = range(first, first + subject.image_tokenizer.config.codebook_size)
+    lens = causes.logit_lens(subject.model, subject.layout, few, among=drawable)
     true_codes = few.token_ids[:, subject.positions] - offset
     lens_codes = lens.likeliest[:, :, subject.positions] - offset
     # a code that nothing around tells (a colour for the whole picture) would only hide the shapes if it were guessed

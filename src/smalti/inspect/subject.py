@@ -145,4 +145,4 @@ def _read(
 def _some(num_there: int, num_wanted: int, generator: np.random.Generator) -> Int[np.ndarray, " n"]:
     if num_there < 2:
         raise InputError(f"the data has {num_there} lines; at least 2 are needed to compare any.")
-    return np.sort(generator.permutation(num_there)[:num_wanted])
+    return generator.permutation(num_there)[:num_wanted]  # in random order: the first few are to be any
