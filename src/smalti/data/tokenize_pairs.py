@@ -270,13 +270,14 @@ class _Row(NamedTuple):
 
 
 def fit(picture: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """The largest middle part of a picture with the proportions of `size` (rows, columns), resized to it."""
+    """The largest middle part of a picture with the proportions of `size` (rows, columns), resized to it as image
+    tokenizers are trained (`picture_sets.py`): bicubic."""
     height, width = picture.shape[:2]
     rows, columns = size
     scale = min(height / rows, width / columns)
     top, left = (height - rows * scale) / 2, (width - columns * scale) / 2
     box = (left, top, left + columns * scale, top + rows * scale)
-    return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.LANCZOS, box=box))
+    return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BICUBIC, box=box))
 
 
 def _do_parts(job: _Job, parts: list[int]) -> Iterator[None]:
