@@ -142,7 +142,7 @@ def test_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path):
 
 def test_probe_refuses_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=r"cannot write checkpoints to .*file/run: Not a directory; choose a folder"):
+    with pytest.raises(InputError, match=r"file/run: .*file is a file, not a folder; choose a folder"):
         check_writable(tmp_path / "file" / "run")
 
 

@@ -156,7 +156,12 @@ def test_import_lines(smalti, tmp_path):
         (("frobnicate",), "No such command 'frobnicate'"),
         (("generate",), "Missing argument 'prompt'. Try smalti generate --help."),
         (("generate", CAPTION), "Missing option '-o' / '--output'"),
-        (("generate", CAPTION, "-o", "TMP/a.png", "--seed", "x"), "Invalid value for '--seed'"),
+        (("generate", CAPTION, "-o", "TMP/a.png", "--seed", "x"), "parse string as an integer. Try smalti generate --"),
+        (
+            ("generate", CAPTION, "-o", "TMP/gray.png/a.png"),
+            "gray.png is a file, not a folder; give a path in a folder",
+        ),
+        (("generate", CAPTION, "-o", "TMP/gray.png/b/a.png"), "gray.png is a file, not a folder; give a path in a f"),
         (("generate", CAPTION, "-o", "TMP/a.png", "--frob", "x"), "No such option: --frob"),
         (("generate", CAPTION, "-o", "TMP/a.jpg"), "a.jpg: pictures are written as PNG"),
         (("generate", CAPTION, "-o", "TMP/no/such/\0/a.png"), "null byte"),
@@ -164,6 +169,10 @@ def test_import_lines(smalti, tmp_path):
         (("generate", "dark green", "-o", "TMP/a.png"), "has 2 words; this bundle's captions have 6"),
         (("generate", CAPTION, "-o", "TMP/a.png", "--top-p", "7"), "top_p is 7.0; expected a share in (0, 1]"),
         (("generate", CAPTION, "-o", "TMP/a.png", "--rerank", "x"), "rerank 'x' is unknown; choose one of picture"),
+        (
+            ("generate", CAPTION, "-o", "TMP/a.png", "--negative-prompt", CAPTION, "--guidance-scale", "1"),
+            "steers by guidance, and guidance_scale is 1",
+        ),
         (("caption", "TMP/none.png"), "there is no file"),
         (("caption", "TMP/gray.png"), "mode L, expected RGB; convert it"),
         (("caption", "TMP/odd.png"), "30×30 pixels, expected 28×28 or a whole multiple of it; resize it"),
@@ -172,6 +181,7 @@ def test_import_lines(smalti, tmp_path):
         (("complete", "drak"), "'drak' (did you mean dark"),
         (("data", "digits", "TMP/d", "--mnist", "TMP"), "holds no train-images-idx3-ubyte"),
         (("data", "digits", "TMP/d", "--mnist", "TMP", "--pickle", "TMP/p"), "give one of them"),
+        (("data", "digits", "TMP/gray.png"), "gray.png is a file, not a folder"),
         (("evaluate", "TINY", "--data", "TMP/none"), "there is no file"),
     ],
 )
@@ -183,6 +193,15 @@ def test_what_a_user_can_mend_is_one_line(smalti, tmp_path, arguments: tuple[str
         given += ["--bundle", "TINY"]
     assert message in complaint(smalti(*given))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gray.png", "odd.png"]
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("generate",), ("train",), ("train", "recipe"), ("evaluate",), ("data", "digits")]
+)
+def test_help_has_a_short_name(smalti, command: tuple[str, ...]):
+    code, out, err = smalti(*command, "-h")
+    assert (code, err) == (0, "") and f"Usage: smalti {' '.join(command)}".strip() in out
+    assert out == smalti(*command, "--help")[1]
 
 
 def test_the_version_is_the_installed_one(smalti):

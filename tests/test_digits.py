@@ -346,7 +346,7 @@ def test_a_foreign_file_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot write the digits to .*file/inside: Not a directory"):
+    with pytest.raises(InputError, match=r"cannot write the digits to .*file/inside: .*/file is a file, not a folder"):
         write_digits(tmp_path / "file" / "inside", "made", make_splits(), show_progress=False)
 
 

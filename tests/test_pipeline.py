@@ -198,6 +198,8 @@ def test_truncated_weights_are_named_even_without_checksums(saved: Path):
         ({"format_version": 0}, "save the bundle again with this smalti"),
         ({"pictures": {"height": 28}}, "does not describe a bundle"),
         ({"layout": None}, "does not describe a bundle"),
+        ({"sampling": "warm"}, "does not describe a bundle"),
+        ({"sha256": "0123"}, "the entry sha256 is no list of files"),
     ],
 )
 def test_a_config_of_another_kind_or_version_is_refused(saved: Path, change: dict, message: str):
@@ -321,6 +323,49 @@ def test_guidance_zero_ignores_the_prompt_and_a_negative_prompt_steers(pipe: Pip
     assert torch.equal(free[0], free[1])
     steered = pipe.generate_codes(CAPTION, seed=4, guidance_scale=0.0, negative_prompt=OTHER)
     assert torch.equal(steered, pipe.generate_codes(OTHER, seed=4))
+
+
+def test_one_picture_may_be_given_alone(pipe: Pipeline, tmp_path):
+    [picture] = pipe.generate(CAPTION)
+    save_picture(picture, tmp_path / "a.png")
+    said = pipe.caption([picture])
+    for one in (picture, tmp_path / "a.png", str(tmp_path / "a.png"), iter([picture])):
+        assert pipe.caption(one) == said
+    for alone, several in zip(pipe.score(picture, CAPTION), pipe.score([picture], [CAPTION]), strict=True):
+        assert torch.equal(alone, several)
+
+
+@pytest.mark.parametrize("given", [np.zeros((28, 28, 3), np.uint8), [np.zeros((28, 28, 3))], [None], torch.zeros(1, 3)])
+def test_what_is_no_picture_is_named_by_its_type(pipe: Pipeline, given):
+    with pytest.raises(InputError, match=r"given as (ndarray|NoneType|Tensor); give a picture of Pillow or the path"):
+        pipe.caption(given)
+
+
+def test_completing_needs_a_caption_for_guidance_and_one_to_complete(pipe: Pipeline):
+    kept = torch.zeros(2, 7, dtype=torch.long)
+    with pytest.raises(InputError, match=r"guidance_scale is 2\.0, but guidance follows the caption .* none is given"):
+        pipe.complete_codes(kept, guidance_scale=2.0)
+    with pytest.raises(InputError, match=r"guidance_scale is 2\.0, but guidance follows the caption .* none is given"):
+        pipe.complete_caption("dark", guidance_scale=2.0)
+    for n in (0, -1):
+        with pytest.raises(ValueError, match=f"n is {n}; it must be at least 1"):
+            pipe.complete_codes(kept, n=n)
+
+
+def test_a_negative_prompt_without_guidance_is_refused(pipe: Pipeline):
+    with pytest.raises(InputError, match="guidance_scale is 1, which is none"):
+        pipe.generate(CAPTION, guidance_scale=1.0, negative_prompt=OTHER)
+    with pytest.raises(InputError, match="guidance_scale is 1, which is none"):
+        next(pipe.stream(CAPTION, guidance_scale=1.0, negative_prompt=OTHER))
+
+
+@pytest.mark.parametrize("seeds", [np.int64(4), np.array([4, 4]), torch.tensor([4, 4]), (4, 4), [np.int32(4), 4]])
+def test_seeds_may_be_of_any_kind_of_whole_number(pipe: Pipeline, seeds):
+    pictures = pipe.generate([CAPTION, OTHER], seed=seeds)
+    expected = pipe.generate([CAPTION, OTHER], seed=4)
+    assert [json.loads(picture.info["smalti"]) for picture in pictures] == [
+        json.loads(picture.info["smalti"]) for picture in expected
+    ]
 
 
 def test_a_stream_ends_in_what_generate_gives(pipe: Pipeline):

@@ -176,7 +176,11 @@ def test_a_setting_of_another_version_is_named(bundles, drawn: Path, capsys):
 
 def test_files_that_tell_nothing(tmp_path, capsys):
     Image.new("RGB", (28, 28)).save(tmp_path / "plain.png")
-    for path, message in (("plain.png", "has no receipt"), ("none.png", "there is no file"), ("", "is a folder")):
+    for path, message in (
+        ("plain.png", "plain.png has no receipt"),
+        ("none.png", "there is no file"),
+        ("", "is a folder"),
+    ):
         assert run(["replay", str(tmp_path / path)]) == 2
         assert message in capsys.readouterr().err
 

@@ -207,6 +207,15 @@ def test_nothing_to_measure_is_an_error(pipe: Pipeline, judge: DigitClassifier):
         evaluate_digits(pipe, HeldOut(np.zeros((0, 28, 28, 3), np.uint8), [], "x"), classifier=judge)
 
 
+@pytest.mark.parametrize("caption", ["foo bar", "dark green eight on bright", "blueish green eight on bright cyan"])
+def test_a_caption_that_says_no_digit_is_named_by_its_row(
+    pipe: Pipeline, held_out: HeldOut, judge: DigitClassifier, caption: str
+):
+    captions = [*held_out.captions[:4], caption, *held_out.captions[5:]]
+    with pytest.raises(InputError, match=f"^thirteen digits: row 4: caption '{caption}'"):
+        evaluate_digits(pipe, held_out._replace(captions=captions), classifier=judge, show_progress=False)
+
+
 @pytest.mark.parametrize("bad", [{"num_pairs": 0}, {"best_of": (0,)}])
 def test_config_is_checked(bad: dict):
     with pytest.raises(ValueError, match=re.escape(next(iter(bad)))):

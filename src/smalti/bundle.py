@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smalti.errors import InputError
-from smalti.files import refuse_existing
+from smalti.files import cause, refuse_existing
 
 FORMAT = "smalti bundle"
 FORMAT_VERSION = 1
@@ -93,7 +93,7 @@ def write_bundle(directory: Path | str, write_files: Callable[[Path], dict[str, 
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.", suffix=".part"))
     except OSError as error:
-        raise InputError(f"{directory} cannot be written: {error.strerror}; give a folder you can write.") from error
+        raise InputError(f"{directory} cannot be written: {cause(error)}; give a folder you can write.") from error
     try:
         config = {"format": FORMAT, "format_version": FORMAT_VERSION, **write_files(temporary)}
         config["sha256"] = {
@@ -133,7 +133,10 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{path}: format version {config.get('format_version')}, this smalti reads version {FORMAT_VERSION}; "
             f"{'upgrade smalti' if _newer(config) else 'save the bundle again with this smalti'}."
         )
-    for name, sha256 in dict(config.get("sha256", {})).items():
+    checksums = config.get("sha256", {})
+    if not isinstance(checksums, dict):
+        raise InputError(f"{path}: the entry sha256 is no list of files; fetch or save the bundle again.")
+    for name, sha256 in checksums.items():
         file = directory / name
         if not file.is_file():
             raise InputError(f"{directory} lacks {name}; fetch or save the bundle again.")

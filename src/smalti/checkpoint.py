@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from smalti.errors import InputError
+from smalti.files import cause
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "training_state.pt"
@@ -50,7 +51,7 @@ def check_writable(directory: Path | str, expected_bytes: int = 0) -> None:
         free_bytes = shutil.disk_usage(directory).free
     except OSError as error:
         raise InputError(
-            f"cannot write checkpoints to {directory}: {error.strerror or error}; choose a folder that can be written."
+            f"cannot write checkpoints to {directory}: {cause(error)}; choose a folder that can be written."
         ) from error
     if free_bytes < expected_bytes:
         raise InputError(

@@ -23,6 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
 data_app = typer.Typer(help="Make the tables that training reads.", no_args_is_help=True)
@@ -701,7 +702,7 @@ def run(arguments: Sequence[str]) -> int:
         message, context = error.format_message(), getattr(error, "ctx", None)
         if not message:  # a command group alone: its help stands there already
             return 2
-        return _complain(f"{message} Try {context.command_path if context else 'smalti'} --help.")
+        return _complain(f"{message.rstrip('.')}. Try {context.command_path if context else 'smalti'} --help.")
     except (ValueError, OSError) as error:
         return _complain(_one_line(error))
     except (KeyboardInterrupt, typer.Abort):

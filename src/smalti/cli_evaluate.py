@@ -12,7 +12,7 @@ class BundleGroup(TyperGroup):
     """`smalti evaluate digits` is short for `smalti evaluate bundle digits`, whatever is not the name of a part."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, "--help"):
+        if args and args[0] not in (*self.commands, "--help", "-h"):
             args = ["bundle", *args]
         return super().parse_args(ctx, args)
 

@@ -11,7 +11,7 @@ class RecipeGroup(TyperGroup):
     """`smalti train demo` is short for `smalti train recipe demo`, whatever is not the name of a part."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, "--help"):
+        if args and args[0] not in (*self.commands, "--help", "-h"):
             args = ["recipe", *args]
         return super().parse_args(ctx, args)
 

@@ -12,12 +12,29 @@ from smalti.errors import InputError
 
 
 def refuse_existing(paths: Iterable[Path | str], *, force: bool = False) -> None:
-    """Raises InputError naming the first of the paths that exists, unless `force`: before work, not after it."""
+    """Raises InputError naming the first of the paths that exists, unless `force`, or that stands in no folder which
+    can be written: before work, not after it."""
     for path in map(Path, paths):
+        folder = next(place for place in path.absolute().parents if place.exists())
+        if not folder.is_dir():
+            raise InputError(f"{path} cannot be written: {folder} is a file, not a folder; give a path in a folder.")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(
+                f"{path} cannot be written: the folder {folder} is not yours to write in; give a path in one that is."
+            )
         if path.is_dir() and any(path.iterdir()) and not force:
             raise InputError(f"the folder {path} exists and is not empty: give another name, or --force to replace it.")
         if path.is_file() and not force:
             raise InputError(f"{path} exists already: give another name, or --force to replace it.")
+
+
+def cause(error: OSError) -> str:
+    """Why a file or folder cannot be made, in words; where a file stands in a folder's place, which."""
+    if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
+        for place in (Path(error.filename), *Path(error.filename).parents):
+            if place.is_file():
+                return f"{place} is a file, not a folder"
+    return error.strerror or str(error)
 
 
 @contextmanager
@@ -34,9 +51,7 @@ def new_file(path: Path | str, *, force: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be written: {error.strerror}; give a path in a folder you can write."
-        ) from error
+        raise InputError(f"{path} cannot be written: {cause(error)}; give a path in a folder you can write.") from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -66,7 +81,7 @@ def new_folder(path: Path | str, *, force: bool = False, holds: Callable[[Path],
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}; give a folder you can write.") from error
+        raise InputError(f"{path} cannot be written: {cause(error)}; give a folder you can write.") from error
     try:
         yield temporary
         temporary.chmod(0o755)

@@ -128,7 +128,7 @@ class LineModel:
             return cls(model=model, layout=layout, figures=config["figures"], name=config["name"])
         except InputError:
             raise
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             what = f"the entry {reason} is missing" if isinstance(error, KeyError) else reason
             raise InputError(

@@ -5,7 +5,7 @@ Letters: B batch, C H W image.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,18 +58,31 @@ def to_pictures(images: Float[Tensor, "B 3 H W"], config: PictureConfig, scale: 
     return [Image.fromarray(picture.numpy()) for picture in bytes_.contiguous()]
 
 
-def to_images(pictures: Sequence[Image.Image | Path | str], config: PictureConfig) -> Float[Tensor, "B 3 H W"]:
+Picture = Image.Image | Path | str
+"""A picture, or the path of its file."""
+
+
+def listed(pictures: Picture | Iterable[Picture]) -> list[Picture]:
+    """One picture, or several, as a list."""
+    return [pictures] if isinstance(pictures, Picture) else list(pictures)
+
+
+def to_images(pictures: Picture | Iterable[Picture], config: PictureConfig) -> Float[Tensor, "B 3 H W"]:
     """Pictures, or the paths of their files, as images in [0, 1].
 
     Raises InputError unless each is RGB and of the bundle's size, or that size enlarged a whole number of times with
     every pixel an even square, as smalti itself writes them.
     """
-    if not pictures:
-        return torch.zeros(0, 3, config.height, config.width)
-    return torch.stack([_to_image(picture, config) for picture in pictures])
+    images = [_to_image(picture, config) for picture in listed(pictures)]
+    return torch.stack(images) if images else torch.zeros(0, 3, config.height, config.width)
 
 
-def _to_image(picture: Image.Image | Path | str, config: PictureConfig) -> Float[Tensor, "3 H W"]:
+def _to_image(picture: Picture, config: PictureConfig) -> Float[Tensor, "3 H W"]:
+    if not isinstance(picture, Picture):
+        raise InputError(
+            f"a picture is given as {type(picture).__name__}; give a picture of Pillow or the path of a file "
+            "(PIL.Image.fromarray makes one of an array)."
+        )
     if isinstance(picture, Image.Image):
         name = getattr(picture, "filename", "") or "the picture"
     else:

@@ -9,10 +9,11 @@ Letters: B sequences, C H W image, h w code grid, L tokens of a caption.
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -28,7 +29,7 @@ from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.layout import Layout, SpanValues
 from smalti.likelihood import score
 from smalti.models import DecoderOnly, DecoderOnlyConfig
-from smalti.pictures import PictureConfig, to_images, to_pictures, with_receipt
+from smalti.pictures import Picture, PictureConfig, listed, to_images, to_pictures, with_receipt
 from smalti.sampling import SampleConfig
 from smalti.text_tokenizer import TextTokenizer
 
@@ -36,7 +37,7 @@ RERANKERS = ("picture", "caption", "pmi")
 """What best-of-n keeps the largest of: p(picture | caption), p(caption | picture), or their mutual information. A
 bundle that was trained in one order alone has no p(caption | picture)."""
 
-Pictures = Sequence[Image.Image | Path | str]
+Pictures = Picture | Iterable[Picture]
 Codes = Int[Tensor, "B h w"]
 
 
@@ -153,7 +154,7 @@ class Pipeline:
             )
         except InputError:
             raise
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             what = f"the entry {reason} is missing" if isinstance(error, KeyError) else reason
             raise InputError(
@@ -320,7 +321,7 @@ class Pipeline:
     ) -> list[tuple[int, Generated]]:
         """Each kept sequence with the seed it was drawn from."""
         self._check_drawing(n, best_of, rerank)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        seeds = [int(seed)] * len(prompts) if isinstance(seed, int | Integral) else [int(one) for one in seed]
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for all, or one each.")
         requests = [
@@ -340,6 +341,11 @@ class Pipeline:
         order = self._order("text", "image")
         request = Request(order=order, given={"text": words}, seed=seed)
         if config.guidance_scale == 1:
+            if negative_prompt is not None:
+                raise InputError(
+                    f"negative_prompt {negative_prompt!r} steers by guidance, and guidance_scale is 1, which is none; "
+                    "raise it, for example to 2."
+                )
             return request
         if negative_prompt is not None:
             return replace(request, null=Request(order=order, given={"text": self._whole(negative_prompt)}))
@@ -455,6 +461,7 @@ class Pipeline:
     ) -> Codes:
         """The codes of what `complete` draws below the rows of codes `kept`."""
         config = self._sample_config(self.sampling.picture if caption else SampleConfig(), sampling)
+        _check_completing(n, config, caption is not None)
         alone = self._uncaptioned(image=kept.flatten())
         request = alone
         if caption is not None:
@@ -467,14 +474,16 @@ class Pipeline:
     def complete_caption(self, beginning: str, *, seed: int = 0, n: int = 1, **sampling: Any) -> list[str]:
         """`n` captions that start with the given words, which may be none."""
         config = self._sample_config(SampleConfig(), sampling)
+        _check_completing(n, config, False)
         order, words = self._order("text", "image"), self._words(beginning)
         requests = [Request(order=order, given={"text": words}, seed=seed + i) for i in range(n)]
         return [self._text(sequence) for sequence in generate(self.model, self.layout, requests, config)]
 
     # Likelihood ------------------------------------------------------------------------------------------------
 
-    def score(self, pictures: Pictures, captions: Sequence[str], *, batch_size: int = 64) -> Scores:
+    def score(self, pictures: Pictures, captions: str | Sequence[str], *, batch_size: int = 64) -> Scores:
         """What each picture and its caption cost given the other, in nats. Raises InputError for unknown words."""
+        pictures, captions = listed(pictures), [captions] if isinstance(captions, str) else captions
         if len(pictures) != len(captions):
             raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions; give one caption a picture.")
         words = self._all_whole(captions)
@@ -510,9 +519,9 @@ class Pipeline:
     @torch.inference_mode()
     def encode(self, pictures: Pictures, *, batch_size: int = 64) -> Codes:
         """Codes of pictures or picture files. Raises InputError for a picture of the wrong size or mode."""
-        if not pictures:
-            return torch.zeros(0, *self.grid, dtype=torch.long)
         images = to_images(pictures, self.pictures)
+        if not len(images):
+            return torch.zeros(0, *self.grid, dtype=torch.long)
         return torch.cat([self.image_tokenizer.encode_images(batch) for batch in images.split(batch_size)])
 
     def decode(self, codes: Codes, *, scale: int | None = None, batch_size: int = 64) -> list[Image.Image]:
@@ -624,6 +633,16 @@ def _cell(text: Any) -> str:
 def _card_table(title: str, rows: Mapping[str, Any]) -> str:
     lines = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())
     return f"\n## {title}\n\n| | |\n|---|---|\n{lines}\n" if rows else ""
+
+
+def _check_completing(n: int, config: SampleConfig, captioned: bool) -> None:
+    if n < 1:
+        raise ValueError(f"n is {n}; it must be at least 1.")
+    if config.guidance_scale != 1 and not captioned:
+        raise InputError(
+            f"guidance_scale is {config.guidance_scale}, but guidance follows the caption of a picture, and none is "
+            "given: add one, or leave the guidance out."
+        )
 
 
 def _sample_config(given: Mapping[str, Any]) -> SampleConfig:

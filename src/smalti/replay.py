@@ -40,7 +40,7 @@ def replay(path: Path | str, bundle: str | Path | None = None) -> Replayed:
     with, naming both.
     """
     given = read_picture(path)
-    receipts = _checked(path, read_receipts(given))
+    receipts = _checked(path, read_receipts(path))
     pipe = _load(path, receipts[0], bundle)
     for receipt in receipts:
         if receipt["weights_sha256"] != pipe.weights_sha256:

@@ -43,7 +43,8 @@ class SampleConfig:
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "a share in (0, 1]")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "a share in [0, 1]")
-        _check(math.isfinite(self.guidance_scale), "guidance_scale", self.guidance_scale, "a finite number")
+        # beyond it, the difference of two logits would leave the range of float32
+        _check(abs(self.guidance_scale) <= 1e30, "guidance_scale", self.guidance_scale, "a number within ±1e30")
         _check(self.guidance_schedule in SCHEDULES, "guidance_schedule", self.guidance_schedule, ", ".join(SCHEDULES))
         _check(self.guidance_power > 0, "guidance_power", self.guidance_power, "more than 0")
         start, end = self.guidance_interval

@@ -83,7 +83,7 @@ def load_token_model(name: str | Path) -> TokenModel:
         layout = Layout.from_dict(config["layout"])
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         what = f"the entry {reason} is missing" if isinstance(error, KeyError) else reason
         raise InputError(

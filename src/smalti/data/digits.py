@@ -28,6 +28,7 @@ from torch import Tensor
 
 from smalti.data.pairs import PairTable
 from smalti.errors import InputError
+from smalti.files import cause
 
 Colour = tuple[int, int, int]
 
@@ -384,7 +385,7 @@ def write_digits(
                 _write_table(paths[split], split, coloured, notes[split], progress)
     except OSError as error:
         raise InputError(
-            f"cannot write the digits to {directory}: {error.strerror or error}; "
+            f"cannot write the digits to {directory}: {cause(error)}; "
             "choose a folder that can be written, with some 40 MB free"
         ) from error
     return paths

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from smalti.errors import InputError
 
@@ -176,6 +176,8 @@ def decode_picture(encoded: bytes) -> UInt8[np.ndarray, "H W 3"]:
             return np.asarray(_to_rgb(image))
     except InputError:
         raise
+    except UnidentifiedImageError as error:  # its own words name a place in memory
+        raise InputError(f"the {len(encoded)} bytes are not a whole picture (of no format that is known)") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"the {len(encoded)} bytes are not a whole picture ({_first_line(error)})") from error
 

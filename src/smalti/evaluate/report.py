@@ -178,6 +178,7 @@ def evaluate_digits(
     """Measures a bundle of coloured digits. `classifier` reads digits; by default the shipped one for their source."""
     if not pairs.captions:
         raise InputError(f"{pairs.source} holds no pictures to measure with.")
+    _check_captions(pipe, pairs)
     started_at = time.perf_counter()
     judge = classifier or load_digit_classifier(shipped_classifier(pairs.digits))
     codes = _encode(pipe, pairs.pictures)
@@ -207,6 +208,16 @@ def evaluate_digits(
         command=command,
         elapsed_s=round(time.perf_counter() - started_at, 1),
     )
+
+
+def _check_captions(pipe: Pipeline, pairs: HeldOut) -> None:
+    """Raises InputError naming the row of a caption that says no digit and colours, or not in the bundle's words."""
+    for row, caption in enumerate(pairs.captions):
+        try:
+            parse_caption(caption)
+            pipe.text_tokenizer.encode(caption)
+        except InputError as error:
+            raise InputError(f"{pairs.source}: row {row}: {error}") from error
 
 
 Advance = Callable[[float], None]
