@@ -1,12 +1,17 @@
 """The grid is found in planted fields, however they were read; positions are told for what they are."""
 
+import io
 import math
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from smalti.data.digit_sources import read_idx
+from smalti.data.digits import LEVEL_STEP, ColouringConfig, SourceDigits, colour_digits
 from smalti.errors import InputError
 from smalti.inspect.grid import OUTSIDE, Grid, infer_grid
 from smalti.inspect.positions import (
@@ -16,6 +21,7 @@ from smalti.inspect.positions import (
     position_statistics,
     special_positions,
 )
+from smalti.pipeline import Pipeline
 
 
 def markov_field(num: int, rows: int, columns: int, num_codes: int, seed: int = 0) -> np.ndarray:
@@ -57,7 +63,7 @@ def as_lines(field: np.ndarray, order: str, columns: tuple[int, ...] | None, bef
 def test_the_grid_is_found(rows, width, order, columns, before, after):
     lines = as_lines(markov_field(700, rows, width, 5), order, columns, before, after)
     found = infer_grid(lines, int(lines.max()) + 1, num_halvings=2, max_outside=4)
-    assert found.grid is not None
+    assert found.grid is not None and found.column_confidence >= 0.5
     assert (found.grid.rows, found.grid.columns) == (rows, width)
     assert (found.grid.order, found.grid.before, found.grid.after) == (order, before, after)
     # an order of columns and its mirror image have the same neighbours
@@ -76,6 +82,41 @@ def faces(num: int, rows: int, columns: int, num_codes: int) -> np.ndarray:
     for column in (0, columns - 1):
         field[:, :, column] = np.where(generator.random(field.shape[:2]) < 0.6, 0, field[:, :, column])
     return field
+
+
+@pytest.fixture(scope="module")
+def real_codes(shared_dir) -> dict[str, np.ndarray]:
+    """Codes of pictures by the tokenizers that ship: coloured MNIST, 7 × 7, and emoji, 8 × 8."""
+    ink = read_idx(shared_dir / "data" / "mnist" / "t10k-images-idx3-ubyte.gz", num_axes=3)[:2500]
+    source = SourceDigits(ink > 127, np.zeros(len(ink), np.uint8))
+    digits = colour_digits(source, "test", ColouringConfig()).pictures * LEVEL_STEP
+    pngs = pq.read_table(shared_dir / "data" / "emoji" / "train.parquet", columns=["image"])["image"].to_pylist()
+    pictures = {
+        "digits": [Image.fromarray(picture) for picture in digits],
+        "emoji": [Image.open(io.BytesIO(png)).resize((64, 64), Image.Resampling.BOX) for png in pngs[::4]],
+    }
+    return {name: Pipeline.load(name).encode(listed).numpy() for name, listed in pictures.items()}
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("order", ["raster", "snake"])
+@pytest.mark.parametrize(("name", "width"), [("digits", 7), ("emoji", 8)])
+def test_the_grid_of_real_pictures_is_found(name, width, order, shuffled, real_codes):
+    """Between a start and two specials behind, of which the second counts the different codes."""
+    columns = tuple(np.random.default_rng(3).permutation(width).tolist())
+    field = real_codes[name].reshape(-1, width, width)
+    inside = as_lines(field, order, columns if shuffled else None, 0, 0) + 1
+    count = np.array([[len(set(line))] for line in inside.tolist()])
+    lines = np.concatenate([np.zeros_like(count), inside, np.full_like(count, 1025), count], axis=1)
+    found = infer_grid(lines, 1026, num_halvings=2)
+    grid = found.grid
+    assert grid is not None and found.confidence == 1
+    assert (grid.rows, grid.columns, grid.order, grid.before, grid.after) == (width, width, order, 1, 2)
+    if not shuffled:
+        assert grid.column_order is None and found.column_confidence == 1
+    elif name == "digits":  # the columns of emoji, half of which are faces that mirror themselves, take more lines
+        assert grid.column_order in (columns, tuple(width - 1 - column for column in columns))
+        assert found.column_confidence >= 0.5
 
 
 @pytest.mark.parametrize("order", ["raster", "snake"])

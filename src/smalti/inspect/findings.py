@@ -156,6 +156,7 @@ def _say_grid(section: Section, found: GridFinding) -> None:
     reading = {"raster": "row by row", "snake": "row by row, every other row backwards"}[grid.order]
     if grid.column_order is not None:
         reading += f", the columns in the order {', '.join(map(str, grid.column_order))}"
+        reading += f" (or its mirror image; {found.column_confidence:.0%} of the halvings find it by themselves)"
     outside = [*range(grid.before), *range(grid.length - grid.after, grid.length)]
     section.say(
         f"The lines are pictures of {grid.rows} × {grid.columns} codes read {reading}; "

@@ -107,6 +107,8 @@ class GridFinding:
     """None if no grid explains the lines better than their order alone."""
     confidence: float
     """Share of the random halvings in which this shape and order of reading won, in [0, 1]."""
+    column_confidence: float
+    """Share of the halvings that, each by itself, put the columns in this order; 1 if they stand as read."""
     explained: float
     """Share of the mutual information between positions, unseen in fitting, that the winner explains."""
     runner_up: Grid | None
@@ -153,7 +155,12 @@ def infer_grid(
         if score.mean() > _SHUFFLE_GAIN * as_read:
             scores[reordered] = score
     line = _explained(_line_kinds(codes.shape[1]), halves)
-    return _decide(scores, line, strange, mutual_information(classes, num_classes, seed=seed))
+    found = _decide(scores, line, strange, mutual_information(classes, num_classes, seed=seed))
+    if found.grid is None or found.grid.column_order is None:
+        return found
+    as_read_shape = replace(found.grid, column_order=None)
+    agree = [_with_columns_in_order(as_read_shape, [half], entropy) == found.grid for half in halves]
+    return replace(found, column_confidence=sum(agree) / num_halvings)
 
 
 def _decide(
@@ -174,6 +181,7 @@ def _decide(
     return GridFinding(
         grid=winner if is_grid else None,
         confidence=wins[winner] / num_halvings if is_grid else 0.0,
+        column_confidence=1.0,
         explained=explained if is_grid else 0.0,
         runner_up=second,
         runner_up_explained=mean[second] if second is not None else 0.0,
