@@ -210,6 +210,19 @@ def test_what_a_layout_cannot_hold_is_refused():
         export_foreign(llamagen_vq.LAYOUT, module)
 
 
+def test_a_proxy_of_another_form_is_refused():
+    config = titok.read_config(TITOK_CONFIG)
+    config = replace(config, proxy=replace(config.proxy, form="llamagen"))
+    with pytest.raises(ValueError, match="titok layout cannot hold proxy VQGANConfig"):
+        export_foreign(titok.LAYOUT, titok.LAYOUT.build(config))
+
+
+def test_latents_that_start_from_regions_are_refused():
+    config = replace(titok.read_config(TITOK_CONFIG), num_latents=2, regional=True)
+    with pytest.raises(ValueError, match="titok layout cannot hold regional True; it would be read as False"):
+        export_foreign(titok.LAYOUT, titok.LAYOUT.build(config))
+
+
 def test_a_codebook_with_running_means_is_exported_without_them():
     config = llamagen_vq.read_config(LLAMAGEN_CONFIG)
     module = VQGAN(replace(config, quantizer=replace(config.quantizer, update="ema")))

@@ -30,6 +30,8 @@ TWO_STAGE = TiTokConfig(
     proxy=PROXY,
 )
 ONE_STAGE = replace(TWO_STAGE, target="pixels", proxy=None)
+# 6 x 10 patches to read and 3 x 5 to write: runs of 12 and of 3.
+REGIONAL = replace(ONE_STAGE, num_latents=5, regional=True)
 
 
 def build(config: TiTokConfig) -> TiTok:
@@ -51,13 +53,13 @@ def test_grids_and_released_sizes():
         assert round(sum(p.numel() for p in titok.parameters()) / 1e6) == millions
 
 
-@pytest.mark.parametrize("config", [TWO_STAGE, ONE_STAGE])
+@pytest.mark.parametrize("config", [TWO_STAGE, ONE_STAGE, REGIONAL])
 def test_shapes_and_the_same_codes_in_a_batch(config):
     titok = build(config)
     images = torch.rand(5, 3, 12, 20)
     with torch.inference_mode():
         codes = titok.encode_images(images)
-        assert codes.shape == (5, 1, 11)
+        assert codes.shape == (5, 1, config.num_latents)
         assert titok.decode_codes(codes).shape == images.shape
         assert torch.equal(codes, torch.cat([titok.encode_images(image[None]) for image in images]))
 
@@ -67,7 +69,7 @@ def test_other_sizes_are_refused():
         build(ONE_STAGE).encode_images(torch.rand(1, 3, 20, 12))
 
 
-@pytest.mark.parametrize("config", [TWO_STAGE, ONE_STAGE])
+@pytest.mark.parametrize("config", [TWO_STAGE, ONE_STAGE, REGIONAL])
 def test_forward_is_encode_then_decode_and_trains_every_parameter(config):
     titok = build(config)
     images = torch.rand(2, 3, 12, 20)
@@ -107,13 +109,56 @@ def test_pixel_head_puts_each_patch_in_its_place():
         torch.testing.assert_close(picture[0, colour, row * p + dy, column * p + dx], pixels[0, channel, row, column])
 
 
-def test_certain_logits_decode_as_the_proxy_does():
-    titok, proxy = build(TWO_STAGE), VQGAN(PROXY).eval()
+def test_a_regional_latent_starts_from_its_own_run_of_patches():
+    titok = build(REGIONAL)
+    for side in (titok.encoder, titok.decoder):  # without attention and feed-forward nothing is told to others
+        for block in side.blocks:
+            for layer in (block.attention.out, block.mlp_out):
+                torch.nn.init.zeros_(layer.weight)
+                torch.nn.init.zeros_(layer.bias)
+    images = torch.rand(1, 3, 12, 20)
+    other = images.clone()
+    other[:, :, 5, 7] += 1.0  # patch (2, 3), the 23rd of 60: of the second run
+    changed = (titok.encode_latents(other) - titok.encode_latents(images)).abs().amax((0, 1, 3))
+    assert changed.nonzero().flatten().tolist() == [1]
+
+    latents = torch.randn(1, 1, 5, 5)
+    nudged = latents.clone()
+    nudged[0, 0, 3] += 1.0  # its run is the patches 9 to 11 of 15: (1, 4), (2, 0), (2, 1)
+    changed = (titok.decode_grid(nudged) - titok.decode_grid(latents)).abs().amax((0, 1))
+    assert changed.nonzero().tolist() == [[1, 4], [2, 0], [2, 1]]
+
+
+def test_regional_latents_reach_the_quantizer_normalised_over_the_batch():
+    titok = build(REGIONAL).train()
+    latents = titok.encode_latents(3 * torch.rand(7, 3, 12, 20))
+    torch.testing.assert_close(latents.mean((0, 1, 2)), torch.zeros(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents.square().mean((0, 1, 2)), torch.ones(5), atol=0.1, rtol=0)
+    assert titok.latent_norm.running_mean.abs().max() > 0
+
+
+def test_pictures_start_near_gray():
+    torch.manual_seed(0)
+    pictures = TiTok(ONE_STAGE).decode_codes(torch.randint(37, (3, 1, 11))).detach()
+    assert abs(float(pictures.mean()) - 0.5) < 0.05
+    assert float(pictures.std()) < 0.2
+
+
+LOCAL = {"local": True, "fold": 2, "encoder_multipliers": (1, 2), "decoder_multipliers": (1, 2)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"form": "llamagen", "latent_channels": 5}, {"form": "llamagen", **LOCAL}],
+    ids=["maskgit", "llamagen", "local and folded"],
+)
+def test_certain_logits_decode_as_the_proxy_does(changes):
+    config = replace(PROXY, **changes)
+    titok, proxy = build(replace(TWO_STAGE, proxy=config)), VQGAN(config).eval()
     titok.load_proxy(proxy)
     codes = torch.randint(13, (2, 3, 5))
     logits = torch.nn.functional.one_hot(codes, 13).movedim(-1, 1) * 200.0
-    decoded = titok.proxy_decoder(titok.proxy_latents(logits))
-    torch.testing.assert_close(decoded, proxy.decode_codes(codes))
+    torch.testing.assert_close(titok.proxy_pictures(logits), proxy.decode_codes(codes), atol=1e-5, rtol=1e-5)
 
 
 def test_proxy_logits_have_one_entry_per_proxy_code_and_patch():
@@ -143,7 +188,7 @@ def test_decodes_in_bf16():
         ({"num_latents": 0}, "num_latents is 0"),
         ({"target": "words"}, 'target is \'words\'; use "proxy_codes" or "pixels"'),
         ({"target": "pixels"}, 'a proxy is needed for "proxy_codes" and only there'),
-        ({"proxy": replace(PROXY, form="llamagen")}, "the proxy has form 'llamagen'"),
+        ({"regional": True}, "the 6 x 10 patches of the encoder cannot be shared out evenly among 11 latents"),
         ({"image_size": (12, 22)}, "image_size 12 x 22 does not divide into patches of 4 x 4"),
     ],
 )

@@ -523,7 +523,8 @@ def test_the_command_line_says_what_to_mend(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_tokenizer_recipes_make_tokenizers_of_at_most_six_megabytes_in_half_precision():
+def test_the_tokenizer_recipes_make_small_tokenizers():
+    """At most 6 MB in half precision; 9 where a TiTok carries the decoder of the VQGAN whose codes it learned."""
     families = {VQGANConfig: VQGAN, ViTVQGANConfig: ViTVQGAN, TiTokConfig: TiTok}
     for name in shipped_recipes():
         recipe = load_recipe(name)
@@ -531,5 +532,6 @@ def test_the_tokenizer_recipes_make_tokenizers_of_at_most_six_megabytes_in_half_
             config = recipe.image_tokenizer.model
             with torch.device("meta"):
                 model = families[type(config)](config)
-            assert 2 * sum(tensor.numel() for tensor in model.state_dict().values()) < 6e6, name
+            most = 9e6 if config.grid == (1, 32) else 6e6
+            assert 2 * sum(tensor.numel() for tensor in model.state_dict().values()) < most, name
             assert config.grid in ((8, 8), (1, 32)) and config.image_size in ((64, 64), (128, 128))

@@ -95,6 +95,14 @@ def test_forward_is_encode_then_decode_and_trains_every_parameter():
     assert [name for name, p in vit.named_parameters() if p.grad is None] == []
 
 
+def test_pictures_start_near_gray():
+    torch.manual_seed(0)
+    vit = ViTVQGAN(TINY)
+    pictures = vit.decode_codes(torch.randint(TINY.codebook_size, (3, 3, 5))).detach()
+    assert abs(float(pictures.mean()) - 0.5) < 0.05
+    assert float(pictures.std()) < 0.2
+
+
 def test_a_patch_is_written_where_it_was_read():
     # The last layer alone: one-hot features at one cell must light that cell's pixels and no others.
     vit = build(TINY)

@@ -3,7 +3,7 @@
 For VQGAN, ViT-VQGAN and TiTok; digits and other small pictures in memory are `train_tokenizer`'s. A run has one of
 three stages:
 - "pixels": everything learns, from the losses of the rebuilt pictures;
-- "proxy_codes": TiTok's first stage, where logits over the codes of a frozen MaskGIT-VQGAN learn by cross-entropy;
+- "proxy_codes": TiTok's first stage, where logits over the codes of a frozen VQGAN learn by cross-entropy;
 - "decoder": TiTok's second stage, or an enlarged ViT-VQGAN decoder: encoder and codes stay as they are in
   `start_from`, and what comes after them learns from the losses of the rebuilt pictures.
 
@@ -42,7 +42,12 @@ from smalti.checkpoint import (
 )
 from smalti.data.picture_sets import PicturesConfig, PictureSet, training_batches
 from smalti.errors import InputError
-from smalti.evaluate.reconstruction import ReconstructionReport, measure_reconstruction, to_images
+from smalti.evaluate.reconstruction import (
+    ReconstructionReport,
+    find_image_tokenizer,
+    measure_reconstruction,
+    to_images,
+)
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.image_tokenizers.discriminators import make_discriminator
 from smalti.image_tokenizers.losses import (
@@ -76,7 +81,7 @@ from smalti.train_tokenizer import (
 TOKENIZER_PARTS = ("loss", "l2", "l1", "logit_laplace", "gradients", "perceptual", "proxy_nats", "quantizer")
 ADVERSARY_PARTS = ("generator", "adversarial_weight", "discriminator", "real_logit", "fake_logit", "gradient_norm")
 HEALTH_PARTS = ("usage", "perplexity", "dead_codes")
-ENCODER_SIDE = ("patches_in", "latent_tokens", "encoder", "to_code", "quantizer")
+ENCODER_SIDE = ("patches_in", "gather", "latent_tokens", "encoder", "to_code", "latent_norm", "quantizer")
 """The modules and parameters that make codes of pictures, in all three families."""
 
 WORSE_DB = 0.5
@@ -89,8 +94,8 @@ class TrainGANTokenizerConfig:
 
     What is evaluated and returned is a running mean of the weights with `weight_ema_decay` (0: the weights
     themselves), as it was at the evaluation that was best by `best_by`, or "last". "Every" counts steps; 0 is never.
-    `start_from` is the folder of an image tokenizer to start from, `proxy` that of the MaskGIT-VQGAN that the stage
-    "proxy_codes" learns from.
+    `start_from` is the folder of an image tokenizer to start from, or of the run that made it, `proxy` that of the
+    VQGAN whose codes the stage "proxy_codes" learns.
     """
 
     steps: int = 20_000
@@ -315,7 +320,9 @@ def train_gan_tokenizer(
             # The tokenizer's step
             model.train()
             if config.stage == "decoder":
-                cast(nn.Module, model.quantizer).eval()  # an EMA codebook would go on moving
+                for name in ("quantizer", "latent_norm"):  # an EMA codebook and running means would go on moving
+                    if hasattr(model, name):
+                        getattr(model, name).eval()
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate_at(step)
             images = to_images(next(read_ahead), config.device)
@@ -530,7 +537,7 @@ def _make_model(model_config: Any, config: TrainGANTokenizerConfig) -> nn.Module
 
 
 def _started_from(directory: Path, model_config: Any, stage: str) -> nn.Module:
-    model = load_image_tokenizer(directory)
+    model = load_image_tokenizer(find_image_tokenizer(directory))
     theirs: Any = model.config
     if theirs == model_config:
         return model
@@ -548,10 +555,10 @@ def _started_from(directory: Path, model_config: Any, stage: str) -> nn.Module:
 
 
 def _load_proxy(model: nn.Module, config: TrainGANTokenizerConfig) -> VQGAN | None:
-    """The frozen MaskGIT-VQGAN of the stage "proxy_codes"; its decoder and codebook are copied into the model."""
+    """The frozen VQGAN of the stage "proxy_codes"; its decoder and codebook are copied into the model."""
     if config.proxy is None:
         return None
-    proxy = load_image_tokenizer(config.proxy)
+    proxy = load_image_tokenizer(find_image_tokenizer(config.proxy))
     if not isinstance(model, TiTok) or model.config.proxy is None or not isinstance(proxy, VQGAN):
         raise InputError(
             'stage "proxy_codes" trains a TiTok with target "proxy_codes" on the codes of a VQGAN; the model is a '

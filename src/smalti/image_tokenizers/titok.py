@@ -6,11 +6,11 @@ head width, E code width, P proxy codes of width F, p patch side.
 The encoder reads the patches of a picture and n learned latent tokens together and keeps only the latter; the
 decoder rebuilds a grid of patches from mask tokens and the quantized latents. What stands in that grid is
 - "pixels" (one stage): the p x p pixels of the patch, smoothed by a 3x3 convolution;
-- "proxy_codes" (two stages): logits over the codes of a MaskGIT-VQGAN, whose decoder then makes the picture.
+- "proxy_codes" (two stages): logits over the codes of a VQGAN, whose decoder then makes the picture.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -60,11 +60,17 @@ ONE_STAGE_CODES = QuantizerConfig(codebook_size=8192, code_dim=64, update="gradi
 
 @dataclass(frozen=True, kw_only=True)
 class TiTokConfig:
-    """`image_size` is (rows, columns); positions are learned, so no other size can be encoded. `proxy` is the
-    MaskGIT-VQGAN behind "proxy_codes".
+    """`image_size` is (rows, columns); positions are learned, so no other size can be encoded. `proxy` is the VQGAN
+    behind "proxy_codes": MaskGIT-VQGAN in the released models, any other in those trained here.
 
     `mixed_latents` repeats a slip of the released two-stage models: the encoder's (n, D) output is read as
     (D, n) without transposing, which mixes channels and tokens. Off for anything newly trained.
+
+    With `regional`, which no published model has, each latent starts from a run of patches of its own, T / n of them
+    in raster order, and the decoder's patches start from the latent of their run; attention then adds what the rest of
+    the picture tells. The quantizer is given latents of mean 0 and variance 1 over the batch (BatchNorm, arXiv:
+    1502.03167). Without either, the first steps teach all latents to say the same, and attention takes thousands of
+    steps to find out what each could tell.
     """
 
     encoder: ViTConfig = LARGE
@@ -75,6 +81,7 @@ class TiTokConfig:
     target: Literal["proxy_codes", "pixels"] = "proxy_codes"
     proxy: VQGANConfig | None = VQGAN_PRESETS["maskgit"]
     mixed_latents: bool = False
+    regional: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "image_size", tuple(self.image_size))  # JSON has lists
@@ -84,10 +91,15 @@ class TiTokConfig:
             raise ValueError(f'target is {self.target!r}; use "proxy_codes" or "pixels".')
         if (self.target == "proxy_codes") != (self.proxy is not None):
             raise ValueError(f'target is {self.target!r}; a proxy is needed for "proxy_codes" and only there.')
-        if self.proxy is not None and self.proxy.form != "maskgit":
-            raise ValueError(f'the proxy has form {self.proxy.form!r}; it must be a VQGANConfig of form "maskgit".')
         check_image_size(*self.image_size, self.encoder.patch_size, "image_size")
         check_image_size(*self.image_size, self.decoder.patch_size, "image_size")
+        for side, name in ((self.encoder, "encoder"), (self.decoder, "decoder")):
+            rows, columns = self.patch_grid(side)
+            if self.regional and rows * columns % self.num_latents:
+                raise ValueError(
+                    f"the {rows} x {columns} patches of the {name} cannot be shared out evenly among "
+                    f"{self.num_latents} latents; with regional, num_latents must divide them."
+                )
 
     @property
     def codebook_size(self) -> int:
@@ -168,17 +180,26 @@ class TiTok(nn.Module):
         rows, columns = config.patch_grid(encoder)
         self.patches_in = nn.Conv2d(3, encoder.width, encoder.patch_size, stride=encoder.patch_size)
         self.latent_tokens = nn.Parameter(encoder.width**-0.5 * torch.randn(n, encoder.width))
+        if config.regional:
+            run = rows * columns // n
+            self.gather = nn.Conv1d(encoder.width, encoder.width, run, stride=run)
+            self.latent_norm = nn.BatchNorm1d(config.quantizer.code_dim, affine=False, momentum=0.05)
         self.encoder = Transformer(encoder, rows * columns, n)
         self.to_code = nn.Linear(encoder.width, config.quantizer.code_dim)
         self.quantizer = make_quantizer(config.quantizer)
         self.from_code = nn.Linear(config.quantizer.code_dim, decoder.width)
         rows, columns = config.patch_grid(decoder)
         self.mask_token = nn.Parameter(decoder.width**-0.5 * torch.randn(decoder.width))
+        if config.regional:
+            run = rows * columns // n
+            self.spread = nn.ConvTranspose1d(decoder.width, decoder.width, run, stride=run)
         self.decoder = Transformer(decoder, rows * columns, n)
         self.head = PixelHead(decoder) if config.proxy is None else ProxyHead(decoder.width, config.proxy)
         self.apply(init_weights)
+        if isinstance(self.head, PixelHead):
+            self.head.start_from_gray()
         if config.proxy is not None:
-            # Codebook and decoder of a trained MaskGIT-VQGAN: see `load_proxy`.
+            # Codebook and decoder of a trained VQGAN: see `load_proxy`.
             self.proxy_codebook = nn.Parameter(torch.randn(config.proxy.codebook_size, config.proxy.latent_channels))
             self.proxy_decoder = ProxyDecoder(config.proxy)
 
@@ -193,16 +214,24 @@ class TiTok(nn.Module):
             )
         B, n, D = len(images), self.config.num_latents, self.config.encoder.width
         patches = self.patches_in(images.to(self.patches_in.weight.dtype)).flatten(2).mT  # (B, T, D)
-        _, latents = self.encoder(patches, self.latent_tokens.expand(B, n, D))
+        start = self.latent_tokens.expand(B, n, D)
+        if self.config.regional:
+            start = start + self.gather(patches.mT).mT
+        _, latents = self.encoder(patches, start)
         if self.config.mixed_latents:
             latents = latents.reshape(B, D, n).mT
-        return self.to_code(latents)[:, None]
+        latents = self.to_code(latents)
+        if self.config.regional:
+            latents = self.latent_norm(latents.mT.to(self.gather.weight.dtype)).mT  # in float32 under autocast
+        return latents[:, None]
 
     def decode_grid(self, latents: Float[Tensor, "B 1 n E"]) -> Float[Tensor, "B D h w"]:
         """The decoder's features of each patch, on the grid of patches, before the head."""
         rows, columns = self.config.patch_grid(self.config.decoder)
         x = self.from_code(latents[:, 0].to(self.from_code.weight.dtype))
         masks = self.mask_token.expand(len(x), rows * columns, -1)
+        if self.config.regional:
+            masks = masks + self.spread(x.mT).mT
         patches, _ = self.decoder(masks, x)
         return patches.mT.unflatten(2, (rows, columns))
 
@@ -215,12 +244,15 @@ class TiTok(nn.Module):
         """The row of the proxy's codebook expected under the logits, for each patch."""
         return torch.einsum("bphw,pf->bfhw", logits.softmax(1), self.proxy_codebook)
 
+    def proxy_pictures(self, logits: Float[Tensor, "B P h w"]) -> Float[Tensor, "B C H W"]:
+        """What the proxy's decoder makes of its expected codes, float32 on the scale [0, 1], not clamped."""
+        pictures = self.proxy_decoder(channels_last_if_bf16(self.proxy_latents(logits))).float()
+        return pictures if self.config.proxy is None or self.config.proxy.form == "maskgit" else pictures / 2 + 0.5
+
     def decode_latents(self, latents: Float[Tensor, "B 1 n E"]) -> Float[Tensor, "B C H W"]:
         """Pictures from quantized latents, float32 on the scale [0, 1], not clamped."""
         x = self.head(self.decode_grid(latents))
-        if self.config.proxy is not None:
-            x = self.proxy_decoder(channels_last_if_bf16(self.proxy_latents(x)))
-        return x.float()
+        return x.float() if self.config.proxy is None else self.proxy_pictures(x)
 
     def encode_images(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B 1 n"]:
         """Codes of pictures in [0, 1] and of `config.image_size`, in one row."""
@@ -242,7 +274,9 @@ class TiTok(nn.Module):
             raise ValueError(f"the proxy given has {proxy.config}; this TiTok was built for {self.config.proxy}.")
         self.proxy_decoder.load_state_dict(proxy.decoder.state_dict())
         every_code = torch.arange(proxy.config.codebook_size, device=self.proxy_codebook.device)
-        self.proxy_codebook.data.copy_(proxy.quantizer.lookup(every_code))
+        # As wide as the decoder takes them: that layer is affine, so it may come before the expectation over codes.
+        entries = proxy.from_code(proxy.quantizer.lookup(every_code).mT[None, :, :, None])
+        self.proxy_codebook.data.copy_(entries[0, :, :, 0].mT)
 
 
 class PixelHead(nn.Module):
@@ -253,6 +287,13 @@ class PixelHead(nn.Module):
         self.patch_size = config.patch_size
         self.to_pixels = nn.Conv2d(config.width, 3 * config.patch_size**2, 1)
         self.smooth = nn.Conv2d(3, 3, 3, padding=1)
+
+    def start_from_gray(self) -> None:
+        """Sets the weights so that pictures start near mid-gray and the 3x3 convolution changes nothing. A random head
+        paints noise, and all that the first steps would teach the network is to be silent."""
+        self.to_pixels.weight.data.mul_(0.1)
+        nn.init.dirac_(self.smooth.weight)
+        nn.init.constant_(cast(Tensor, self.smooth.bias), 0.5)
 
     def forward(self, x: Float[Tensor, "B D h w"]) -> Float[Tensor, "B C H W"]:
         B, _, h, w = x.shape
@@ -278,7 +319,7 @@ def init_weights(module: nn.Module) -> None:
     """Normal matrices and zero biases. The original's deviation is 0.02 at every size, which suits width 1,024; here
     it grows as layers get narrower. With 0.02 a network of width 64 stays at one picture for all: 8 pictures come
     out at 13 dB after 600 steps, and at 29 dB so."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d | nn.ConvTranspose1d):
         nn.init.normal_(module.weight, std=0.02 * (1024 / module.weight[0].numel()) ** 0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

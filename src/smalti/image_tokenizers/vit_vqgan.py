@@ -9,6 +9,7 @@ the codes. The paper instead puts one extra tanh feed-forward layer after the en
 """
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -165,6 +166,10 @@ class ViTVQGAN(nn.Module):
         self.decoder = Transformer(config.decoder, config.grid)
         self.patches_out = nn.ConvTranspose2d(config.decoder.width, C, patch_size, stride=patch_size)
         self.apply(init_weights)
+        # From mid-gray: with the original's start pictures are noise of deviation 1, and all that the first steps would
+        # teach the network is to be silent.
+        self.patches_out.weight.data.mul_(0.1)
+        nn.init.constant_(cast(Tensor, self.patches_out.bias), 0.5)
 
     def encode_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         """What the encoder makes of each patch, before the projection to code width. Raises ValueError if H
