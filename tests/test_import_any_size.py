@@ -322,3 +322,32 @@ def test_every_perturbed_array_is_seen(folders, tmp_path, capsys, name):
     printed = capsys.readouterr().out
     assert {line.split()[0] for line in printed.splitlines() if line.rstrip().endswith("FAILS")} == outputs
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", "config.json is not a file; give a JSON"),
+        ("weights.pt", "holds 0 weight files; a reference folder has exactly one of"),
+        ("io.npz", "io.npz cannot be read as reference arrays"),
+        ("everything", "holds 0 weight files; a reference folder has exactly one of"),
+    ],
+)
+def test_an_incomplete_reference_folder_is_refused(folders, tmp_path, capsys, missing, message):
+    folder, partial = folders["deepul, narrow"], tmp_path / "partial"
+    shutil.copytree(folder, partial, ignore=shutil.ignore_patterns("*" if missing == "everything" else missing))
+    command = ["import", "deepul", str(weights_in(folder)), "--verify", str(partial), "-o", str(tmp_path / "out")]
+    assert run(command) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_differ_from_the_folders_are_seen(folders, tmp_path, capsys):
+    """A reference folder of the same sizes judges the file that is imported, not its own."""
+    folder = folders["deepul, narrow"]
+    state = torch.load(weights_in(folder), weights_only=True)
+    state["pre_quantization_conv.bias"] += 0.01
+    torch.save(state, tmp_path / "other.pt")
+    command = ["import", "deepul", str(tmp_path / "other.pt"), "--verify", str(folder), "-o", str(tmp_path / "out")]
+    assert run(command) == 1
+    assert "the reference was not reproduced; nothing was written" in capsys.readouterr().err
