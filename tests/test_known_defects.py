@@ -115,13 +115,15 @@ def test_log_probs_of_the_unfiltered_distribution_are_noticed(monkeypatch):
 
 
 SIDE_EFFECTS = """
-import logging, socket
+import importlib, logging, pkgutil, socket
 import torch
 def refuse(*args, **kwargs):
     raise OSError("an import opened a socket")
 socket.socket.connect = refuse
 state, threads = torch.random.get_rng_state(), torch.get_num_threads()
-import smalti.generate, smalti.likelihood
+import smalti
+for module in pkgutil.walk_packages(smalti.__path__, "smalti."):
+    importlib.import_module(module.name)
 assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
 assert torch.get_num_threads() == threads and torch.equal(torch.random.get_rng_state(), state)
 assert not logging.getLogger().handlers

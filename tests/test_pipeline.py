@@ -341,6 +341,14 @@ def test_what_is_no_picture_is_named_by_its_type(pipe: Pipeline, given):
         pipe.caption(given)
 
 
+@pytest.mark.parametrize(
+    "codes", [torch.zeros(1, 49, dtype=torch.long), torch.zeros(2, 7, 7), torch.zeros(7, 7, dtype=torch.long)]
+)
+def test_codes_of_another_shape_are_refused(pipe: Pipeline, codes: torch.Tensor):
+    with pytest.raises(InputError, match=r"codes are .* expected whole numbers of the shape \(N, 7, 7\), such as"):
+        pipe.decode(codes)
+
+
 def test_completing_needs_a_caption_for_guidance_and_one_to_complete(pipe: Pipeline):
     kept = torch.zeros(2, 7, dtype=torch.long)
     with pytest.raises(InputError, match=r"guidance_scale is 2\.0, but guidance follows the caption .* none is given"):

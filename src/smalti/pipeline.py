@@ -530,7 +530,13 @@ class Pipeline:
 
     @torch.inference_mode()
     def decode_images(self, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
-        """Images of codes as the image tokenizer gives them, not clamped to [0, 1]."""
+        """Images of codes as the image tokenizer gives them, not clamped to [0, 1]. Raises InputError for codes of
+        another shape than the grid's, or that are no whole numbers."""
+        if codes.shape[1:] != self.grid or codes.is_floating_point():
+            raise InputError(
+                f"codes are {tuple(codes.shape)} of {codes.dtype}; expected whole numbers of the shape "
+                f"(N, {self.grid[0]}, {self.grid[1]}), such as encode and generate_codes return."
+            )
         if not len(codes):
             return torch.zeros(0, 3, self.pictures.height, self.pictures.width)
         return torch.cat([self.image_tokenizer.decode_codes(batch) for batch in codes.split(batch_size)])
