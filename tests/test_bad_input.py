@@ -60,9 +60,9 @@ def test_ten_thousand_words_are_cut_with_a_warning_in_one_line(smalti, bundle: P
 
 def test_ten_thousand_unknown_words_are_an_error_of_readable_length(smalti, tmp_path):
     prompt = " ".join(f"word{i}" for i in range(10_000))
-    code, err = smalti("generate", prompt, "-o", tmp_path / "a.png")
+    code, err = smalti("generate", prompt, "-o", tmp_path / "a.png", "--bundle", "digits")
     assert code == 2 and "and 9994 more" in err and len(err) < 1000
-    code, err = smalti("generate", "", "-o", tmp_path / "a.png")
+    code, err = smalti("generate", "", "-o", tmp_path / "a.png", "--bundle", "digits")
     assert code == 2 and "has 0 words; this bundle's captions have 6" in err
 
 

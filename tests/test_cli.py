@@ -165,7 +165,10 @@ def test_import_lines(smalti, tmp_path):
         (("generate", CAPTION, "-o", "TMP/a.png", "--frob", "x"), "No such option: --frob"),
         (("generate", CAPTION, "-o", "TMP/a.jpg"), "a.jpg: pictures are written as PNG"),
         (("generate", CAPTION, "-o", "TMP/no/such/\0/a.png"), "null byte"),
-        (("generate", "drak green eight on bright cyan", "-o", "TMP/a.png"), "'drak' (did you mean dark"),
+        (
+            ("generate", "drak green eight on bright cyan", "-o", "TMP/a.png", "--bundle", "digits"),
+            "'drak' (did you mean dark",
+        ),
         (("generate", "dark green", "-o", "TMP/a.png"), "has 2 words; this bundle's captions have 6"),
         (("generate", CAPTION, "-o", "TMP/a.png", "--top-p", "7"), "top_p is 7.0; expected a share in (0, 1]"),
         (("generate", CAPTION, "-o", "TMP/a.png", "--rerank", "x"), "rerank 'x' is unknown; choose one of picture"),

@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from smalti.cli_evaluate import app as evaluate_app
 from smalti.cli_interop import app as interop_app
 from smalti.cli_train import app as train_app
+from smalti.default_bundle import DEFAULT_BUNDLE, bundle_for_picture, bundle_for_prompt
 from smalti.errors import InputWarning
 
 app = typer.Typer(
@@ -34,7 +35,11 @@ app.add_typer(evaluate_app, name="evaluate")
 console = Console()
 
 Bundle = Annotated[
-    str, typer.Option(help="A shipped bundle's name (smalti info --list), a folder, or a hub's owner/name.")
+    str | None,
+    typer.Option(
+        help="A shipped bundle's name (smalti info --list), a folder, or a hub's owner/name (default: emoji for a "
+        "picture of its size, else digits)."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="The same seed and prompt give the same picture, whatever else is drawn.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
@@ -50,7 +55,6 @@ Guidance = Annotated[
 Schedule = Annotated[
     str | None, typer.Option(help="How the guidance grows from 1 over a picture: constant, linear, cosine.")
 ]
-DEFAULT_BUNDLE = "digits"
 OF_PICTURES, OF_LINES = "For a bundle of pictures", "For a bundle of lines"
 
 
@@ -73,7 +77,13 @@ def options(
 def generate(
     prompt: Annotated[str, typer.Argument(help="The caption: any text, or words that the bundle knows.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file; with -n 3: NAME-1.png to NAME-3.png.")],
-    bundle: Bundle = DEFAULT_BUNDLE,
+    bundle: Annotated[
+        str | None,
+        typer.Option(
+            help="A shipped bundle's name (smalti info --list), a folder, or a hub's owner/name (default: digits if it "
+            "knows every word of the prompt, else emoji, which takes any)."
+        ),
+    ] = None,
     seed: Seed = 0,
     n: Count = 1,
     grid: Annotated[
@@ -102,7 +112,10 @@ def generate(
     _refuse_existing(outputs, force)
     from smalti.pipeline import Pipeline
 
-    pictures = Pipeline.load(bundle).generate(
+    chosen = None
+    if bundle is None:
+        chosen = bundle_for_prompt(prompt, negative_prompt or "")
+    pictures = Pipeline.load(chosen.name if chosen else bundle or DEFAULT_BUNDLE).generate(
         prompt,
         seed=seed,
         n=n,
@@ -124,6 +137,8 @@ def generate(
 
         pictures = [to_grid(pictures)]
     _save(pictures, outputs, force)
+    if chosen:
+        typer.echo(f"drawn by the bundle {chosen.name} ({chosen.why}); --bundle chooses another", err=True)
 
 
 @app.command(epilog="Examples: smalti replay eight.png · smalti replay bird.png -o again.png --bundle out/cc3m/bundle")
@@ -161,7 +176,7 @@ def caption(
     pictures: Annotated[
         list[Path], typer.Argument(help="Picture files, as large as the bundle's pictures or enlarged whole.")
     ],
-    bundle: Bundle = DEFAULT_BUNDLE,
+    bundle: Bundle = None,
     seed: Seed = 0,
     temperature: Temperature = None,
     guidance_scale: Guidance = None,
@@ -170,7 +185,7 @@ def caption(
     from smalti.pipeline import Pipeline
 
     given = _given(temperature=temperature, guidance_scale=guidance_scale)
-    for line in Pipeline.load(bundle).caption(list(pictures), seed=seed, **given):
+    for line in Pipeline.load(_bundle_for_picture(bundle, pictures[0])).caption(list(pictures), seed=seed, **given):
         typer.echo(line)
 
 
@@ -199,7 +214,7 @@ def complete(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="PNG file for completed pictures, or text file for lines.")
     ] = None,
-    bundle: Bundle = DEFAULT_BUNDLE,
+    bundle: Bundle = None,
     seed: Seed = 0,
     n: Annotated[
         int | None,
@@ -240,6 +255,7 @@ def complete(
     """
     from smalti.line_model import KIND, bundle_kind
 
+    bundle = _bundle_for_picture(bundle, picture)
     of_pictures = _given(picture=picture, rows=rows, n=n, scale=scale, guidance_scale=guidance_scale)
     of_lines = _given(strategy=strategy, num_candidates=num_candidates, beam_width=beam_width, batch_size=batch_size)
     sampling = _given(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -276,6 +292,16 @@ def complete(
     _save(drawn, outputs, force)
 
 
+def _bundle_for_picture(bundle: str | None, picture: Path | None) -> str:
+    """The bundle that was named, or else the one of pictures of this size; says so where that is not the usual one."""
+    if bundle is not None or picture is None:
+        return bundle or DEFAULT_BUNDLE
+    chosen = bundle_for_picture(picture)
+    if chosen.name != DEFAULT_BUNDLE:
+        typer.echo(f"read by the bundle {chosen.name} ({chosen.why}); --bundle chooses another", err=True)
+    return chosen.name
+
+
 def _refuse_options(options: dict[str, Any], bundle: str, kind: str) -> None:
     for name in options:
         raise ValueError(
@@ -306,7 +332,7 @@ def _complete_lines(
 def score(
     source: Annotated[Path, typer.Argument(help="A picture file; for a bundle of lines, a file of lines.")],
     captions: Annotated[list[str] | None, typer.Argument(help="One or more captions of the picture.")] = None,
-    bundle: Bundle = DEFAULT_BUNDLE,
+    bundle: Bundle = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     output: Annotated[
         Path | None,
@@ -324,6 +350,7 @@ def score(
     """
     from smalti.line_model import KIND, bundle_kind
 
+    bundle = _bundle_for_picture(bundle, source)
     if bundle_kind(bundle) == KIND:
         if captions:
             raise ValueError(f"{bundle} is a bundle of lines, which knows no captions; leave them out.")

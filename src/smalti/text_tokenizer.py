@@ -230,9 +230,11 @@ class TextTokenizer:
         """Ids in the whole vocabulary of a line such as `a river<|startofimage|><|image:7|><|endofimage|>`.
 
         Here, and nowhere else, what is typed as a marker or picture code is one. Raises ValueError if the tokenizer
-        holds text alone.
+        holds text alone, InputError for text that is not Unicode.
         """
-        return self._with_controls.encode(line, add_special_tokens=False).ids
+        tokenizer = self._with_controls
+        self._check(line)
+        return tokenizer.encode(line, add_special_tokens=False).ids
 
     def to_line(self, token_ids: Sequence[int]) -> str:
         """The line that `parse` reads as these ids. Raises ValueError for an id outside the vocabulary."""
@@ -257,18 +259,24 @@ class TextTokenizer:
                 f"{' '.join(vocabulary.specials)}; use the tokenizer the model was trained with."
             )
 
-    def _check(self, caption: str) -> None:
+    def unknown_words(self, caption: str) -> list[str]:
+        """The words of a caption that are not in a vocabulary of words, each once; of pieces of words there are none.
+
+        Raises InputError for text that is not Unicode.
+        """
         if max(caption, default="") >= "\ud800" and any("\ud800" <= letter <= "\udfff" for letter in caption):
             raise InputError(
                 f"caption {shortened(caption)!r} is not valid Unicode: not UTF-8, or half a surrogate pair."
             )
         if not isinstance(self._tokenizer.model, models.WordLevel):
-            return  # pieces of words spell any word
+            return []  # pieces of words spell any word
         normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
         text = normalizer.normalize_str(caption) if normalizer else caption
         found = [word for word, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
-        unknown = [word for word in dict.fromkeys(found) if word not in self._vocabulary]
-        if unknown:
+        return [word for word in dict.fromkeys(found) if word not in self._vocabulary]
+
+    def _check(self, caption: str) -> None:
+        if unknown := self.unknown_words(caption):
             near = {word: difflib.get_close_matches(word, self.words, n=3) for word in unknown[:MAX_HINTS]}
             hints = [
                 repr(word) + (f" (did you mean {' or '.join(near[word])}?)" if near[word] else "") for word in near
