@@ -55,8 +55,8 @@ class TokenizeConfig:
     """What to do about a broken record: "stop", or "skip" and report it."""
     batch_size: int = 256
     """Pictures encoded at a time."""
-    records_per_part: int = 8192
-    """What is lost at most when a run is killed."""
+    records_per_part: int = 512
+    """What is lost at most when a run is killed: minutes with the large networks, which encode one or two a second."""
     workers: int = 0
     """Processes that share the parts; 0: this one does them."""
 
