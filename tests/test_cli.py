@@ -171,7 +171,11 @@ def test_import_lines(smalti, tmp_path):
         ),
         (("generate", "dark green", "-o", "TMP/a.png"), "has 2 words; this bundle's captions have 6"),
         (("generate", CAPTION, "-o", "TMP/a.png", "--top-p", "7"), "top_p is 7.0; expected a share in (0, 1]"),
-        (("generate", CAPTION, "-o", "TMP/a.png", "--rerank", "x"), "rerank 'x' is unknown; choose one of picture"),
+        (
+            ("generate", CAPTION, "-o", "TMP/a.png", "--best-of", "2", "--rerank", "x"),
+            "rerank 'x' is unknown; choose one of picture",
+        ),
+        (("generate", CAPTION, "-o", "TMP/a.png", "--rerank", "pmi"), "one picture to choose from; give --best-of 2"),
         (
             ("generate", CAPTION, "-o", "TMP/a.png", "--negative-prompt", CAPTION, "--guidance-scale", "1"),
             "steers by guidance, and guidance_scale is 1",

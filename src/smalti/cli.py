@@ -17,7 +17,7 @@ from smalti.cli_evaluate import app as evaluate_app
 from smalti.cli_interop import app as interop_app
 from smalti.cli_train import app as train_app
 from smalti.default_bundle import DEFAULT_BUNDLE, bundle_for_picture, bundle_for_prompt
-from smalti.errors import InputWarning
+from smalti.errors import InputError, InputWarning
 
 app = typer.Typer(
     name="smalti",
@@ -110,6 +110,8 @@ def generate(
     """Draw pictures of a caption. Each PNG says in itself how it was made; `smalti replay` draws it again."""
     outputs = _output_names(output, 1 if grid else n)
     _refuse_existing(outputs, force)
+    if rerank and best_of == 1:
+        raise InputError(f"--rerank {rerank} has one picture to choose from; give --best-of 2 or more as well.")
     from smalti.pipeline import Pipeline
 
     chosen = None

@@ -238,11 +238,10 @@ class Pipeline:
         """`n` pictures of each prompt, those of one prompt together, each enlarged `scale` times.
 
         Picture i of a prompt is drawn with the seed `seed + i`, whatever else is asked for; `seed` may be one for each
-        prompt. With `best_of` m > 1 it is
-        the best, by `rerank` (see RERANKERS; by default the first of `rerankers`), of m pictures drawn with the seeds
-        from `seed + i · m` on. Guidance
-        steers away from pictures without a caption, or from those of `negative_prompt`. `sampling` are fields of
-        `SampleConfig`. Every picture carries its receipt in `info["smalti"]`. Raises InputError for unknown words.
+        prompt. With `best_of` m > 1 it is the best, by `rerank` (see RERANKERS; by default the first of `rerankers`),
+        of m pictures drawn with the seeds from `seed + i · m` on. Guidance steers away from pictures without a caption,
+        or from those of `negative_prompt`. `sampling` are fields of `SampleConfig`. Every picture carries its receipt
+        in `info["smalti"]`. Raises InputError for unknown words.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         config = self._sample_config(self.sampling.picture, sampling)
