@@ -100,7 +100,7 @@ def test_later_changes_win_and_null_takes_a_setting_back():
         (["train=3", "train.seed=1"], "'train.seed=1': the recipe's train is not a section but 3."),
         (["train.seed=[1"], "'train.seed=[1': the value cannot be read as YAML; put it in quotes."),
         (["train.learning_rate=-1"], "recipe digits: train: learning_rate is -1.0; it must be more than 0."),
-        (["num_steps=3"], "recipe digits: train: give num_epochs (30.0) or num_steps (3), and not both."),
+        (["num_steps=3"], "recipe digits: train: num_epochs is 30.0 and num_steps 3; give one of them and not both"),
         (["d_model=130"], "recipe digits: model: d_model 130 is not divisible by num_heads 4."),
         (["data.source=cifar"], "recipe digits: data.source is 'cifar'; expected 'scikit-learn', 'mnist' or 'pickle'."),
         (["data.path=null"], 'recipe digits: data: path is None, and source "mnist" needs a path.'),

@@ -52,7 +52,6 @@ def recipe(tmp_path):
         "watch": {"prompts": ["a | red bird", ""], "every": 2},
         "output": str(tmp_path / "out"),
     }
-    content["data"]["size"] = [28, 28]
     content["model"] |= {"num_layers": 1, "d_model": 24, "num_heads": 3, "d_ff": 29}
     content["layout"]["orders"] = {"text to image": "(text{..9}) <|startofimage|> image{49} <|endofimage|>"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))

@@ -547,8 +547,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "give num_epochs (None) or num_steps (None), and not both"),
-        ({"num_steps": 3, "num_epochs": 2}, "give num_epochs (2) or num_steps (3), and not both"),
+        ({}, "num_epochs is None and num_steps None; give one of them and not both"),
+        (
+            {"num_steps": 3, "num_epochs": 2},
+            "num_epochs is 2 and num_steps 3; give one of them and not both: the other is null",
+        ),
         ({"num_steps": 3, "schedule": "linear"}, "schedule 'linear' is unknown; choose one of constant, cosine"),
         ({"num_steps": 3, "batch_size": 0}, "batch_size is 0; it must be more than 0"),
         ({"num_steps": 3, "learning_rate": -1}, "learning_rate is -1; it must be more than 0"),

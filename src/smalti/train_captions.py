@@ -55,6 +55,7 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
     )
     layout = Layout.parse(config.vocabulary, recipe.layout.orders)
     max_text_length = _check_spans(layout, image_tokenizer)
+    size = recipe.data.size or _picture_size(image_tokenizer)
     sources = {"train": recipe.data.train, "validation": recipe.data.validation}
     given = None if recipe.text_tokenizer is None else TextTokenizer.load(recipe.text_tokenizer)
     if given is not None:
@@ -87,9 +88,7 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
             dist.barrier()
         text_tokenizer = TextTokenizer.load(output / "text_tokenizer.json")
         if rank == 0:
-            tokenizing = TokenizeConfig(
-                size=recipe.data.size, max_text_length=max_text_length, on_error=recipe.data.on_error
-            )
+            tokenizing = TokenizeConfig(size=size, max_text_length=max_text_length, on_error=recipe.data.on_error)
             for split in (split for split in sources if split not in opened):
                 tokens = output / "tokens" / f"{split}.parquet"
                 _tokenize(sources[split], tokens, image_tokenizer, text_tokenizer, tokenizing, show_progress)
@@ -101,13 +100,12 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
         )
 
         def make_pipeline(model: DecoderOnly, **described: Any) -> Pipeline:
-            height, width = recipe.data.size
             return Pipeline(
                 model=model,
                 layout=layout,
                 image_tokenizer=image_tokenizer,
                 text_tokenizer=text_tokenizer,
-                pictures=PictureConfig(height=height, width=width, scale=recipe.data.scale),
+                pictures=PictureConfig(height=size[0], width=size[1], scale=recipe.data.scale),
                 sampling=recipe.sample,
                 name=output.name,
                 **described,
@@ -174,6 +172,12 @@ def _likelihood_figures(pipe: Pipeline, validation: Pairs, num_rows: int) -> dic
                     what = f"validation nats per {part} token, {name}{given}"
                     figures[what] = f"{nats.nats_per_token:.4f} ± {nats.standard_error:.4f}"
     return figures
+
+
+def _picture_size(image_tokenizer: Any) -> tuple[int, int]:
+    """Rows and columns that an image tokenizer was trained on."""
+    size = image_tokenizer.config.image_size
+    return (size, size) if isinstance(size, int) else size
 
 
 def _check_spans(layout: Layout, image_tokenizer: Any) -> int:

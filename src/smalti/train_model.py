@@ -135,7 +135,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if (self.num_epochs is None) == (self.num_steps is None):
-            raise ValueError(f"give num_epochs ({self.num_epochs}) or num_steps ({self.num_steps}), and not both.")
+            given = f"num_epochs is {self.num_epochs} and num_steps {self.num_steps}"
+            raise ValueError(f"{given}; give one of them and not both: the other is null.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}.")
         positive = "num_epochs num_steps batch_size num_micro_batches learning_rate max_grad_norm patience"

@@ -200,8 +200,8 @@ class CaptionedPictures(Section):
 
     train: Path | None = None
     validation: Path | None = None
-    size: tuple[int, int]
-    """Rows and columns to which pictures are cropped and resized: what the image tokenizer was trained on."""
+    size: tuple[int, int] | None = None
+    """Rows and columns to which pictures are cropped and resized; None: those the image tokenizer was trained on."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do about a broken picture."""
     scale: int = 1
