@@ -1,4 +1,4 @@
-# make demo    train a whole system on bundled digits and look at it (about five minutes on two cores)
+# make demo    train a whole system on bundled digits and look at it (about four minutes on two cores)
 # make test    install what the tests need and run them
 # make lint    formatting, lint and types
 PYTHON ?= python3.11

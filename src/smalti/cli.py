@@ -117,7 +117,8 @@ def generate(
     chosen = None
     if bundle is None:
         chosen = bundle_for_prompt(prompt, negative_prompt or "")
-    pictures = Pipeline.load(chosen.name if chosen else bundle or DEFAULT_BUNDLE).generate(
+        bundle = chosen.name
+    pictures = Pipeline.load(bundle).generate(
         prompt,
         seed=seed,
         n=n,
