@@ -1,8 +1,9 @@
 """Training steps on a CPU in a fraction of the time: loss and gradients from one native kernel (`native/train.cpp`).
 
-`NativeLoss` gives what `models.slot_nll` gives under autocast to bfloat16, as one node of autograd's graph: gradients
-reach the parameters, their hooks and what else the graph holds as usual. Products are rounded as autocast rounds them;
-residual stream, norms, softmax and sums stay in float32. Results do not depend on the number of threads.
+`NativeLoss` gives what `models.slot_nll` gives, as one node of autograd's graph: gradients reach the parameters, their
+hooks and what else the graph holds as usual. Products are in float32 on any processor, or in bfloat16 where it has units
+for them, and are then rounded as autocast rounds them; residual stream, norms, softmax and sums stay in float32. Results
+do not depend on the number of threads.
 
 `make_native_loss` says whether it can take a model. The plain path is the oracle.
 
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from smalti import native
 from smalti.layout import Slot
 from smalti.models import DecoderOnly, SlotTargets
+from smalti.processor import multiplies_bfloat16
 from smalti.transformer import FEED_FORWARDS, Block
 
 LONGEST = 512
@@ -60,15 +62,17 @@ class _Task(ctypes.Structure):
     )
 
 
-def why_not(model: DecoderOnly) -> str | None:
-    """What keeps the kernel from training this model here, in words; None if it can."""
+def why_not(model: DecoderOnly, precision: str = "float32") -> str | None:
+    """Everything that keeps the kernel from training this model here, in words and in one order; None if it can.
+
+    `precision`, "float32" or "bfloat16", is that of the products."""
     config = model.config.transformer
     widths = {"d_model": config.d_model, "d_ff": config.d_ff, "key-value width": config.kv_width}
     uneven = [f"{name} {width}" for name, width in widths.items() if width % EDGE]
     checks = {
         "the model is not on the CPU": model.device.type == "cpu",
         "the weights are not float32": all(weight.dtype == torch.float32 for weight in model.parameters()),
-        "the processor has no bfloat16 products": torch.cpu._is_avx512_bf16_supported(),
+        "the processor has no bfloat16 products": precision != "bfloat16" or multiplies_bfloat16(),
         f"{', '.join(uneven)}: not a multiple of {EDGE}": not uneven,
         f"heads are wider than {WIDEST_HEAD}": config.head_dim <= WIDEST_HEAD,
         "the heads together are not as wide as d_model": config.q_width == config.d_model,
@@ -76,19 +80,19 @@ def why_not(model: DecoderOnly) -> str | None:
         "queries and keys are normed": not config.qk_norm,
         "attention has dropout": not config.attention_dropout,
     }
-    return next((reason for reason, fine in checks.items() if not fine), None)
+    return "; ".join(reason for reason, fine in checks.items() if not fine) or None
 
 
-def make_native_loss(model: DecoderOnly) -> "NativeLoss | None":
+def make_native_loss(model: DecoderOnly, precision: str = "float32") -> "NativeLoss | None":
     """The kernel for this model, compiled if it has not been yet; None where it does not fit or cannot be compiled."""
-    if why_not(model) is not None:
+    if why_not(model, precision) is not None:
         return None
-    library = native.load("train")
+    library = native.load(f"train_{precision}")
     return None if library is None else NativeLoss(model, library)
 
 
 class NativeLoss:
-    """`slot_nll` of one model, in bfloat16 products."""
+    """`slot_nll` of one model."""
 
     def __init__(self, model: DecoderOnly, library: ctypes.CDLL):
         self.model, self.library = model, library

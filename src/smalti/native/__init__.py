@@ -22,12 +22,16 @@ import tempfile
 import threading
 from pathlib import Path
 
+from smalti import processor
+
 SOURCES = Path(__file__).parent
 # GCC splits 512-bit work in two unless told; FMA and square roots need no errno and no traps. Nothing here lets sums
 # be reordered: what a row of a batch computes must not depend on how the loop around it was unrolled.
 FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math"]
-LIBRARIES = ["-ldl"]
+LINKED = ["-ldl"]
+SOURCE_OF = {"train_bfloat16": ("train", "-DSMALTI_BFLOAT16"), "train_float32": ("train",)}
+"""Libraries that are not just the source of their name: the source, and what is defined for it."""
 COMPILE_SECONDS = 120.0
 """A compiler that takes longer is given up on."""
 
@@ -96,9 +100,9 @@ def _compile(name: str) -> Path:
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}-", suffix=".so")
     os.close(handle)
     try:
-        source = [str(SOURCES / f"{name}.cpp"), "-o", temporary, *LIBRARIES]
-        for processor in (["-march=native"], ["-mcpu=native"], []):  # what a compiler knows depends on the processor
-            command = [*compiler, *FLAGS, *processor, *source]
+        source = [*_defines(name), str(_source(name)), "-o", temporary, *LINKED]
+        for flags in _processor_flags():
+            command = [*compiler, *FLAGS, *flags, *source]
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
             if done.returncode == 0:
                 break
@@ -114,10 +118,30 @@ def _compile(name: str) -> Path:
 
 def _build_key(name: str) -> str:
     """Names what a library is built from: source, headers, flags, compiler and processor."""
-    content = hashlib.sha256(repr((FLAGS, LIBRARIES, _compiler_identity(), _processor())).encode())
-    for path in [SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h"))]:
+    told = (FLAGS, LINKED, _defines(name), _processor_flags(), _compiler_identity(), _processor())
+    content = hashlib.sha256(repr(told).encode())
+    for path in [_source(name), *sorted(SOURCES.glob("*.h"))]:
         content.update(path.read_bytes())
     return f"{name}-{content.hexdigest()[:20]}"
+
+
+def _source(name: str) -> Path:
+    return SOURCES / f"{SOURCE_OF.get(name, (name,))[0]}.cpp"
+
+
+def _defines(name: str) -> list[str]:
+    return list(SOURCE_OF.get(name, (name,))[1:])
+
+
+def _processor_flags() -> list[list[str]]:
+    """What to tell the compiler of the processor, in the order of preference: not every compiler knows every one."""
+    if os.environ.get("SMALTI_ISA"):
+        flags = {"avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4"}.get(processor.instruction_set())
+        if flags:
+            return [[flags]]
+        if processor.instruction_set() == "avx512_bf16":
+            return [["-march=native", "-mno-amx-tile", "-mno-amx-bf16"]]
+    return [["-march=native"], ["-mcpu=native"], []]
 
 
 def _digest(content: bytes) -> str:

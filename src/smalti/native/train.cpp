@@ -1,25 +1,17 @@
-// Loss of a decoder-only transformer and its gradients, in bfloat16 products with float32 sums: what autograd does for
-// `models.slot_nll` in some hundred operators, in three passes over the sequences.
+// Loss of a decoder-only transformer and its gradients: what autograd does for `models.slot_nll` in some hundred
+// operators, in three passes over the sequences. Products are of float32, or, with SMALTI_BFLOAT16 defined, of bfloat16
+// with float32 sums: operands_float32.h and operands_bfloat16.h are the two ways to make them.
 //
-//   forward    groups of sequences, each through all layers, head and loss; what the way back needs is kept
+//   forward    groups of sequences, each through all layers, head and loss; what the backward pass needs is kept
 //   backward   the same groups, from the loss down to the embeddings
-//   gradients  every 32 rows of every weight, summed over all groups
+//   gradients  every piece of every weight, summed over all groups
 //
 // A task is one group, or 32 rows of one weight, and no sum crosses tasks in an order that depends on the threads: the
 // results are the same, bit for bit, for any number of threads. Within a group activations stay in the cache of a core.
 //
-// Products work on blocks of 32 × 32 numbers in steps of depth 32, on AMX tiles where the processor has them, else on
-// AVX-512's bfloat16 products; both take the same operands. The left operand is read as rows. The right one is packed:
-// for each 32 columns a panel, in it for each 32 of depth two tiles of 16 columns, in it for each two of depth one row
-// of 16 pairs. Left operands that would be transposed are packed likewise, in tiles of 16 rows of depth 32.
-//
-// The residual stream, sums, norms, softmax and losses are float32; what enters a product is rounded to bfloat16.
+// The residual stream, sums, norms, softmax and losses are float32; what enters a product is rounded to its kind of number.
 //
 // Letters: B sequences, T tokens, D model width, F feed-forward width, Dh head width, n the ids of a slot.
-
-#include <immintrin.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
 
 #include <algorithm>
 #include <atomic>
@@ -30,53 +22,21 @@
 #include <utility>
 #include <vector>
 
+#ifdef SMALTI_BFLOAT16
+#include "operands_bfloat16.h"
+#else
+#include "operands_float32.h"
+#endif
 #include "threads.h"
-
-#ifndef __AVX512BF16__
-#error "bfloat16 products need AVX512_BF16"
+#ifdef __linux__
+#include <sys/mman.h>
 #endif
 
 namespace {
 
-using bf16 = uint16_t;
-constexpr long EDGE = 32, TILE = 16 * 32, BLOCK = 2 * TILE;
+using namespace smalti;
 
-long round_up(long n) { return (n + EDGE - 1) / EDGE * EDGE; }
-
-#define INLINE inline __attribute__((always_inline))
-
-// ---- vectors of 16 numbers ----
-
-using Vector = __m512;
-
-INLINE Vector of(float x) { return _mm512_set1_ps(x); }
-INLINE Vector load(const float* from) { return _mm512_loadu_ps(from); }
-INLINE void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
-INLINE __m512i widened(const bf16* from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)); }
-INLINE Vector load(const bf16* from) { return _mm512_castsi512_ps(_mm512_slli_epi32(widened(from), 16)); }
-INLINE void store(bf16* to, Vector x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x)); }
-INLINE float sum(Vector x) { return _mm512_reduce_add_ps(x); }
-INLINE Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-
-// 1 / x to about float32's precision: an estimate and one step of Newton's method.
-INLINE Vector inverse(Vector x) {
-    Vector y = _mm512_rcp14_ps(x);
-    return y * (of(2) - x * y);
-}
-
-// e^x, relative error below 1e-6: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. It stays at 1e-38 below -87: smaller
-// numbers are not normal, and take a processor a hundred times as long.
-INLINE Vector exp(Vector x) {
-    x = _mm512_max_ps(of(-87), _mm512_min_ps(of(88), x));  // the second operand is what stays of a NaN
-    Vector n = _mm512_roundscale_ps(x * of(1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    Vector r = fma(n, of(-0.693359375f), x);
-    r = fma(n, of(2.12194440e-4f), r);
-    Vector p = of(1 / 720.0f);
-    for (float c : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) p = fma(p, r, of(c));
-    return _mm512_scalef_ps(p, n);
-}
-
-INLINE Vector tanh(Vector x) { return of(1) - of(2) * inverse(of(1) + exp(x + x)); }
+constexpr long round_up(long n) { return (n + EDGE - 1) / EDGE * EDGE; }
 
 // ---- feed-forward activations, numbered as in transformer.FEED_FORWARDS ----
 
@@ -86,16 +46,10 @@ struct Activated {
     Vector value, slope;
 };
 
-// x · Φ(x), with the error function by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7), which shares its
-// exponential with the density.
+// x · Φ(x), whose slope is Φ(x) + x φ(x).
 INLINE Activated gelu(Vector x) {
-    Vector z = _mm512_abs_ps(x) * of(0.70710678f), density = exp(-z * z);
-    Vector t = inverse(fma(z, of(0.3275911f), of(1)));
-    Vector p = of(1.061405429f);
-    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = fma(p, t, of(c));
-    Vector tail = of(0.5f) * p * t * density;  // Φ(−|x|)
-    Vector phi = _mm512_mask_sub_ps(tail, _mm512_cmp_ps_mask(x, of(0), _CMP_GE_OQ), of(1), tail);
-    return {x * phi, fma(x, density * of(0.39894228f), phi)};
+    Vector phi = of(0.5f) + of(0.5f) * erf(x * of(0.70710678f)), density = exp(of(-0.5f) * x * x) * of(0.39894228f);
+    return {x * phi, fma(x, density, phi)};
 }
 
 INLINE Activated gelu_tanh(Vector x) {
@@ -105,7 +59,7 @@ INLINE Activated gelu_tanh(Vector x) {
 }
 
 INLINE Activated silu(Vector x) {
-    Vector s = inverse(of(1) + exp(-x));
+    Vector s = of(1) / (of(1) + exp(-x));
     return {x * s, s * fma(x, of(1) - s, of(1))};
 }
 
@@ -118,167 +72,19 @@ INLINE Activated activation(Vector x) {
         Vector t = tanh(x);
         return {t, of(1) - t * t};
     }
-    __mmask16 positive = _mm512_cmp_ps_mask(x, of(0), _CMP_GT_OQ);
-    return {_mm512_maskz_mov_ps(positive, x), _mm512_maskz_mov_ps(positive, of(1))};
-}
-
-// ---- operands ----
-
-// 16 × 16 numbers of 32 bits, transposed in place.
-INLINE void transpose(__m512i r[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-        }
-    for (int i = 0; i < 4; ++i)
-        for (int j = 0; j < 2; ++j) {
-            t[8 * j + i] = _mm512_shuffle_i32x4(r[8 * j + i], r[8 * j + i + 4], 0x88);
-            t[8 * j + i + 4] = _mm512_shuffle_i32x4(r[8 * j + i], r[8 * j + i + 4], 0xdd);
-        }
-    for (int i = 0; i < 8; ++i) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    }
-}
-
-// Panels that only a later pass reads go past the caches, which then hold more of what is at hand.
-INLINE void store_tile_row(bf16* to, __m512i row, bool for_later) {
-    if (for_later)
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), row);
-    else
-        _mm512_store_si512(to, row);
-}
-
-// Packs `depth` rows of `columns` numbers, from depth step `step` on of panels that have `steps`, as a right operand, or
-// as a left operand that is the transpose. Rows up to `padded` are zero.
-template <bool LEFT, bool FOR_LATER = false>
-void pack(const bf16* from, long stride, long depth, long padded, long columns, bf16* to, long steps, long step = 0) {
-    for (long k = 0; k < padded; k += EDGE, ++step)
-        for (long c = 0; c < columns; c += 16) {
-            __m512i r[16];
-            for (int i = 0; i < 16; ++i) {
-                long even = k + 2 * i;
-                r[i] = even < depth ? widened(from + even * stride + c) : _mm512_setzero_si512();
-                if (even + 1 < depth)
-                    r[i] = _mm512_or_si512(r[i], _mm512_slli_epi32(widened(from + (even + 1) * stride + c), 16));
-            }
-            if (LEFT) transpose(r);
-            bf16* tile = to + (c / EDGE * steps + step) * BLOCK + c % EDGE / 16 * TILE;
-            for (int i = 0; i < 16; ++i) store_tile_row(tile + i * 32, r[i], FOR_LATER);
-        }
-}
-
-// Packs a right operand whose transpose is given: `columns` rows, up to `padded` as zeros, of `depth` numbers.
-void pack_transposed(const bf16* from, long stride, long columns, long padded, long depth, bf16* to) {
-    for (long c = 0; c < padded; c += 16)
-        for (long k = 0; k < depth; k += EDGE) {
-            __m512i r[16];
-            for (int i = 0; i < 16; ++i)
-                r[i] = c + i < columns ? _mm512_loadu_si512(from + (c + i) * stride + k) : _mm512_setzero_si512();
-            transpose(r);
-            bf16* tile = to + (c / EDGE * (depth / EDGE) + k / EDGE) * BLOCK + c % EDGE / 16 * TILE;
-            for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + i * 32, r[i]);
-        }
-}
-
-// Has memory brought to the cache that will be read soon, out of order.
-void fetch(const bf16* from, long count) {
-    for (long i = 0; i < count; i += 32) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
+    Mask positive = x > of(0);
+    return {select(positive, x, of(0)), select(positive, of(1), of(0))};
 }
 
 // ---- products ----
 
-// 32 rows of a left operand: from row to row, and from one step of depth to the next.
-struct Rows {
-    const bf16* at;
-    long stride, step;
-};
-
-Rows plain_rows(const bf16* at, long stride) { return {at, stride, EDGE}; }
-Rows packed_rows(const bf16* panel) { return {panel, 32, BLOCK}; }
-
-#ifdef __AMX_BF16__
-// Linux grants the tiles' registers to a process that asks (ARCH_REQ_XCOMP_PERM for XTILEDATA).
-const bool has_tiles = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-
-void tiles_on() {
-    alignas(64) static const struct {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    if (has_tiles) _tile_loadconfig(&config);
-}
-
-void tiles_off() {
-    if (has_tiles) _tile_release();
-}
-
-void block_on_tiles(Rows a, const bf16* b, long steps, float* c, long stride) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (long k = 0; k < steps; ++k, a.at += a.step, b += BLOCK) {
-        _tile_loadd(4, a.at, a.stride * 2);
-        _tile_loadd(6, b, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + TILE, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a.at + 16 * a.stride, a.stride * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, c, stride * 4);
-    _tile_stored(1, c + 16, stride * 4);
-    _tile_stored(2, c + 16 * stride, stride * 4);
-    _tile_stored(3, c + 16 * stride + 16, stride * 4);
-}
-#else
-constexpr bool has_tiles = false;
-void tiles_on() {}
-void tiles_off() {}
-void block_on_tiles(Rows, const bf16*, long, float*, long) {}
-#endif
-
-void block_on_vectors(Rows a, const bf16* b, long steps, float* c, long stride) {
-    for (long row = 0; row < EDGE; row += 8) {
-        Vector sums[8][2] = {};
-        for (long k = 0; k < steps; ++k)
-            for (int pair = 0; pair < 16; ++pair) {
-                const bf16* right = b + k * BLOCK + pair * 32;
-                auto b0 = (__m512bh)_mm512_load_si512(right), b1 = (__m512bh)_mm512_load_si512(right + TILE);
-                for (int i = 0; i < 8; ++i) {
-                    int32_t two;
-                    std::memcpy(&two, a.at + (row + i) * a.stride + k * a.step + 2 * pair, 4);
-                    auto left = (__m512bh)_mm512_set1_epi32(two);
-                    sums[i][0] = _mm512_dpbf16_ps(sums[i][0], left, b0);
-                    sums[i][1] = _mm512_dpbf16_ps(sums[i][1], left, b1);
-                }
-            }
-        for (int i = 0; i < 8; ++i)
-            for (int half = 0; half < 2; ++half) store(c + (row + i) * stride + 16 * half, sums[i][half]);
-    }
-}
-
-// c, 32 × 32 numbers whose rows are `stride` apart, of left rows and one right panel.
-void block(Rows a, const bf16* b, long steps, float* c, long stride) {
-    (has_tiles ? block_on_tiles : block_on_vectors)(a, b, steps, c, stride);
-}
-
 // Left rows times a packed right operand of this depth; take(row, column, 32 numbers) gets the result.
 template <class Take>
-void product(const bf16* a, long stride, long rows, const bf16* b, long columns, long depth, const Take& take) {
+void product(const Element* a, long stride, long rows, const Element* b, long columns, long depth, const Take& take) {
     alignas(64) float c[EDGE * EDGE];
     for (long row = 0; row < rows; row += EDGE)
         for (long column = 0; column < columns; column += EDGE) {
-            block(plain_rows(a + row * stride, stride), b + column * depth, depth / EDGE, c, EDGE);
+            block(plain_rows(a + row * stride, stride), b + column * depth, depth, c, EDGE, std::min(EDGE, rows - row));
             for (long i = 0; i < EDGE && row + i < rows; ++i) take(row + i, column, c + i * EDGE);
         }
 }
@@ -333,22 +139,27 @@ struct Memory {
 // A weight as right operand of both directions, and what its gradient is the product of.
 struct Weight {
     long out, in;
-    bf16 *forward, *backward;
-    bf16 *output_gradient, *input;  // packed, all groups one after the other
+    Element *forward, *backward;
+    Element *output_gradient, *input;  // packed, all groups one after the other
 
     Weight(Memory& memory, long out, long in, long depth) : out(out), in(in) {
-        forward = memory.take<bf16>(out * in);
-        backward = memory.take<bf16>(out * in);
-        output_gradient = memory.take<bf16>(out * depth);
-        input = memory.take<bf16>(in * depth);
+        forward = memory.take<Element>(out * in);
+        backward = memory.take<Element>(out * in);
+        output_gradient = memory.take<Element>(out * depth);
+        input = memory.take<Element>(in * depth);
     }
 };
 
 struct Layer {
     Weight qkv, out, up, down;
     float *before, *between;  // the residual stream before attention and before the feed-forward
-    bf16 *heads, *wide;       // queries, keys and values; what enters the activation
+    Element *heads, *wide;       // queries, keys and values; what enters the activation
     float *norm_1, *norm_2;   // per group: gradients of weight and bias
+};
+
+// A part of the depth over which a weight's gradient is summed in one go.
+struct Part {
+    long start, depth;
 };
 
 // The targets of a slot, those of one group together and padded, and what the loss leaves for the way back.
@@ -356,14 +167,15 @@ struct Head {
     long n, padded_n, depth;
     std::vector<long> starts;   // of each group among the padded targets
     std::vector<long> targets;  // index of each padded target, -1 for padding
-    bf16 *forward, *backward, *hidden, *packed_hidden, *logit_gradient;
+    std::vector<Part> parts;
+    Element *forward, *backward, *hidden, *packed_hidden, *logit_gradient;
     float* hidden_gradient;
 };
 
 struct Scratch {
-    bf16 *normed, *mixed, *activated, *wide, *output, *heads;
+    Element *normed, *mixed, *activated, *wide, *output, *heads;
     float *stream, *sums, *logits;
-    bf16 *q, *k, *v, *o, *p, *s, *kt, *vt, *kp, *vp, *qp, *op, *pt, *st, *logit_rows;
+    Element *q, *k, *v, *o, *p, *s, *kt, *vt, *kp, *vp, *qp, *op, *pt, *st, *logit_rows;
     float *scores, *dq, *dk, *dv;
 };
 
@@ -373,6 +185,7 @@ struct Plan {
     std::vector<Layer> layers;
     std::vector<Head> heads;
     std::vector<Scratch> scratch;
+    std::vector<Part> parts;
     float *last, *final_norm, *embedded;  // the stream behind the last layer; gradients by group; of the embeddings
     Memory memory;
 
@@ -384,6 +197,8 @@ struct Plan {
         group_size = std::max(1L, ROWS_OF_A_GROUP / T);
         num_groups = (task.num_sequences + group_size - 1) / group_size;
         rows = round_up(group_size * T), depth = rows * num_groups;
+        for (long group = 0; group < num_groups; ++group) parts.push_back({group * rows, num_rows(group)});
+        if (!DEPTH_IN_PARTS) parts = {{0, depth}};
         for (long i = 0; i < task.num_layers; ++i) add_layer();
         for (long i = 0; i < task.num_slots; ++i) add_head(i);
         last = memory.take<float>(depth * D);
@@ -399,7 +214,7 @@ struct Plan {
             Weight(memory, heads_width, D, depth), Weight(memory, D, D, depth),
             Weight(memory, wide, D, depth), Weight(memory, D, F, depth),
             memory.take<float>(depth * D), memory.take<float>(depth * D),
-            memory.take<bf16>(depth * heads_width), memory.take<bf16>(depth * wide),
+            memory.take<Element>(depth * heads_width), memory.take<Element>(depth * wide),
             memory.take<float>(num_groups * 2 * D), memory.take<float>(num_groups * 2 * D),
         });
     }
@@ -412,16 +227,18 @@ struct Plan {
         for (long i = 0; i < slot.num_targets; ++i) by_group[slot.rows[i] / T / group_size].push_back(i);
         for (const auto& found : by_group) {
             head.starts.push_back(head.targets.size());
+            if (!found.empty()) head.parts.push_back({head.starts.back(), long(found.size())});
             head.targets.insert(head.targets.end(), found.begin(), found.end());
             head.targets.resize(round_up(head.targets.size()), -1);
         }
         head.depth = head.targets.size();
+        if (!DEPTH_IN_PARTS) head.parts = {{0, head.depth}};
         head.starts.push_back(head.depth);
-        head.forward = memory.take<bf16>(head.padded_n * D);
-        head.backward = memory.take<bf16>(head.padded_n * D);
-        head.hidden = memory.take<bf16>(head.depth * D);
-        head.packed_hidden = memory.take<bf16>(head.depth * D);
-        head.logit_gradient = memory.take<bf16>(head.depth * head.padded_n);
+        head.forward = memory.take<Element>(head.padded_n * D);
+        head.backward = memory.take<Element>(head.padded_n * D);
+        head.hidden = memory.take<Element>(head.depth * D);
+        head.packed_hidden = memory.take<Element>(head.depth * D);
+        head.logit_gradient = memory.take<Element>(head.depth * head.padded_n);
         head.hidden_gradient = memory.take<float>(head.depth * D);
         heads.push_back(std::move(head));
     }
@@ -430,17 +247,17 @@ struct Plan {
         Scratch s;
         long most_logits = EDGE;
         for (const Head& head : heads) most_logits = std::max(most_logits, head.padded_n);
-        for (bf16** of_width : {&s.normed, &s.mixed, &s.output}) *of_width = memory.take<bf16>(rows * D);
-        s.activated = memory.take<bf16>(rows * F);
-        s.wide = memory.take<bf16>(rows * wide);
-        s.heads = memory.take<bf16>(rows * heads_width);
+        for (Element** of_width : {&s.normed, &s.mixed, &s.output}) *of_width = memory.take<Element>(rows * D);
+        s.activated = memory.take<Element>(rows * F);
+        s.wide = memory.take<Element>(rows * wide);
+        s.heads = memory.take<Element>(rows * heads_width);
         s.stream = memory.take<float>(rows * D);
         s.sums = memory.take<float>(rows * D);
         s.logits = memory.take<float>(EDGE * most_logits);
-        s.logit_rows = memory.take<bf16>(EDGE * most_logits);
-        for (bf16** one : {&s.q, &s.k, &s.v, &s.o, &s.kt, &s.vt, &s.kp, &s.vp, &s.qp, &s.op})
-            *one = memory.take<bf16>(padded_T * padded_Dh);
-        for (bf16** one : {&s.p, &s.s, &s.pt, &s.st}) *one = memory.take<bf16>(padded_T * padded_T);
+        s.logit_rows = memory.take<Element>(EDGE * most_logits);
+        for (Element** one : {&s.q, &s.k, &s.v, &s.o, &s.kt, &s.vt, &s.kp, &s.vp, &s.qp, &s.op})
+            *one = memory.take<Element>(padded_T * padded_Dh);
+        for (Element** one : {&s.p, &s.s, &s.pt, &s.st}) *one = memory.take<Element>(padded_T * padded_T);
         s.scores = memory.take<float>(EDGE * padded_T);
         for (float** one : {&s.dq, &s.dk, &s.dv}) *one = memory.take<float>(padded_T * padded_Dh);
         scratch.push_back(s);
@@ -448,6 +265,7 @@ struct Plan {
 
     long num_sequences(long group) const { return std::min(group_size, task.num_sequences - group * group_size); }
     long num_rows(long group) const { return num_sequences(group) * T; }
+    long packed_rows_of(long group) const { return DEPTH_IN_PARTS ? num_rows(group) : rows; }
     const float* parameter(long index) const { return task.parameters[index]; }
     const float* parameter(long layer, long index) const {
         return task.parameters[FIRST_LAYER + layer * PER_LAYER + index];
@@ -456,11 +274,13 @@ struct Plan {
 
 // Asks for pages of 2 MiB, where the system gives them on request: panels lie so far apart that small ones cost a
 // twentieth of the time.
-void use_large_pages(const Plan& plan) {
+void use_large_pages([[maybe_unused]] const Plan& plan) {
+#ifdef MADV_HUGEPAGE
     constexpr uintptr_t page = 1 << 21;
     const auto start = reinterpret_cast<uintptr_t>(plan.task.workspace);
     const uintptr_t first = (start + page - 1) / page * page, end = (start + plan.memory.used) / page * page;
     if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
 }
 
 // Tasks 0 .. count − 1, each taken by the next thread that is free.
@@ -495,14 +315,14 @@ struct Statistics {
     }
 };
 
-void normed_row(const Plan& plan, const float* x, Statistics row, const float* weight, const float* bias, bf16* to) {
+void normed_row(const Plan& plan, const float* x, Statistics row, const float* weight, const float* bias, Element* to) {
     for (long i = 0; i < plan.D; i += 16) {
         Vector y = (load(x + i) - of(row.mean)) * of(row.factor) * load(weight + i);
         store(to + i, bias ? y + load(bias + i) : y);
     }
 }
 
-void norm(const Plan& plan, const float* x, long rows, const float* weight, const float* bias, bf16* to) {
+void norm(const Plan& plan, const float* x, long rows, const float* weight, const float* bias, Element* to) {
     for (long r = 0; r < rows; ++r)
         normed_row(plan, x + r * plan.D, Statistics(plan, x + r * plan.D), weight, bias, to + r * plan.D);
 }
@@ -510,7 +330,7 @@ void norm(const Plan& plan, const float* x, long rows, const float* weight, cons
 // Adds the gradient of the norm's input to `dx`; writes those of weight and bias behind one another to `parameters`, and
 // the norm's output, once more, to `output`.
 void norm_backward(const Plan& plan, const float* dy, const float* x, long rows, const float* weight, const float* bias,
-                   float* dx, float* parameters, bf16* output) {
+                   float* dx, float* parameters, Element* output) {
     const long D = plan.D;
     float *dweight = parameters, *dbias = parameters + D;
     std::memset(parameters, 0, 2 * D * sizeof(float));
@@ -553,18 +373,13 @@ struct Dropout {
     // 0 or `scale` for the 16 numbers from `index` on.
     Vector factors(uint64_t index) const {
         if (threshold == 0) return of(1);
-        const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        __m512i x = _mm512_add_epi32(_mm512_set1_epi32(int(uint32_t(index))), lanes);
-        x = _mm512_xor_si512(x, _mm512_set1_epi32(int(key)));
+        Unsigned x = counted_from(uint32_t(index)) ^ of_unsigned(key);
         for (int i = 0; i < 2; ++i) {
-            x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
-            x = _mm512_mullo_epi32(x, _mm512_set1_epi32(0x7feb352d));
-            x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 15));
-            x = _mm512_mullo_epi32(x, _mm512_set1_epi32(int(0x846ca68b)));
-            x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+            x = (x ^ shifted_right(x, 16)) * of_unsigned(0x7feb352du);
+            x = (x ^ shifted_right(x, 15)) * of_unsigned(0x846ca68bu);
+            x = x ^ shifted_right(x, 16);
         }
-        __mmask16 kept = _mm512_cmp_epu32_mask(x, _mm512_set1_epi32(int(threshold)), _MM_CMPINT_NLT);
-        return _mm512_maskz_mov_ps(kept, of(scale));
+        return select(x < of_unsigned(threshold), of(0), of(scale));
     }
 };
 
@@ -575,7 +390,7 @@ long place_of(long layer, long half) { return 2 * layer + half; }
 Vector bias_at(const float* bias, long column) { return bias ? load(bias + column) : of(0); }
 
 // out[row] = stream[row] + dropped(input · weightᵀ + bias)
-void add_product(const Plan& plan, const bf16* input, const Weight& weight, const float* bias, Dropout dropout,
+void add_product(const Plan& plan, const Element* input, const Weight& weight, const float* bias, Dropout dropout,
                  long group, const float* stream, float* out) {
     const long D = plan.D, first = group * plan.rows;
     product(input, weight.in, plan.num_rows(group), weight.forward, D, weight.in, [&](long r, long column, float* c) {
@@ -588,22 +403,23 @@ void add_product(const Plan& plan, const bf16* input, const Weight& weight, cons
 
 // The gradient behind a dropout, as rows and, for the weight's gradient, packed.
 void drop_gradient(const Plan& plan, const float* gradient, Dropout dropout, long group, const Weight& weight,
-                   bf16* rows) {
+                   Element* rows) {
     const long D = plan.D, num_rows = plan.num_rows(group);
     for (long i = 0; i < num_rows * D; i += 16)
         store(rows + i, load(gradient + i) * dropout.factors(group * plan.rows * D + i));
-    pack<true, true>(rows, D, num_rows, plan.rows, D, weight.output_gradient, plan.depth / EDGE, group * plan.rows / EDGE);
+    pack<true, true>(rows, D, num_rows, plan.packed_rows_of(group), D, weight.output_gradient, plan.depth / EDGE,
+                     group * plan.rows / EDGE);
 }
 
 // Packs the rows of a group as what a weight's gradient is summed over.
-void keep_input(const Plan& plan, const bf16* rows, long group, const Weight& weight) {
-    pack<false, true>(rows, weight.in, plan.num_rows(group), plan.rows, weight.in, weight.input, plan.depth / EDGE,
-                group * plan.rows / EDGE);
+void keep_input(const Plan& plan, const Element* rows, long group, const Weight& weight) {
+    pack<false, true>(rows, weight.in, plan.num_rows(group), plan.packed_rows_of(group), weight.in, weight.input,
+                      plan.depth / EDGE, group * plan.rows / EDGE);
 }
 
-void keep_output_gradient(const Plan& plan, const bf16* rows, long group, const Weight& weight) {
-    pack<true, true>(rows, weight.out, plan.num_rows(group), plan.rows, weight.out, weight.output_gradient,
-               plan.depth / EDGE, group * plan.rows / EDGE);
+void keep_output_gradient(const Plan& plan, const Element* rows, long group, const Weight& weight) {
+    pack<true, true>(rows, weight.out, plan.num_rows(group), plan.packed_rows_of(group), weight.out,
+                     weight.output_gradient, plan.depth / EDGE, group * plan.rows / EDGE);
 }
 
 // What enters the activation is kept in blocks of 32 × 32, in the order in which a product makes them.
@@ -613,10 +429,10 @@ long in_blocks(const Plan& plan, long row, long column) {
 
 // The feed-forward's first product and the activation; `wide` gets what enters it.
 template <int KIND>
-void activate(const Plan& plan, const bf16* input, const Weight& up, const float* bias, long rows, bf16* wide, bf16* to) {
+void activate(const Plan& plan, const Element* input, const Weight& up, const float* bias, long rows, Element* wide, Element* to) {
     const long F = plan.F;
     product(input, plan.D, rows, up.forward, plan.wide, plan.D, [&](long r, long column, float* c) {
-        bf16* kept = wide + in_blocks(plan, r, column);
+        Element* kept = wide + in_blocks(plan, r, column);
         for (long i = 0; i < EDGE; i += 16) {
             store(kept + i, load(c + i) + bias_at(bias, column + i));
             if (KIND != SWIGLU)
@@ -629,12 +445,12 @@ void activate(const Plan& plan, const bf16* input, const Weight& up, const float
 
 // From the gradient of the activation's output to that of its input; and the output, once more.
 template <int KIND>
-void activate_backward(const Plan& plan, const bf16* gradient, const Weight& down, const bf16* wide, long rows,
-                       bf16* to, bf16* output) {
+void activate_backward(const Plan& plan, const Element* gradient, const Weight& down, const Element* wide, long rows,
+                       Element* to, Element* output) {
     const long F = plan.F;
     product(gradient, plan.D, rows, down.backward, F, plan.D, [&](long r, long column, float* c) {
-        const bf16* kept = wide + in_blocks(plan, r, column);
-        bf16 *gradients = to + r * plan.wide + column, *outputs = output + r * F + column;
+        const Element* kept = wide + in_blocks(plan, r, column);
+        Element *gradients = to + r * plan.wide + column, *outputs = output + r * F + column;
         for (long i = 0; i < EDGE; i += 16) {
             Activated found = activation<KIND>(load(kept + i));
             Vector d = load(c + i);
@@ -664,48 +480,33 @@ void with_activation(long kind, const Run& run) {
 
 // ---- attention: one sequence and head at a time, all of it in cache ----
 
-float to_float(bf16 x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float found;
-    std::memcpy(&found, &bits, 4);
-    return found;
-}
-
-bf16 to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 // Neighbouring channels (a, b) → (a cos − b sin, b cos + a sin), or back (transformer.rotate).
 template <class From>
 void rotate_row(const From* from, const float* turns, float direction, long Dh, float* to) {
     for (long i = 0; i < Dh; i += 2) {
-        float a, b, cos = turns[i], sin = direction * turns[i + 1];
-        if constexpr (std::is_same_v<From, bf16>) a = to_float(from[i]), b = to_float(from[i + 1]);
-        else a = from[i], b = from[i + 1];
+        const float a = to_float(from[i]), b = to_float(from[i + 1]), cos = turns[i], sin = direction * turns[i + 1];
         to[i] = a * cos - b * sin;
         to[i + 1] = b * cos + a * sin;
     }
 }
 
 // One head of a sequence, padded with zeros to whole blocks, and rotated if `turns` is not null.
-void load_head(const Plan& plan, const bf16* from, long stride, const float* turns, bf16* to) {
+void load_head(const Plan& plan, const Element* from, long stride, const float* turns, Element* to) {
     const long Dh = plan.Dh, width = plan.padded_Dh;
     float turned[512];
     for (long t = 0; t < plan.T; ++t, from += stride, to += width) {
         if (turns) {
             rotate_row(from, turns + t * Dh, 1, Dh, turned);
-            for (long i = 0; i < Dh; ++i) to[i] = to_bf16(turned[i]);
+            for (long i = 0; i < Dh; ++i) to[i] = to_element(turned[i]);
         } else {
-            std::memcpy(to, from, Dh * sizeof(bf16));
+            std::memcpy(to, from, Dh * sizeof(Element));
         }
-        std::memset(to + Dh, 0, (width - Dh) * sizeof(bf16));
+        std::memset(to + Dh, 0, (width - Dh) * sizeof(Element));
     }
-    std::memset(to, 0, (plan.padded_T - plan.T) * width * sizeof(bf16));
+    std::memset(to, 0, (plan.padded_T - plan.T) * width * sizeof(Element));
 }
 
-void store_head(const Plan& plan, const float* from, const float* turns, float direction, bf16* to, long stride) {
+void store_head(const Plan& plan, const float* from, const float* turns, float direction, Element* to, long stride) {
     const long Dh = plan.Dh;
     float turned[512];
     for (long t = 0; t < plan.T; ++t, from += plan.padded_Dh, to += stride) {
@@ -714,37 +515,35 @@ void store_head(const Plan& plan, const float* from, const float* turns, float d
             rotate_row(from, turns + t * Dh, direction, Dh, turned);
             row = turned;
         }
-        for (long i = 0; i < Dh; ++i) to[i] = to_bf16(row[i]);
+        for (long i = 0; i < Dh; ++i) to[i] = to_element(row[i]);
     }
 }
-
-__mmask16 first_lanes(long count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1); }
 
 // Causal attention probabilities (T × T) of s.q and the packed s.kt, as rows of s.p: zero right of the diagonal, in each
 // row as far as products go.
 void probabilities(const Plan& plan, const Scratch& s) {
-    const long P = plan.padded_T, steps = plan.padded_Dh / EDGE;
+    const long P = plan.padded_T;
     const Vector scale = of(1 / std::sqrt(float(plan.Dh))), lowest = of(-INFINITY);
     for (long first = 0; first < P; first += EDGE) {
         for (long key = 0; key <= first; key += EDGE)
-            block(plain_rows(s.q + first * plan.padded_Dh, plan.padded_Dh), s.kt + key * plan.padded_Dh, steps,
-                  s.scores + key, P);
+            block(plain_rows(s.q + first * plan.padded_Dh, plan.padded_Dh), s.kt + key * plan.padded_Dh, plan.padded_Dh,
+                  s.scores + key, P, std::min(EDGE, plan.T - first));
         for (long t = first; t < first + EDGE; ++t) {
             float* scores = s.scores + (t - first) * P;
-            bf16* row = s.p + t * P;
+            Element* row = s.p + t * P;
             if (t >= plan.T) {
-                std::memset(row, 0, (first + EDGE) * sizeof(bf16));
+                std::memset(row, 0, (first + EDGE) * sizeof(Element));
                 continue;
             }
             Vector highest = lowest, total = of(0);
             for (long i = 0; i <= t; i += 16) {
-                Vector x = _mm512_mask_mul_ps(lowest, first_lanes(t + 1 - i), load(scores + i), scale);
+                Vector x = select(first_lanes(t + 1 - i), load(scores + i) * scale, lowest);
                 store(scores + i, x);
-                highest = _mm512_max_ps(highest, x);
+                highest = larger(highest, x);
             }
-            Vector shift = of(_mm512_reduce_max_ps(highest));
+            Vector shift = of(largest(highest));
             for (long i = 0; i <= t; i += 16) {
-                Vector e = _mm512_maskz_mov_ps(first_lanes(t + 1 - i), exp(load(scores + i) - shift));
+                Vector e = select(first_lanes(t + 1 - i), exp(load(scores + i) - shift), of(0));
                 store(scores + i, e);
                 total += e;
             }
@@ -755,7 +554,7 @@ void probabilities(const Plan& plan, const Scratch& s) {
 }
 
 // The transposes of rows that are zero right of the diagonal, as a left operand.
-void pack_lower(const Plan& plan, const bf16* from, bf16* to) {
+void pack_lower(const Plan& plan, const Element* from, Element* to) {
     const long P = plan.padded_T;
     for (long first = 0; first < P; first += EDGE)
         pack<true>(from + first * P, P, EDGE, EDGE, first + EDGE, to, P / EDGE, first / EDGE);
@@ -764,7 +563,7 @@ void pack_lower(const Plan& plan, const bf16* from, bf16* to) {
 const float* turns_of(const Plan& plan) { return plan.task.positions == ROTARY ? plan.task.table : nullptr; }
 
 // `heads` holds queries, keys and values of a sequence's tokens, `out` gets what its heads gather.
-void attend(const Plan& plan, const bf16* heads, const Scratch& s, bf16* out) {
+void attend(const Plan& plan, const Element* heads, const Scratch& s, Element* out) {
     const long P = plan.padded_T, W = plan.padded_Dh, Dh = plan.Dh, shared = plan.task.num_heads / plan.task.kv_heads;
     alignas(64) float c[EDGE * EDGE];
     for (long m = 0; m < plan.task.kv_heads; ++m) {
@@ -777,20 +576,20 @@ void attend(const Plan& plan, const bf16* heads, const Scratch& s, bf16* out) {
             probabilities(plan, s);
             for (long t = 0; t < P; t += EDGE)
                 for (long column = 0; column < W; column += EDGE) {
-                    block(plain_rows(s.p + t * P, P), s.vp + column * P, t / EDGE + 1, c, EDGE);
+                    block(plain_rows(s.p + t * P, P), s.vp + column * P, std::min(plan.T, t + EDGE), c, EDGE, std::min(EDGE, plan.T - t));
                     const long columns = std::min(EDGE, Dh - column);
                     for (long i = 0; i < EDGE && t + i < plan.T; ++i)
                         for (long j = 0; j < columns; ++j)
-                            out[(t + i) * plan.D + head * Dh + column + j] = to_bf16(c[i * EDGE + j]);
+                            out[(t + i) * plan.D + head * Dh + column + j] = to_element(c[i * EDGE + j]);
                 }
         }
     }
 }
 
 // Adds a 32 × 32 block to `to`, whose rows are `stride` apart.
-void add_block(Rows a, const bf16* b, long steps, float* to, long stride) {
+void add_block(Rows a, const Element* b, long depth, float* to, long stride) {
     alignas(64) float c[EDGE * EDGE];
-    block(a, b, steps, c, EDGE);
+    block(a, b, depth, c, EDGE);
     for (long i = 0; i < EDGE; ++i)
         for (long j = 0; j < EDGE; j += 16) store(to + i * stride + j, load(to + i * stride + j) + load(c + i * EDGE + j));
 }
@@ -801,10 +600,10 @@ void score_gradients(const Plan& plan, const Scratch& s) {
     const Vector scale = of(1 / std::sqrt(float(plan.Dh)));
     for (long first = 0; first < P; first += EDGE) {
         for (long key = 0; key <= first; key += EDGE)
-            block(plain_rows(s.o + first * W, W), s.vt + key * W, W / EDGE, s.scores + key, P);
+            block(plain_rows(s.o + first * W, W), s.vt + key * W, W, s.scores + key, P, std::min(EDGE, plan.T - first));
         for (long t = first; t < first + EDGE; ++t) {
             const float* gradient = s.scores + (t - first) * P;
-            const bf16* row = s.p + t * P;
+            const Element* row = s.p + t * P;
             Vector along = of(0);
             for (long i = 0; i < first + EDGE; i += 16) along = fma(load(row + i), load(gradient + i), along);
             Vector mean = of(sum(along));
@@ -815,7 +614,7 @@ void score_gradients(const Plan& plan, const Scratch& s) {
 }
 
 // From the gradient of what a sequence's heads gathered to that of their queries, keys and values.
-void attend_backward(const Plan& plan, const bf16* heads, const bf16* gradient, const Scratch& s, bf16* to) {
+void attend_backward(const Plan& plan, const Element* heads, const Element* gradient, const Scratch& s, Element* to) {
     const long P = plan.padded_T, W = plan.padded_Dh, Dh = plan.Dh, shared = plan.task.num_heads / plan.task.kv_heads;
     const long stride = plan.heads_width, steps = P / EDGE, size = P * W;
     const float* turns = turns_of(plan);
@@ -841,9 +640,10 @@ void attend_backward(const Plan& plan, const bf16* heads, const bf16* gradient, 
                 for (long column = 0; column < W; column += EDGE) {
                     const long step = t / EDGE, from = (column / EDGE * steps + step) * BLOCK, at = t * W + column;
                     const long diagonal = (step * steps + step) * BLOCK;
-                    block(plain_rows(s.s + t * P, P), s.kp + column * P, step + 1, s.dq + at, W);
-                    add_block(packed_rows(s.st + diagonal), s.qp + from, steps - step, s.dk + at, W);
-                    add_block(packed_rows(s.pt + diagonal), s.op + from, steps - step, s.dv + at, W);
+                    block(plain_rows(s.s + t * P, P), s.kp + column * P, std::min(plan.T, t + EDGE), s.dq + at, W,
+                          std::min(EDGE, plan.T - t));
+                    add_block(packed_rows(s.st + diagonal), s.qp + from, plan.T - t, s.dk + at, W);
+                    add_block(packed_rows(s.pt + diagonal), s.op + from, plan.T - t, s.dv + at, W);
                 }
             store_head(plan, s.dq, turns, -1, to + head * Dh, stride);
         }
@@ -855,7 +655,7 @@ void attend_backward(const Plan& plan, const bf16* heads, const bf16* gradient, 
 // ---- the loss ----
 
 // Cross-entropies of a group's targets, and, per unit of them, the gradients of logits and hidden states.
-void losses(const Plan& plan, const Head& head, const Slot& slot, long group, const bf16* hidden, const Scratch& s,
+void losses(const Plan& plan, const Head& head, const Slot& slot, long group, const Element* hidden, const Scratch& s,
             float* nll) {
     const long D = plan.D, n = head.padded_n;
     for (long start = head.starts[group]; start < head.starts[group + 1]; start += EDGE) {
@@ -863,7 +663,7 @@ void losses(const Plan& plan, const Head& head, const Slot& slot, long group, co
         for (; count < EDGE && head.targets[start + count] >= 0; ++count)
             std::memcpy(head.hidden + (start + count) * D,
                         hidden + (slot.rows[head.targets[start + count]] - group * plan.group_size * plan.T) * D,
-                        D * sizeof(bf16));
+                        D * sizeof(Element));
         product(head.hidden + start * D, D, count, head.forward, n, D, [&](long r, long column, float* c) {
             std::memcpy(s.logits + r * n + column, c, EDGE * sizeof(float));
         });
@@ -872,9 +672,9 @@ void losses(const Plan& plan, const Head& head, const Slot& slot, long group, co
             const long target = head.targets[start + r], truth = slot.local[target];
             Vector highest = of(-INFINITY), total = of(0);
             for (long i = head.n; i < n; ++i) logits[i] = -INFINITY;
-            for (long i = 0; i < n; i += 16) highest = _mm512_max_ps(highest, load(logits + i));
-            Vector shift = of(_mm512_reduce_max_ps(highest));
-            float shifted = logits[truth] - _mm512_cvtss_f32(shift);
+            for (long i = 0; i < n; i += 16) highest = larger(highest, load(logits + i));
+            const float most = largest(highest), shifted = logits[truth] - most;
+            const Vector shift = of(most);
             for (long i = 0; i < n; i += 16) {
                 Vector e = exp(load(logits + i) - shift);
                 store(logits + i, e);
@@ -903,7 +703,7 @@ void losses_backward(const Plan& plan, const Head& head, const Slot& slot, long 
     for (; start + count < end && head.targets[start + count] >= 0; ++count) {
         const long target = head.targets[start + count];
         float* row = to + (slot.rows[target] - group * plan.group_size * plan.T) * D;
-        bf16* hidden = head.hidden + (start + count) * D;
+        Element* hidden = head.hidden + (start + count) * D;
         const Vector factor = of(gradients[target]);
         for (long i = 0; i < D; i += 16) {
             store(row + i, fma(factor, load(head.hidden_gradient + (start + count) * D + i), load(row + i)));
@@ -917,8 +717,8 @@ void losses_backward(const Plan& plan, const Head& head, const Slot& slot, long 
 
 // 32 rows of a weight from `rows` on, `valid` of which there are, as right operand of both directions.
 template <class RowAt>
-void pack_weight(long first, long valid, long in, long out, const RowAt& row_at, bf16* forward, bf16* backward,
-                 bf16* scratch) {
+void pack_weight(long first, long valid, long in, long out, const RowAt& row_at, Element* forward, Element* backward,
+                 Element* scratch) {
     for (long r = 0; r < valid; ++r)
         for (long i = 0; i < in; i += 16) store(scratch + r * in + i, load(row_at(first + r) + i));
     pack_transposed(scratch, in, valid, EDGE, in, forward + first * in);
@@ -988,14 +788,14 @@ void forward(const Plan& plan, long group, const Scratch& s, float* nll) {
         auto parameter = [&](long index) { return plan.parameter(l, index); };
         float *x = layer.before + first * D, *between = layer.between + first * D;
         float* after = (l + 1 < task.num_layers ? plan.layers[l + 1].before : plan.last) + first * D;
-        auto linear = [&](const bf16* input, const Weight& weight, const float* bias, bf16* to) {
+        auto linear = [&](const Element* input, const Weight& weight, const float* bias, Element* to) {
             product(input, weight.in, rows, weight.forward, weight.out, weight.in, [&](long r, long column, float* c) {
                 for (long i = column; i < column + EDGE; i += 16, c += 16)
                     store(to + r * weight.out + i, load(c) + bias_at(bias, i));
             });
         };
         norm(plan, x, rows, parameter(NORM_1), parameter(NORM_1_BIAS), s.normed);
-        bf16* heads = layer.heads + first * plan.heads_width;
+        Element* heads = layer.heads + first * plan.heads_width;
         linear(s.normed, layer.qkv, parameter(QKV_BIAS), heads);
         for (long i = 0; i < plan.num_sequences(group); ++i)
             attend(plan, heads + i * plan.T * plan.heads_width, s, s.mixed + i * plan.T * D);
@@ -1004,7 +804,7 @@ void forward(const Plan& plan, long group, const Scratch& s, float* nll) {
                     x, between);
 
         norm(plan, between, rows, parameter(NORM_2), parameter(NORM_2_BIAS), s.normed);
-        bf16* wide = layer.wide + first * plan.wide;
+        Element* wide = layer.wide + first * plan.wide;
         with_activation(task.activation, [&](auto kind) {
             activate<kind>(plan, s.normed, layer.up, parameter(UP_BIAS), rows, wide, s.activated);
         });
@@ -1029,7 +829,7 @@ void backward(const Plan& plan, long group, const Scratch& s, const float* gradi
     for (long l = task.num_layers - 1; l >= 0; --l) {
         const Layer& layer = plan.layers[l];
         auto parameter = [&](long index) { return plan.parameter(l, index); };
-        auto through = [&](const bf16* gradient, const Weight& weight, auto* to) {
+        auto through = [&](const Element* gradient, const Weight& weight, auto* to) {
             product(gradient, weight.out, rows, weight.backward, weight.in, weight.out,
                     [&](long r, long column, float* c) {
                         for (long i = column; i < column + EDGE; i += 16, c += 16)
@@ -1051,7 +851,7 @@ void backward(const Plan& plan, long group, const Scratch& s, const float* gradi
         through(s.output, layer.out, s.mixed);
         const long sequence = plan.T * plan.heads_width;
         for (long i = 0; i < plan.num_sequences(group); ++i) {
-            const bf16* heads = layer.heads + first * plan.heads_width + i * sequence;
+            const Element* heads = layer.heads + first * plan.heads_width + i * sequence;
             fetch(heads + sequence, sequence);  // the next one's, meanwhile
             attend_backward(plan, heads, s.mixed + i * plan.T * D, s, s.heads + i * sequence);
         }
@@ -1069,28 +869,29 @@ void backward(const Plan& plan, long group, const Scratch& s, const float* gradi
 // A piece of a weight's gradient, up to 128 rows and columns, so that operands that are read again are in cache.
 constexpr long PIECE = 4 * EDGE;
 
-void weight_gradient(const Plan& plan, const Weight& weight, long first_row, long first_column, float* to) {
+// Adds the share of the `depth` rows from `start` on, the first of which set it.
+void weight_gradient(const Plan& plan, const Weight& weight, long first_row, long first_column, long start, long depth,
+                     float* to) {
     for (long column = first_column; column < std::min(weight.in, first_column + PIECE); column += EDGE)
         for (long row = first_row; row < std::min(weight.out, first_row + PIECE); row += EDGE)
-            block(packed_rows(weight.output_gradient + row * plan.depth), weight.input + column * plan.depth,
-                  plan.depth / EDGE, to + row * weight.in + column, weight.in);
+            block(packed_rows(weight.output_gradient + row * plan.depth + start * EDGE),
+                  weight.input + column * plan.depth + start * EDGE, depth, to + row * weight.in + column, weight.in, EDGE,
+                  start > 0);
 }
 
-void bias_gradient(const Plan& plan, const Weight& weight, long first, float* to) {
-    for (long row = first; row < std::min(weight.out, first + PIECE); ++row) {
-        const bf16* panel = weight.output_gradient + row / EDGE * EDGE * plan.depth + row % EDGE * 32;
-        Vector total = of(0);
-        for (long step = 0; step < plan.depth / EDGE; ++step, panel += BLOCK) total += load(panel) + load(panel + 16);
-        to[row] = sum(total);
-    }
+// Adds the share of the `depth` rows from `start` on, the first of which set it.
+void bias_gradient(const Plan& plan, const Weight& weight, long first, long start, long depth, float* to) {
+    for (long row = first; row < std::min(weight.out, first + PIECE); row += EDGE)
+        sum_packed_rows(weight.output_gradient + row * plan.depth + start * EDGE, depth, to + row, start > 0);
 }
 
 // Adds 32 rows of the head's gradient.
 void head_gradient(const Plan& plan, const Head& head, const Slot& slot, long first, float* to) {
     alignas(64) float c[EDGE * EDGE];
     for (long column = 0; column < plan.D; column += EDGE) {
-        block(packed_rows(head.logit_gradient + first * head.depth), head.packed_hidden + column * head.depth,
-              head.depth / EDGE, c, EDGE);
+        for (auto [start, depth] : head.parts)
+            block(packed_rows(head.logit_gradient + first * head.depth + start * EDGE),
+                  head.packed_hidden + column * head.depth + start * EDGE, depth, c, EDGE, EDGE, start > 0);
         for (long r = 0; r < EDGE && first + r < head.n; ++r) {
             float* row = to + head_row(slot, first + r) * plan.D + column;
             for (long i = 0; i < EDGE; i += 16) store(row + i, load(row + i) + load(c + r * EDGE + i));
@@ -1148,8 +949,9 @@ void parameter_gradients(const Plan& plan, float* const* to) {
         if (i >= num_pieces)
             return embedding_gradient(plan, (i - num_pieces) * EDGE, to[EMBEDDING], to[POSITIONS]);
         const auto [weight, gradient, bias, row, column] = pieces[i];
-        weight_gradient(plan, *weight, row, column, gradient);
-        if (bias && column == 0) bias_gradient(plan, *weight, row, bias);
+        for (auto [start, depth] : plan.parts) weight_gradient(plan, *weight, row, column, start, depth, gradient);
+        if (bias && column == 0)
+            for (auto [start, depth] : plan.parts) bias_gradient(plan, *weight, row, start, depth, bias);
     });
     for (long i = 0; i < task.num_slots; ++i)  // one after the other: slots may share rows of the head
         for_each(plan, plan.heads[i].padded_n / EDGE, [&](long index, const Scratch&) {
