@@ -29,10 +29,9 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int, Integer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from smalti.checkpoint import check_writable, latest_checkpoint, load_checkpoint, save_checkpoint
+from smalti.checkpoint import check_writable, latest_checkpoint, load_checkpoint, load_run, save_checkpoint
 from smalti.curves import Curves
 from smalti.data.loader import prefetch, step_rows
 from smalti.data.tokens import TokenBatch
@@ -41,6 +40,15 @@ from smalti.fast_training import NativeLoss, make_native_loss
 from smalti.layout import NO_SLOT, PARTS, Layout, Marker, Order, Packed, Span, SpanValues
 from smalti.likelihood import Likelihood, evaluate_nll
 from smalti.models import DecoderOnly, SlotTargets, new_model, slot_nll, slot_targets
+from smalti.precision import (
+    AUTO,
+    BFLOAT16,
+    FLOAT32,
+    check_precision,
+    compute_precision,
+    resolve_precision,
+    with_precision,
+)
 from smalti.transformer import TransformerConfig
 from smalti.vocabulary import SPECIAL, Vocabulary
 
@@ -111,8 +119,9 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Of the average of the weights that is evaluated and returned; it starts lower, min(decay, (1 + s) / (10 + s)) at
     step s. 0: no average."""
-    bf16: bool | None = None
-    """Autocast to bfloat16; weights and optimizer stay in float32. None: where the hardware multiplies it faster."""
+    precision: str = AUTO
+    """Of products: "float32", "bfloat16" (weights and optimizer stay in float32), or "auto", bfloat16 where the
+    hardware multiplies in it."""
     compile: bool | None = None
     """Pass the model through `torch.compile`. None: where training is long enough to repay a minute or two of it."""
     full_softmax: bool = False
@@ -137,6 +146,7 @@ class TrainConfig:
         if (self.num_epochs is None) == (self.num_steps is None):
             given = f"num_epochs is {self.num_epochs} and num_steps {self.num_steps}"
             raise ValueError(f"{given}; give one of them and not both: the other is null.")
+        check_precision(self.precision)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}.")
         positive = "num_epochs num_steps batch_size num_micro_batches learning_rate max_grad_norm patience"
@@ -362,10 +372,11 @@ class TrainState:
     def load(self, path: Path, run: dict[str, Any]) -> None:
         """Raises InputError if the checkpoint is of another run than the one that goes on here."""
         step, weights, state = load_checkpoint(path)
-        for name in run | state["run"]:
-            if state["run"].get(name) != run.get(name):
+        begun = with_precision(state["run"])
+        for name in run | begun:
+            if begun.get(name) != run.get(name):
                 raise InputError(
-                    f"{path.parent} holds a run with {name} {state['run'].get(name)!r}, not {run.get(name)!r}: "
+                    f"{path.parent} holds a run with {name} {begun.get(name)!r}, not {run.get(name)!r}: "
                     "go on with the same settings, or give a new folder."
                 )
         self.trained.load_state_dict(weights)
@@ -397,38 +408,30 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
 
 
 def with_choices(
-    config: TrainConfig, layout: Layout, num_steps: int, device: torch.device, *, parameters_dtype: torch.dtype
+    config: TrainConfig,
+    layout: Layout,
+    num_steps: int,
+    device: torch.device,
+    *,
+    parameters_dtype: torch.dtype,
+    begun: str | None = None,
 ) -> TrainConfig:
-    """The config with `bf16` and `compile` decided, if they were left open, by device, dtype, layout and length."""
-    bf16, compiled = config.bf16, config.compile
-    if bf16 is None:
-        bf16 = parameters_dtype == torch.float32 and _has_fast_bf16(device)
+    """The config with `precision` and `compile` decided, if they were left open, by device, dtype, layout and length,
+    and the precision by what an earlier start of the run has `begun` in."""
+    precision, compiled = config.precision, config.compile
+    if precision == AUTO and begun is None and parameters_dtype != torch.float32:
+        precision = FLOAT32  # as the weights are
+    precision = resolve_precision(precision, device, begun=begun)
     if compiled is None:
         # Batches whose length varies are compiled anew, or for any shape, which gains little.
         long_enough = num_steps * config.batch_size * layout.max_length >= COMPILE_FROM_TOKENS
         compiled = layout.is_fixed and long_enough and (device.type == "cuda" or _has_cpp_compiler())
-    return replace(config, bf16=bf16, compile=compiled)
-
-
-def _has_fast_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return replace(config, precision=precision, compile=compiled)
 
 
 def _has_cpp_compiler() -> bool:
     """Whether torch.compile can work on the CPU: it writes C++."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
-
-
-def compute_precision(device: torch.device, bf16: bool) -> AbstractContextManager:
-    """Autocast to bfloat16 if asked for, and the attention kernel that goes with it."""
-    stack = ExitStack()
-    stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=bf16))
-    if bf16 and device.type == "cpu":
-        # The CPU's fused attention takes 4 times as long as the plain one in bfloat16 at some 60 tokens.
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    return stack
 
 
 def make_loss(
@@ -439,12 +442,13 @@ def make_loss(
     Only what a run that goes on finds again decides, so that it takes the same path.
     """
     native = None
-    if chosen.bf16 and not asked.compile and num_steps * chosen.batch_size * layout.max_length >= NATIVE_FROM_TOKENS:
+    bf16, num_tokens = chosen.precision == BFLOAT16, num_steps * chosen.batch_size * layout.max_length
+    if bf16 and not asked.compile and num_tokens >= NATIVE_FROM_TOKENS:
         native = make_native_loss(model)
     loss = NextTokenLoss(model, layout, native)
     compiled = bool(chosen.compile) and native is None
     path = "the native kernel" if native else "torch.compile" if compiled else "torch, operator by operator"
-    _log.info("training by %s in %s", path, "bfloat16" if chosen.bf16 else str(model.embed_tokens.weight.dtype))
+    _log.info("training by %s in %s", path, "bfloat16" if bf16 else str(model.embed_tokens.weight.dtype))
     return cast(NextTokenLoss, torch.compile(loss)) if compiled else loss
 
 
@@ -636,7 +640,10 @@ def train_model(
             model = new_model(layout, model)
         model.to(device).train()
         asked = config
-        config = with_choices(config, layout, num_steps, device, parameters_dtype=model.embed_tokens.weight.dtype)
+        found = latest_checkpoint(directory / CHECKPOINTS)
+        begun = None if found is None else with_precision(load_run(found)).get("precision")
+        dtype = model.embed_tokens.weight.dtype
+        config = with_choices(config, layout, num_steps, device, parameters_dtype=dtype, begun=begun)
         loss_module = make_loss(model, layout, asked, config, num_steps)
         if world_size > 1:
             loss_module = DistributedDataParallel(loss_module)
@@ -646,7 +653,7 @@ def train_model(
         # Where it goes on, and where it is written down.
         checkpoints = directory / CHECKPOINTS
         run = describe_run(model, layout, config, len(train))
-        if (found := latest_checkpoint(checkpoints)) is not None:
+        if found is not None:
             if not resume:
                 raise InputError(f"{directory} holds a run already: resume it, or give a new folder.")
             state.load(found, run)
@@ -701,7 +708,7 @@ def train_model(
             for piece in pieces:
                 with (
                     _gradients_kept_back(loss_module, piece is not pieces[-1]),
-                    compute_precision(device, bool(config.bf16)),
+                    compute_precision(device, config.precision),
                 ):
                     nll = loss_module(piece.token_ids, piece.targets)
                     # Processes average their gradients: times their number, it is the sum over the joined batch.

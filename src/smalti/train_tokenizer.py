@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from smalti.checkpoint import (
     check_writable,
     latest_checkpoint,
     load_checkpoint,
+    load_run,
     random_state,
     save_checkpoint,
     set_random_state,
@@ -39,6 +40,7 @@ from smalti.data.loader import batches
 from smalti.errors import InputError
 from smalti.image_tokenizers import FAMILIES, save_image_tokenizer
 from smalti.image_tokenizers.quantizer import CodebookHealth
+from smalti.precision import AUTO, autocast, check_precision, resolve_precision, with_precision
 
 _LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "entropy_loss", "gradient_norm")
 
@@ -49,7 +51,8 @@ class TrainTokenizerConfig:
 
     The learning rate rises over `warmup_steps` and falls to 0 by a cosine. What is evaluated and returned is
     a running mean of the weights with `weight_ema_decay` (0: the weights themselves). "Every" counts steps; 0
-    is never.
+    is never. Products are taken in `precision`: "float32", "bfloat16", or "auto", bfloat16 where the hardware
+    multiplies in it.
     """
 
     steps: int = 1000
@@ -60,7 +63,7 @@ class TrainTokenizerConfig:
     gradient_clip: float = 1.0
     weight_ema_decay: float = 0.99
     max_value: int = 255
-    bf16: bool = True
+    precision: str = AUTO
     seed: int = 0
     device: str = "cpu"
     held_out_pictures: int = 1000
@@ -71,6 +74,7 @@ class TrainTokenizerConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
+        check_precision(self.precision)
         for name in ("steps", "batch_size", "max_value", "held_out_pictures", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -113,13 +117,16 @@ def train_tokenizer(
     # Where to write, and what an earlier start of this run has left there
     weights_bytes = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     check_writable(directory, expected_bytes=(config.keep_checkpoints + 1) * 4 * weights_bytes)
+    latest = latest_checkpoint(directory)
+    begun = as_described_now(load_run(latest)) if latest else None
+    config = with_resolved_precision(config, begun)
     run = json.loads(json.dumps({"model": asdict(model_config), "training": asdict(config)}))
     start, pending = 0, []
-    if latest := latest_checkpoint(directory):
+    if latest:
         start, weights, state = load_checkpoint(latest)
-        if state["run"] != run:
+        if begun is not None and begun != run:
             raise InputError(
-                f"{directory} holds a run with other settings ({settings_difference(state['run'], run)}); "
+                f"{directory} holds a run with other settings ({settings_difference(begun, run)}); "
                 "choose another folder, or remove that one."
             )
         averaged.module.load_state_dict(weights)
@@ -174,7 +181,7 @@ def train_tokenizer(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             batch = _to_images(images[torch.from_numpy(next(rows))], config.max_value, config.device)
-            with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
+            with autocast(config.device, config.precision):
                 reconstruction_loss, quantized = model(batch)
             optimizer.zero_grad(set_to_none=True)
             (reconstruction_loss + quantized.loss).backward()
@@ -191,7 +198,7 @@ def train_tokenizer(
                 if not math.isfinite(means[0]):
                     raise FloatingPointError(
                         f"the loss is {means[0]} at step {step + 1}; lower learning_rate ({config.learning_rate}) "
-                        f"or gradient_clip ({config.gradient_clip}), or set bf16 to false."
+                        f"or gradient_clip ({config.gradient_clip}), or set precision to float32."
                     )
                 training_log.write(step + 1, [learning_rate, *means])
                 for name, value in zip(_LOSSES, means, strict=True):
@@ -377,6 +384,17 @@ def _to_images(
     pictures: UInt8[Tensor, "N H W C"], max_value: int, device: torch.device | str
 ) -> Float[Tensor, "N C H W"]:
     return pictures.to(device).permute(0, 3, 1, 2).float() / max_value
+
+
+def as_described_now(run: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its run, in today's names."""
+    return {**run, "training": with_precision(run["training"])}
+
+
+def with_resolved_precision(config: Any, begun: dict[str, Any] | None) -> Any:
+    """The training's config with its precision decided, by an earlier start of the run if there was one."""
+    earlier = None if begun is None else begun["training"]["precision"]
+    return replace(config, precision=resolve_precision(config.precision, config.device, begun=earlier))
 
 
 def settings_difference(one: dict[str, Any], other: dict[str, Any]) -> str:
