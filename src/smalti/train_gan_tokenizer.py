@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from matplotlib.figure import Figure
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -42,7 +41,8 @@ from smalti.checkpoint import (
     set_random_state,
 )
 from smalti.data.picture_sets import PicturesConfig, PictureSet, training_batches
-from smalti.errors import InputError
+from smalti.errors import InputError, require_finite
+from smalti.estimate import Estimate, why_slow
 from smalti.evaluate.reconstruction import (
     ReconstructionReport,
     find_image_tokenizer,
@@ -70,12 +70,14 @@ from smalti.image_tokenizers.titok import TiTok, TiTokConfig
 from smalti.image_tokenizers.vit_vqgan import ViTVQGAN, ViTVQGANConfig
 from smalti.image_tokenizers.vqgan import VQGAN, VQGANConfig
 from smalti.precision import AUTO, autocast, check_precision
+from smalti.progress import stage
 from smalti.train_tokenizer import (
+    STAGE,
     CsvLog,
     as_described_now,
     draw_reconstructions,
+    how_to_mend,
     is_due,
-    progress_bar,
     read_columns,
     running_mean,
     settings_difference,
@@ -216,12 +218,14 @@ def train_gan_tokenizer(
     adversarial: AdversarialConfig,
     reading: PicturesConfig,
     show_progress: bool = True,
+    estimate: Estimate | None = None,
 ) -> nn.Module:
     """The best image tokenizer of the run, in eval mode; also saved in `directory`. Pictures have the size of
     `model_config.image_size`.
 
     Raises InputError before the first step if `directory` cannot be written, lacks space, or holds a run of other
-    settings, or if a file named by the settings does not fit; FloatingPointError if a loss stops being finite.
+    settings, or if a file named by the settings does not fit; and if a loss stops being finite. `estimate` says early
+    how long a recipe takes in all, if progress is shown.
     """
     # Pictures, networks, optimisers
     directory = Path(directory)
@@ -281,8 +285,8 @@ def train_gan_tokenizer(
     warnings_log = CsvLog(directory / "warnings.csv", ["step", "warning"], keep_to=start)
     board = SummaryWriter(str(directory), purge_step=start)
 
-    with progress_bar(show_progress) as bar, board:
-        task = bar.add_task("image tokenizer", total=config.steps, completed=start, report="")
+    watch = None if estimate is None else estimate.watch(lambda: why_slow(config.precision, config.device))
+    with stage(STAGE, config.steps, completed=start, show=show_progress, watch=watch) as bar, board:
         read_ahead = training_batches(pictures, rows, image_size, config.batch_size, reading, config.seed, start)
         for step in range(start, config.steps + 1):
             last = step == config.steps
@@ -300,9 +304,9 @@ def train_gan_tokenizer(
                     save_image_tokenizer(averaged.module, directory / "image_tokenizer")
                 if adversary is not None and (warning := progress_state.warning(report, adversarial, step)):
                     warnings_log.write(step, [warning])
-                    Console(stderr=True).print(f"step {step}: {warning}")
+                    bar.say(f"step {step}: {warning}")
                 draw_curves(directory)
-                bar.update(task, report=f"{report.psnr_db:.1f} dB, usage {report.codebook_usage:.0%}")
+                bar.update(step, f"{report.psnr_db:.1f} dB, usage {report.codebook_usage:.0%}")
 
             # Sample
             if (is_due(config.sample_every, step) or last) and not resumed_here:
@@ -311,6 +315,8 @@ def train_gan_tokenizer(
 
             # Save
             if (is_due(config.save_every, step) and step > start) or last:
+                if pending:  # weights that are not finite are not saved
+                    require_finite(float(torch.stack(pending)[:, 0].mean()), step, how_to_mend(config))
                 state = {
                     "run": run,
                     "model": model.state_dict(),
@@ -327,6 +333,7 @@ def train_gan_tokenizer(
                 break
 
             # The tokenizer's step
+            note = None
             model.train()
             if config.stage == "decoder":
                 for name in ("quantizer", "latent_norm"):  # an EMA codebook and running means would go on moving
@@ -366,18 +373,15 @@ def train_gan_tokenizer(
                 logged = torch.stack(pending)
                 means, loss = logged.nanmean(0).tolist(), float(logged[:, 0].mean())
                 pending = []
-                if not math.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss is {loss} at step {step + 1}; lower learning_rate ({config.learning_rate}) "
-                        f"or gradient_clip ({config.gradient_clip}), or set precision to float32."
-                    )
+                require_finite(loss, step + 1, how_to_mend(config))
+                note = f"loss {loss:.4g}"
                 health = [getattr(window.report(), name) for name in HEALTH_PARTS]
                 values = [config.learning_rate_at(step), *means, *health]
                 training_log.write(step + 1, ["" if math.isnan(value) else value for value in values])
                 for name, value in zip(columns[1:], values, strict=True):
                     if not math.isnan(value):
                         board.add_scalar(f"training/{name}", value, step + 1)
-            bar.advance(task)
+            bar.update(step + 1, note)
 
     return load_image_tokenizer(directory / "image_tokenizer")
 

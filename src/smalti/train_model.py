@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -27,7 +28,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int, Integer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,8 +35,9 @@ from smalti.checkpoint import check_writable, latest_checkpoint, load_checkpoint
 from smalti.curves import Curves
 from smalti.data.loader import prefetch, step_rows
 from smalti.data.tokens import TokenBatch
-from smalti.errors import InputError
-from smalti.fast_training import NativeLoss, make_native_loss
+from smalti.errors import InputError, require_finite
+from smalti.estimate import Estimate, Length, why_slow
+from smalti.fast_training import NativeLoss, make_native_loss, why_not
 from smalti.layout import NO_SLOT, PARTS, Layout, Marker, Order, Packed, Span, SpanValues
 from smalti.likelihood import Likelihood, evaluate_nll
 from smalti.models import DecoderOnly, SlotTargets, new_model, slot_nll, slot_targets
@@ -49,6 +50,7 @@ from smalti.precision import (
     resolve_precision,
     with_precision,
 )
+from smalti.progress import stage
 from smalti.transformer import TransformerConfig
 from smalti.vocabulary import SPECIAL, Vocabulary
 
@@ -59,6 +61,11 @@ COMPILE_FROM_TOKENS = 10_000_000
 """Tokens a training must have for compiling to repay itself: some minutes' worth on two cores, at the digits' size."""
 NATIVE_FROM_TOKENS = 200_000
 """Tokens a training must have for the native kernel to be taken: compiling it takes as long as they would without."""
+STAGE = "transformer"
+MEND = (
+    "Start the run again from the last checkpoint or anew with a lower learning_rate, a longer warm-up or "
+    "max_grad_norm=1."
+)
 LOG_EVERY = 50
 """Steps between fetches of the losses from the device."""
 
@@ -162,6 +169,14 @@ class TrainConfig:
                 raise ValueError(f"{name} is {value}; expected a number in [0, 1).")
         if not 0 <= self.final_share <= 1:
             raise ValueError(f"final_share is {self.final_share}; expected a share in [0, 1].")
+
+    @property
+    def length(self) -> Length:
+        """The setting that says how long is trained."""
+        if self.num_steps is not None:
+            return Length("train.num_steps", self.num_steps)
+        assert self.num_epochs is not None
+        return Length("train.num_epochs", self.num_epochs)
 
     def steps(self, num_rows: int) -> int:
         """Updates in all, for this many rows."""
@@ -588,11 +603,7 @@ class LossLog:
         self.counts.clear()
         means = torch.cat((nats.sum(1, keepdim=True), nats), 1) / torch.cat((counts.sum(1, keepdim=True), counts), 1)
         for index, loss in enumerate(means[:, 0].tolist()):
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"the loss of step {first + index} is {loss}: training went astray. Start again from the last "
-                    "checkpoint or anew with a lower learning_rate, a longer warm-up or max_grad_norm=1."
-                )
+            require_finite(loss, first + index, MEND)
             if curves is not None:
                 values = [None if math.isnan(value) else value for value in means[index].tolist()]
                 at = first + index
@@ -613,13 +624,15 @@ def train_model(
     sampler: Sampler | None = None,
     sample_every: int = 1000,
     show_progress: bool = True,
+    estimate: Estimate | None = None,
 ) -> DecoderOnly:
     """Trains a model, or a fresh one of this shape, on pairs packed by the layout; returns it, averaged if so asked.
 
     `directory` gets `checkpoints/`, `curves.csv`, `curves.png` and `tensorboard/`, and `best/` if the run may stop
     early. A run found there goes on from its last checkpoint and ends with the weights it would have had without the
     stop. Under `torchrun` all processes work on shares of the same batches. `device` None takes a GPU if there is one.
-    `sampler` is shown the model every `sample_every` updates, before the first and after the last.
+    `sampler` is shown the model every `sample_every` updates, before the first and after the last. `estimate` says
+    early how long a recipe takes in all, if progress is shown.
 
     Raises InputError if the folder cannot be written or holds a run with other settings (any run, if not `resume`),
     or if the loss is not finite; ValueError if batches cannot be divided or the layout counts nothing.
@@ -645,6 +658,7 @@ def train_model(
         dtype = model.embed_tokens.weight.dtype
         config = with_choices(config, layout, num_steps, device, parameters_dtype=dtype, begun=begun)
         loss_module = make_loss(model, layout, asked, config, num_steps)
+        why = partial(_why_slow, model, asked, config, loss_module)
         if world_size > 1:
             loss_module = DistributedDataParallel(loss_module)
         averaged = deepcopy(model).eval() if config.ema_decay else None
@@ -665,8 +679,9 @@ def train_model(
             curves = Curves(directory, curve_columns(layout), start_step=state.step, label=_label(layout))
             stack.callback(curves.close)
         log = LossLog(layout, len(train), config, world_size)
-        progress = stack.enter_context(_progress_bar(show_progress and rank == 0))
-        task = progress.add_task("train", total=num_steps, completed=state.step, loss="–", speed="–")
+        shown = show_progress and rank == 0
+        watch = None if estimate is None else estimate.watch(why)
+        progress = stack.enter_context(stage(STAGE, num_steps, completed=state.step, show=shown, watch=watch))
         stream = prefetch(micro_batches(layout, train, config, start_step=state.step, rank=rank, world_size=world_size))
         stack.callback(stream.close)
 
@@ -724,11 +739,11 @@ def train_model(
 
             log.add(nats, counts)
             num_tokens += world_size * sum(piece.token_ids.numel() for piece in pieces)
-            progress.update(task, completed=step + 1)
+            progress.update(step + 1)
             if (step + 1) % LOG_EVERY == 0:
                 loss = log.fetch(step + 1, curves)
                 speed = num_tokens / (time.perf_counter() - started_at)
-                progress.update(task, loss=f"{loss:.4f}", speed=f"{speed:,.0f}")
+                progress.update(step + 1, f"loss {loss:.4f} nats/token, {speed:,.0f} tokens/s")
         if world_size > 1:
             dist.barrier()  # the first process has written the best weights
         return _result(state, config, directory)
@@ -788,10 +803,15 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 def _require_finite(model: nn.Module, step: int) -> None:
     if not bool(nn.utils.get_total_norm(list(model.parameters())).isfinite()):
-        raise InputError(
-            f"the weights after step {step} are not finite, so they are not saved. Start the run again from the last "
-            "checkpoint or anew with a lower learning_rate, a longer warm-up or max_grad_norm=1."
-        )
+        raise InputError(f"the weights after step {step} are not finite, so they are not saved. {MEND}")
+
+
+def _why_slow(model: DecoderOnly, asked: TrainConfig, chosen: TrainConfig, loss: NextTokenLoss) -> list[str]:
+    """What may keep this training from the speed it has elsewhere."""
+    no_kernel = None
+    if loss.native is None and not asked.compile and model.device.type == "cpu":
+        no_kernel = why_not(model) or (None if _has_cpp_compiler() else "no compiler is found: install g++ or clang")
+    return why_slow(chosen.precision, model.device, no_kernel=no_kernel)
 
 
 def _label(layout: Layout) -> str:
@@ -815,15 +835,3 @@ def _counted_positions(order: Order) -> str:
             upto = True
     pieces = ", ".join(f"{count} {PARTS.get(name, name)}" for name, count in sorted(counts.items()) if count)
     return f"{'up to ' if upto else ''}{sum(counts.values())} a sequence: {pieces}"
-
-
-def _progress_bar(show: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]} nats/token"),
-        TextColumn("{task.fields[speed]} tokens/s"),
-        TimeRemainingColumn(),
-        disable=not show,
-    )

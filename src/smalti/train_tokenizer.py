@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
@@ -37,11 +36,14 @@ from smalti.checkpoint import (
     set_random_state,
 )
 from smalti.data.loader import batches
-from smalti.errors import InputError
+from smalti.errors import InputError, require_finite
+from smalti.estimate import Estimate, why_slow
 from smalti.image_tokenizers import FAMILIES, save_image_tokenizer
 from smalti.image_tokenizers.quantizer import CodebookHealth
 from smalti.precision import AUTO, autocast, check_precision, resolve_precision, with_precision
+from smalti.progress import stage
 
+STAGE = "image tokenizer"
 _LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "entropy_loss", "gradient_norm")
 
 
@@ -96,11 +98,13 @@ def train_tokenizer(
     directory: Path | str,
     *,
     show_progress: bool = True,
+    estimate: Estimate | None = None,
 ) -> nn.Module:
     """The trained image tokenizer of `model_config`'s family, in eval mode; also saved in `directory`.
 
     Raises InputError before the first step if `directory` cannot be written, lacks space, or holds a run of
-    other settings; FloatingPointError if the loss stops being finite.
+    other settings; and if the loss stops being finite. `estimate` says early how long a recipe takes in all, if
+    progress is shown.
     """
     # Pictures, network, optimiser
     directory = Path(directory)
@@ -139,8 +143,8 @@ def train_tokenizer(
     evaluation_log = CsvLog(directory / "evaluation.csv", ["step", *ReconstructionReport._fields], keep_to=start)
     board = SummaryWriter(str(directory), purge_step=start)
 
-    with progress_bar(show_progress) as progress, board:
-        task = progress.add_task("image tokenizer", total=config.steps, completed=start, report="")
+    watch = None if estimate is None else estimate.watch(lambda: why_slow(config.precision, config.device))
+    with stage(STAGE, config.steps, completed=start, show=show_progress, watch=watch) as progress, board:
         rows = batches(len(images), config.batch_size, config.seed, start)
         for step in range(start, config.steps + 1):
             last = step == config.steps
@@ -153,7 +157,7 @@ def train_tokenizer(
                 for name, value in report._asdict().items():
                     board.add_scalar(f"held_out/{name}", value, step)
                 draw_curves(directory)
-                progress.update(task, report=report.brief())
+                progress.update(step, report.brief())
 
             # Sample
             if (is_due(config.sample_every, step) or last) and not resumed_here:
@@ -162,6 +166,8 @@ def train_tokenizer(
 
             # Save
             if (is_due(config.save_every, step) and step > start) or last:
+                if pending:  # weights that are not finite are not saved
+                    require_finite(float(torch.stack(pending)[:, 0].mean()), step, how_to_mend(config))
                 state = {
                     "run": run,
                     "model": model.state_dict(),
@@ -176,6 +182,7 @@ def train_tokenizer(
                 break
 
             # Step
+            note = None
             model.train()
             learning_rate = learning_rate_at(step, config)
             for group in optimizer.param_groups:
@@ -195,17 +202,14 @@ def train_tokenizer(
             if is_due(config.log_every, step + 1):
                 means = torch.stack(pending).mean(0).tolist()
                 pending = []
-                if not math.isfinite(means[0]):
-                    raise FloatingPointError(
-                        f"the loss is {means[0]} at step {step + 1}; lower learning_rate ({config.learning_rate}) "
-                        f"or gradient_clip ({config.gradient_clip}), or set precision to float32."
-                    )
+                require_finite(means[0], step + 1, how_to_mend(config))
+                note = f"loss {means[0]:.4g}"
                 training_log.write(step + 1, [learning_rate, *means])
                 for name, value in zip(_LOSSES, means, strict=True):
                     board.add_scalar(f"training/{name}", value, step + 1)
                 for name, value in window.report()._asdict().items():
                     board.add_scalar(f"codebook/{name}", value, step + 1)
-            progress.advance(task)
+            progress.update(step + 1, note)
 
     image_tokenizer = averaged.module.eval()
     save_image_tokenizer(image_tokenizer, directory / "image_tokenizer")
@@ -386,6 +390,14 @@ def _to_images(
     return pictures.to(device).permute(0, 3, 1, 2).float() / max_value
 
 
+def how_to_mend(config: Any) -> str:
+    """What helps a training whose loss is not finite."""
+    return (
+        f"Start anew in another folder with a lower learning_rate ({config.learning_rate}) or gradient_clip "
+        f"({config.gradient_clip}), or with precision=float32."
+    )
+
+
 def as_described_now(run: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of its run, in today's names."""
     return {**run, "training": with_precision(run["training"])}
@@ -404,16 +416,3 @@ def settings_difference(one: dict[str, Any], other: dict[str, Any]) -> str:
             if one.get(part, {}).get(name) != value:
                 return f"{part} {name} is {one.get(part, {}).get(name)} there, {value} here"
     return "settings that are not known here"
-
-
-def progress_bar(shown: bool) -> Progress:
-    """A bar whose tasks have a field `report`, some words on how the run stands."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[report]}"),
-        disable=not shown,
-    )

@@ -23,7 +23,6 @@ import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,6 +30,7 @@ from smalti.data.digit_sources import read_mnist, scikit_learn_digits
 from smalti.data.digits import PICTURE_SIZE, SourceDigits, normalise_caption, parse_caption, read_colours
 from smalti.errors import InputError
 from smalti.precision import FLOAT32, PRECISIONS, autocast, check_precision, resolve_precision
+from smalti.progress import track
 
 SHIPPED_CLASSIFIER = Path(__file__).with_name("digit_classifier.safetensors")
 _SCIKIT_LEARN_CLASSIFIER = Path(__file__).with_name("digit_classifier_scikit_learn.safetensors")
@@ -100,7 +100,7 @@ def train_digit_classifier(
     precision = resolve_precision(config.precision, "cpu")
     optimizer = torch.optim.Adam(classifier.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.peak_learning_rate, config.num_steps)
-    for _ in track(range(config.num_steps), "digit classifier", disable=not show_progress):
+    for _ in track(range(config.num_steps), "digit classifier", unit="step", show=show_progress):
         rows = torch.randint(len(labels), (config.batch_size,), generator=stream)
         shifts = torch.randint(-config.max_shift, config.max_shift + 1, (config.batch_size, 2), generator=stream)
         with autocast("cpu", precision):

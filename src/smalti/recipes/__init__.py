@@ -45,6 +45,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Minutes = dict[Literal["image tokenizer", "transformer", "report"], Annotated[float, Field(gt=0)]]
+"""What the stages of a recipe take on the machine that `expects` was measured on, two cores. They hold for the recipe
+as it is: a change to what is trained, or for how long, takes them back."""
+
+
 class DigitsData(Section):
     """Coloured, captioned digits, made from uncoloured ones, or read from the original pickle."""
 
@@ -88,6 +93,7 @@ class Recipe(Section):
     description: str
     expects: str
     """What a run gives and takes: figures with the data and machine they were measured on."""
+    minutes: Minutes = {}
     data: DigitsData
     image_tokenizer: ImageTokenizer
     layout: Orders
@@ -135,6 +141,7 @@ class LinesRecipe(Section):
     system: Literal["lines"]
     description: str
     expects: str
+    minutes: Minutes = {}
     data: Path | None = None
     """Token table of `smalti data import-lines`."""
     validation: Path | None = None
@@ -184,6 +191,7 @@ class TokenizerRecipe(Section):
     system: Literal["image tokenizer"]
     description: str
     expects: str
+    minutes: Minutes = {}
     pictures: Path | None = None
     """Folder of pictures, or parquet table with a column `image`."""
     held_out: Path | None = None
@@ -216,6 +224,7 @@ class CaptionsRecipe(Section):
     system: Literal["captions"]
     description: str
     expects: str
+    minutes: Minutes = {}
     data: CaptionedPictures
     image_tokenizer: Path | None = None
     """Folder of a trained image tokenizer."""
@@ -287,7 +296,8 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     _rename_bf16(content, name)
     for override in overrides:
         for one in _one_by_one(override, system):
-            _apply(content, one, system)
+            if not _keeps_pace(_apply(content, one, system)):
+                content.pop("minutes", None)
     return _checked(content, str(name), system)
 
 
@@ -414,7 +424,18 @@ def _one_by_one(override: str, system: System) -> list[str]:
     return [f"{key}{equals}{text}" for key in keys]
 
 
-def _apply(content: dict[str, Any], override: str, system: System) -> None:
+_ANY_PACE = ("evaluate", "sample", "watch", "about", "minutes", "output", "pictures", "held_out", "text_tokenizer")
+_DATA = ("data.path", "data.train", "data.validation", "image_tokenizer", "image_tokenizer.path")
+
+
+def _keeps_pace(key: str) -> bool:
+    """Whether a recipe takes as long with another value of a setting."""
+    section, last = key.partition(".")[0], key.rpartition(".")[2]
+    return section in _ANY_PACE or key in _DATA or last in ("seed", "precision", "device")
+
+
+def _apply(content: dict[str, Any], override: str, system: System) -> str:
+    """Changes a setting in the content of a recipe; returns its full key."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"{override!r} is no setting; write key=value, for example train.learning_rate=1e-3.")
@@ -433,6 +454,7 @@ def _apply(content: dict[str, Any], override: str, system: System) -> None:
     if isinstance(value, str) and isinstance(content.get(last), dict) and f"{full_key}.preset" in _keys(system):
         content, last = content[last], "preset"  # model=llama-60m
     content[last] = value
+    return full_key
 
 
 def _full_key(key: str, system: System) -> str:
@@ -488,7 +510,7 @@ def claim_folder(recipe: BaseModel, folder: Path, *, free: Collection[str]) -> N
     Raises InputError naming the section that differs.
     """
     path = folder / "recipe.json"
-    settings = json.loads(recipe.model_dump_json(exclude=set(free) | {"output", "description", "expects"}))
+    settings = json.loads(recipe.model_dump_json(exclude=set(free) | {"output", "description", "expects", "minutes"}))
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
         _rename_bf16(found, path)
