@@ -95,9 +95,10 @@ def measure_training(path: Path) -> dict[str, float]:
 
     from smalti.layout import Layout
     from smalti.models import new_model
+    from smalti.precision import compute_precision
     from smalti.recipes import load_recipe
     from smalti.text_tokenizer import BPEConfig
-    from smalti.train_model import NextTokenLoss, compute_precision, make_optimizer, micro_batches, with_choices
+    from smalti.train_model import NextTokenLoss, make_optimizer, micro_batches, with_choices
 
     recipe = load_recipe("cc3m")
     vocabulary = BPEConfig(text_size=recipe.text_size, specials=recipe.layout.specials).vocabulary
@@ -112,7 +113,7 @@ def measure_training(path: Path) -> dict[str, float]:
     for step, [piece] in enumerate(itertools.islice(steps, TRAINING_STEPS + 1)):
         if step == 1:
             num_tokens, started_at = 0, time.perf_counter()
-        with compute_precision(device, bool(config.bf16)):
+        with compute_precision(device, config.precision):
             loss_module(piece.token_ids, piece.targets).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_runs import FIXED, OPEN, arrays
 
-from smalti import native
+from smalti import native, precision
 from smalti import train_model as module
 from smalti.fast_training import make_native_loss, why_not
 from smalti.layout import Layout
@@ -269,6 +269,7 @@ def test_what_is_not_covered_is_named_and_left_to_torch(shape, reason):
 
 def test_length_and_precision_alone_decide_so_that_a_run_goes_on_as_it_began(caplog, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda loss: loss)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: True)
     model = model_of(SHAPE)
     native_loss(model)
 
@@ -282,14 +283,17 @@ def test_length_and_precision_alone_decide_so_that_a_run_goes_on_as_it_began(cap
         return made.native is not None, caplog.messages[0]
 
     assert path(10**6) == (True, "training by the native kernel in bfloat16")
-    assert not path(10)[0] and not path(10**6, bf16=False)[0]
+    assert not path(10)[0] and not path(10**6, precision="float32")[0]
     assert path(10**6, compile=True)[1] == "training by torch.compile in bfloat16"
 
 
 def test_a_run_that_stops_and_goes_on_ends_with_the_same_bits(tmp_path, monkeypatch):
     native_loss(model_of(SHAPE))
     monkeypatch.setattr(module, "NATIVE_FROM_TOKENS", 0)
-    config = TrainConfig(num_steps=6, batch_size=6, num_micro_batches=2, checkpoint_every=2, bf16=True, compile=False)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: True)
+    config = TrainConfig(
+        num_steps=6, batch_size=6, num_micro_batches=2, checkpoint_every=2, precision="bfloat16", compile=False
+    )
     shape = replace(SHAPE, dropout=0.1)
 
     def run(directory):

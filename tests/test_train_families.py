@@ -57,7 +57,7 @@ PROXY_CONFIG = VQGANConfig(
     decoder_attention_levels=(), num_res_blocks=1, latent_channels=32, form="maskgit",
 )  # fmt: skip
 SHORT = TrainGANTokenizerConfig(
-    steps=11, batch_size=3, learning_rate=1e-3, warmup_steps=2, weight_ema_decay=0.5, bf16=False,
+    steps=11, batch_size=3, learning_rate=1e-3, warmup_steps=2, weight_ema_decay=0.5, precision="float32",
     evaluate_every=4, sample_every=0, save_every=3, log_every=2,
 )  # fmt: skip
 GAN = AdversarialConfig(
@@ -114,8 +114,9 @@ def state_of(directory):
 # Every family overfits eight pictures
 
 OVERFIT = TrainGANTokenizerConfig(
-    steps=200, batch_size=8, learning_rate=3e-3, warmup_steps=30, weight_ema_decay=0.0, bf16=False, weight_decay=0.0,
-    betas=(0.9, 0.95), final_share=0.0, evaluate_every=0, sample_every=0, save_every=0, log_every=100,
+    steps=200, batch_size=8, learning_rate=3e-3, warmup_steps=30, weight_ema_decay=0.0, weight_decay=0.0,
+    precision="float32", betas=(0.9, 0.95), final_share=0.0, evaluate_every=0, sample_every=0, save_every=0,
+    log_every=100,
 )  # fmt: skip
 # Without k-means and restarts a ViT-VQGAN or TiTok of this size gives all patches one code: 13 dB at best.
 LIVELY_CODES = QuantizerConfig(
@@ -160,7 +161,7 @@ def test_every_family_overfits_eight_pictures(tmp_path, model_config, steps):
 )  # fmt: skip
 def test_the_small_families_overfit_eight_pictures(tmp_path, model_config):
     config = TrainTokenizerConfig(
-        steps=600, batch_size=8, learning_rate=5e-3, weight_ema_decay=0.0, bf16=False, evaluate_every=0,
+        steps=600, batch_size=8, learning_rate=5e-3, weight_ema_decay=0.0, precision="float32", evaluate_every=0,
         sample_every=0, save_every=0, log_every=0, weight_decay=0.0,
     )  # fmt: skip
     trained = train_tokenizer(scenes(8), scenes(8), model_config, config, tmp_path, show_progress=False)
@@ -321,7 +322,7 @@ def test_gradients_never_leak_between_tokenizer_and_discriminator(model_config, 
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
     old = [parameter.clone() for parameter in adversary.discriminator.parameters()]
-    adversary.learn(images, losses.rebuilt, step=0, bf16=False)
+    adversary.learn(images, losses.rebuilt, step=0, precision="float32")
     assert any(not torch.equal(a, b) for a, b in zip(old, adversary.discriminator.parameters(), strict=True))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])

@@ -26,7 +26,7 @@ from smalti.transformer import TransformerConfig
 LENGTH, VOCAB_SIZE = 5, 7
 LAYOUT = line_layout(LENGTH, VOCAB_SIZE)
 SHAPE = TransformerConfig(num_layers=1, d_model=10, num_heads=2, d_ff=13, max_length=LAYOUT.max_length, dropout=0.1)
-SHORT = TrainConfig(num_epochs=6, batch_size=4, learning_rate=0.03, bf16=False, compile=False)
+SHORT = TrainConfig(num_epochs=6, batch_size=4, learning_rate=0.03, precision="float32", compile=False)
 
 
 @pytest.fixture(autouse=True)

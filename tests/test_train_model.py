@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import FIXED, OPEN, SHAPE, VOCABULARY, arrays
 
+from smalti import precision
 from smalti import train_model as module
 from smalti.checkpoint import latest_checkpoint
 from smalti.curves import Curves
@@ -53,7 +54,7 @@ def no_pictures(request, monkeypatch):
 
 
 PLAIN = replace(SHAPE, dropout=0.0)
-PLAINLY = {"bf16": False, "compile": False}
+PLAINLY = {"precision": "float32", "compile": False}
 SHORT = TrainConfig(num_steps=4, batch_size=6, **PLAINLY)
 COUNTED = Layout.parse(VOCABULARY, {"one": "<bos> (text{3}) <image> image{5}"})
 
@@ -372,7 +373,7 @@ CHANGES = {
     "betas": (0.8, 0.999),
     "max_grad_norm": 1e-3,
     "ema_decay": 0.9,
-    "bf16": True,
+    "precision": "bfloat16",
     "compile": True,
     "full_softmax": True,
     "token_dropout": 0.5,
@@ -416,6 +417,7 @@ def test_the_table_of_changes_is_complete():
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_setting_has_an_effect(name, observed, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: True)  # no warning where it is emulated
     base = replace(SHORT, schedule="cosine") if name == "final_share" else SHORT
     base = replace(base, checkpoint_every=2) if name == "keep_checkpoints" else base
     layout = OPEN if name == "caption_dropout" else FIXED
@@ -434,11 +436,11 @@ def test_every_setting_has_an_effect(name, observed, monkeypatch):
 
 def test_what_is_left_open_is_decided_by_hardware_and_length(monkeypatch):
     def chosen(num_steps, *, layout=FIXED, bf16=True, compiler=True, dtype=torch.float32):
-        monkeypatch.setattr(module, "_has_fast_bf16", lambda device: bf16)
+        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: bf16)
         monkeypatch.setattr(module, "_has_cpp_compiler", lambda: compiler)
         config = TrainConfig(num_steps=num_steps, batch_size=100)
         found = with_choices(config, layout, num_steps, torch.device("cpu"), parameters_dtype=dtype)
-        return found.bf16, found.compile
+        return found.precision == "bfloat16", found.compile
 
     long = 10**7 // 1000  # of 100 sequences with 10 tokens and one before them
     assert chosen(long) == (True, True)
@@ -447,7 +449,7 @@ def test_what_is_left_open_is_decided_by_hardware_and_length(monkeypatch):
     assert chosen(long, compiler=False) == (True, False)
     assert chosen(long, bf16=False) == (False, True)
     assert chosen(long, dtype=torch.float64) == (False, True)
-    given = replace(SHORT, bf16=True)
+    given = replace(SHORT, precision="float32")
     assert with_choices(given, FIXED, 10**9, torch.device("cpu"), parameters_dtype=torch.float32) == given
 
 

@@ -267,7 +267,7 @@ def test_averaged_weights_are_the_running_mean(tmp_path):
 
 
 def test_training_lowers_the_loss_without_bf16_too(tmp_path):
-    config = replace(TRAINING, steps=40, bf16=False, learning_rate=1e-2, save_every=0, evaluate_every=0)
+    config = replace(TRAINING, steps=40, precision="float32", learning_rate=1e-2, save_every=0, evaluate_every=0)
     train(tmp_path, config=config)
     losses = [float(row[2]) for row in rows(tmp_path / "training.csv")[1:]]
     assert losses[-1] < 0.6 * losses[0]

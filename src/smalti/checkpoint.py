@@ -122,10 +122,24 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         file = path / STATE_FILE
         training_state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes its reader raise
-        raise InputError(
-            f"cannot read {file}: {error}; remove the folder {path} to go on from the checkpoint before it."
-        ) from error
+        raise _unreadable(file, error) from error
     return Checkpoint(int(match[1]), weights, training_state)
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of the run it belongs to, `training_state["run"]`, without reading its tensors. Raises
+    InputError naming the file if it is damaged."""
+    file = path / STATE_FILE
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)["run"]
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> InputError:
+    return InputError(
+        f"cannot read {file}: {error}; remove the folder {file.parent} to go on from the checkpoint before it."
+    )
 
 
 def random_state() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 
 from smalti.cli_evaluate import app as evaluate_app
 from smalti.cli_interop import app as interop_app
+from smalti.cli_stop import Stopped, resuming, stoppable
 from smalti.cli_train import app as train_app
 from smalti.default_bundle import DEFAULT_BUNDLE, bundle_for_picture, bundle_for_prompt
 from smalti.errors import InputError, InputWarning
@@ -43,6 +44,7 @@ Bundle = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="The same seed and prompt give the same picture, whatever else is drawn.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Count = Annotated[int, typer.Option("-n", min=1, help="How many; the i-th is drawn with the seed SEED + i.")]
 Scale = Annotated[int | None, typer.Option(help="Enlarge every pixel to so many by so many (default: the bundle's).")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy, 1 the model's own distribution.")]
@@ -250,6 +252,7 @@ def complete(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Lines completed at a time: 256.", rich_help_panel=OF_LINES)
     ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.", rich_help_panel=OF_LINES)] = False,
 ) -> None:
     """Complete a caption that is begun, a picture of which the upper rows are given, or a file of lines.
 
@@ -268,7 +271,8 @@ def complete(
             raise ValueError(
                 "lines are completed from file to file: smalti complete PREFIXES -o OUTPUT --bundle BUNDLE."
             )
-        _complete_lines(Path(beginning), output, bundle, force, seed=seed, **of_lines, **sampling)
+        with resuming():
+            _complete_lines(Path(beginning), output, bundle, force, quiet, seed=seed, **of_lines, **sampling)
         return
     _refuse_options(of_lines, bundle, "pictures")
     given = {**sampling, **_given(guidance_scale=guidance_scale)}
@@ -313,7 +317,7 @@ def _refuse_options(options: dict[str, Any], bundle: str, kind: str) -> None:
 
 
 def _complete_lines(
-    prefixes: Path, output: Path, bundle: str, force: bool, *, batch_size: int = 256, **settings: Any
+    prefixes: Path, output: Path, bundle: str, force: bool, quiet: bool, *, batch_size: int = 256, **settings: Any
 ) -> None:
     from smalti.line_files import LIKELIHOOD_SUFFIX, complete_file
     from smalti.line_model import CompleteConfig, LineModel
@@ -324,7 +328,8 @@ def _complete_lines(
     for name in sorted(settings.keys() - used[config.strategy] - {"strategy", "seed"}):
         raise ValueError(f"strategy {config.strategy} has no use for --{name.replace('_', '-')}; leave it out.")
     model = LineModel.load(bundle)
-    num_lines = complete_file(model, prefixes, output, config, batch_size=batch_size, force=force, show_progress=True)
+    how = {"batch_size": batch_size, "force": force, "show_progress": not quiet}
+    num_lines = complete_file(model, prefixes, output, config, **how)
     typer.echo(f"{output}: {num_lines} lines, log-likelihoods in {output}{LIKELIHOOD_SUFFIX}")
 
 
@@ -345,6 +350,7 @@ def score(
         int | None, typer.Option(min=1, help="Lines scored at a time: 256.", rich_help_panel=OF_LINES)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.", rich_help_panel=OF_LINES)] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.", rich_help_panel=OF_LINES)] = False,
 ) -> None:
     """How well captions fit a picture, in nats: −ln p(picture | caption), −ln p(caption | picture), information.
 
@@ -359,7 +365,8 @@ def score(
             raise ValueError(f"{bundle} is a bundle of lines, which knows no captions; leave them out.")
         if output is None:
             raise ValueError("scores of lines need a folder to go to: add -o FOLDER.")
-        _score_lines(source, output, bundle, batch_size or 256, force, as_json)
+        with resuming():
+            _score_lines(source, output, bundle, batch_size or 256, force, as_json, quiet)
         return
     _refuse_options(_given(output=output, batch_size=batch_size, force=force or None), bundle, "pictures")
     if not captions:
@@ -382,11 +389,14 @@ def score(
     console.print(table)
 
 
-def _score_lines(lines: Path, output: Path, bundle: str, batch_size: int, force: bool, as_json: bool) -> None:
+def _score_lines(
+    lines: Path, output: Path, bundle: str, batch_size: int, force: bool, as_json: bool, quiet: bool
+) -> None:
     from smalti.line_files import SCORE_FILES, score_file
     from smalti.line_model import LineModel
 
-    found = score_file(LineModel.load(bundle), lines, output, batch_size=batch_size, force=force, show_progress=True)
+    how = {"batch_size": batch_size, "force": force, "show_progress": not quiet}
+    found = score_file(LineModel.load(bundle), lines, output, **how)
     if as_json:
         typer.echo((output / SCORE_FILES[-1]).read_text(encoding="utf-8"), nl=False)
         return
@@ -405,6 +415,7 @@ def baselines(
     bundle: Annotated[str | None, typer.Option(help="A bundle of lines to measure beside them.")] = None,
     max_train_rows: Annotated[int, typer.Option(min=1, help="Rows to fit to at most, drawn at random.")] = 200_000,
     max_rows: Annotated[int, typer.Option(min=1, help="Held-out rows to measure at most.")] = 10_000,
+    quiet: Quiet = False,
 ) -> None:
     """What lines cost without a network, in nats per token: uniform, unigrams, n-grams, a compressor."""
     from smalti.line_model import LineModel
@@ -412,7 +423,7 @@ def baselines(
 
     table = Table("", "nats per token", "standard error", box=None)
     model = LineModel.load(bundle) if bundle else None
-    for row in compare_with_baselines(model, train, held_out, max_train_rows, max_rows):
+    for row in compare_with_baselines(model, train, held_out, max_train_rows, max_rows, show_progress=not quiet):
         table.add_row(row.name, f"{row.nats_per_token:.4f}", error_text(row))
     console.print(table)
 
@@ -482,6 +493,7 @@ def data_digits(
     seed: Annotated[int, typer.Option(help="Draws the colours.")] = 0,
     colourings: Annotated[int, typer.Option(min=1, help="How many pairs of colours each digit gets.")] = 1,
     force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make coloured, captioned digits as parquet tables."""
     from smalti.data.digit_sources import read_coloured_pickle, read_mnist, scikit_learn_digits
@@ -491,11 +503,12 @@ def data_digits(
         raise ValueError("--mnist and --pickle are two sources; give one of them.")
     config = ColouringConfig(seed=seed, colourings=colourings)
     if pickle:
-        paths = write_digits(output, "pickle", read_coloured_pickle(pickle), config, force=force)
+        source, digits = "pickle", read_coloured_pickle(pickle)
     elif mnist:
-        paths = write_digits(output, "mnist", read_mnist(mnist), config, force=force)
+        source, digits = "mnist", read_mnist(mnist)
     else:
-        paths = write_digits(output, "scikit-learn", scikit_learn_digits(), config, force=force)
+        source, digits = "scikit-learn", scikit_learn_digits()
+    paths = write_digits(output, source, digits, config, force=force, show_progress=not quiet)
     for path in paths.values():
         typer.echo(path)
 
@@ -513,12 +526,13 @@ def data_import_lines(
     skip_bad: Annotated[int, typer.Option(min=0, help="Set aside up to so many bad lines instead of stopping.")] = 0,
     allow_short: Annotated[bool, typer.Option("--allow-short", help="Admit lines shorter than the length.")] = False,
     force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
     """Turn lines of picture codes into a token table."""
     from smalti.data.lines import import_lines
 
     report = import_lines(
-        inputs, output, vocab_size, length, skip_bad, allow_short=allow_short, force=force, show_progress=True
+        inputs, output, vocab_size, length, skip_bad, allow_short=allow_short, force=force, show_progress=not quiet
     )
     typer.echo(
         f"{output}: {report.num_lines} lines of {report.length or 'various numbers of'} codes "
@@ -544,25 +558,28 @@ def data_export_lines(
     ] = "",
     code_offset: Annotated[int, typer.Option(min=0, help="What every code is raised by, to make room for them.")] = 0,
     force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
     """Turn token tables into lines of text: the key as the tag, then the codes of the picture."""
     import numpy as np
 
-    from smalti.data.lines import DISTINCT, table_lines, write_lines
+    from smalti.data.lines import DISTINCT, Lines, table_lines, write_lines
     from smalti.data.tokens import TokenTable
+    from smalti.progress import stage
 
     behind = [word if word == DISTINCT else _numbers("after", word)[0] for word in after.split(",") if word]
     around = {"before": _numbers("before", before), "after": behind, "code_offset": code_offset}
     opened = [TokenTable.open(path) for path in tables]
-    num_lines = write_lines(
-        output,
-        (
-            lines
-            for table in opened
-            for lines in table_lines(table, np.arange(len(table))[:max_rows], **around, num_codes=num_codes)
-        ),
-        force=force,
-    )
+    total = sum(min(len(table), max_rows or len(table)) for table in opened)
+    with stage("writing lines", total, unit="line", show=not quiet) as progress:
+
+        def blocks() -> Iterator[Lines]:
+            for table in opened:
+                for lines in table_lines(table, np.arange(len(table))[:max_rows], **around, num_codes=num_codes):
+                    yield lines
+                    progress.advance(len(lines.lengths))
+
+        num_lines = write_lines(output, blocks(), force=force)
     typer.echo(f"{output}: {num_lines} lines")
 
 
@@ -601,6 +618,7 @@ def tokenize(
         str | None, typer.Option(help="Column of the captions (default: caption in parquet, else found by its name).")
     ] = None,
     force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
     """Turn pictures and captions into tokens. Run again after it was stopped, it goes on where it was."""
     _refuse_existing([output], force)
@@ -615,7 +633,8 @@ def tokenize(
     )
     tokenizers = _tokenizers(bundle, image_tokenizer, text_tokenizer)
     columns = {"image_column": image_column, "caption_column": caption_column}
-    report = tokenize_pairs(pairs, output, *tokenizers, config, **columns, force=force)
+    with resuming():
+        report = tokenize_pairs(pairs, output, *tokenizers, config, **columns, force=force, show_progress=not quiet)
     for name, fault in report.skipped:
         typer.echo(f"skipped: {name}: {fault}", err=True)
     if report.num_cut:
@@ -662,12 +681,14 @@ def evaluate(
     best_of: Annotated[str, typer.Option(help="Candidates for reranking; the empty string measures none.")] = "1,4,16",
     seed: Annotated[int, typer.Option(help="The i-th picture is drawn with the seed SEED + i.")] = 0,
     force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure a bundle of digits: likelihood, prompt and caption accuracy, agreement of pairs, reranking, tokenizer."""
     from smalti.evaluate.galleries import GALLERIES, draw_galleries
     from smalti.evaluate.report import REPORT_FILES, ReportConfig, evaluate_digits, read_held_out
     from smalti.files import refuse_existing
     from smalti.pipeline import Pipeline
+    from smalti.progress import stage
 
     config = ReportConfig(
         num_prompts=num, num_captions=num, num_pairs=num, best_of=_numbers("best_of", best_of), seed=seed
@@ -677,11 +698,12 @@ def evaluate(
     held_out = read_held_out(data)
     pipe = Pipeline.load(bundle)
     command = f"smalti evaluate {bundle} --data {data} --num {num} --best-of {best_of!r} --seed {seed}"
-    report = evaluate_digits(pipe, held_out, config, command=command)
+    report = evaluate_digits(pipe, held_out, config, command=command, show_progress=not quiet)
     console.print(report.table())
     if output:
         report.write(output, force=force)
-        draw_galleries(pipe, held_out.pictures, held_out.captions, output, seed=seed, force=force)
+        with stage("drawing galleries", show=not quiet):
+            draw_galleries(pipe, held_out.pictures, held_out.captions, output, seed=seed, force=force)
         typer.echo(f"{output}: {', '.join((*REPORT_FILES, *GALLERIES))}")
 
 
@@ -703,6 +725,7 @@ def inspect(
     scored: Annotated[int, typer.Option(min=10, help="Lines run through the model.")] = 512,
     seed: Annotated[int, typer.Option(help="Draws the lines.")] = 0,
     force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
     """Explain codes and model: one page of findings in words, numbers and pictures, that needs no network."""
     from smalti.inspect.findings import InspectConfig
@@ -710,7 +733,14 @@ def inspect(
 
     config = InspectConfig(num_lines=lines, num_scored=scored, seed=seed)
     sections = inspect_bundle(
-        bundle, data, output, config, image_tokenizer=image_tokenizer, code_offset=code_offset, force=force
+        bundle,
+        data,
+        output,
+        config,
+        image_tokenizer=image_tokenizer,
+        code_offset=code_offset,
+        force=force,
+        show_progress=not quiet,
     )
     for finding in (finding for section in sections for finding in section.findings if finding.headline):
         typer.echo(f"- {finding.text}")
@@ -718,14 +748,15 @@ def inspect(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and ends the process: 0, or 2 with one line on stderr for what the user can mend."""
+    """Runs a command and ends the process: 0, or 2 with one line on stderr for what the user can mend, or 130 and 143
+    with one line for Ctrl-C and SIGTERM."""
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
     """Runs a command; returns its exit status. Our own bugs keep their traceback."""
     try:
-        with _warnings_in_one_line():
+        with stoppable(), _warnings_in_one_line():
             result: Any = app(list(arguments), prog_name="smalti", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except TyperException as error:
@@ -735,6 +766,9 @@ def run(arguments: Sequence[str]) -> int:
         return _complain(f"{message.rstrip('.')}. Try {context.command_path if context else 'smalti'} --help.")
     except (ValueError, OSError) as error:
         return _complain(_one_line(error))
+    except Stopped as stopped:
+        print(stopped.line, file=sys.stderr)
+        return stopped.exit_status
     except (KeyboardInterrupt, typer.Abort):
         print("stopped", file=sys.stderr)
         return 130

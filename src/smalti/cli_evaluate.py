@@ -46,6 +46,7 @@ def tokenizer(
     vgg: Annotated[Path | None, typer.Option(help="torchvision's vgg16 weights, for LPIPS.")] = None,
     lpips: Annotated[Path | None, typer.Option(help="The linear layers of LPIPS, vgg.pth.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """How well image tokenizers rebuild pictures: PSNR, SSIM, a Fréchet distance, use of the codebook, one table."""
     import shlex
@@ -64,7 +65,8 @@ def tokenizer(
     network = LPIPS.load(vgg, lpips) if vgg and lpips else None
     options = [*(["--num", str(num)] if num else []), *(["--size", size] if size else [])]
     command = shlex.join(["smalti", "evaluate", "tokenizer", *map(str, bundles_and_pictures), *options])
-    comparison = compare_tokenizers(bundles, pictures, num=num, image_size=_size(size), lpips=network, command=command)
+    how = {"lpips": network, "command": command, "show_progress": not quiet}
+    comparison = compare_tokenizers(bundles, pictures, num=num, image_size=_size(size), **how)
     Console().print(comparison.table())
     if output:
         comparison.write(output, force=force)
@@ -87,6 +89,7 @@ def compositions(
     num: Annotated[int | None, typer.Option(min=1, help="Draw the first NUM compositions (default: all).")] = None,
     seed: Annotated[int, typer.Option(help="The i-th composition is drawn with the seed SEED + i.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Draw held-out compositions of a figure and a skin tone, and look for each among all true pictures."""
     import shlex
@@ -105,7 +108,8 @@ def compositions(
     options = ["--guidance", guidance, "--best-of", str(best_of), *(["--num", str(num)] if num else [])]
     tables = ["--test", str(test), "--train", str(train), "--seed", str(seed)]
     command = shlex.join(["smalti", "evaluate", "compositions", bundle, *tables, *options])
-    report = evaluate_compositions(Pipeline.load(bundle), test, train, config, command=command)
+    how = {"command": command, "show_progress": not quiet}
+    report = evaluate_compositions(Pipeline.load(bundle), test, train, config, **how)
     Console().print(report.table())
     if output:
         report.write(output, force=force)

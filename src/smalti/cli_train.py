@@ -6,6 +6,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from smalti.cli_stop import resuming
+
 
 class RecipeGroup(TyperGroup):
     """`smalti train demo` is short for `smalti train recipe demo`, whatever is not the name of a part."""
@@ -34,21 +36,27 @@ def recipe(
     settings: Annotated[
         list[str] | None, typer.Argument(help="Changes to it, each key=value; the last word of a key will often do.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Train a whole system, from data to bundle and report. Run again, it goes on where it stopped."""
     import shlex
 
-    from smalti.recipes import CaptionsRecipe, LinesRecipe, TokenizerRecipe, load_recipe
+    from smalti.recipes import load_recipe
 
-    checked = load_recipe(recipe, settings or [])
+    with resuming():
+        checked = load_recipe(recipe, settings or [])
+        _train_recipe(checked, shlex.join(["smalti", "train", recipe, *(settings or [])]), quiet)
+
+
+def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
+    from smalti.recipes import CaptionsRecipe, LinesRecipe, TokenizerRecipe
+
     if isinstance(checked, TokenizerRecipe):
         _train_tokenizer(checked, quiet)
         return
     if isinstance(checked, CaptionsRecipe):
         from smalti.train_captions import train_captions
 
-        command = shlex.join(["smalti", "train", recipe, *(settings or [])])
         bundle = train_captions(checked, command=command, show_progress=not quiet)
         table = f", {checked.output}/samples/table.png (the same prompts on the way)" if checked.watch.prompts else ""
         typer.echo(
@@ -58,7 +66,6 @@ def recipe(
             f"  smalti export hf {bundle} {checked.output}/llama"
         )
         return
-    command = shlex.join(["smalti", "train", recipe, *(settings or [])])
     output = checked.output
     if isinstance(checked, LinesRecipe):
         from smalti.train_lines import train_lines
@@ -95,7 +102,7 @@ def tokenizer(
     settings: Annotated[
         list[str] | None, typer.Argument(help="Changes to it, each key=value; pictures=FOLDER_OR_PARQUET is needed.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Train an image tokenizer on a folder or a table of pictures. Run again, it goes on where it stopped."""
     from smalti.recipes import TokenizerRecipe, load_recipe
@@ -103,15 +110,18 @@ def tokenizer(
     checked = load_recipe(family, settings or [])
     if not isinstance(checked, TokenizerRecipe):
         raise ValueError(f"{family} is a recipe of the system {checked.system}; train it by: smalti train {family}")
-    _train_tokenizer(checked, quiet)
+    with resuming():
+        _train_tokenizer(checked, quiet)
 
 
 def _train_tokenizer(recipe: Any, quiet: bool) -> None:
     from smalti.data.picture_sets import PictureSet
+    from smalti.estimate import Estimate, Length
     from smalti.train_gan_tokenizer import train_gan_tokenizer
 
     if recipe.pictures is None:
         raise ValueError("no pictures are given; add pictures=FOLDER, or pictures=TABLE.parquet.")
+    estimate = Estimate(recipe.minutes, {"image tokenizer": Length("train.steps", recipe.train.steps)})
     train_gan_tokenizer(
         PictureSet(recipe.pictures),
         None if recipe.held_out is None else PictureSet(recipe.held_out),
@@ -122,6 +132,7 @@ def _train_tokenizer(recipe: Any, quiet: bool) -> None:
         adversarial=recipe.adversarial,
         reading=recipe.reading,
         show_progress=not quiet,
+        estimate=estimate,
     )
     measured_on = recipe.held_out or recipe.pictures
     typer.echo(
@@ -149,12 +160,14 @@ def text_tokenizer(
     """Learn pieces of words (byte-level BPE) from captions. The file holds picture codes and markers as tokens too."""
     from smalti.data.captions import read_captions
     from smalti.files import refuse_existing
+    from smalti.progress import stage
     from smalti.text_tokenizer import BPEConfig, TextTokenizer
 
     refuse_existing([output], force=force)
     config = BPEConfig(image_size=image_size, text_size=text_size, order=tuple(order.split(",")))
     lines = [caption for path in captions for caption in read_captions(path, column)]
-    trained, num_unused = TextTokenizer.train(lines, config)
+    with stage("learning words"):
+        trained, num_unused = TextTokenizer.train(lines, config)
     trained.save(output, force=force)
     typer.echo(f"{output}: {len(lines)} captions, {config.vocabulary.size} ids: {config.vocabulary!r}")
     if num_unused:

@@ -1,5 +1,7 @@
 """The one error class for bad input, so that the command line can tell it from our own bugs; and its warnings."""
 
+import math
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what was given, where, what was expected
@@ -8,6 +10,12 @@ class InputError(ValueError):
 
 class InputWarning(UserWarning):
     """Something the user gave is used, but not as it is. The command line prints it in one line."""
+
+
+def require_finite(loss: float, step: int, mend: str) -> None:
+    """Raises InputError if a training's loss is not finite; `mend` says what to do."""
+    if not math.isfinite(loss):
+        raise InputError(f"the loss of step {step} is {loss}: training went astray. {mend}")
 
 
 def shortened(text: str, most: int = 80) -> str:

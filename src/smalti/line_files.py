@@ -12,9 +12,7 @@ import hashlib
 import json
 import math
 import shutil
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,14 +22,13 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float64, Int64
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from smalti.data.lines import LineFormat, Lines, read_lines, table_lines, write_lines
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
 from smalti.files import new_file, refuse_existing
 from smalti.line_model import CompleteConfig, LineModel
+from smalti.progress import stage
 
 SCORE_FILES = ("lines.csv", "positions.csv", "positions.png", "summary.json")
 LIKELIHOOD_SUFFIX = ".log_probs.csv"
@@ -105,10 +102,13 @@ def _padded(lines: Lines, width: int) -> Int64[np.ndarray, "n L"]:
     return np.pad(codes, ((0, 0), (0, width - codes.shape[1])), constant_values=-1)
 
 
-def _size(path: Path, line_format: LineFormat) -> tuple[int, int]:
+def _size(path: Path, line_format: LineFormat, show_progress: bool) -> tuple[int, int]:
     """How many lines and codes there are. All are read: a bad one is better found before the work than in it."""
-    sizes = [(len(block.lengths), len(block.codes)) for block in _read(path, line_format)]
-    num_lines, num_codes = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
+    num_lines = num_codes = 0
+    with stage(f"checking {path.name}", unit="line", show=show_progress) as progress:
+        for block in _read(path, line_format):
+            num_lines, num_codes = num_lines + len(block.lengths), num_codes + len(block.codes)
+            progress.update(num_lines)
     return num_lines, num_codes
 
 
@@ -173,29 +173,6 @@ def _job(path: Path, model: LineModel, **settings: Any) -> dict[str, Any]:
     return {"input": digest, "bundle": model.weights_sha256, "lines_per_piece": LINES_PER_PIECE, **settings}
 
 
-@contextmanager
-def _progress(what: str, unit: str, num_lines: int, num_done: int, show: bool) -> Iterator[Any]:
-    """A function to call with the lines and units (tokens, prefixes) of each finished piece."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-    )
-    started_at, units = time.perf_counter(), 0
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
-        task = progress.add_task(what, total=num_lines, completed=num_done, speed="")
-
-        def advance(lines: int, added: int) -> None:
-            nonlocal units
-            units += added
-            speed = units / (time.perf_counter() - started_at)
-            progress.update(task, advance=lines, speed=f"{speed:,.0f} {unit}/s")
-
-        yield advance
-
-
 # Scoring -------------------------------------------------------------------------------------------------------
 
 
@@ -220,12 +197,13 @@ def score_file(
         raise InputError(f"{output} is a file; scores go to a folder: give another name.")
     refuse_existing([last], force=force)
     line_format = LineFormat(vocab_size=model.vocab_size, length=model.length, allow_short=True)
-    num_lines, num_codes = _size(path, line_format)
+    num_lines, num_codes = _size(path, line_format, show_progress)
     if not num_codes:
         raise InputError(f"{path} has no codes to score.")
     parts = _Parts.open(output / "scores", _job(path, model), last, others, force=force)
     first = parts.num_done
-    with _progress("scoring", "tokens", num_lines, first * LINES_PER_PIECE, show_progress) as advance:
+    done = min(num_lines, first * LINES_PER_PIECE)
+    with stage("scoring", num_lines, unit="line", completed=done, show=show_progress) as progress:
         for number, lines in enumerate(_pieces(path, line_format, first), first):
             codes = torch.from_numpy(_padded(lines, int(lines.lengths.max(initial=0))))
             nll = model.score(codes, torch.from_numpy(lines.lengths), batch_size=batch_size).numpy()
@@ -236,7 +214,7 @@ def score_file(
                 place_sums=_by_place(nll, model.length),
                 place_squares=_by_place(nll**2, model.length),
             )
-            advance(len(lines.lengths), int(lines.lengths.sum()))
+            progress.advance(len(lines.lengths))
     found = list(parts.read())
     nats, lengths = (np.concatenate([piece[name] for piece in found]) for name in ("line_nats", "lengths"))
     score = _file_score(nats, lengths)
@@ -351,17 +329,18 @@ def complete_file(
     refuse_existing([output], force=force)
     side = output.with_name(output.name + LIKELIHOOD_SUFFIX)
     line_format = LineFormat(vocab_size=model.vocab_size, length=model.length, allow_short=True)
-    num_lines, _ = _size(path, line_format)
+    num_lines, _ = _size(path, line_format, show_progress)
     if not num_lines:
         raise InputError(f"{path} has no prefixes to complete.")
     parts = _Parts.open(output, _job(path, model, settings=asdict(config)), output, [side], force=force)
     first = parts.num_done
-    with _progress("completing", "prefixes", num_lines, first * LINES_PER_PIECE, show_progress) as advance:
+    done = min(num_lines, first * LINES_PER_PIECE)
+    with stage("completing", num_lines, unit="line", completed=done, show=show_progress) as progress:
         for number, lines in enumerate(_pieces(path, line_format, first), first):
             prefixes = [torch.from_numpy(codes) for codes in np.split(lines.codes, np.cumsum(lines.lengths)[:-1])]
             found = model.complete(prefixes, config, first_line=number * LINES_PER_PIECE, batch_size=batch_size)
             parts.write(number, codes=found.codes.numpy(), log_probs=found.log_probs.numpy(), lengths=lines.lengths)
-            advance(len(prefixes), len(prefixes))
+            progress.advance(len(prefixes))
     _write_log_probs(side, path, line_format, parts, model.length)
     write_lines(output, _completed_lines(path, line_format, parts, model.length), force=force)
     parts.remove()

@@ -24,6 +24,7 @@ from smalti.data.ready_tokens import are_tokens, open_tokens
 from smalti.data.tokenize_pairs import TokenizeConfig, require_tokenizers, tokenize_pairs, tokenizer_metadata
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
+from smalti.estimate import Estimate
 from smalti.evaluate.compositions import evaluate_compositions
 from smalti.evaluate.reconstruction import find_image_tokenizer
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
@@ -31,6 +32,7 @@ from smalti.layout import Layout
 from smalti.models import DecoderOnly
 from smalti.pictures import PictureConfig
 from smalti.pipeline import Pipeline
+from smalti.progress import stage, track
 from smalti.recipes import CaptionsRecipe, claim_folder
 from smalti.sample_table import SampleTable
 from smalti.text_tokenizer import BPEConfig, TextTokenizer
@@ -81,8 +83,13 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
             image_tokenizer = _stored(image_tokenizer, output / "image_tokenizer")
             if not (output / "text_tokenizer.json").exists():
                 if given is None:
-                    captions = [pair.caption for pair in open_pairs(recipe.data.train).records() if pair.caption]
-                    given, _ = TextTokenizer.train(captions, config)
+                    records = open_pairs(recipe.data.train)
+                    shown = track(
+                        records.records(), "reading captions", unit="pair", show=show_progress, total=len(records)
+                    )
+                    captions = [pair.caption for pair in shown if pair.caption]
+                    with stage("learning words", show=show_progress):
+                        given, _ = TextTokenizer.train(captions, config)
                 given.save(output / "text_tokenizer.json")
         if world_size > 1:
             dist.barrier()
@@ -122,6 +129,7 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
             sampler=SampleTable(output / "samples", watch, make_pipeline) if watch.prompts else None,
             sample_every=watch.every,
             show_progress=show_progress,
+            estimate=Estimate(recipe.minutes, {"transformer": recipe.train.length}),
         )
         if rank == 0:
             _finish(recipe, make_pipeline(model.cpu()), validation, command, show_progress)
@@ -143,7 +151,8 @@ def _finish(recipe: CaptionsRecipe, trained: Pipeline, validation: Pairs, comman
     trained.save(folder, half=True, force=True)
     pipe = Pipeline.load(folder)
     num_rows = min(len(validation), recipe.train.evaluation_rows or len(validation))
-    figures = _likelihood_figures(pipe, validation, num_rows)
+    with stage("measuring likelihood", show=show_progress):
+        figures = _likelihood_figures(pipe, validation, num_rows)
     if recipe.evaluate is not None:
         assert recipe.data.train is not None and recipe.data.validation is not None
         measure = shlex.join(["smalti", "evaluate", "compositions", str(folder)])

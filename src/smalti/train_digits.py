@@ -24,6 +24,7 @@ from smalti.data.pairs import PairTable
 from smalti.data.tokenize_pairs import require_tokenizers, tokenize_pairs, tokenizer_metadata
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
+from smalti.estimate import Estimate, Length
 from smalti.evaluate.galleries import draw_galleries
 from smalti.evaluate.report import evaluate_digits, find_report, read_held_out
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
@@ -31,6 +32,7 @@ from smalti.layout import Layout
 from smalti.models import DecoderOnly
 from smalti.pictures import PictureConfig
 from smalti.pipeline import Pipeline
+from smalti.progress import stage
 from smalti.recipes import DigitsData, ImageTokenizer, Recipe, claim_folder
 from smalti.text_tokenizer import TextTokenizer
 from smalti.train_model import processes, train_model
@@ -47,6 +49,8 @@ def train_digits(recipe: Recipe, *, command: str = "", show_progress: bool = Tru
     """
     output = recipe.output
     text_tokenizer = TextTokenizer.from_words(words(), spellings={"eigth": "eight"})
+    of_tokenizer = Length("image_tokenizer.train.steps", recipe.image_tokenizer.train.steps)
+    estimate = Estimate(recipe.minutes, {"image tokenizer": of_tokenizer, "transformer": recipe.train.length})
     with processes() as (rank, world_size):
         if rank == 0:
             splits = _read_source(recipe.data)
@@ -54,14 +58,15 @@ def train_digits(recipe: Recipe, *, command: str = "", show_progress: bool = Tru
             write_digits(
                 output / "data", recipe.data.source, splits, recipe.data.colouring, show_progress=show_progress
             )
-            _train_image_tokenizer(recipe.image_tokenizer, output, show_progress)
+            _train_image_tokenizer(recipe.image_tokenizer, output, show_progress, estimate)
             _tokenize(output, load_image_tokenizer(output / "image_tokenizer"), text_tokenizer, show_progress)
         if world_size > 1:
             dist.barrier()
         layout = _layout(recipe, output, text_tokenizer)
         train, validation = (TokenTable.open(output / "tokens" / f"{split}.parquet") for split in SPLITS[:2])
         folder = output / "model"
-        model = train_model(recipe.model, layout, train, validation, recipe.train, folder, show_progress=show_progress)
+        shown: Any = {"show_progress": show_progress, "estimate": estimate}
+        model = train_model(recipe.model, layout, train, validation, recipe.train, folder, **shown)
         if rank == 0:
             _finish(recipe, model, layout, text_tokenizer, command, show_progress)
     return output / "bundle"
@@ -76,7 +81,7 @@ def _read_source(data: DigitsData) -> dict[str, SourceDigits] | dict[str, Colour
     return read_mnist(data.path) if data.source == "mnist" else read_coloured_pickle(data.path)
 
 
-def _train_image_tokenizer(recipe: ImageTokenizer, output: Path, show_progress: bool) -> None:
+def _train_image_tokenizer(recipe: ImageTokenizer, output: Path, show_progress: bool, estimate: Estimate) -> None:
     """Puts an image tokenizer into its folder: the one given, or a new one. Stored in half precision, as the bundle
     holds it, and read back, so that the tables have the codes that the bundle gives."""
     folder = output / "image_tokenizer"
@@ -87,7 +92,8 @@ def _train_image_tokenizer(recipe: ImageTokenizer, output: Path, show_progress: 
     else:
         train, validation = (PairTable(output / "data" / f"{split}.parquet").read().pictures for split in SPLITS[:2])
         training = output / "image_tokenizer_training"
-        trained = train_tokenizer(train, validation, recipe.model, recipe.train, training, show_progress=show_progress)
+        shown: Any = {"show_progress": show_progress, "estimate": estimate}
+        trained = train_tokenizer(train, validation, recipe.model, recipe.train, training, **shown)
     save_image_tokenizer(trained, folder, dtype=torch.float16)
 
 
@@ -162,7 +168,8 @@ def _finish(
     if report is None:
         held_out = read_held_out(output / "data")
         report = evaluate_digits(pipe, held_out, recipe.evaluate, command=command, show_progress=show_progress)
-        draw_galleries(pipe, held_out.pictures, held_out.captions, output, seed=recipe.evaluate.seed, force=True)
+        with stage("drawing galleries", show=show_progress):
+            draw_galleries(pipe, held_out.pictures, held_out.captions, output, seed=recipe.evaluate.seed, force=True)
         report.write(output, force=True)
     pipe.figures = report.figures()
     pipe.save(bundle, half=True, force=True)

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from matplotlib.figure import Figure
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -36,12 +35,14 @@ from smalti.checkpoint import (
     check_writable,
     latest_checkpoint,
     load_checkpoint,
+    load_run,
     random_state,
     save_checkpoint,
     set_random_state,
 )
 from smalti.data.picture_sets import PicturesConfig, PictureSet, training_batches
-from smalti.errors import InputError
+from smalti.errors import InputError, require_finite
+from smalti.estimate import Estimate, why_slow
 from smalti.evaluate.reconstruction import (
     ReconstructionReport,
     find_image_tokenizer,
@@ -68,14 +69,19 @@ from smalti.image_tokenizers.quantizer import CodebookHealth, Quantized
 from smalti.image_tokenizers.titok import TiTok, TiTokConfig
 from smalti.image_tokenizers.vit_vqgan import ViTVQGAN, ViTVQGANConfig
 from smalti.image_tokenizers.vqgan import VQGAN, VQGANConfig
+from smalti.precision import AUTO, autocast, check_precision
+from smalti.progress import stage
 from smalti.train_tokenizer import (
+    STAGE,
     CsvLog,
+    as_described_now,
     draw_reconstructions,
+    how_to_mend,
     is_due,
-    progress_bar,
     read_columns,
     running_mean,
     settings_difference,
+    with_resolved_precision,
 )
 
 TOKENIZER_PARTS = ("loss", "l2", "l1", "logit_laplace", "gradients", "perceptual", "proxy_nats", "quantizer")
@@ -95,7 +101,8 @@ class TrainGANTokenizerConfig:
     What is evaluated and returned is a running mean of the weights with `weight_ema_decay` (0: the weights
     themselves), as it was at the evaluation that was best by `best_by`, or "last". "Every" counts steps; 0 is never.
     `start_from` is the folder of an image tokenizer to start from, or of the run that made it, `proxy` that of the
-    VQGAN whose codes the stage "proxy_codes" learns.
+    VQGAN whose codes the stage "proxy_codes" learns. Products are taken in `precision`: "float32", "bfloat16", or
+    "auto", bfloat16 where the hardware multiplies in it.
     """
 
     steps: int = 20_000
@@ -111,7 +118,7 @@ class TrainGANTokenizerConfig:
     start_from: Path | None = None
     proxy: Path | None = None
     best_by: Literal["psnr_db", "ssim", "lpips", "frechet", "last"] = "psnr_db"
-    bf16: bool = True
+    precision: str = AUTO
     seed: int = 0
     device: str = "cpu"
     evaluate_every: int = 500
@@ -122,6 +129,7 @@ class TrainGANTokenizerConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON has lists
+        check_precision(self.precision)
         for name in ("steps", "batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -171,11 +179,11 @@ class Adversary(nn.Module):
             self.discriminator.requires_grad_(True)
 
     def learn(
-        self, images: Float[Tensor, "B C H W"], rebuilt: Float[Tensor, "B C H W"], step: int, bf16: bool
+        self, images: Float[Tensor, "B C H W"], rebuilt: Float[Tensor, "B C H W"], step: int, precision: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One step of the discriminator; returns its loss and the mean logits of real and rebuilt pictures."""
         config = self.config
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(images.device, precision):
             real, fake = self.discriminator(images), self.discriminator(rebuilt.detach())
         loss = total = discriminator_loss(real, fake, config.loss)
         if config.lecam:
@@ -210,12 +218,14 @@ def train_gan_tokenizer(
     adversarial: AdversarialConfig,
     reading: PicturesConfig,
     show_progress: bool = True,
+    estimate: Estimate | None = None,
 ) -> nn.Module:
     """The best image tokenizer of the run, in eval mode; also saved in `directory`. Pictures have the size of
     `model_config.image_size`.
 
     Raises InputError before the first step if `directory` cannot be written, lacks space, or holds a run of other
-    settings, or if a file named by the settings does not fit; FloatingPointError if a loss stops being finite.
+    settings, or if a file named by the settings does not fit; and if a loss stops being finite. `estimate` says early
+    how long a recipe takes in all, if progress is shown.
     """
     # Pictures, networks, optimisers
     directory = Path(directory)
@@ -243,17 +253,20 @@ def train_gan_tokenizer(
     # Where to write, and what an earlier start of this run has left there
     weights_bytes = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     check_writable(directory, expected_bytes=(config.keep_checkpoints + 1) * 4 * weights_bytes)
+    latest = latest_checkpoint(directory)
+    begun = as_described_now(load_run(latest)) if latest else None
+    config = with_resolved_precision(config, begun)
     settings = {"model": model_config, "training": config, "losses": losses, "adversarial": adversarial}
     run = {name: asdict(part) for name, part in settings.items()}
     run["pictures"] = {**asdict(reading), "workers": None, "num_training": len(rows)}  # workers change nothing
     run = json.loads(json.dumps(run, default=str))
     progress_state = _Progress()
     start, pending = 0, []
-    if latest := latest_checkpoint(directory):
+    if latest:
         start, weights, state = load_checkpoint(latest)
-        if state["run"] != run:
+        if begun is not None and begun != run:
             raise InputError(
-                f"{directory} holds a run with other settings ({settings_difference(state['run'], run)}); "
+                f"{directory} holds a run with other settings ({settings_difference(begun, run)}); "
                 "choose another folder, or remove that one."
             )
         averaged.module.load_state_dict(weights)
@@ -272,8 +285,8 @@ def train_gan_tokenizer(
     warnings_log = CsvLog(directory / "warnings.csv", ["step", "warning"], keep_to=start)
     board = SummaryWriter(str(directory), purge_step=start)
 
-    with progress_bar(show_progress) as bar, board:
-        task = bar.add_task("image tokenizer", total=config.steps, completed=start, report="")
+    watch = None if estimate is None else estimate.watch(lambda: why_slow(config.precision, config.device))
+    with stage(STAGE, config.steps, completed=start, show=show_progress, watch=watch) as bar, board:
         read_ahead = training_batches(pictures, rows, image_size, config.batch_size, reading, config.seed, start)
         for step in range(start, config.steps + 1):
             last = step == config.steps
@@ -291,9 +304,9 @@ def train_gan_tokenizer(
                     save_image_tokenizer(averaged.module, directory / "image_tokenizer")
                 if adversary is not None and (warning := progress_state.warning(report, adversarial, step)):
                     warnings_log.write(step, [warning])
-                    Console(stderr=True).print(f"step {step}: {warning}")
+                    bar.say(f"step {step}: {warning}")
                 draw_curves(directory)
-                bar.update(task, report=f"{report.psnr_db:.1f} dB, usage {report.codebook_usage:.0%}")
+                bar.update(step, f"{report.psnr_db:.1f} dB, usage {report.codebook_usage:.0%}")
 
             # Sample
             if (is_due(config.sample_every, step) or last) and not resumed_here:
@@ -302,6 +315,8 @@ def train_gan_tokenizer(
 
             # Save
             if (is_due(config.save_every, step) and step > start) or last:
+                if pending:  # weights that are not finite are not saved
+                    require_finite(float(torch.stack(pending)[:, 0].mean()), step, how_to_mend(config))
                 state = {
                     "run": run,
                     "model": model.state_dict(),
@@ -318,6 +333,7 @@ def train_gan_tokenizer(
                 break
 
             # The tokenizer's step
+            note = None
             model.train()
             if config.stage == "decoder":
                 for name in ("quantizer", "latent_norm"):  # an EMA codebook and running means would go on moving
@@ -326,10 +342,10 @@ def train_gan_tokenizer(
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate_at(step)
             images = to_images(next(read_ahead), config.device)
-            found = tokenizer_losses(model, images, losses, perceptual, proxy, config.bf16)
+            found = tokenizer_losses(model, images, losses, perceptual, proxy, config.precision)
             total, heard = found.total, {}
             if adversary is not None and found.rebuilt is not None and (weight := adversarial.weight_at(step)):
-                with torch.autocast(images.device.type, torch.bfloat16, enabled=config.bf16):
+                with autocast(images.device, config.precision):
                     verdict = adversary.verdict(found.rebuilt)
                 scale = torch.tensor(weight, device=images.device)
                 if adversarial.adaptive:
@@ -344,7 +360,7 @@ def train_gan_tokenizer(
 
             # The discriminator's step
             if adversary is not None and found.rebuilt is not None and step >= adversarial.start:
-                learned = adversary.learn(images, found.rebuilt, step, config.bf16)
+                learned = adversary.learn(images, found.rebuilt, step, config.precision)
                 heard |= dict(zip(("discriminator", "real_logit", "fake_logit"), learned, strict=True))
 
             # Log. The losses stay on the device until a row is due: reading them makes the host wait.
@@ -357,18 +373,15 @@ def train_gan_tokenizer(
                 logged = torch.stack(pending)
                 means, loss = logged.nanmean(0).tolist(), float(logged[:, 0].mean())
                 pending = []
-                if not math.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss is {loss} at step {step + 1}; lower learning_rate ({config.learning_rate}) "
-                        f"or gradient_clip ({config.gradient_clip}), or set bf16 to false."
-                    )
+                require_finite(loss, step + 1, how_to_mend(config))
+                note = f"loss {loss:.4g}"
                 health = [getattr(window.report(), name) for name in HEALTH_PARTS]
                 values = [config.learning_rate_at(step), *means, *health]
                 training_log.write(step + 1, ["" if math.isnan(value) else value for value in values])
                 for name, value in zip(columns[1:], values, strict=True):
                     if not math.isnan(value):
                         board.add_scalar(f"training/{name}", value, step + 1)
-            bar.advance(task)
+            bar.update(step + 1, note)
 
     return load_image_tokenizer(directory / "image_tokenizer")
 
@@ -379,11 +392,11 @@ def tokenizer_losses(
     config: LossConfig,
     perceptual: nn.Module | None,
     proxy: VQGAN | None,
-    bf16: bool,
+    precision: str,
 ) -> Losses:
     """The tokenizer's losses on a batch, without a discriminator's: of the rebuilt pictures or, with a `proxy`, of
     the logits over its codes."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+    with autocast(images.device, precision):
         if proxy is not None:
             titok = cast(TiTok, model)
             quantized = titok.quantizer(titok.encode_latents(images))
@@ -397,7 +410,7 @@ def tokenizer_losses(
             proxy_codes = proxy.encode_images(images)
         total = parts["proxy_nats"] = F.cross_entropy(logits.float(), proxy_codes)
     else:
-        parts |= _picture_losses(rebuilt, images, config, perceptual, bf16)
+        parts |= _picture_losses(rebuilt, images, config, perceptual, precision)
         total = torch.stack(
             [getattr(config, name) * value for name, value in parts.items() if name != "quantizer"]
         ).sum()
@@ -406,13 +419,13 @@ def tokenizer_losses(
 
 
 def _picture_losses(
-    rebuilt: Any, images: Tensor, config: LossConfig, perceptual: nn.Module | None, bf16: bool
+    rebuilt: Any, images: Tensor, config: LossConfig, perceptual: nn.Module | None, precision: str
 ) -> dict[str, Tensor]:
     """The unweighted losses of every part that has a weight."""
     functions = {"l2": l2_loss, "l1": l1_loss, "logit_laplace": logit_laplace_loss, "gradients": gradient_loss}
     parts = {name: function(rebuilt, images) for name, function in functions.items() if getattr(config, name)}
     if perceptual is not None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(images.device, precision):
             parts["perceptual"] = perceptual(rebuilt, images)
     return parts
 

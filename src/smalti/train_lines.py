@@ -26,11 +26,13 @@ from smalti.data.line_rows import TableRows, rows_not_in, write_rows
 from smalti.data.lines import split_rows
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
+from smalti.estimate import Estimate
 from smalti.evaluate.baselines import BaselineScore, score_baselines
 from smalti.files import new_file
 from smalti.line_model import LineModel
 from smalti.line_presets import LINE_PRESETS, choose_preset, line_layout
 from smalti.models import DecoderOnly
+from smalti.progress import stage
 from smalti.recipes import LinesRecipe, claim_folder
 from smalti.train_model import processes, train_model
 from smalti.transformer import TransformerConfig
@@ -53,7 +55,8 @@ def train_lines(recipe: LinesRecipe, *, command: str = "", show_progress: bool =
     with processes() as (rank, world_size):
         if rank == 0:
             claim_folder(recipe, output, free=("baseline_rows", "report_rows"))
-            read_data(recipe)  # the first process writes the validation table
+            with stage("comparing lines", show=show_progress):
+                read_data(recipe)  # the first process writes the validation table
         if world_size > 1:
             dist.barrier()
         data = read_data(recipe)
@@ -68,10 +71,17 @@ def train_lines(recipe: LinesRecipe, *, command: str = "", show_progress: bool =
             )
         config = replace(recipe.train, learning_rate=learning_rate_for(recipe, transformer))
         model = train_model(
-            transformer, layout, data.train, data.validation, config, output / "model", show_progress=show_progress
+            transformer,
+            layout,
+            data.train,
+            data.validation,
+            config,
+            output / "model",
+            show_progress=show_progress,
+            estimate=Estimate(recipe.minutes, {"transformer": recipe.train.length}),
         )
         if rank == 0:
-            _finish(recipe, model, data, preset, command)
+            _finish(recipe, model, data, preset, command, show_progress)
     return output / "bundle"
 
 
@@ -118,7 +128,9 @@ def learning_rate_for(recipe: LinesRecipe, transformer: TransformerConfig) -> fl
 # Bundle and report ---------------------------------------------------------------------------------------------
 
 
-def _finish(recipe: LinesRecipe, model: DecoderOnly, data: LineData, preset: str, command: str) -> None:
+def _finish(
+    recipe: LinesRecipe, model: DecoderOnly, data: LineData, preset: str, command: str, show_progress: bool
+) -> None:
     """Bundles, then measures the bundle as a user will load it, rounded to half precision."""
     output, bundle = recipe.output, recipe.output / "bundle"
     layout = line_layout(data.length, data.vocab_size)
@@ -129,7 +141,8 @@ def _finish(recipe: LinesRecipe, model: DecoderOnly, data: LineData, preset: str
         loaded.figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
         loaded.save(bundle, half=True, force=True)
         return
-    rows = score_with_baselines(loaded, data.train, data.validation, recipe.baseline_rows, recipe.report_rows)
+    num_rows = recipe.baseline_rows, recipe.report_rows
+    rows = score_with_baselines(loaded, data.train, data.validation, *num_rows, show_progress=show_progress)
     best = rows[-1]
     loaded.figures = {
         "validation nats per token": f"{best.nats_per_token:.4f} ± {best.standard_error:.4f}",
@@ -177,6 +190,7 @@ def score_with_baselines(
     max_held_out_rows: int,
     *,
     vocab_size: int | None = None,
+    show_progress: bool = False,
 ) -> list[BaselineScore]:
     """The baselines' nats per token on the first held-out rows, and the model's as the last row if one is given.
 
@@ -188,12 +202,22 @@ def score_with_baselines(
     if len(train) > max_train_rows:
         chosen = np.sort(np.random.default_rng(0).choice(len(train), max_train_rows, replace=False))
     codes = held_out.batch(np.arange(min(len(held_out), max_held_out_rows))).image_tokens
-    rows = score_baselines(train.batch(chosen).image_tokens, codes, size)
-    return [*rows, _model_score(model, codes)] if model else rows
+    with stage("measuring baselines", show=show_progress):
+        rows = score_baselines(train.batch(chosen).image_tokens, codes, size)
+    if model is None:
+        return rows
+    with stage("measuring the model", show=show_progress):
+        return [*rows, _model_score(model, codes)]
 
 
 def compare_with_baselines(
-    model: LineModel | None, train: Path, held_out: Path, max_train_rows: int, max_held_out_rows: int
+    model: LineModel | None,
+    train: Path,
+    held_out: Path,
+    max_train_rows: int,
+    max_held_out_rows: int,
+    *,
+    show_progress: bool = False,
 ) -> list[BaselineScore]:
     """`score_with_baselines` of two tables; training rows that are held out too are left out.
 
@@ -206,8 +230,11 @@ def compare_with_baselines(
     size = model.vocab_size if model else _vocab_size(fitted)
     fitted = TokenTable.open(train, image_length=length, image_vocab_size=size)
     measured = TokenTable.open(held_out, image_length=length, image_vocab_size=size)
-    rows = TableRows(fitted, rows_not_in(fitted, measured))
-    return score_with_baselines(model, rows, measured, max_train_rows, max_held_out_rows, vocab_size=size)
+    with stage("comparing lines", show=show_progress):
+        rows = TableRows(fitted, rows_not_in(fitted, measured))
+    return score_with_baselines(
+        model, rows, measured, max_train_rows, max_held_out_rows, vocab_size=size, show_progress=show_progress
+    )
 
 
 def _model_score(model: LineModel, codes: Int64[np.ndarray, "n L"]) -> BaselineScore:

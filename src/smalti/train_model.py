@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -27,20 +28,29 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int, Integer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from smalti.checkpoint import check_writable, latest_checkpoint, load_checkpoint, save_checkpoint
+from smalti.checkpoint import check_writable, latest_checkpoint, load_checkpoint, load_run, save_checkpoint
 from smalti.curves import Curves
 from smalti.data.loader import prefetch, step_rows
 from smalti.data.tokens import TokenBatch
-from smalti.errors import InputError
-from smalti.fast_training import NativeLoss, make_native_loss
+from smalti.errors import InputError, require_finite
+from smalti.estimate import Estimate, Length, why_slow
+from smalti.fast_training import NativeLoss, make_native_loss, why_not
 from smalti.layout import NO_SLOT, PARTS, Layout, Marker, Order, Packed, Span, SpanValues
 from smalti.likelihood import Likelihood, evaluate_nll
 from smalti.models import DecoderOnly, SlotTargets, new_model, slot_nll, slot_targets
+from smalti.precision import (
+    AUTO,
+    BFLOAT16,
+    FLOAT32,
+    check_precision,
+    compute_precision,
+    resolve_precision,
+    with_precision,
+)
+from smalti.progress import stage
 from smalti.transformer import TransformerConfig
 from smalti.vocabulary import SPECIAL, Vocabulary
 
@@ -51,6 +61,11 @@ COMPILE_FROM_TOKENS = 10_000_000
 """Tokens a training must have for compiling to repay itself: some minutes' worth on two cores, at the digits' size."""
 NATIVE_FROM_TOKENS = 200_000
 """Tokens a training must have for the native kernel to be taken: compiling it takes as long as they would without."""
+STAGE = "transformer"
+MEND = (
+    "Start the run again from the last checkpoint or anew with a lower learning_rate, a longer warm-up or "
+    "max_grad_norm=1."
+)
 LOG_EVERY = 50
 """Steps between fetches of the losses from the device."""
 
@@ -111,8 +126,9 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Of the average of the weights that is evaluated and returned; it starts lower, min(decay, (1 + s) / (10 + s)) at
     step s. 0: no average."""
-    bf16: bool | None = None
-    """Autocast to bfloat16; weights and optimizer stay in float32. None: where the hardware multiplies it faster."""
+    precision: str = AUTO
+    """Of products: "float32", "bfloat16" (weights and optimizer stay in float32), or "auto", bfloat16 where the
+    hardware multiplies in it."""
     compile: bool | None = None
     """Pass the model through `torch.compile`. None: where training is long enough to repay a minute or two of it."""
     full_softmax: bool = False
@@ -137,6 +153,7 @@ class TrainConfig:
         if (self.num_epochs is None) == (self.num_steps is None):
             given = f"num_epochs is {self.num_epochs} and num_steps {self.num_steps}"
             raise ValueError(f"{given}; give one of them and not both: the other is null.")
+        check_precision(self.precision)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}.")
         positive = "num_epochs num_steps batch_size num_micro_batches learning_rate max_grad_norm patience"
@@ -152,6 +169,14 @@ class TrainConfig:
                 raise ValueError(f"{name} is {value}; expected a number in [0, 1).")
         if not 0 <= self.final_share <= 1:
             raise ValueError(f"final_share is {self.final_share}; expected a share in [0, 1].")
+
+    @property
+    def length(self) -> Length:
+        """The setting that says how long is trained."""
+        if self.num_steps is not None:
+            return Length("train.num_steps", self.num_steps)
+        assert self.num_epochs is not None
+        return Length("train.num_epochs", self.num_epochs)
 
     def steps(self, num_rows: int) -> int:
         """Updates in all, for this many rows."""
@@ -362,10 +387,11 @@ class TrainState:
     def load(self, path: Path, run: dict[str, Any]) -> None:
         """Raises InputError if the checkpoint is of another run than the one that goes on here."""
         step, weights, state = load_checkpoint(path)
-        for name in run | state["run"]:
-            if state["run"].get(name) != run.get(name):
+        begun = with_precision(state["run"])
+        for name in run | begun:
+            if begun.get(name) != run.get(name):
                 raise InputError(
-                    f"{path.parent} holds a run with {name} {state['run'].get(name)!r}, not {run.get(name)!r}: "
+                    f"{path.parent} holds a run with {name} {begun.get(name)!r}, not {run.get(name)!r}: "
                     "go on with the same settings, or give a new folder."
                 )
         self.trained.load_state_dict(weights)
@@ -397,38 +423,30 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
 
 
 def with_choices(
-    config: TrainConfig, layout: Layout, num_steps: int, device: torch.device, *, parameters_dtype: torch.dtype
+    config: TrainConfig,
+    layout: Layout,
+    num_steps: int,
+    device: torch.device,
+    *,
+    parameters_dtype: torch.dtype,
+    begun: str | None = None,
 ) -> TrainConfig:
-    """The config with `bf16` and `compile` decided, if they were left open, by device, dtype, layout and length."""
-    bf16, compiled = config.bf16, config.compile
-    if bf16 is None:
-        bf16 = parameters_dtype == torch.float32 and _has_fast_bf16(device)
+    """The config with `precision` and `compile` decided, if they were left open, by device, dtype, layout and length,
+    and the precision by what an earlier start of the run has `begun` in."""
+    precision, compiled = config.precision, config.compile
+    if precision == AUTO and begun is None and parameters_dtype != torch.float32:
+        precision = FLOAT32  # as the weights are
+    precision = resolve_precision(precision, device, begun=begun)
     if compiled is None:
         # Batches whose length varies are compiled anew, or for any shape, which gains little.
         long_enough = num_steps * config.batch_size * layout.max_length >= COMPILE_FROM_TOKENS
         compiled = layout.is_fixed and long_enough and (device.type == "cuda" or _has_cpp_compiler())
-    return replace(config, bf16=bf16, compile=compiled)
-
-
-def _has_fast_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return replace(config, precision=precision, compile=compiled)
 
 
 def _has_cpp_compiler() -> bool:
     """Whether torch.compile can work on the CPU: it writes C++."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
-
-
-def compute_precision(device: torch.device, bf16: bool) -> AbstractContextManager:
-    """Autocast to bfloat16 if asked for, and the attention kernel that goes with it."""
-    stack = ExitStack()
-    stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=bf16))
-    if bf16 and device.type == "cpu":
-        # The CPU's fused attention takes 4 times as long as the plain one in bfloat16 at some 60 tokens.
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    return stack
 
 
 def make_loss(
@@ -439,12 +457,13 @@ def make_loss(
     Only what a run that goes on finds again decides, so that it takes the same path.
     """
     native = None
-    if chosen.bf16 and not asked.compile and num_steps * chosen.batch_size * layout.max_length >= NATIVE_FROM_TOKENS:
+    bf16, num_tokens = chosen.precision == BFLOAT16, num_steps * chosen.batch_size * layout.max_length
+    if bf16 and not asked.compile and num_tokens >= NATIVE_FROM_TOKENS:
         native = make_native_loss(model)
     loss = NextTokenLoss(model, layout, native)
     compiled = bool(chosen.compile) and native is None
     path = "the native kernel" if native else "torch.compile" if compiled else "torch, operator by operator"
-    _log.info("training by %s in %s", path, "bfloat16" if chosen.bf16 else str(model.embed_tokens.weight.dtype))
+    _log.info("training by %s in %s", path, "bfloat16" if bf16 else str(model.embed_tokens.weight.dtype))
     return cast(NextTokenLoss, torch.compile(loss)) if compiled else loss
 
 
@@ -584,11 +603,7 @@ class LossLog:
         self.counts.clear()
         means = torch.cat((nats.sum(1, keepdim=True), nats), 1) / torch.cat((counts.sum(1, keepdim=True), counts), 1)
         for index, loss in enumerate(means[:, 0].tolist()):
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"the loss of step {first + index} is {loss}: training went astray. Start again from the last "
-                    "checkpoint or anew with a lower learning_rate, a longer warm-up or max_grad_norm=1."
-                )
+            require_finite(loss, first + index, MEND)
             if curves is not None:
                 values = [None if math.isnan(value) else value for value in means[index].tolist()]
                 at = first + index
@@ -609,13 +624,15 @@ def train_model(
     sampler: Sampler | None = None,
     sample_every: int = 1000,
     show_progress: bool = True,
+    estimate: Estimate | None = None,
 ) -> DecoderOnly:
     """Trains a model, or a fresh one of this shape, on pairs packed by the layout; returns it, averaged if so asked.
 
     `directory` gets `checkpoints/`, `curves.csv`, `curves.png` and `tensorboard/`, and `best/` if the run may stop
     early. A run found there goes on from its last checkpoint and ends with the weights it would have had without the
     stop. Under `torchrun` all processes work on shares of the same batches. `device` None takes a GPU if there is one.
-    `sampler` is shown the model every `sample_every` updates, before the first and after the last.
+    `sampler` is shown the model every `sample_every` updates, before the first and after the last. `estimate` says
+    early how long a recipe takes in all, if progress is shown.
 
     Raises InputError if the folder cannot be written or holds a run with other settings (any run, if not `resume`),
     or if the loss is not finite; ValueError if batches cannot be divided or the layout counts nothing.
@@ -636,8 +653,12 @@ def train_model(
             model = new_model(layout, model)
         model.to(device).train()
         asked = config
-        config = with_choices(config, layout, num_steps, device, parameters_dtype=model.embed_tokens.weight.dtype)
+        found = latest_checkpoint(directory / CHECKPOINTS)
+        begun = None if found is None else with_precision(load_run(found)).get("precision")
+        dtype = model.embed_tokens.weight.dtype
+        config = with_choices(config, layout, num_steps, device, parameters_dtype=dtype, begun=begun)
         loss_module = make_loss(model, layout, asked, config, num_steps)
+        why = partial(_why_slow, model, asked, config, loss_module)
         if world_size > 1:
             loss_module = DistributedDataParallel(loss_module)
         averaged = deepcopy(model).eval() if config.ema_decay else None
@@ -646,7 +667,7 @@ def train_model(
         # Where it goes on, and where it is written down.
         checkpoints = directory / CHECKPOINTS
         run = describe_run(model, layout, config, len(train))
-        if (found := latest_checkpoint(checkpoints)) is not None:
+        if found is not None:
             if not resume:
                 raise InputError(f"{directory} holds a run already: resume it, or give a new folder.")
             state.load(found, run)
@@ -658,8 +679,9 @@ def train_model(
             curves = Curves(directory, curve_columns(layout), start_step=state.step, label=_label(layout))
             stack.callback(curves.close)
         log = LossLog(layout, len(train), config, world_size)
-        progress = stack.enter_context(_progress_bar(show_progress and rank == 0))
-        task = progress.add_task("train", total=num_steps, completed=state.step, loss="–", speed="–")
+        shown = show_progress and rank == 0
+        watch = None if estimate is None else estimate.watch(why)
+        progress = stack.enter_context(stage(STAGE, num_steps, completed=state.step, show=shown, watch=watch))
         stream = prefetch(micro_batches(layout, train, config, start_step=state.step, rank=rank, world_size=world_size))
         stack.callback(stream.close)
 
@@ -701,7 +723,7 @@ def train_model(
             for piece in pieces:
                 with (
                     _gradients_kept_back(loss_module, piece is not pieces[-1]),
-                    compute_precision(device, bool(config.bf16)),
+                    compute_precision(device, config.precision),
                 ):
                     nll = loss_module(piece.token_ids, piece.targets)
                     # Processes average their gradients: times their number, it is the sum over the joined batch.
@@ -717,11 +739,11 @@ def train_model(
 
             log.add(nats, counts)
             num_tokens += world_size * sum(piece.token_ids.numel() for piece in pieces)
-            progress.update(task, completed=step + 1)
+            progress.update(step + 1)
             if (step + 1) % LOG_EVERY == 0:
                 loss = log.fetch(step + 1, curves)
                 speed = num_tokens / (time.perf_counter() - started_at)
-                progress.update(task, loss=f"{loss:.4f}", speed=f"{speed:,.0f}")
+                progress.update(step + 1, f"loss {loss:.4f} nats/token, {speed:,.0f} tokens/s")
         if world_size > 1:
             dist.barrier()  # the first process has written the best weights
         return _result(state, config, directory)
@@ -781,10 +803,15 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 def _require_finite(model: nn.Module, step: int) -> None:
     if not bool(nn.utils.get_total_norm(list(model.parameters())).isfinite()):
-        raise InputError(
-            f"the weights after step {step} are not finite, so they are not saved. Start the run again from the last "
-            "checkpoint or anew with a lower learning_rate, a longer warm-up or max_grad_norm=1."
-        )
+        raise InputError(f"the weights after step {step} are not finite, so they are not saved. {MEND}")
+
+
+def _why_slow(model: DecoderOnly, asked: TrainConfig, chosen: TrainConfig, loss: NextTokenLoss) -> list[str]:
+    """What may keep this training from the speed it has elsewhere."""
+    no_kernel = None
+    if loss.native is None and not asked.compile and model.device.type == "cpu":
+        no_kernel = why_not(model) or (None if _has_cpp_compiler() else "no compiler is found: install g++ or clang")
+    return why_slow(chosen.precision, model.device, no_kernel=no_kernel)
 
 
 def _label(layout: Layout) -> str:
@@ -808,15 +835,3 @@ def _counted_positions(order: Order) -> str:
             upto = True
     pieces = ", ".join(f"{count} {PARTS.get(name, name)}" for name, count in sorted(counts.items()) if count)
     return f"{'up to ' if upto else ''}{sum(counts.values())} a sequence: {pieces}"
-
-
-def _progress_bar(show: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]} nats/token"),
-        TextColumn("{task.fields[speed]} tokens/s"),
-        TimeRemainingColumn(),
-        disable=not show,
-    )

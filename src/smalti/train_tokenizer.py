@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
@@ -31,15 +30,20 @@ from smalti.checkpoint import (
     check_writable,
     latest_checkpoint,
     load_checkpoint,
+    load_run,
     random_state,
     save_checkpoint,
     set_random_state,
 )
 from smalti.data.loader import batches
-from smalti.errors import InputError
+from smalti.errors import InputError, require_finite
+from smalti.estimate import Estimate, why_slow
 from smalti.image_tokenizers import FAMILIES, save_image_tokenizer
 from smalti.image_tokenizers.quantizer import CodebookHealth
+from smalti.precision import AUTO, autocast, check_precision, resolve_precision, with_precision
+from smalti.progress import stage
 
+STAGE = "image tokenizer"
 _LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "entropy_loss", "gradient_norm")
 
 
@@ -49,7 +53,8 @@ class TrainTokenizerConfig:
 
     The learning rate rises over `warmup_steps` and falls to 0 by a cosine. What is evaluated and returned is
     a running mean of the weights with `weight_ema_decay` (0: the weights themselves). "Every" counts steps; 0
-    is never.
+    is never. Products are taken in `precision`: "float32", "bfloat16", or "auto", bfloat16 where the hardware
+    multiplies in it.
     """
 
     steps: int = 1000
@@ -60,7 +65,7 @@ class TrainTokenizerConfig:
     gradient_clip: float = 1.0
     weight_ema_decay: float = 0.99
     max_value: int = 255
-    bf16: bool = True
+    precision: str = AUTO
     seed: int = 0
     device: str = "cpu"
     held_out_pictures: int = 1000
@@ -71,6 +76,7 @@ class TrainTokenizerConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
+        check_precision(self.precision)
         for name in ("steps", "batch_size", "max_value", "held_out_pictures", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -92,11 +98,13 @@ def train_tokenizer(
     directory: Path | str,
     *,
     show_progress: bool = True,
+    estimate: Estimate | None = None,
 ) -> nn.Module:
     """The trained image tokenizer of `model_config`'s family, in eval mode; also saved in `directory`.
 
     Raises InputError before the first step if `directory` cannot be written, lacks space, or holds a run of
-    other settings; FloatingPointError if the loss stops being finite.
+    other settings; and if the loss stops being finite. `estimate` says early how long a recipe takes in all, if
+    progress is shown.
     """
     # Pictures, network, optimiser
     directory = Path(directory)
@@ -113,13 +121,16 @@ def train_tokenizer(
     # Where to write, and what an earlier start of this run has left there
     weights_bytes = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     check_writable(directory, expected_bytes=(config.keep_checkpoints + 1) * 4 * weights_bytes)
+    latest = latest_checkpoint(directory)
+    begun = as_described_now(load_run(latest)) if latest else None
+    config = with_resolved_precision(config, begun)
     run = json.loads(json.dumps({"model": asdict(model_config), "training": asdict(config)}))
     start, pending = 0, []
-    if latest := latest_checkpoint(directory):
+    if latest:
         start, weights, state = load_checkpoint(latest)
-        if state["run"] != run:
+        if begun is not None and begun != run:
             raise InputError(
-                f"{directory} holds a run with other settings ({settings_difference(state['run'], run)}); "
+                f"{directory} holds a run with other settings ({settings_difference(begun, run)}); "
                 "choose another folder, or remove that one."
             )
         averaged.module.load_state_dict(weights)
@@ -132,8 +143,8 @@ def train_tokenizer(
     evaluation_log = CsvLog(directory / "evaluation.csv", ["step", *ReconstructionReport._fields], keep_to=start)
     board = SummaryWriter(str(directory), purge_step=start)
 
-    with progress_bar(show_progress) as progress, board:
-        task = progress.add_task("image tokenizer", total=config.steps, completed=start, report="")
+    watch = None if estimate is None else estimate.watch(lambda: why_slow(config.precision, config.device))
+    with stage(STAGE, config.steps, completed=start, show=show_progress, watch=watch) as progress, board:
         rows = batches(len(images), config.batch_size, config.seed, start)
         for step in range(start, config.steps + 1):
             last = step == config.steps
@@ -146,7 +157,7 @@ def train_tokenizer(
                 for name, value in report._asdict().items():
                     board.add_scalar(f"held_out/{name}", value, step)
                 draw_curves(directory)
-                progress.update(task, report=report.brief())
+                progress.update(step, report.brief())
 
             # Sample
             if (is_due(config.sample_every, step) or last) and not resumed_here:
@@ -155,6 +166,8 @@ def train_tokenizer(
 
             # Save
             if (is_due(config.save_every, step) and step > start) or last:
+                if pending:  # weights that are not finite are not saved
+                    require_finite(float(torch.stack(pending)[:, 0].mean()), step, how_to_mend(config))
                 state = {
                     "run": run,
                     "model": model.state_dict(),
@@ -169,12 +182,13 @@ def train_tokenizer(
                 break
 
             # Step
+            note = None
             model.train()
             learning_rate = learning_rate_at(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             batch = _to_images(images[torch.from_numpy(next(rows))], config.max_value, config.device)
-            with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
+            with autocast(config.device, config.precision):
                 reconstruction_loss, quantized = model(batch)
             optimizer.zero_grad(set_to_none=True)
             (reconstruction_loss + quantized.loss).backward()
@@ -188,17 +202,14 @@ def train_tokenizer(
             if is_due(config.log_every, step + 1):
                 means = torch.stack(pending).mean(0).tolist()
                 pending = []
-                if not math.isfinite(means[0]):
-                    raise FloatingPointError(
-                        f"the loss is {means[0]} at step {step + 1}; lower learning_rate ({config.learning_rate}) "
-                        f"or gradient_clip ({config.gradient_clip}), or set bf16 to false."
-                    )
+                require_finite(means[0], step + 1, how_to_mend(config))
+                note = f"loss {means[0]:.4g}"
                 training_log.write(step + 1, [learning_rate, *means])
                 for name, value in zip(_LOSSES, means, strict=True):
                     board.add_scalar(f"training/{name}", value, step + 1)
                 for name, value in window.report()._asdict().items():
                     board.add_scalar(f"codebook/{name}", value, step + 1)
-            progress.advance(task)
+            progress.update(step + 1, note)
 
     image_tokenizer = averaged.module.eval()
     save_image_tokenizer(image_tokenizer, directory / "image_tokenizer")
@@ -379,6 +390,25 @@ def _to_images(
     return pictures.to(device).permute(0, 3, 1, 2).float() / max_value
 
 
+def how_to_mend(config: Any) -> str:
+    """What helps a training whose loss is not finite."""
+    return (
+        f"Start anew in another folder with a lower learning_rate ({config.learning_rate}) or gradient_clip "
+        f"({config.gradient_clip}), or with precision=float32."
+    )
+
+
+def as_described_now(run: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its run, in today's names."""
+    return {**run, "training": with_precision(run["training"])}
+
+
+def with_resolved_precision(config: Any, begun: dict[str, Any] | None) -> Any:
+    """The training's config with its precision decided, by an earlier start of the run if there was one."""
+    earlier = None if begun is None else begun["training"]["precision"]
+    return replace(config, precision=resolve_precision(config.precision, config.device, begun=earlier))
+
+
 def settings_difference(one: dict[str, Any], other: dict[str, Any]) -> str:
     """The first setting in which two runs differ."""
     for part in other:
@@ -386,16 +416,3 @@ def settings_difference(one: dict[str, Any], other: dict[str, Any]) -> str:
             if one.get(part, {}).get(name) != value:
                 return f"{part} {name} is {one.get(part, {}).get(name)} there, {value} here"
     return "settings that are not known here"
-
-
-def progress_bar(shown: bool) -> Progress:
-    """A bar whose tasks have a field `report`, some words on how the run stands."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[report]}"),
-        disable=not shown,
-    )

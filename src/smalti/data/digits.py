@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from smalti.data.pairs import PairTable
 from smalti.errors import InputError
 from smalti.files import cause
+from smalti.progress import Stage, stage
 
 Colour = tuple[int, int, int]
 
@@ -378,10 +378,10 @@ def write_digits(
     missing = [split for split in splits if force or not _is_made(paths[split], notes[split])]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _progress_bar(show_progress) as progress:
-            for split in missing:
-                content = splits[split]
-                coloured = colour_digits(content, split, config) if isinstance(content, SourceDigits) else content
+        for split in missing:
+            content = splits[split]
+            coloured = colour_digits(content, split, config) if isinstance(content, SourceDigits) else content
+            with stage(f"{split} digits", len(coloured.captions), unit="picture", show=show_progress) as progress:
                 _write_table(paths[split], split, coloured, notes[split], progress)
     except OSError as error:
         raise InputError(
@@ -455,15 +455,14 @@ def _is_made(path: Path, note: dict[str, object]) -> bool:
     return True
 
 
-def _write_table(path: Path, split: str, content: ColouredDigits, note: dict[str, object], progress: Progress) -> None:
-    task = progress.add_task(split, total=len(content.captions))
+def _write_table(path: Path, split: str, content: ColouredDigits, note: dict[str, object], progress: Stage) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     schema = _SCHEMA.with_metadata({_METADATA_KEY: json.dumps(note).encode()})
     try:
         with pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer:
             for table in _row_groups(split, content, schema):
                 writer.write_table(table)
-                progress.advance(task, len(table))
+                progress.advance(len(table))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -475,8 +474,3 @@ def _row_groups(split: str, content: ColouredDigits, schema: pa.Schema) -> Itera
         keys = [f"{split}-{row:06d}" for row in range(start, start + len(captions))]
         images = [picture_to_png(picture) for picture in content.pictures[start : start + len(captions)]]
         yield pa.table([keys, images, captions], schema=schema)
-
-
-def _progress_bar(shown: bool) -> Progress:
-    columns = (TextColumn("digits {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not shown)

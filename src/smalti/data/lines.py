@@ -11,7 +11,7 @@ Letters in shapes: n lines, m codes in all of them together.
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,13 +20,12 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int64, Integer, Shaped, UInt8, UInt64
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from smalti.data.loader import prefetch
 from smalti.data.tokens import PAD, ROWS_PER_GROUP, TokenTable, token_rows, write_token_table
 from smalti.errors import InputError
 from smalti.files import new_file, refuse_existing
+from smalti.progress import stage
 
 # Small enough that the arrays made of a block stay in the processor's cache, large enough to hide Python's own time.
 _BLOCK_BYTES = 2**20
@@ -363,7 +362,7 @@ def import_lines(
     with (
         tempfile.TemporaryFile(prefix="smalti-hashes-") as hashes_file,
         _BadLines(skip_bad, bad_lines_path, advice) as bad_lines,
-        _progress(paths, show_progress) as advance,
+        stage("reading lines", _megabytes(paths), unit="MB", show=show_progress) as progress,
         # Reading and parsing run in a thread beside the writing; both are array code that leaves Python's lock free.
         closing(prefetch(_read(paths, line_format, bad_lines))) as blocks,
     ):
@@ -374,7 +373,7 @@ def import_lines(
                 found.add(lines)
                 offsets = pa.array(np.concatenate([[0], np.cumsum(lines.lengths)]), pa.int32())
                 yield token_rows(lines.tags, pa.ListArray.from_arrays(offsets, pa.array(lines.codes)))
-                advance(num_bytes)
+                progress.advance(num_bytes / 1e6, f"{found.num_lines:,} lines")
             if not found.num_lines:
                 raise InputError(f"{', '.join(map(str, paths))}: no good line, nothing to import.")
             if found.max_code < 0 and not allow_short:
@@ -425,18 +424,8 @@ class _Found:
         return int(np.count_nonzero(hashes[1:] == hashes[:-1]))
 
 
-@contextmanager
-def _progress(paths: list[Path], show: bool) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
-        task = progress.add_task("reading lines", total=sum(path.stat().st_size for path in paths))
-        yield lambda num_bytes: progress.advance(task, num_bytes)
+def _megabytes(paths: list[Path]) -> float:
+    return sum(path.stat().st_size for path in paths) / 1e6
 
 
 # ---- duplicates and splits ----

@@ -26,8 +26,6 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import UInt8
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from smalti.bundle import weights_sha256
@@ -36,6 +34,7 @@ from smalti.data.pairs import Record, decode_picture
 from smalti.data.tokens import token_rows, write_token_table
 from smalti.errors import InputError
 from smalti.files import new_file, refuse_existing
+from smalti.progress import stage
 from smalti.text_tokenizer import TextTokenizer
 
 ON_ERROR = ("stop", "skip")
@@ -134,10 +133,12 @@ def tokenize_pairs(
     job = _Job(source, folder, image_tokenizer, text_tokenizer, config, shape)
     num_parts = -(-len(source) // config.records_per_part)
     missing = [part for part in range(num_parts) if not job.file(part).exists()]
-    with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
-        task = progress.add_task(f"tokenize {Path(pairs).name}", total=num_parts, completed=num_parts - len(missing))
+    done = min(len(source), (num_parts - len(missing)) * config.records_per_part)
+    with stage(
+        f"tokenizing {Path(pairs).name}", len(source), unit="picture", completed=done, show=show_progress
+    ) as progress:
         for _ in _do_parts(job, missing):
-            progress.advance(task)
+            progress.update(min(len(source), progress.completed + config.records_per_part))
     report = _join([job.file(part) for part in range(num_parts)], tokens, metadata, config.on_error, force=force)
     shutil.rmtree(folder)
     return report

@@ -27,8 +27,6 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,6 +37,7 @@ from smalti.errors import InputError
 from smalti.evaluate.digits import Rate, binomial_rate
 from smalti.files import new_file, refuse_existing
 from smalti.pipeline import Pipeline
+from smalti.progress import stage, track
 from smalti.sample_table import wrapped
 from smalti.sampling import SampleConfig
 
@@ -291,30 +290,35 @@ def evaluate_compositions(
     """
     started_at = time.perf_counter()
     size = (pipe.pictures.height, pipe.pictures.width)
-    collection = read_collection([test, train], size)
+    with stage("reading pictures", show=show_progress):
+        collection = read_collection([test, train], size)
     num_test = len(PairTable(test))
     wanted = torch.arange(num_test if config.num is None else min(config.num, num_test))
     images = torch.from_numpy(collection.pictures).permute(0, 3, 1, 2).float() / 255
     spaces = [PIXELS, ENCODER] if hasattr(pipe.image_tokenizer, "encode_latents") else [PIXELS]
-    true = {space: features(pipe, images, space) for space in spaces}
-    codes = _encode(pipe, images[: len(wanted)])
+    with stage("encoding true pictures", show=show_progress):
+        true = {space: features(pipe, images, space) for space in spaces}
+        codes = _encode(pipe, images[: len(wanted)])
     drawn: dict[str, Int[Tensor, "n h w"]] = {CEILING: codes}
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
-        task = progress.add_task("drawing compositions", total=len(wanted) * len(config.guidance_scales))
-        prompts = collection.captions[: len(wanted)]
+    prompts = collection.captions[: len(wanted)]
+    num_drawn = len(wanted) * len(config.guidance_scales)
+    with stage("drawing compositions", num_drawn, unit="caption", show=show_progress) as progress:
         for scale in config.guidance_scales:
-            drawn |= _draw(pipe, prompts, scale, config, lambda num: progress.advance(task, num))
+            drawn |= _draw(pipe, prompts, scale, config, progress.advance)
     rows, pictures = [], {}
-    for strategy, found in drawn.items():
+    for strategy, found in track(drawn.items(), "comparing pictures", unit="way", show=show_progress):
         pictures[strategy] = pipe.decode_images(found, batch_size=_AT_ONCE).clamp(0, 1)
         for space in spaces:
             ours = features(pipe, pictures[strategy], space)
             rows.append(Row(strategy, space, score_nearest(ours, true[space], wanted, collection).rates()))
+    captions = None
+    if "caption" in pipe.rerankers:
+        with stage("captioning true pictures", show=show_progress):
+            captions = _caption_rates(pipe, codes, collection)
     shown = _shown(rows, images[: len(wanted)], pictures, num_shown)
     return CompositionsReport(
         rows=rows,
-        captions=_caption_rates(pipe, codes, collection) if "caption" in pipe.rerankers else None,
+        captions=captions,
         num=len(wanted),
         num_true=len(images),
         bundle=pipe.name,

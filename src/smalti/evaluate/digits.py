@@ -23,13 +23,14 @@ import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional
 
 from smalti.data.digit_sources import read_mnist, scikit_learn_digits
 from smalti.data.digits import PICTURE_SIZE, SourceDigits, normalise_caption, parse_caption, read_colours
 from smalti.errors import InputError
+from smalti.precision import FLOAT32, PRECISIONS, autocast, check_precision, resolve_precision
+from smalti.progress import track
 
 SHIPPED_CLASSIFIER = Path(__file__).with_name("digit_classifier.safetensors")
 _SCIKIT_LEARN_CLASSIFIER = Path(__file__).with_name("digit_classifier_scikit_learn.safetensors")
@@ -53,8 +54,11 @@ class ClassifierConfig:
     batch_size: int = 128
     peak_learning_rate: float = 4e-3
     max_shift: int = 2  # pixels, each way
+    precision: str = FLOAT32
+    """Of products. Not "auto" by default, so that the shipped classifiers can be made again on any processor."""
 
     def __post_init__(self) -> None:
+        check_precision(self.precision)
         if min(self.num_steps, self.batch_size) < 1 or self.peak_learning_rate <= 0:
             raise ValueError(f"num_steps, batch_size and peak_learning_rate must be positive, got {self}")
         if not 0 <= self.max_shift < PICTURE_SIZE:
@@ -93,12 +97,15 @@ def train_digit_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         classifier = DigitClassifier()
+    precision = resolve_precision(config.precision, "cpu")
     optimizer = torch.optim.Adam(classifier.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.peak_learning_rate, config.num_steps)
-    for _ in track(range(config.num_steps), "digit classifier", disable=not show_progress):
+    for _ in track(range(config.num_steps), "digit classifier", unit="step", show=show_progress):
         rows = torch.randint(len(labels), (config.batch_size,), generator=stream)
         shifts = torch.randint(-config.max_shift, config.max_shift + 1, (config.batch_size, 2), generator=stream)
-        loss = functional.cross_entropy(classifier(shift_masks(masks[rows], shifts).float()), labels[rows])
+        with autocast("cpu", precision):
+            logits = classifier(shift_masks(masks[rows], shifts).float())
+        loss = functional.cross_entropy(logits.float(), labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -244,13 +251,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=ClassifierConfig.seed, help="default %(default)s")
     parser.add_argument("--num-steps", type=int, default=ClassifierConfig.num_steps, help="default %(default)s")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default=ClassifierConfig.precision, help="default %(default)s"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     given = parser.parse_args(arguments)
     source = "mnist" if given.mnist else "scikit-learn"
     output = given.output or shipped_classifier(source)
     if output.exists() and not given.force:
         parser.error(f"{output} exists; add --force to overwrite it, or name another --output")
-    config = ClassifierConfig(seed=given.seed, num_steps=given.num_steps)
+    config = ClassifierConfig(seed=given.seed, num_steps=given.num_steps, precision=given.precision)
     try:
         splits = read_mnist(given.mnist) if given.mnist else scikit_learn_digits()
     except InputError as error:

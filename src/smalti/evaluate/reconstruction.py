@@ -25,6 +25,7 @@ from smalti.files import new_file, refuse_existing
 from smalti.image_tokenizers import load_image_tokenizer
 from smalti.image_tokenizers.perceptual import LPIPS
 from smalti.image_tokenizers.quantizer import CodebookHealth
+from smalti.progress import track
 
 FEATURE_SPACE = "64 fixed random filter responses"
 """What the Fréchet distance compares here. Its values compare tokenizers on the same pictures, and nothing else:
@@ -229,6 +230,7 @@ def compare_tokenizers(
     lpips: LPIPS | None = None,
     num_shown: int = 8,
     command: str = "",
+    show_progress: bool = False,
 ) -> Comparison:
     """Measures image tokenizers on the first `num` pictures (all of them, if None) of a folder or parquet table.
 
@@ -242,7 +244,7 @@ def compare_tokenizers(
     reports: dict[str, ReconstructionReport] = {}
     strips: dict[str, Tensor] = {}
     sizes: dict[tuple[int, int], Tensor] = {}
-    for directory in directories:
+    for directory in track(directories, "measuring image tokenizers", unit="tokenizer", show=show_progress):
         image_tokenizer: Any = load_image_tokenizer(find_image_tokenizer(directory))
         size = image_size or default_image_size(image_tokenizer.config)
         if size not in sizes:

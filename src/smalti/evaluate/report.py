@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -36,6 +34,7 @@ from smalti.files import new_file, refuse_existing
 from smalti.layout import Packed, SpanValues
 from smalti.likelihood import Likelihood, evaluate_nll
 from smalti.pipeline import RERANKERS, Pipeline
+from smalti.progress import stage
 from smalti.sampling import SampleConfig
 
 REPORT_FILES = ("report.json", "report.md")
@@ -181,24 +180,22 @@ def evaluate_digits(
     _check_captions(pipe, pairs)
     started_at = time.perf_counter()
     judge = classifier or load_digit_classifier(shipped_classifier(pairs.digits))
-    codes = _encode(pipe, pairs.pictures)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
-        rows = []
-        for part, measure in (
-            ("likelihood", lambda _: _likelihood_rows(pipe, codes, pairs.captions)),
-            (
-                "prompts",
-                lambda advance: _prompt_rows(pipe, pairs.captions[: config.num_prompts], config, judge, advance),
-            ),
-            ("captions", lambda _: _caption_rows(pipe, codes[: config.num_captions], pairs.captions)),
-            ("pairs from nothing", lambda advance: _pair_rows(pipe, config, judge, advance)),
-            ("best of n", lambda advance: _best_of_rows(pipe, pairs.captions, config, judge, advance)),
-            ("image tokenizer", lambda _: _reconstruction_rows(pipe, codes, pairs, judge)),
-        ):
-            task = progress.add_task(f"measuring {part}", total=1.0)
-            rows += measure(lambda share, task=task: progress.update(task, completed=share))
-            progress.update(task, completed=1.0)
+    with stage("encoding pictures", show=show_progress):
+        codes = _encode(pipe, pairs.pictures)
+    rows = []
+    for part, measure in (
+        ("likelihood", lambda _: _likelihood_rows(pipe, codes, pairs.captions)),
+        (
+            "prompts",
+            lambda advance: _prompt_rows(pipe, pairs.captions[: config.num_prompts], config, judge, advance),
+        ),
+        ("captions", lambda _: _caption_rows(pipe, codes[: config.num_captions], pairs.captions)),
+        ("pairs from nothing", lambda advance: _pair_rows(pipe, config, judge, advance)),
+        ("best of n", lambda advance: _best_of_rows(pipe, pairs.captions, config, judge, advance)),
+        ("image tokenizer", lambda _: _reconstruction_rows(pipe, codes, pairs, judge)),
+    ):
+        with stage(f"measuring {part}", 1, unit="", show=show_progress) as progress:
+            rows += measure(progress.update)
     return Report(
         rows=rows,
         bundle=pipe.name,

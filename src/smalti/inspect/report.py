@@ -21,6 +21,7 @@ from smalti.inspect.findings import (
     prediction_section,
 )
 from smalti.inspect.subject import Subject, load_subject
+from smalti.progress import stage
 
 PAGE, FINDINGS = "index.html", "findings.json"
 
@@ -34,6 +35,7 @@ def inspect_bundle(
     image_tokenizer: str | Path | None = None,
     code_offset: int = 0,
     force: bool = False,
+    show_progress: bool = False,
 ) -> list[Section]:
     """Writes `index.html` and `findings.json` into the folder `output`; returns what is in them.
 
@@ -41,15 +43,16 @@ def inspect_bundle(
     """
     output = Path(output)
     refuse_existing([output / PAGE, output / FINDINGS], force=force)
-    subject = load_subject(
-        bundle,
-        data,
-        num_lines=config.num_lines,
-        image_tokenizer=image_tokenizer,
-        code_offset=code_offset,
-        seed=config.seed,
-    )
-    sections = inspect_subject(subject, config)
+    with stage("reading lines", show=show_progress):
+        subject = load_subject(
+            bundle,
+            data,
+            num_lines=config.num_lines,
+            image_tokenizer=image_tokenizer,
+            code_offset=code_offset,
+            seed=config.seed,
+        )
+    sections = inspect_subject(subject, config, show_progress=show_progress)
     about = (
         f"{subject.name}: {subject.model.num_parameters:,} parameters, looked at on {len(subject.codes):,} lines of "
         f"{subject.codes.shape[1]} codes from {Path(data).name}, in the order “{subject.layout[subject.order]}”."
@@ -61,16 +64,20 @@ def inspect_bundle(
     return sections
 
 
-def inspect_subject(subject: Subject, config: InspectConfig) -> list[Section]:
+def inspect_subject(subject: Subject, config: InspectConfig, *, show_progress: bool = False) -> list[Section]:
     """All sections, the first being about the positions, whose grid the others use."""
-    first, found = position_section(subject, config)
-    sections = [
-        first,
-        code_section(subject, config, found.grid),
-        prediction_section(subject, config, found.grid),
-        cause_section(subject, config, found.grid),
-        picture_section(subject, config, found.grid),
-    ]
+    with stage("inspecting positions", show=show_progress):
+        first, found = position_section(subject, config)
+    others = {
+        "codes": code_section,
+        "predictions": prediction_section,
+        "causes": cause_section,
+        "pictures": picture_section,
+    }
+    sections: list[Section | None] = [first]
+    for name, section in others.items():
+        with stage(f"inspecting {name}", show=show_progress):
+            sections.append(section(subject, config, found.grid))
     return [section for section in sections if section is not None]
 
 

@@ -30,6 +30,8 @@ from smalti.image_tokenizers.vqvae import VQVAEConfig
 from smalti.layout import Layout, Order, parse_order
 from smalti.line_presets import AUTO, choose_preset
 from smalti.pipeline import Sampling
+from smalti.precision import AUTO as AUTO_PRECISION
+from smalti.precision import with_precision
 from smalti.sample_table import SampleTableConfig
 from smalti.text_tokenizer import BPEConfig
 from smalti.train_gan_tokenizer import TrainGANTokenizerConfig
@@ -41,6 +43,11 @@ from smalti.vocabulary import SPECIAL, Vocabulary
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Minutes = dict[Literal["image tokenizer", "transformer", "report"], Annotated[float, Field(gt=0)]]
+"""What the stages of a recipe take on the machine that `expects` was measured on, two cores. They hold for the recipe
+as it is: a change to what is trained, or for how long, takes them back."""
 
 
 class DigitsData(Section):
@@ -86,6 +93,7 @@ class Recipe(Section):
     description: str
     expects: str
     """What a run gives and takes: figures with the data and machine they were measured on."""
+    minutes: Minutes = {}
     data: DigitsData
     image_tokenizer: ImageTokenizer
     layout: Orders
@@ -133,6 +141,7 @@ class LinesRecipe(Section):
     system: Literal["lines"]
     description: str
     expects: str
+    minutes: Minutes = {}
     data: Path | None = None
     """Token table of `smalti data import-lines`."""
     validation: Path | None = None
@@ -182,6 +191,7 @@ class TokenizerRecipe(Section):
     system: Literal["image tokenizer"]
     description: str
     expects: str
+    minutes: Minutes = {}
     pictures: Path | None = None
     """Folder of pictures, or parquet table with a column `image`."""
     held_out: Path | None = None
@@ -214,6 +224,7 @@ class CaptionsRecipe(Section):
     system: Literal["captions"]
     description: str
     expects: str
+    minutes: Minutes = {}
     data: CaptionedPictures
     image_tokenizer: Path | None = None
     """Folder of a trained image tokenizer."""
@@ -282,9 +293,23 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     system = SYSTEMS.get(str(content.get("system")))
     if system is None:
         raise InputError(f"recipe {name}: system is {content.get('system')!r}; expected one of {', '.join(SYSTEMS)}.")
+    _rename_bf16(content, name)
     for override in overrides:
-        _apply(content, override, system)
+        for one in _one_by_one(override, system):
+            if not _keeps_pace(_apply(content, one, system)):
+                content.pop("minutes", None)
     return _checked(content, str(name), system)
+
+
+def _rename_bf16(settings: dict[str, Any], name: str | Path) -> None:
+    """Writes the `bf16` of recipes from before `precision` in today's words, in every section that trains."""
+    for key, section in settings.items():
+        if isinstance(section, dict):
+            try:
+                settings[key] = with_precision(section) if key == "train" else section
+            except InputError as error:
+                raise InputError(f"recipe {name}: {key}: {error}") from error
+            _rename_bf16(settings[key], name)
 
 
 class _Loader(yaml.SafeLoader):
@@ -387,7 +412,30 @@ def _explain(key: str, kind: str, message: str, given: object, system: System) -
 # Overrides -----------------------------------------------------------------------------------------------------
 
 
-def _apply(content: dict[str, Any], override: str, system: System) -> None:
+def _one_by_one(override: str, system: System) -> list[str]:
+    """A setting as it is given, but `precision=...` alone for every section that trains, and `bf16` by its new name."""
+    key, equals, text = override.partition("=")
+    section, _, last = key.rpartition(".")
+    if last == "bf16":
+        last, text = "precision", with_precision({last: yaml.load(text, _Loader)})["precision"]
+    if last != "precision":
+        return [override]
+    keys = [f"{section}.{last}"] if section else [name for name in _keys(system) if name.rpartition(".")[2] == last]
+    return [f"{key}{equals}{text}" for key in keys]
+
+
+_ANY_PACE = ("evaluate", "sample", "watch", "about", "minutes", "output", "pictures", "held_out", "text_tokenizer")
+_DATA = ("data.path", "data.train", "data.validation", "image_tokenizer", "image_tokenizer.path")
+
+
+def _keeps_pace(key: str) -> bool:
+    """Whether a recipe takes as long with another value of a setting."""
+    section, last = key.partition(".")[0], key.rpartition(".")[2]
+    return section in _ANY_PACE or key in _DATA or last in ("seed", "precision", "device")
+
+
+def _apply(content: dict[str, Any], override: str, system: System) -> str:
+    """Changes a setting in the content of a recipe; returns its full key."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"{override!r} is no setting; write key=value, for example train.learning_rate=1e-3.")
@@ -406,6 +454,7 @@ def _apply(content: dict[str, Any], override: str, system: System) -> None:
     if isinstance(value, str) and isinstance(content.get(last), dict) and f"{full_key}.preset" in _keys(system):
         content, last = content[last], "preset"  # model=llama-60m
     content[last] = value
+    return full_key
 
 
 def _full_key(key: str, system: System) -> str:
@@ -456,16 +505,16 @@ def _fields(annotation: Any) -> Mapping[str, Any]:
 
 def claim_folder(recipe: BaseModel, folder: Path, *, free: Collection[str]) -> None:
     """Writes the recipe into a run's folder, or checks that the run there is of the same one, but for the sections in
-    `free`, which say how a run is described and measured and not what it makes. A setting that is None and one that an
-    earlier version did not have are the same.
+    `free`, which say how a run is described and measured and not what it makes.
 
     Raises InputError naming the section that differs.
     """
     path = folder / "recipe.json"
-    settings = json.loads(recipe.model_dump_json(exclude=set(free) | {"output", "description", "expects"}))
+    settings = json.loads(recipe.model_dump_json(exclude=set(free) | {"output", "description", "expects", "minutes"}))
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in settings if _without_none(found.get(name)) != _without_none(settings[name])]
+        _rename_bf16(found, path)
+        differing = [name for name in settings if not _agree(found.get(name), settings[name])]
         if differing:
             raise InputError(
                 f"{folder} holds a run with other settings in the section {differing[0]!r} (see {path}): go on with "
@@ -476,7 +525,9 @@ def claim_folder(recipe: BaseModel, folder: Path, *, free: Collection[str]) -> N
         temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
-def _without_none(settings: Any) -> Any:
-    if not isinstance(settings, dict):
-        return settings
-    return {name: _without_none(value) for name, value in settings.items() if value is not None}
+def _agree(one: Any, other: Any, name: str = "") -> bool:
+    """Whether two settings are the same. One that is None and one that an earlier version did not have are; so is the
+    precision "auto" and any other, since a training that goes on keeps what it began with."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(_agree(one.get(key), other.get(key), key) for key in one | other)
+    return one == other or (name == "precision" and AUTO_PRECISION in (one, other))

@@ -1,0 +1,81 @@
+"""Ctrl-C and SIGTERM at a command: one line that says whether it resumes, and the shell's exit status."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from smalti import cli
+from smalti.cli_stop import Stopped, resuming, stoppable
+
+# The signal comes while the command loads its recipe or its table; a child of a background job ignores Ctrl-C.
+SCRIPT = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from smalti import {module}
+def wait(*_, **__):
+    print("ready", flush=True)
+    signal.pause()
+{module}.{name} = wait
+from smalti.cli import main
+main(sys.argv[1:])
+"""
+STAGES = {
+    "train": (["train", "demo"], "recipes", "load_recipe"),
+    "data": (["data", "digits", "out"], "data.digits", "write_digits"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "line", "status"),
+    [
+        ("train", signal.SIGINT, "stopped; run the same command again to resume", 130),
+        ("train", signal.SIGTERM, "stopped; run the same command again to resume", 143),
+        ("data", signal.SIGINT, "stopped", 130),
+        ("data", signal.SIGTERM, "stopped", 143),
+    ],
+)
+def test_a_stopped_command_says_one_line(tmp_path, command, number, line, status):
+    arguments, module, name = STAGES[command]
+    script = SCRIPT.format(module=module, name=name).replace(f"import {module}", f"import {module.split('.')[0]}")
+    script = f"import smalti.{module}\n{script}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (err, process.returncode) == (f"{line}\n", status)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_resumes_is_told_by_where_it_was_stopped(inside):
+    with pytest.raises(Stopped) as caught, stoppable():
+        if inside:
+            with resuming():
+                os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.resumes is inside and caught.value.exit_status == 143
+
+
+def test_handlers_are_put_back_and_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stoppable():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_commands_run_outside_the_main_thread_too(capsys):
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(cli.run(["info", "--list"])))
+    thread.start()
+    thread.join()
+    assert statuses == [0] and "digits" in capsys.readouterr().out
