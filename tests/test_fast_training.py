@@ -8,11 +8,12 @@ import pytest
 import torch
 from training_runs import FIXED, OPEN, arrays
 
-from smalti import native, precision
+from smalti import native
 from smalti import train_model as module
 from smalti.fast_training import make_native_loss, why_not
 from smalti.layout import Layout
 from smalti.models import new_model, slot_nll
+from smalti.precision import compute_precision
 from smalti.processor import LEVELS, instruction_set, multiplies_bfloat16
 from smalti.train_model import TrainConfig, make_loss, make_micro_batch, pack_rows, train_model, with_choices
 from smalti.transformer import TransformerConfig
@@ -269,7 +270,6 @@ def test_what_is_not_covered_is_named_and_left_to_torch(shape, reason):
 
 def test_length_and_precision_alone_decide_so_that_a_run_goes_on_as_it_began(caplog, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda loss: loss)
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: True)
     model = model_of(SHAPE)
     native_loss(model)
 
@@ -282,17 +282,18 @@ def test_length_and_precision_alone_decide_so_that_a_run_goes_on_as_it_began(cap
         assert len(caplog.messages) == 1
         return made.native is not None, caplog.messages[0]
 
-    assert path(10**6) == (True, "training by the native kernel in bfloat16")
-    assert not path(10)[0] and not path(10**6, precision="float32")[0]
-    assert path(10**6, compile=True)[1] == "training by torch.compile in bfloat16"
+    assert path(10**6, precision="float32") == (True, "training by the native kernel in float32")
+    assert not path(10)[0]
+    if multiplies_bfloat16():
+        assert path(10**6) == (True, "training by the native kernel in bfloat16")
+    assert path(10**6, compile=True, precision="float32")[1] == "training by torch.compile in float32"
 
 
 def test_a_run_that_stops_and_goes_on_ends_with_the_same_bits(tmp_path, monkeypatch):
     native_loss(model_of(SHAPE))
     monkeypatch.setattr(module, "NATIVE_FROM_TOKENS", 0)
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: True)
     config = TrainConfig(
-        num_steps=6, batch_size=6, num_micro_batches=2, checkpoint_every=2, precision="bfloat16", compile=False
+        num_steps=6, batch_size=6, num_micro_batches=2, checkpoint_every=2, precision="float32", compile=False
     )
     shape = replace(SHAPE, dropout=0.1)
 

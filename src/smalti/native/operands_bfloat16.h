@@ -34,6 +34,7 @@ INLINE void store(bf16* to, const Vector& x) {
     _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)x.part[0]));
 }
 
+inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
     uint32_t bits = uint32_t(x) << 16;
     float found;
