@@ -78,7 +78,7 @@ def test_what_is_no_parquet_file_is_named(tmp_path: Path, content: bytes, messag
     with pytest.raises(InputError, match=f"t.parquet is not a whole parquet file: .*{message}") as caught:
         ParquetReader(tmp_path / "t.parquet")
     assert caught.value.__cause__ is not None
-    with pytest.raises(InputError, match="there is no file .*absent"):
+    with pytest.raises(InputError, match=r"there is no file .*absent"):
         ParquetReader(tmp_path / "absent.parquet")
     with pytest.raises(InputError, match="is a folder"):
         ParquetReader(tmp_path)
