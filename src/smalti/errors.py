@@ -21,3 +21,8 @@ def require_finite(loss: float, step: int, mend: str) -> None:
 def shortened(text: str, most: int = 80) -> str:
     """A text for a message, its middle left out if it is long."""
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 4 :]}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says of an error, or else the error's name, to stand in a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
