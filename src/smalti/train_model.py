@@ -810,7 +810,9 @@ def _why_slow(model: DecoderOnly, asked: TrainConfig, chosen: TrainConfig, loss:
     """What may keep this training from the speed it has elsewhere."""
     no_kernel = None
     if loss.native is None and not asked.compile and model.device.type == "cpu":
-        no_kernel = why_not(model) or (None if _has_cpp_compiler() else "no compiler is found: install g++ or clang")
+        no_kernel = why_not(model, chosen.precision) or (
+            None if _has_cpp_compiler() else "no compiler is found: install g++ or clang"
+        )
     return why_slow(chosen.precision, model.device, no_kernel=no_kernel)
 
 
