@@ -280,12 +280,14 @@ def test_nothing_is_overwritten_or_made_of_nothing(tmp_path: Path) -> None:
     assert import_lines(tmp_path / "tags.txt", tmp_path / "b.parquet", allow_short=True).num_lines == 2
 
 
-def test_a_progress_bar_counts_the_bytes_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_counts_the_bytes_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(text_of(random_rows(300)).encode()))
     import_lines(path, tmp_path / "a.parquet", show_progress=True)
-    size = path.stat().st_size
-    assert f"{size / 1000:.1f}/{size / 1000:.1f} kB" in capsys.readouterr().err.replace("\n", "")
+    size = f"{path.stat().st_size / 1e6:.3g} MB"
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == f"reading lines: {size}" and last.startswith(f"reading lines: done, {size} in ")
+    assert last.endswith(", 300 lines")
 
 
 @pytest.mark.parametrize(

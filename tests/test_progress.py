@@ -33,13 +33,17 @@ def test_a_line_tells_step_share_rate_loss_and_time_left():
     made = Stage("image tokenizer", 1500, completed=40, clock=clock)
     assert made.beginning() == "image tokenizer: 1,500 steps, 40 done before"
     assert made.line() == "image tokenizer: step 40 of 1,500 (3 %)"
-    clock.now += 25
+    clock.now += 1000
+    made.update(40)
+    made.update(41)
+    assert made.line() == "image tokenizer: step 41 of 1,500 (3 %), 0.001 steps/s, 405 h 16 min left"
+    clock.now += 299 / 12
     made.update(340, "loss 0.412")
     assert made.line() == "image tokenizer: step 340 of 1,500 (23 %), 12 steps/s, loss 0.412, 1 min 37 s left"
     assert made.state() == "340/1,500 steps · 12 steps/s · loss 0.412 · 1 min 37 s left"
     made.advance(1160)
     clock.now += 5
-    assert made.ending() == "image tokenizer: done, 1,460 steps in 30 s, loss 0.412"
+    assert made.ending() == "image tokenizer: done, 1,460 steps in 17 min 10 s, loss 0.412"
 
 
 def test_rates_far_from_one_keep_three_figures():

@@ -468,7 +468,7 @@ def test_runs_that_cannot_be_are_refused(tmp_path, pictures, held_out, finished,
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, pictures, held_out, monkeypatch):
     monkeypatch.setattr(module, "l2_loss", lambda ours, theirs: ours.mean() * math.nan)
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 2; lower learning_rate"):
+    with pytest.raises(InputError, match=r"the loss of step 2 is nan: training went astray.*lower learning_rate"):
         train(tmp_path, pictures, held_out, losses=LossConfig(), adversarial=AdversarialConfig())
 
 

@@ -3,7 +3,7 @@ and what to set."""
 
 import os
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,7 +31,7 @@ class Estimate:
     `minutes` are what the recipe states for its stages, in their order; `lengths` the settings that shorten them.
     """
 
-    def __init__(self, minutes: Mapping[str, float] | None = None, lengths: Mapping[str, Length] | None = None):
+    def __init__(self, minutes: Mapping[Any, float] | None = None, lengths: Mapping[str, Length] | None = None):
         self.minutes, self.lengths = minutes or {}, lengths or {}
         self.was_given = False
 

@@ -51,6 +51,7 @@ class Stage:
         self.first = self.completed = completed
         self.note = ""
         self.started_at = clock()
+        self._first_moved: tuple[float, float] | None = None
         self.watch = watch
         self.on_say: Callable[[str], None] = lambda line: None
         self.on_update: Callable[[], None] = lambda: None
@@ -59,6 +60,8 @@ class Stage:
 
     def update(self, completed: float, note: str | None = None) -> None:
         """So many are done; `note` are some words on how it goes, which stay until there are others."""
+        if completed > self.completed and self._first_moved is None:
+            self._first_moved = self.clock(), completed
         self.completed = completed
         self.note = self.note if note is None else note
         if self.watch is not None and (line := self.watch(self)) is not None:
@@ -80,9 +83,17 @@ class Stage:
 
     @property
     def rate(self) -> float | None:
-        """Units a second since this start of the stage."""
-        done, elapsed_s = self.completed - self.first, self.elapsed_s
+        """Units a second in this start of the stage; as soon as there are others, without the first, which waits for
+        all that is made ready."""
+        began_at, before = self._moved
+        done, elapsed_s = self.completed - before, self.clock() - began_at
         return done / elapsed_s if done > 0 and elapsed_s > 0 else None
+
+    @property
+    def _moved(self) -> tuple[float, float]:
+        """From when, and from how many on, the rate is taken."""
+        first = self._first_moved
+        return (self.started_at, self.first) if first is None or self.completed <= first[1] else first
 
     @property
     def left_s(self) -> float | None:
@@ -130,7 +141,7 @@ class Stage:
 
 
 def _count(number: float) -> str:
-    return f"{number:,.1f}" if number % 1 else f"{number:,.0f}"
+    return f"{number:.3g}" if number % 1 and number < 100 else f"{number:,.0f}"
 
 
 def _plural(unit: str, number: float) -> str:

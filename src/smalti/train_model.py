@@ -456,12 +456,13 @@ def make_loss(
     Only what a run that goes on finds again decides, so that it takes the same path.
     """
     native = None
-    if not asked.compile and num_steps * chosen.batch_size * layout.max_length >= NATIVE_FROM_TOKENS:
-        native = make_native_loss(model, chosen.precision)
+    bf16, num_tokens = chosen.precision == BFLOAT16, num_steps * chosen.batch_size * layout.max_length
+    if bf16 and not asked.compile and num_tokens >= NATIVE_FROM_TOKENS:
+        native = make_native_loss(model)
     loss = NextTokenLoss(model, layout, native)
     compiled = bool(chosen.compile) and native is None
     path = "the native kernel" if native else "torch.compile" if compiled else "torch, operator by operator"
-    _log.info("training by %s in %s", path, chosen.precision)
+    _log.info("training by %s in %s", path, "bfloat16" if bf16 else str(model.embed_tokens.weight.dtype))
     return cast(NextTokenLoss, torch.compile(loss)) if compiled else loss
 
 
@@ -808,7 +809,9 @@ def _why_slow(model: DecoderOnly, asked: TrainConfig, chosen: TrainConfig, loss:
     """What may keep this training from the speed it has elsewhere."""
     no_kernel = None
     if loss.native is None and not asked.compile and model.device.type == "cpu":
-        no_kernel = why_not(model, chosen.precision) or (None if _has_cpp_compiler() else "no compiler is found: install g++ or clang")
+        no_kernel = why_not(model, chosen.precision) or (
+            None if _has_cpp_compiler() else "no compiler is found: install g++ or clang"
+        )
     return why_slow(chosen.precision, model.device, no_kernel=no_kernel)
 
 

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -285,6 +286,7 @@ def _do_parts(job: _Job, parts: list[int]) -> Iterator[None]:
     if not job.config.workers:
         yield from map(job.do, parts)
         return
+    others = set(multiprocessing.active_children())
     # a fresh interpreter: threads of torch do not survive a fork
     pool = ProcessPoolExecutor(
         job.config.workers,
@@ -294,6 +296,12 @@ def _do_parts(job: _Job, parts: list[int]) -> Iterator[None]:
     )
     try:
         yield from pool.map(_do_in_worker, parts)
+    except Exception:
+        raise
+    except BaseException:  # stopped: what the workers are at may take minutes, and is done again
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -304,6 +312,7 @@ _worker_job: _Job | None = None
 def _start_worker(job: _Job, num_threads: int) -> None:
     global _worker_job
     _worker_job = job
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all: the command says so, a worker just ends
     torch.set_num_threads(num_threads)
 
 
