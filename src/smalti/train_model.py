@@ -456,13 +456,12 @@ def make_loss(
     Only what a run that goes on finds again decides, so that it takes the same path.
     """
     native = None
-    bf16, num_tokens = chosen.precision == BFLOAT16, num_steps * chosen.batch_size * layout.max_length
-    if bf16 and not asked.compile and num_tokens >= NATIVE_FROM_TOKENS:
-        native = make_native_loss(model)
+    if not asked.compile and num_steps * chosen.batch_size * layout.max_length >= NATIVE_FROM_TOKENS:
+        native = make_native_loss(model, chosen.precision)
     loss = NextTokenLoss(model, layout, native)
     compiled = bool(chosen.compile) and native is None
     path = "the native kernel" if native else "torch.compile" if compiled else "torch, operator by operator"
-    _log.info("training by %s in %s", path, "bfloat16" if bf16 else str(model.embed_tokens.weight.dtype))
+    _log.info("training by %s in %s", path, chosen.precision)
     return cast(NextTokenLoss, torch.compile(loss)) if compiled else loss
 
 
