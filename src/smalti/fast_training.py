@@ -1,9 +1,9 @@
 """Training steps on a CPU in a fraction of the time: loss and gradients from one native kernel (`native/train.cpp`).
 
 `NativeLoss` gives what `models.slot_nll` gives, as one node of autograd's graph: gradients reach the parameters, their
-hooks and what else the graph holds as usual. Products are in float32 on any processor, or in bfloat16 where it has units
-for them, and are then rounded as autocast rounds them; residual stream, norms, softmax and sums stay in float32. Results
-do not depend on the number of threads.
+hooks and what else the graph holds as usual. Products are in float32 on any processor, or in bfloat16 where it has
+units for them, and are then rounded as autocast rounds them; residual stream, norms, softmax and sums stay in float32.
+Results do not depend on the number of threads.
 
 `make_native_loss` says whether it can take a model. The plain path is the oracle.
 

@@ -325,15 +325,17 @@ void mix(const float* weights, const float* values, long count, long width, floa
     for (int v = 0; v < COUNT; ++v) store(out + v * LANES, mixed[v] * share);
 }
 
-// softmax(q k / sqrt(width)) v over `count` slots. Meanwhile the keys and values `next` numbers further on are fetched.
+// softmax(q k / sqrt(width)) v over `count` slots. Meanwhile the keys and values `next` numbers further on are fetched,
+// into the second cache: a core waits for few lines at a time on their way to its first one, and attention to 64 rows
+// took twice as long so.
 void attend(const float* q, const float* keys, const float* values, long count, long width, long next, float* scores,
             float* out) {
     const float scale = 1 / sqrtf(static_cast<float>(width));
     float most = -INFINITY, sum = 0;
     for (long s = 0; s < count; ++s) {
         for (long i = s * width + next; i < (s + 1) * width + next; i += 16) {
-            __builtin_prefetch(keys + i);
-            __builtin_prefetch(values + i);
+            __builtin_prefetch(keys + i, 0, 2);
+            __builtin_prefetch(values + i, 0, 2);
         }
         scores[s] = scale * dot(q, keys + s * width, width);
         most = scores[s] > most ? scores[s] : most;
