@@ -47,11 +47,12 @@ def picture(tmp_path, smalti) -> Path:
 
 
 def complaint(result: tuple[int, str, str]) -> str:
-    """The one line of an error; fails unless it is the last on stderr, after at most a progress bar, with exit 2."""
+    """The one line of an error; fails unless it is the last on stderr, after at most lines of progress, with exit 2."""
     code, out, err = result
     assert (code, out) == (2, ""), (code, out, err)
     *before, line = err.splitlines()
-    assert line.startswith("error: ") and "Traceback" not in err and len(before) < 2, err
+    assert line.startswith("error: ") and "Traceback" not in err, err
+    assert all(line.endswith(" …") or ": " in line for line in before) and "error: " not in "".join(before), err
     return line.removeprefix("error: ")
 
 

@@ -8,7 +8,7 @@ import torch
 from smalti import estimate as module
 from smalti.estimate import AFTER_STEPS, Estimate, Length, why_slow
 from smalti.progress import Stage
-from smalti.recipes import load_recipe
+from smalti.recipes import load_recipe, shipped_recipes
 
 MINUTES = {"image tokenizer": 1.0, "transformer": 2.0, "report": 0.5}
 
@@ -94,6 +94,12 @@ def test_every_reason_is_named_with_what_to_do_about_it(machine):
     assert why_slow("float32", "cpu") == [
         "this processor (avx2) does not multiply in bfloat16, in which recipes are timed"
     ]
+
+
+def test_recipes_that_name_a_time_state_it_for_the_estimate_too():
+    timed = {name for name in shipped_recipes() if "minutes" in load_recipe(name).expects}
+    assert {"demo", "emoji", "emoji-vqgan", "titok"} <= timed
+    assert timed == {name for name in shipped_recipes() if load_recipe(name).minutes}
 
 
 def test_recipes_state_minutes_until_what_is_trained_changes():

@@ -150,11 +150,15 @@ def gan_tokenizer(directory, scenes, precision):
     return train_gan(directory, scenes, None, config)
 
 
-TRAININGS = [(token_model, "checkpoints", None), (small_tokenizer, ".", "training"), (gan_tokenizer, ".", "training")]
-
-
-@pytest.mark.parametrize(("training", "folder", "section"), TRAININGS)
-@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize(
+    ("training", "folder", "section", "older"),
+    [
+        (token_model, "checkpoints", None, False),
+        (token_model, "checkpoints", None, True),
+        (small_tokenizer, ".", "training", True),
+        (gan_tokenizer, ".", "training", True),
+    ],
+)
 def test_a_run_keeps_the_precision_it_began_with(tmp_path, monkeypatch, scenes, training, folder, section, older):
     """Begun where bfloat16 is multiplied, perhaps by an earlier version, and resumed where it is emulated."""
     on_a_processor(monkeypatch, "amx", with_bf16=True)

@@ -13,12 +13,13 @@ from smalti.cli_stop import Stopped, resuming, stoppable
 
 # The signal comes while the command loads its recipe or its table; a child of a background job ignores Ctrl-C.
 SCRIPT = """
-import signal, sys
+import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from smalti import {module}
 def wait(*_, **__):
     print("ready", flush=True)
-    signal.pause()
+    while True:
+        time.sleep(0.05)
 {module}.{name} = wait
 from smalti.cli import main
 main(sys.argv[1:])
@@ -48,7 +49,7 @@ def test_a_stopped_command_says_one_line(tmp_path, command, number, line, status
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert (err, process.returncode) == (f"{line}\n", status)
 
 
