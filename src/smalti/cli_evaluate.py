@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
+
+from smalti.tables import print_table
 
 
 class BundleGroup(TyperGroup):
@@ -65,7 +66,7 @@ def tokenizer(
     options = [*(["--num", str(num)] if num else []), *(["--size", size] if size else [])]
     command = shlex.join(["smalti", "evaluate", "tokenizer", *map(str, bundles_and_pictures), *options])
     comparison = compare_tokenizers(bundles, pictures, num=num, image_size=_size(size), lpips=network, command=command)
-    Console().print(comparison.table())
+    print_table(comparison.table())
     if output:
         comparison.write(output, force=force)
         typer.echo(f"{output}: {', '.join(REPORT_FILES)}")
@@ -106,7 +107,7 @@ def compositions(
     tables = ["--test", str(test), "--train", str(train), "--seed", str(seed)]
     command = shlex.join(["smalti", "evaluate", "compositions", bundle, *tables, *options])
     report = evaluate_compositions(Pipeline.load(bundle), test, train, config, command=command)
-    Console().print(report.table())
+    print_table(report.table())
     if output:
         report.write(output, force=force)
         typer.echo(f"{output}: {', '.join(REPORT_FILES)}")
