@@ -69,16 +69,18 @@ def test_every_position_equals_the_full_forward_pass(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_padded_on_the_left_equal_the_plain_path_behind_a_prefill(kind):
+def test_rows_padded_on_the_left_equal_the_plain_path(kind):
     model, token_ids = decoder_only(torch.float32, **KINDS[kind]), tokens(MAX_LENGTH)
     starts = torch.tensor([2, 0, 3, 1, 0])
     fast, caches = FastDecoder(model), [model.new_cache(B, starts=starts) for _ in range(2)]
     with torch.no_grad():
-        assert torch.equal(fast.prefill(token_ids[:, :2], caches[0]), model.prefill(token_ids[:, :2], caches[1]))
-        for position in range(2, MAX_LENGTH):  # the row that starts in slot 3 still has padding to come
-            hidden = fast.decode_step(token_ids[:, position], caches[0])
-            expected = model.decode_step(token_ids[:, position], caches[1])
-            real = position >= starts
+        for first, last in [(0, 2), *((i, i + 1) for i in range(2, 9)), (9, MAX_LENGTH)]:
+            hidden = fast.prefill(token_ids[:, first:last], caches[0])
+            if last - first == 1:
+                caches[0].length -= 1
+                hidden = fast.decode_step(token_ids[:, first], caches[0])
+            expected = model.prefill(token_ids[:, first:last], caches[1])
+            real = last - 1 >= starts  # the row that starts in slot 3 still has padding to come
             assert torch.allclose(hidden[real], expected[real], atol=3e-5, rtol=3e-5)
 
 
@@ -111,6 +113,37 @@ def test_logits_of_a_slot_equal_the_plain_ones(slot, tie_embeddings):
         assert torch.allclose(fast.logits(hidden, slot), model.logits(hidden, slot), atol=1e-12)
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_the_same_to_the_last_bit_in_any_batch_on_any_threads(kind):
+    """Teacher-forced logits behind a prefill of ragged prefixes, steps, and more tokens at once; past a slot block."""
+    grid = dict(grid=(9, 9)) if "grid" in KINDS[kind] else {}
+    model = decoder_only(torch.float32, max_length=72, **(KINDS[kind] | grid))
+    token_ids = torch.randint(1, V, (11, 70), generator=torch.Generator().manual_seed(2))
+    prefixes = 52 + torch.arange(11) % 5
+    found = []
+    for num_threads, batch_size in [(1, 11), (2, 11), (1, 1), (2, 4)]:
+        torch.set_num_threads(num_threads)
+        fast, rows = FastDecoder(model), []
+        for ids, lengths in zip(token_ids.split(batch_size), prefixes.split(batch_size), strict=True):
+            starts = lengths.max() - lengths
+            shifted = (torch.arange(int(lengths.max()) + 14) - starts[:, None]).clamp(min=0)
+            padded, cache = ids.gather(1, shifted), model.new_cache(len(ids), starts=starts)
+            parts = padded[:, :-14], *padded[:, -14:-4].split(1, dim=1), padded[:, -4:]
+            hidden = [fast.decode_step(p[:, 0], cache) if p.shape[1] == 1 else fast.prefill(p, cache) for p in parts]
+            rows.append(torch.cat([fast.logits(behind) for behind in hidden], dim=1))
+        found.append(torch.cat(rows))
+    for other in found[1:]:
+        assert torch.equal(other, found[0])
+
+
 def test_a_full_cache_is_an_error():
     model = decoder_only()
     cache = model.new_cache(B, 1)
@@ -120,10 +153,9 @@ def test_a_full_cache_is_an_error():
         fast.decode_step(tokens(1)[:, 0], cache)
 
 
-def test_short_jobs_training_and_low_precision_stay_on_the_plain_path():
+def test_training_and_low_precision_stay_on_the_plain_path():
     model = decoder_only(torch.float32)
     assert isinstance(make_stepper(model, FEWEST_STEPS), FastDecoder)
-    assert make_stepper(model, FEWEST_STEPS - 1) is model
     assert make_stepper(model.train(), FEWEST_STEPS) is model
     with torch.autocast("cpu", torch.bfloat16):
         assert make_stepper(model.eval(), FEWEST_STEPS) is model

@@ -11,7 +11,7 @@ import smalti.fast_decode
 import smalti.native.decode
 from smalti import native
 from smalti.beam import beam_search
-from smalti.fast_decode import FEWEST_STEPS, FastDecoder, make_stepper
+from smalti.fast_decode import FEWEST_STEPS, FastDecoder, choose_executor, make_stepper
 from smalti.generate import Request, generate
 from smalti.layout import Slot
 from smalti.models import DecoderOnly
@@ -260,7 +260,6 @@ def test_a_job_sees_the_weights_of_its_time():
 def test_what_the_kernel_does_not_cover_stays_on_the_other_paths(monkeypatch):
     assert isinstance(make_stepper(decoder_only(torch.float64), FEWEST_STEPS), FastDecoder)
     model = decoder_only(torch.float32)
-    assert make_stepper(model, FEWEST_STEPS - 1) is model
     assert make_stepper(model.train(), FEWEST_STEPS) is model
     assert make_stepper(decoder_only(torch.bfloat16), FEWEST_STEPS) is not None
     model.eval()
@@ -268,16 +267,14 @@ def test_what_the_kernel_does_not_cover_stays_on_the_other_paths(monkeypatch):
     assert isinstance(make_stepper(model, FEWEST_STEPS), FastDecoder)
 
 
-def test_a_process_compiles_when_it_has_spent_enough_without(monkeypatch, tmp_path):
+def test_a_job_compiles_if_it_is_long_enough_whatever_the_process_did_before(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("SMALTI_NATIVE")
     monkeypatch.setattr(native, "_loaded", {})
     monkeypatch.setattr(native, "_absent", set())
-    monkeypatch.setattr(smalti.fast_decode, "_steps_taken", 0)
-    monkeypatch.setattr(smalti.fast_decode, "STEPS_BEFORE_COMPILING", 100)
+    monkeypatch.setattr(smalti.fast_decode, "STEPS_THAT_REPAY_COMPILING", 100)
     model = decoder_only(torch.float32)
-    found = [type(make_stepper(model, 60)) for _ in range(4)]
-    assert found == [FastDecoder, FastDecoder, NativeDecoder, NativeDecoder]
+    assert [choose_executor(model, steps) for steps in (60, 60, 60, 100, 60)] == ["packed"] * 3 + ["native"] * 2
 
 
 def test_without_a_compiler_the_same_tokens_come(monkeypatch):

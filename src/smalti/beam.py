@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from smalti.decoder import Decoder
+from smalti.generate import job_executor
 from smalti.layout import Layout
 from smalti.models import DecoderOnly, evaluating
 from smalti.sequences import Generated, Request, TokenSequence
@@ -33,19 +34,23 @@ def beam_search(
             raise ValueError(f"beam search needs a given order and spans of fixed length, not {sequence.order}.")
         groups.setdefault((tuple(plan.slot_ids), len(sequence.token_ids)), []).append(row)
     per_batch = max(1, batch_size // beam_width)
+    executor = job_executor(model, layout, len(requests), per_batch)
     with evaluating(model):
         for rows in groups.values():
             for start in range(0, len(rows), per_batch):
                 chunk = rows[start : start + per_batch]
-                beams = _beam(model, layout, [sequences[row] for row in chunk], beam_width)
+                beams = _beam(model, layout, [sequences[row] for row in chunk], beam_width, executor)
                 found.update(zip(chunk, beams, strict=True))
     return [found[row] for row in range(len(requests))]
 
 
-def _beam(model: DecoderOnly, layout: Layout, batch: list[TokenSequence], width: int) -> list[list[Generated]]:
+def _beam(
+    model: DecoderOnly, layout: Layout, batch: list[TokenSequence], width: int, executor: str
+) -> list[list[Generated]]:
     """Beams of sequences that have the same plan. Rows b·width .. b·width + width − 1 are sequence b's beam."""
     plan, B = batch[0].plan(), len(batch)
-    decoder = Decoder(model, [sequence.token_ids for sequence in batch for _ in range(width)], [], len(plan.slot_ids))
+    prefixes = [sequence.token_ids for sequence in batch for _ in range(width)]
+    decoder = Decoder(model, prefixes, [], len(plan.slot_ids), executor)
     scores = torch.full((B, width), -torch.inf, dtype=torch.float64)
     scores[:, 0] = 0  # all of a beam starts as one sequence
     tokens = torch.zeros(B * width, 0, dtype=torch.long)

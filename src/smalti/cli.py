@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
@@ -19,6 +18,7 @@ from smalti.cli_stop import Stopped, resuming, stoppable
 from smalti.cli_train import app as train_app
 from smalti.default_bundle import DEFAULT_BUNDLE, bundle_for_picture, bundle_for_prompt
 from smalti.errors import InputError, InputWarning
+from smalti.tables import print_table
 
 app = typer.Typer(
     name="smalti",
@@ -33,7 +33,6 @@ app.add_typer(data_app, name="data")
 app.add_typer(interop_app)
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
-console = Console()
 
 Bundle = Annotated[
     str | None,
@@ -185,12 +184,27 @@ def caption(
     seed: Seed = 0,
     temperature: Temperature = None,
     guidance_scale: Guidance = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print picture, bundle and caption as JSON.")] = False,
 ) -> None:
-    """Print a caption for each picture."""
+    """Print a caption for each picture; without --bundle each by the bundle of its size."""
     from smalti.pipeline import Pipeline
 
     given = _given(temperature=temperature, guidance_scale=guidance_scale)
-    for line in Pipeline.load(_bundle_for_picture(bundle, pictures[0])).caption(list(pictures), seed=seed, **given):
+    by_bundle: dict[str, list[int]] = {}
+    for i, path in enumerate(pictures):
+        by_bundle.setdefault(str(_bundle_for_picture(bundle, path)), []).append(i)
+    captions, bundles = [""] * len(pictures), [""] * len(pictures)
+    for name, places in by_bundle.items():
+        found = Pipeline.load(name).caption([pictures[i] for i in places], seed=seed, **given)
+        for i, line in zip(places, found, strict=True):
+            captions[i], bundles[i] = line, name
+    if as_json:
+        import json
+
+        columns = zip(map(str, pictures), bundles, captions, strict=True)
+        typer.echo(json.dumps([dict(zip(("picture", "bundle", "caption"), row, strict=True)) for row in columns]))
+        return
+    for line in captions:
         typer.echo(line)
 
 
@@ -386,7 +400,7 @@ def score(
     table = Table("caption", "−ln p(picture | caption)", "−ln p(caption | picture)", "mutual information", box=None)
     for line, *values in zip(captions, *columns, strict=True):
         table.add_row(line, *("–" if value is None else f"{value:.2f} nats" for value in values))
-    console.print(table)
+    print_table(table)
 
 
 def _score_lines(
@@ -425,7 +439,7 @@ def baselines(
     model = LineModel.load(bundle) if bundle else None
     for row in compare_with_baselines(model, train, held_out, max_train_rows, max_rows, show_progress=not quiet):
         table.add_row(row.name, f"{row.nats_per_token:.4f}", error_text(row))
-    console.print(table)
+    print_table(table)
 
 
 @app.command(epilog="Example: smalti info digits")
@@ -434,6 +448,7 @@ def info(
         str, typer.Argument(help="A shipped bundle's name, a folder, or a hub's owner/name.")
     ] = DEFAULT_BUNDLE,
     list_bundles: Annotated[bool, typer.Option("--list", help="List the bundles that ship with the package.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
 ) -> None:
     """What a bundle holds: parameters, vocabulary, layout, measured figures."""
     from smalti.bundle import read_config, shipped_bundles
@@ -446,41 +461,53 @@ def info(
     from smalti.line_model import KIND, bundle_kind
 
     if bundle_kind(bundle) == KIND:
-        _info_lines(bundle)
+        _info_lines(bundle, as_json)
         return
     from smalti.pipeline import Pipeline
 
     pipe = Pipeline.load(bundle)
-    table = Table(show_header=False, box=None)
-    table.add_row("bundle", pipe.name)
-    table.add_row("parameters", f"{pipe.model.num_parameters:,} (transformer)")
-    table.add_row("", f"{sum(p.numel() for p in pipe.image_tokenizer.parameters()):,} (image tokenizer)")
-    table.add_row("vocabulary", str(pipe.layout.vocabulary))
+    rows: list[tuple[str, str]] = []
+    rows.append(("bundle", pipe.name))
+    rows.append(("parameters", f"{pipe.model.num_parameters:,} (transformer)"))
+    rows.append(("parameters of the image tokenizer", f"{sum(p.numel() for p in pipe.image_tokenizer.parameters()):,}"))
+    rows.append(("vocabulary", str(pipe.layout.vocabulary)))
     words = pipe.text_tokenizer.words
-    table.add_row("words", " ".join(words) if len(words) <= 200 else f"{len(words):,} pieces of words")
-    table.add_row("pictures", f"{pipe.pictures.width}×{pipe.pictures.height}, codes {pipe.grid[0]}×{pipe.grid[1]}")
+    rows.append(("words", " ".join(words) if len(words) <= 200 else f"{len(words):,} pieces of words"))
+    rows.append(("pictures", f"{pipe.pictures.width}×{pipe.pictures.height}, codes {pipe.grid[0]}×{pipe.grid[1]}"))
     for name, order in pipe.layout.orders.items():
-        table.add_row(f"layout ({order.weight:g})", f"{name}: {order}")
-    table.add_row("draws with", f"{pipe.sampling.picture}")
-    table.add_row("weights", f"sha256 {pipe.weights_sha256}")
+        rows.append((f"layout {name} ({order.weight:g})", str(order)))
+    rows.append(("draws with", f"{pipe.sampling.picture}"))
+    rows.append(("weights", f"sha256 {pipe.weights_sha256}"))
     for name, value in pipe.figures.items():
-        table.add_row(name, str(value))
-    console.print(table, soft_wrap=True, markup=False)
+        rows.append((name, str(value)))
+    _print_rows(rows, as_json)
 
 
-def _info_lines(bundle: str) -> None:
+def _print_rows(rows: list[tuple[str, str]], as_json: bool) -> None:
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(dict(rows), ensure_ascii=False))
+        return
+    table = Table(show_header=False, box=None)
+    for row in rows:
+        table.add_row(*row)
+    print_table(table)
+
+
+def _info_lines(bundle: str, as_json: bool) -> None:
     from smalti.line_model import LineModel
 
     model = LineModel.load(bundle)
-    table = Table(show_header=False, box=None)
-    table.add_row("bundle", model.name)
-    table.add_row("parameters", f"{model.model.num_parameters:,}")
-    table.add_row("lines", f"{model.length} codes in 0..{model.vocab_size - 1}")
-    table.add_row("layout", str(model.layout))
-    table.add_row("weights", f"sha256 {model.weights_sha256}")
+    rows: list[tuple[str, str]] = []
+    rows.append(("bundle", model.name))
+    rows.append(("parameters", f"{model.model.num_parameters:,}"))
+    rows.append(("lines", f"{model.length} codes in 0..{model.vocab_size - 1}"))
+    rows.append(("layout", str(model.layout)))
+    rows.append(("weights", f"sha256 {model.weights_sha256}"))
     for name, value in model.figures.items():
-        table.add_row(name, str(value))
-    console.print(table, soft_wrap=True, markup=False)
+        rows.append((name, str(value)))
+    _print_rows(rows, as_json)
 
 
 @data_app.command("digits", epilog="Example: smalti data digits out/digits --mnist folder/with/mnist")
@@ -699,7 +726,7 @@ def evaluate(
     pipe = Pipeline.load(bundle)
     command = f"smalti evaluate {bundle} --data {data} --num {num} --best-of {best_of!r} --seed {seed}"
     report = evaluate_digits(pipe, held_out, config, command=command, show_progress=not quiet)
-    console.print(report.table())
+    print_table(report.table())
     if output:
         report.write(output, force=force)
         with stage("drawing galleries", show=not quiet):

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
+
+from smalti.tables import print_table
 
 
 class BundleGroup(TyperGroup):
@@ -67,7 +68,7 @@ def tokenizer(
     command = shlex.join(["smalti", "evaluate", "tokenizer", *map(str, bundles_and_pictures), *options])
     how = {"lpips": network, "command": command, "show_progress": not quiet}
     comparison = compare_tokenizers(bundles, pictures, num=num, image_size=_size(size), **how)
-    Console().print(comparison.table())
+    print_table(comparison.table())
     if output:
         comparison.write(output, force=force)
         typer.echo(f"{output}: {', '.join(REPORT_FILES)}")
@@ -110,7 +111,7 @@ def compositions(
     command = shlex.join(["smalti", "evaluate", "compositions", bundle, *tables, *options])
     how = {"command": command, "show_progress": not quiet}
     report = evaluate_compositions(Pipeline.load(bundle), test, train, config, **how)
-    Console().print(report.table())
+    print_table(report.table())
     if output:
         report.write(output, force=force)
         typer.echo(f"{output}: {', '.join(REPORT_FILES)}")

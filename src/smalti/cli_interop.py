@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from smalti.tables import print_table
 
 app = typer.Typer()
 
@@ -42,7 +43,7 @@ def import_(
     for line in (*(lines[-2:] if quiet else lines), *imported.notes):
         typer.echo(line)
     if imported.errors:
-        Console().print(error_table(imported.errors))
+        print_table(error_table(imported.errors))
     if not imported.holds:
         typer.echo("error: the reference was not reproduced; nothing was written.", err=True)
         return 1

@@ -8,6 +8,8 @@ from typer.core import TyperGroup
 
 from smalti.cli_stop import resuming
 
+RECIPE_NAMES = ", ".join(sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.yaml")))
+
 
 class RecipeGroup(TyperGroup):
     """`smalti train demo` is short for `smalti train recipe demo`, whatever is not the name of a part."""
@@ -30,9 +32,7 @@ app = typer.Typer(
     "smalti train lines data=lines.parquet"
 )
 def recipe(
-    recipe: Annotated[
-        str, typer.Argument(help="A shipped recipe (demo, digits, digits-best, lines, cc3m, emoji), or a YAML file.")
-    ],
+    recipe: Annotated[str, typer.Argument(help=f"A shipped recipe ({RECIPE_NAMES}), or a YAML file.")],
     settings: Annotated[
         list[str] | None, typer.Argument(help="Changes to it, each key=value; the last word of a key will often do.")
     ] = None,

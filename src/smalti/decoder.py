@@ -22,8 +22,15 @@ class Decoder:
     guided the null rows stay behind; when they are wanted again they catch up in one pass.
     """
 
-    def __init__(self, model: DecoderOnly, prefixes: list[list[int]], nulls: list[list[int]], num_steps: int):
-        self.model: Stepper = make_stepper(model, num_steps)
+    def __init__(
+        self,
+        model: DecoderOnly,
+        prefixes: list[list[int]],
+        nulls: list[list[int]],
+        num_steps: int,
+        executor: str | None = None,
+    ):
+        self.model: Stepper = make_stepper(model, num_steps, executor)
         self.num_rows = len(prefixes)
         every = prefixes + nulls
         width = max(map(len, every))

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smalti.decoder import Decoder
+from smalti.fast_decode import choose_executor
 from smalti.layout import NO_SLOT, Layout, Slot
 from smalti.models import DecoderOnly, evaluating
 from smalti.sampling import SampleConfig
@@ -47,10 +48,14 @@ def generate(
     config: SampleConfig = SampleConfig(),  # noqa: B008 (frozen)
     *,
     batch_size: int = 64,
+    executor: str | None = None,
 ) -> list[Generated]:
-    """The requests' sequences, in their order. Raises ValueError for a request that does not fit the layout."""
+    """The requests' sequences, in their order. Raises ValueError for a request that does not fit the layout.
+
+    `executor` is one of `fast_decode.EXECUTORS`; by default `job_executor` chooses.
+    """
     sequences = [TokenSequence(layout, request) for request in requests]
-    for _ in _run(model, layout, sequences, config, batch_size):
+    for _ in _run(model, layout, sequences, config, batch_size, executor):
         pass
     return [sequence.finished() for sequence in sequences]
 
@@ -62,10 +67,11 @@ def stream(
     config: SampleConfig = SampleConfig(),  # noqa: B008 (frozen)
     *,
     batch_size: int = 64,
+    executor: str | None = None,
 ) -> Iterator[Step]:
     """The same tokens as `generate`, as they come."""
     sequences = [TokenSequence(layout, request) for request in requests]
-    for rows, drawn in _run(model, layout, sequences, config, batch_size):
+    for rows, drawn in _run(model, layout, sequences, config, batch_size, executor):
         running = drawn.running.nonzero()[:, 0].tolist()
         positions = [drawn.positions[i] for i in running]
         values = (value[running].cpu() for value in (drawn.token_ids, drawn.log_probs, drawn.draw_log_probs))
@@ -90,6 +96,12 @@ def best_of(
     return [sorted(group, key=lambda candidate: -candidate.log_prob) for group in groups]
 
 
+def job_executor(model: DecoderOnly, layout: Layout, num_requests: int, batch_size: int = 64) -> str:
+    """What so many requests run on if nothing else is asked for."""
+    with evaluating(model):
+        return choose_executor(model, -(-num_requests // max(1, batch_size)) * layout.max_length)
+
+
 class _Drawn(NamedTuple):
     """One step of a batch."""
 
@@ -101,30 +113,36 @@ class _Drawn(NamedTuple):
 
 
 def _run(
-    model: DecoderOnly, layout: Layout, sequences: list[TokenSequence], config: SampleConfig, batch_size: int
+    model: DecoderOnly,
+    layout: Layout,
+    sequences: list[TokenSequence],
+    config: SampleConfig,
+    batch_size: int,
+    executor: str | None,
 ) -> Iterator[tuple[list[int], _Drawn]]:
     """Plan by plan, in batches of sequences that have about as many tokens behind them."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; a batch holds at least one sequence.")
     rows = [row for row, sequence in enumerate(sequences) if not sequence.is_finished]
+    executor = executor or job_executor(model, layout, len(rows), batch_size)
     with evaluating(model):
         while rows:
             rows.sort(key=lambda row: (len(sequences[row].token_ids), row))
             for start in range(0, len(rows), batch_size):
                 chunk = rows[start : start + batch_size]
-                for drawn in _run_batch(model, layout, [sequences[row] for row in chunk], config):
+                for drawn in _run_batch(model, layout, [sequences[row] for row in chunk], config, executor):
                     yield chunk, drawn
             rows = [row for row in rows if not sequences[row].is_finished]
 
 
 @torch.inference_mode()
 def _run_batch(
-    model: DecoderOnly, layout: Layout, batch: list[TokenSequence], config: SampleConfig
+    model: DecoderOnly, layout: Layout, batch: list[TokenSequence], config: SampleConfig, executor: str
 ) -> Iterator[_Drawn]:
     """Carries out the plans of a batch, then pushes what was drawn onto its sequences."""
     stage = _Stage(layout, batch, config, model.device)
     nulls = _null_prefixes(batch) if stage.is_guided_anywhere else []
-    decoder = Decoder(model, [sequence.token_ids for sequence in batch], nulls, stage.num_steps)
+    decoder = Decoder(model, [sequence.token_ids for sequence in batch], nulls, stage.num_steps, executor)
     running = torch.ones(len(batch), dtype=torch.bool, device=model.device)
     steps: list[_Drawn] = []
     for step in range(stage.num_steps):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from smalti import bundle
 from smalti.errors import InputError, InputWarning, shortened
-from smalti.generate import Generated, Request, generate, stream
+from smalti.generate import Generated, Request, generate, job_executor, stream
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.layout import Layout, SpanValues
 from smalti.likelihood import score
@@ -246,10 +246,11 @@ class Pipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         config = self._sample_config(self.sampling.picture, sampling)
         rerank = rerank or self.rerankers[0]
-        drawn = self._draw_pictures(prompts, config, seed, n, best_of, rerank, negative_prompt, batch_size)
+        executor = self._executor(len(prompts) * n * best_of, batch_size)
+        drawn = self._draw_pictures(prompts, config, seed, n, best_of, rerank, negative_prompt, batch_size, executor)
         codes = self._codes([found for _, found in drawn])
-        pictures = self.decode(codes, scale=scale, batch_size=batch_size)
-        shared = {"negative_prompt": negative_prompt, "sampling": asdict(config)}
+        pictures = self.decode(codes, scale=scale)
+        shared = {"negative_prompt": negative_prompt, "sampling": asdict(config), "executor": executor}
         if best_of > 1:
             shared |= {"best_of": best_of, "rerank": rerank}
         repeated = [prompt for prompt in prompts for _ in range(n)]
@@ -273,12 +274,13 @@ class Pipeline:
         rerank: str | None = None,
         negative_prompt: str | None = None,
         batch_size: int = 64,
+        executor: str | None = None,
         **sampling: Any,
     ) -> Codes:
-        """The codes of what `generate` draws."""
+        """The codes of what `generate` draws. `executor` is one of `fast_decode.EXECUTORS`; by default as there."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         config = self._sample_config(self.sampling.picture, sampling)
-        drawn = self._draw_pictures(prompts, config, seed, n, best_of, rerank, negative_prompt, batch_size)
+        drawn = self._draw_pictures(prompts, config, seed, n, best_of, rerank, negative_prompt, batch_size, executor)
         return self._codes([found for _, found in drawn])
 
     def stream(
@@ -317,6 +319,7 @@ class Pipeline:
         rerank: str | None,
         negative_prompt: str | None,
         batch_size: int,
+        executor: str | None,
     ) -> list[tuple[int, Generated]]:
         """Each kept sequence with the seed it was drawn from."""
         self._check_drawing(n, best_of, rerank)
@@ -328,7 +331,7 @@ class Pipeline:
             for words, first in zip(self._all_whole(prompts), seeds, strict=True)
             for i in range(n * best_of)
         ]
-        found = generate(self.model, self.layout, requests, config, batch_size=batch_size)
+        found = generate(self.model, self.layout, requests, config, batch_size=batch_size, executor=executor)
         seeded = [(request.seed, drawn) for request, drawn in zip(requests, found, strict=True)]
         if best_of == 1:
             return seeded
@@ -448,15 +451,24 @@ class Pipeline:
             raise ValueError(f"rows is {rows}; expected 0 to {self.grid[0]}, the rows of codes in a picture.")
         kept = self.encode([picture])[0, :rows]
         config = self._sample_config(self.sampling.picture if caption else SampleConfig(), sampling)
-        codes = self.complete_codes(kept, caption=caption, seed=seed, n=n, **asdict(config))
-        details = {"task": "complete", "prompt": caption, "rows": rows, "sampling": asdict(config)}
+        executor = self._executor(n)
+        codes = self.complete_codes(kept, caption=caption, seed=seed, n=n, executor=executor, **asdict(config))
+        sampling = asdict(config)
+        details = {"task": "complete", "prompt": caption, "rows": rows, "sampling": sampling, "executor": executor}
         return [
             with_receipt(drawn, self._receipt(seed=seed + i, codes=row.flatten().tolist(), **details))
             for i, (drawn, row) in enumerate(zip(self.decode(codes, scale=scale), codes, strict=True))
         ]
 
     def complete_codes(
-        self, kept: Int[Tensor, "rows w"], *, caption: str | None = None, seed: int = 0, n: int = 1, **sampling: Any
+        self,
+        kept: Int[Tensor, "rows w"],
+        *,
+        caption: str | None = None,
+        seed: int = 0,
+        n: int = 1,
+        executor: str | None = None,
+        **sampling: Any,
     ) -> Codes:
         """The codes of what `complete` draws below the rows of codes `kept`."""
         config = self._sample_config(self.sampling.picture if caption else SampleConfig(), sampling)
@@ -468,7 +480,7 @@ class Pipeline:
             null = None if config.guidance_scale == 1 else alone
             request = Request(order=self._order("text", "image"), given=given, seed=seed, null=null)
         requests = [replace(request, seed=seed + i) for i in range(n)]
-        return self._codes(generate(self.model, self.layout, requests, config))
+        return self._codes(generate(self.model, self.layout, requests, config, executor=executor))
 
     def complete_caption(self, beginning: str, *, seed: int = 0, n: int = 1, **sampling: Any) -> list[str]:
         """`n` captions that start with the given words, which may be none."""
@@ -523,9 +535,9 @@ class Pipeline:
             return torch.zeros(0, *self.grid, dtype=torch.long)
         return torch.cat([self.image_tokenizer.encode_images(batch) for batch in images.split(batch_size)])
 
-    def decode(self, codes: Codes, *, scale: int | None = None, batch_size: int = 64) -> list[Image.Image]:
-        """Pictures of codes, each enlarged `scale` times."""
-        return to_pictures(self.decode_images(codes, batch_size=batch_size), self.pictures, scale)
+    def decode(self, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
+        """Pictures of codes, each enlarged `scale` times; each decoded alone: none depends on the others."""
+        return to_pictures(self.decode_images(codes, batch_size=1), self.pictures, scale)
 
     @torch.inference_mode()
     def decode_images(self, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
@@ -539,6 +551,10 @@ class Pipeline:
         if not len(codes):
             return torch.zeros(0, 3, self.pictures.height, self.pictures.width)
         return torch.cat([self.image_tokenizer.decode_codes(batch) for batch in codes.split(batch_size)])
+
+    def _executor(self, num_requests: int, batch_size: int = 64) -> str:
+        """What draws so many pictures; their receipts name it."""
+        return job_executor(self.model, self.layout, num_requests, batch_size)
 
     @property
     def grid(self) -> tuple[int, int]:

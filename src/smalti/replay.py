@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.errors import InputError
+from smalti.fast_decode import EXECUTORS
+from smalti.native.decode import load
 from smalti.pictures import GRID_GAP, grid_columns, read_picture, read_receipts, to_grid, with_receipt
 from smalti.pipeline import Pipeline
 
@@ -48,7 +50,7 @@ def replay(path: Path | str, bundle: str | Path | None = None) -> Replayed:
                 f"{path} was drawn with weights {receipt['weights_sha256']}, the bundle {bundle or pipe.name} has "
                 f"{pipe.weights_sha256}; name the bundle it was drawn with by --bundle."
             )
-    codes = _draw_codes(pipe, receipts)
+    codes = _draw_codes(path, pipe, receipts)
     pictures = [
         with_receipt(picture, {**receipt, "codes": row.tolist()})
         for picture, receipt, row in zip(
@@ -100,7 +102,33 @@ def _scale(path: Path | str, given: Image.Image, num_pictures: int, pipe: Pipeli
     return width // pipe.pictures.width
 
 
-def _draw_codes(pipe: Pipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
+def _draw_codes(path: Path | str, pipe: Pipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
+    """By the executor that each receipt names; those of before they did: by any that draws the same, if one does."""
+    if all("executor" in receipt for receipt in receipts):
+        for receipt in receipts:
+            _check_executor(path, receipt["executor"])
+        return _drawn_by_named(pipe, receipts)
+    codes = _drawn_by_named(pipe, receipts)
+    for executor in EXECUTORS:
+        if _code_difference(codes, receipts) is None:
+            break
+        if executor != "native" or load() is not None:
+            other = _drawn_by_named(pipe, [{"executor": executor, **receipt} for receipt in receipts])
+            codes = other if _code_difference(other, receipts) is None else codes
+    return codes
+
+
+def _check_executor(path: Path | str, executor: Any) -> None:
+    if executor not in EXECUTORS:
+        raise InputError(f"{path}: its receipt has executor {executor!r}; this version knows {', '.join(EXECUTORS)}.")
+    if executor == "native" and load() is None:
+        raise InputError(
+            f"{path} was drawn by the native decoder, which is missing here: install a C++ compiler, and do not set "
+            "SMALTI_NATIVE=0. The other decoders draw the same up to rounding, which is not what replay checks."
+        )
+
+
+def _drawn_by_named(pipe: Pipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
     drawn = []
     for _, alike in groupby(receipts, lambda receipt: (receipt["task"] == "complete", _settings(receipt))):
         group = list(alike)
@@ -121,6 +149,7 @@ def _complete(pipe: Pipeline, receipt: dict[str, Any]) -> Int[Tensor, "1 h w"]:
 
 def _settings(receipt: dict[str, Any]) -> dict[str, Any]:
     settings = {**receipt["sampling"], "negative_prompt": receipt.get("negative_prompt")}
+    settings["executor"] = receipt.get("executor")
     if "guidance_interval" in settings:  # JSON knows no tuples
         settings["guidance_interval"] = tuple(settings["guidance_interval"])
     return settings

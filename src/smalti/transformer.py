@@ -155,8 +155,12 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}.")
 
 
+SLOT_BLOCK = 64
+"""Slots of a cache are allocated in whole blocks: `fast_decode` attends to a block at a time."""
+
+
 class KVCache:
-    """Keys and values of the tokens so far, allocated once: per layer (B, M, max_length, Dh).
+    """Keys and values of the tokens so far, allocated once: per layer (B, M, max_length in whole blocks, Dh).
 
     `length` slots are filled, the same in all rows; only the loop that owns the cache advances it, through
     `advance`. Rows whose sequence is shorter are padded on the left: row b's first token is in slot `starts[b]`.
@@ -172,15 +176,17 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        shape = (batch_size, config.kv_heads, max_length, config.head_dim)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        num_slots = -(-max_length // SLOT_BLOCK) * SLOT_BLOCK
+        shape = (batch_size, config.kv_heads, num_slots, config.head_dim)
+        self.max_length = max_length
+        self._set([torch.zeros(2, *shape, device=device, dtype=dtype) for _ in range(config.num_layers)])
         self.length = 0
         self.starts = starts if starts is not None and bool(starts.any()) else None
 
-    @property
-    def max_length(self) -> int:
-        return self.keys[0].shape[2]
+    def _set(self, both: list[Float[Tensor, "2 B M S Dh"]]) -> None:
+        self.both = both
+        """Keys and values of each layer in one tensor, so that one copy can write both."""
+        self.keys, self.values = [layer[0] for layer in both], [layer[1] for layer in both]
 
     def advance(self, num_tokens: int) -> None:
         self.length += num_tokens
@@ -188,9 +194,8 @@ class KVCache:
     def rows(self, start: int, end: int) -> "KVCache":
         """Rows [start, end) as a cache of their own that shares this one's memory."""
         view = object.__new__(KVCache)
-        view.keys = [keys[start:end] for keys in self.keys]
-        view.values = [values[start:end] for values in self.values]
-        view.length = self.length
+        view._set([layer[:, start:end] for layer in self.both])
+        view.length, view.max_length = self.length, self.max_length
         view.starts = None if self.starts is None else self.starts[start:end]
         return view
 
