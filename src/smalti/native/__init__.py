@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from smalti import processor
@@ -101,19 +102,25 @@ def _compile(name: str) -> Path:
     os.close(handle)
     try:
         source = [*_defines(name), str(_source(name)), "-o", temporary, *LINKED]
-        for flags in _processor_flags():
-            command = [*compiler, *FLAGS, *flags, *source]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
-            if done.returncode == 0:
-                break
-        else:
-            done.check_returncode()
+        command = _first_that_works([*compiler, *FLAGS, *flags, *source] for flags in _processor_flags())
         _log.info("compiled native %s: %s", name, shlex.join(command))
         path = folder / f"{_build_key(name)}-{_digest(Path(temporary).read_bytes())}.so"
         os.replace(temporary, path)
         return path
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _first_that_works(commands: Iterable[list[str]]) -> list[str]:
+    """Runs one after the other until one ends well, and returns it. Raises the error of the last."""
+    failure = None
+    for command in commands:
+        try:
+            subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=True)
+            return command
+        except subprocess.CalledProcessError as error:
+            failure = error
+    raise failure or OSError("there is nothing to run")
 
 
 def _build_key(name: str) -> str:
