@@ -34,8 +34,6 @@ STAGES = {
     ("command", "number", "line", "status"),
     [
         ("train", signal.SIGINT, "stopped; run the same command again to resume", 130),
-        ("train", signal.SIGTERM, "stopped; run the same command again to resume", 143),
-        ("data", signal.SIGINT, "stopped", 130),
         ("data", signal.SIGTERM, "stopped", 143),
     ],
 )

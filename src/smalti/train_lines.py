@@ -55,8 +55,7 @@ def train_lines(recipe: LinesRecipe, *, command: str = "", show_progress: bool =
     with processes() as (rank, world_size):
         if rank == 0:
             claim_folder(recipe, output, free=("baseline_rows", "report_rows"))
-            with stage("comparing lines", show=show_progress):
-                read_data(recipe)  # the first process writes the validation table
+            read_data(recipe, show_progress=show_progress)  # the first process writes the validation table
         if world_size > 1:
             dist.barrier()
         data = read_data(recipe)
@@ -85,7 +84,7 @@ def train_lines(recipe: LinesRecipe, *, command: str = "", show_progress: bool =
     return output / "bundle"
 
 
-def read_data(recipe: LinesRecipe) -> LineData:
+def read_data(recipe: LinesRecipe, *, show_progress: bool = False) -> LineData:
     """The rows to train on and the table to validate with, which is written if it is to be held out and not there.
 
     Raises InputError if there is no table, its lines differ in length, or nothing is left to train on.
@@ -101,9 +100,11 @@ def read_data(recipe: LinesRecipe) -> LineData:
         )
     if recipe.validation is not None:
         validation = TokenTable.open(recipe.validation, image_length=length, image_vocab_size=vocab_size)
-        rows = rows_not_in(table, validation)
+        with stage("comparing lines", show=show_progress):
+            rows = rows_not_in(table, validation)
     else:
-        rows, held_out = split_rows(table, recipe.held_out, recipe.split_seed)
+        with stage("comparing lines", show=show_progress):
+            rows, held_out = split_rows(table, recipe.held_out, recipe.split_seed)
         path = recipe.output / "validation.parquet"
         if not path.exists():
             write_rows(path, table, held_out)
