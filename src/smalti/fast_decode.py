@@ -228,8 +228,10 @@ class _Where:
         self.B, self.T = B, T
         length, starts, M = kv_cache.length, kv_cache.starts, kv_cache.keys[0].shape[1]
         self.width = _filled_up(length + T, SLOT_BLOCK)
-        same = starts is None or length == 0
-        self.begin: int | Int[Tensor, " B"] = length if same else (length - starts).clamp(min=0)
+        self.begin: int | Int[Tensor, " B"] = length
+        if starts is not None and length:
+            self.begin = (length - starts).clamp(min=0)
+        same = isinstance(self.begin, int)
         if T == 1:
             self.positions = self.begin if same else self.begin[:, None]  # type: ignore[index]
             mask = views.mask(self.begin, self.width)

@@ -536,8 +536,9 @@ class Pipeline:
         return torch.cat([self.image_tokenizer.encode_images(batch) for batch in images.split(batch_size)])
 
     def decode(self, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
-        """Pictures of codes, each enlarged `scale` times; each decoded alone: none depends on the others."""
-        return to_pictures(self.decode_images(codes, batch_size=1), self.pictures, scale)
+        """Pictures of codes, each enlarged `scale` times; on a CPU each decoded alone: none depends on the others."""
+        alone = self.model.device.type == "cpu"
+        return to_pictures(self.decode_images(codes, batch_size=1 if alone else 64), self.pictures, scale)
 
     @torch.inference_mode()
     def decode_images(self, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
