@@ -252,10 +252,19 @@ constexpr int MOST_CREWS = 64;
 constexpr long FEWEST_ROWS = 16;  // of a crew: with fewer, reading the weights takes longer than computing with them
 
 // On a busy machine a call takes as long as the last of its threads is kept from a core, tens of milliseconds. Where
-// one comes late, the next calls run on the calling thread alone: what they compute is the same.
+// one comes late, the next calls run on the calling thread alone: what they compute is the same. They are few where
+// that is rare, as on a virtual machine, and more where it goes on.
 constexpr double LATE_S = 3e-4;
-constexpr int CALLS_ALONE = 200;
-int calls_alone = 0;
+constexpr int FEWEST_ALONE = 8, MOST_ALONE = 200;
+int calls_alone = 0, next_alone = FEWEST_ALONE;
+
+void came(bool late) {
+    const int next = __atomic_load_n(&next_alone, __ATOMIC_RELAXED);
+    if (late) __atomic_store_n(&calls_alone, next, __ATOMIC_RELAXED);
+    const int changed = late ? 2 * next : next - 1;
+    __atomic_store_n(&next_alone, changed < FEWEST_ALONE ? FEWEST_ALONE : changed > MOST_ALONE ? MOST_ALONE : changed,
+                     __ATOMIC_RELAXED);
+}
 
 double clock_s() {
     timespec now;
@@ -273,7 +282,7 @@ void in_crews(long batch_size, int num_threads, const Work& work) {
     if (alone) __atomic_store_n(&calls_alone, alone - 1, __ATOMIC_RELAXED);
     const double started_at = clock_s();
     smalti::parallel(alone ? 1 : num_threads, [&](int rank, int size) {
-        if (rank && clock_s() - started_at > LATE_S) __atomic_store_n(&calls_alone, CALLS_ALONE, __ATOMIC_RELAXED);
+        if (rank) came(clock_s() - started_at > LATE_S);
         int crews = size < MOST_CREWS ? size : MOST_CREWS;
         while (crews > 1 && batch_size / crews < FEWEST_ROWS) --crews;
         const int crew_size = size / crews, number = rank / crew_size;
