@@ -15,6 +15,7 @@ from jaxtyping import Float
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from smalti.documents import parse_json
 from smalti.errors import InputError
 from smalti.files import new_file
 
@@ -197,14 +198,11 @@ def read_receipt(picture: Image.Image | Path | str) -> dict[str, Any]:
     """
     name = "the picture" if isinstance(picture, Image.Image) else str(picture)
     picture = picture if isinstance(picture, Image.Image) else read_picture(picture)
-    try:
-        receipt = json.loads(picture.info[RECEIPT])
-    except KeyError as error:
+    if RECEIPT not in picture.info:
         raise InputError(
             f"{name} has no receipt: it was not drawn by smalti, or another program wrote it anew and dropped it."
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{name}: its receipt is damaged ({error}).") from error
-    if not isinstance(receipt, dict):
-        raise InputError(f"{name}: its receipt is not a JSON object.")
-    return receipt
+        )
+    written = picture.info[RECEIPT]
+    if not isinstance(written, str | bytes):
+        raise InputError(f"{name}: its receipt is damaged: it is no text; draw the picture again.")
+    return parse_json(written, f"{name}: its receipt is damaged: what it holds", "draw the picture again")

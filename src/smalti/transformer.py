@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from smalti.bounds import check_sizes
+
 NORMS = ("layer", "rms")
 FEED_FORWARDS = ("gelu", "gelu_tanh", "relu", "tanh", "swiglu")
 POSITIONS = ("learned", "sinusoidal", "rotary", "rotary_2d", "none")
@@ -55,6 +57,7 @@ class TransformerConfig:
     attention_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_sizes(self, "num_layers")
         _one_of("norm", self.norm, NORMS)
         _one_of("feed_forward", self.feed_forward, FEED_FORWARDS)
         _one_of("positions", self.positions, POSITIONS)

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.bounds import check_sizes
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, Quantized, QuantizerConfig, make_quantizer
 
 NORM_GROUPS = 32
@@ -66,6 +67,7 @@ class VQGANConfig:
     form: Literal["llamagen", "maskgit"] = "llamagen"
 
     def __post_init__(self):
+        check_sizes(self, "num_res_blocks")
         for name in ("image_size", "encoder_multipliers", "decoder_multipliers"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
         for name in ("encoder_attention_levels", "decoder_attention_levels"):

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.bounds import check_sizes
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, Quantized, QuantizerConfig, make_quantizer
 
 
@@ -58,6 +59,7 @@ class VQVAEConfig:
     quantizer: AnyQuantizerConfig = field(default_factory=QuantizerConfig)
 
     def __post_init__(self):
+        check_sizes(self, "encoder_blocks", "decoder_blocks")
         for name in ("image_size", "patch_size", "channels", "width", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -240,6 +242,7 @@ class DeepulVQVAEConfig:
     quantizer: QuantizerConfig = field(default_factory=lambda: QuantizerConfig(update="gradient"))
 
     def __post_init__(self):
+        check_sizes(self, "residual_layers")
         for name in ("width", "residual_width", "residual_layers", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")

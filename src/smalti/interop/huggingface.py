@@ -19,6 +19,8 @@ from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
+from smalti.bundle import require_small_tables
+from smalti.documents import read_json
 from smalti.errors import InputError
 from smalti.files import new_folder
 from smalti.generate import Request, generate
@@ -371,6 +373,7 @@ def read_llama(source: Path, config: Path | None = None) -> Imported:
     problems = shape_problems(state, key_map, dropped)
     if problems:
         raise InputError(misfit(problems))
+    require_small_tables(lambda: DecoderOnly(ours), f"{folder / CONFIG}")
     model = DecoderOnly(ours)
     ours_state = fuse(state, parts)
     for name, tensor in model.state_dict().items():
@@ -474,8 +477,8 @@ def export_llama(bundle: Path | str, directory: Path, *, force: bool = False) ->
 
 def _is_llama(folder: Path) -> bool:
     try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type") == "llama"
-    except (OSError, ValueError, AttributeError):
+        return read_json(folder / CONFIG, "").get("model_type") == "llama"
+    except InputError:
         return False
 
 
