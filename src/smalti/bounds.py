@@ -11,6 +11,14 @@ MAX_PARTS = 64
 """Of what is given as a list: levels, multipliers."""
 
 
+MAX_PICTURES = 10_000
+"""That one command draws."""
+MAX_CANDIDATES = 1024
+"""Of which the best is kept: drawn, or held in view by a beam."""
+MAX_VOCABULARY = 2**20
+"""Of picture codes, and of pieces of words: four times the largest that are published."""
+
+
 def check_sizes(config: Any, *layers: str, but: tuple[str, ...] = ("seed",)) -> None:
     """Raises ValueError if a whole number of a config dataclass is beyond MAX_SIZE or, of the fields `layers`, each of
     which is that many modules, beyond MAX_LAYERS; or a list of numbers beyond MAX_PARTS."""

@@ -6,12 +6,16 @@ temporary name and then renamed: a folder that has its final name is complete, a
 removed.
 """
 
+import inspect
 import os
 import random
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -22,13 +26,39 @@ from torch import Tensor
 from smalti.bundle import file_sha256
 from smalti.documents import read_json
 from smalti.errors import InputError, first_line, shortened
-from smalti.files import cause, sync, write_json
+from smalti.files import cause, locked, sync, write_json
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "training_state.pt"
 CHECKSUMS_FILE = "checksums.json"
 _NAME = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial-"
+
+
+LOCK_FILE = ".lock"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def run_lock(directory: Path, rank: int = 0) -> Iterator[None]:
+    """Holds a run's folder while the block runs; of several processes of one run the first does. Raises InputError if
+    another run holds it. However a process ends, the folder is free again."""
+    with locked(directory / LOCK_FILE, directory) if rank == 0 else nullcontext():
+        yield
+
+
+def one_run_at_a_time(train: Callable[P, R]) -> Callable[P, R]:
+    """The training function, which holds the folder that its argument `directory` names (see `run_lock`)."""
+    signature = inspect.signature(train)
+
+    @wraps(train)
+    def held(*args: P.args, **settings: P.kwargs) -> R:
+        with run_lock(Path(signature.bind(*args, **settings).arguments["directory"])):
+            return train(*args, **settings)
+
+    return held
 
 
 class Checkpoint(NamedTuple):

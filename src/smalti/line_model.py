@@ -20,6 +20,7 @@ from torch import Tensor
 
 from smalti import bundle
 from smalti.beam import beam_search
+from smalti.bounds import MAX_CANDIDATES
 from smalti.errors import InputError
 from smalti.generate import Generated, Request, best_of, generate
 from smalti.layout import Layout, SpanValues
@@ -56,8 +57,8 @@ class CompleteConfig:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy {self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
         for name in ("num_candidates", "beam_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+            if not 1 <= getattr(self, name) <= MAX_CANDIDATES:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 to {MAX_CANDIDATES}.")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0.")
         if self.strategy != "greedy" and self.temperature == 0:

@@ -30,7 +30,7 @@ from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.layout import Layout, SpanValues
 from smalti.likelihood import score
 from smalti.models import DecoderOnly, DecoderOnlyConfig
-from smalti.pictures import Picture, PictureConfig, listed, to_images, to_pictures, with_receipt
+from smalti.pictures import Picture, PictureConfig, checked_scale, listed, to_images, to_pictures, with_receipt
 from smalti.sampling import SampleConfig
 from smalti.text_tokenizer import TextTokenizer
 
@@ -241,6 +241,7 @@ class Pipeline:
         in `info["smalti"]`. Raises InputError for unknown words.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        checked_scale(self.pictures, scale)  # before the work, not after it
         config = self._sample_config(self.sampling.picture, sampling)
         rerank = rerank or self.rerankers[0]
         drawn = self._draw_pictures(prompts, config, seed, n, best_of, rerank, negative_prompt, batch_size)

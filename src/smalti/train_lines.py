@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Int64
 
+from smalti.checkpoint import run_lock
 from smalti.data.line_rows import TableRows, rows_not_in, write_rows
 from smalti.data.lines import split_rows
 from smalti.data.tokens import TokenTable
@@ -52,7 +53,7 @@ def train_lines(recipe: LinesRecipe, *, command: str = "", show_progress: bool =
     folder holds a run of another recipe, the table's lines differ in length, or as the stages do.
     """
     output = recipe.output
-    with processes() as (rank, world_size):
+    with processes() as (rank, world_size), run_lock(output, rank):
         if rank == 0:
             claim_folder(recipe, output, free=("baseline_rows", "report_rows"))
             with stage("comparing lines", show=show_progress):

@@ -36,6 +36,7 @@ from smalti.data.tokens import SCHEMA, token_rows, write_token_table
 from smalti.documents import parse_json, read_json
 from smalti.errors import InputError
 from smalti.files import lock_of, locked, refuse_existing, write_json
+from smalti.pictures import MAX_SIDE
 from smalti.progress import stage
 from smalti.text_tokenizer import TextTokenizer
 
@@ -64,8 +65,8 @@ class TokenizeConfig:
     def __post_init__(self) -> None:
         if self.on_error not in ON_ERROR:
             raise ValueError(f"on_error is {self.on_error!r}; choose one of {', '.join(ON_ERROR)}.")
-        if self.size is not None and min(self.size) < 1:
-            raise ValueError(f"size is {self.size}; expected rows and columns of at least 1.")
+        if self.size is not None and not 1 <= min(self.size) <= max(self.size) <= MAX_SIDE:
+            raise ValueError(f"size is {self.size}; expected rows and columns of 1 to {MAX_SIDE}.")
         for name, value, least in (
             ("max_text_length", self.max_text_length, 0),
             ("batch_size", self.batch_size, 1),

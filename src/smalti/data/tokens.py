@@ -167,8 +167,7 @@ class TokenTable:
         """
         paths = _table_files(path)
         metadata = _common_metadata(paths)
-        in_memory = _unpacked_in_memory(paths, metadata)
-        table = cls(*(in_memory or _load(_cached(paths), metadata, memory_map=True)))
+        table = cls(*(_unpacked_in_memory(paths, metadata) or _load(_cached(paths), metadata, memory_map=True)))
         table._require(image_length, image_vocab_size, text_vocab_size)
         return table
 
@@ -412,7 +411,9 @@ class _TooLarge(Exception):
     """The unpacked table is larger than was allowed."""
 
 
-def _unpacked_in_memory(paths: list[Path], metadata: dict[str, Any]) -> Any:
+def _unpacked_in_memory(
+    paths: list[Path], metadata: dict[str, Any]
+) -> tuple[list[_File], dict[str, Any], dict[str, "_Column"]] | None:
     """The parts of a table of up to KEEP_IN_MEMORY_BYTES; None for a larger one. What sizes a footer states is not
     asked: a damaged one lies, and reading the columns' part of it, where it is damaged, can end the process."""
     if sum(path.stat().st_size for path in paths) > KEEP_IN_MEMORY_BYTES:
