@@ -25,7 +25,7 @@ from torch import Tensor
 
 from smalti.bundle import file_sha256
 from smalti.documents import read_json
-from smalti.errors import InputError, first_line, shortened
+from smalti.errors import InputError
 from smalti.files import cause, locked, sync, write_json
 
 WEIGHTS_FILE = "model.safetensors"
