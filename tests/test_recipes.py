@@ -170,7 +170,7 @@ def test_a_file_that_is_no_yaml_is_named_with_the_line(tmp_path):
     with pytest.raises(InputError, match=r"mine.yaml, line 1: not YAML: 'train' is given twice"):
         load_recipe(path)
     path.write_text("data: [1\nmodel: 3\n")
-    with pytest.raises(InputError, match=r"mine.yaml, line 2: not a recipe in YAML"):
+    with pytest.raises(InputError, match=r"mine.yaml, line 2: not YAML"):
         load_recipe(path)
     path.write_text("just words")
     with pytest.raises(InputError, match=r"mine.yaml is not a recipe: expected sections"):

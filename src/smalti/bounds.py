@@ -7,6 +7,10 @@ from typing import Any
 MAX_LAYERS = 1024
 """The deepest transformers that were published have 1,000 layers (arXiv:2203.00555)."""
 MAX_SIZE = 2**31 - 1
+MAX_TABLE = 2**28
+"""Numbers in a table of positions: a gigabyte; the longest published Llamas have a sixteenth of it."""
+MAX_CELLS = 2**20
+"""Codes of one picture."""
 MAX_PARTS = 64
 """Of what is given as a list: levels, multipliers."""
 

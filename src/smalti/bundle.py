@@ -9,8 +9,9 @@ README.md               the model card
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from smalti.documents import read_json
 from smalti.errors import InputError, first_line, shortened
@@ -34,8 +36,8 @@ CARD = "README.md"
 PARTS = (WEIGHTS, TEXT_TOKENIZER, f"{IMAGE_TOKENIZER}/config.json", f"{IMAGE_TOKENIZER}/model.safetensors")
 """Files of which a bundle's config must know the checksum, where they are there."""
 ANEW = "fetch or save the bundle again"
-MAX_TABLE_BYTES = 2**30
-"""Of positions and the like, which are computed and not in the file; the longest published Llamas need 64 MB."""
+FREE_NUMBERS = 2**26
+"""That a network may ask for beside its weights: tables of positions, and what its initialisation takes."""
 BUILD_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 """What building a network of odd numbers raises, in Python and in torch."""
 Module = TypeVar("Module", bound=nn.Module)
@@ -201,13 +203,18 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 def load_module(build: Callable[[], Module], path: Path) -> Module:
     """The module of a bundle's config with the weights in a safetensors file, as `load_weights` reads them.
 
-    It is built without memory first and its shapes are compared with the file's: a config of sizes that the file does
-    not bear out costs nothing. Raises InputError naming what differs, or whatever `build` raises.
+    While it is built, it may take the memory that tensors of the file's sizes need and little more: a config of sizes
+    that the file does not bear out is told at once. Raises InputError naming what differs, or whatever `build` raises.
     """
     weights = load_weights(path)
-    require_shapes(build, {name: tensor.shape for name, tensor in weights.items()}, path)
-    module = build()
+    module = build_within(build, sum(tensor.numel() for tensor in weights.values()), path)
     wanted = module.state_dict()
+    if differing := [name for name in {**wanted, **weights} if _shape(wanted.get(name)) != _shape(weights.get(name))]:
+        name = differing[0]
+        raise InputError(
+            f"{path} does not fit the config beside it: {len(differing)} tensors differ, the first {shortened(name)}, "
+            f"which is {_shape(weights.get(name))} in the file and {_shape(wanted.get(name))} by the config; {ANEW}."
+        )
     for name, tensor in weights.items():
         if tensor.is_complex() or tensor.is_floating_point() != wanted[name].is_floating_point():
             raise InputError(f"{path}: the tensor {name} holds {tensor.dtype}, expected {wanted[name].dtype}; {ANEW}.")
@@ -215,41 +222,45 @@ def load_module(build: Callable[[], Module], path: Path) -> Module:
     return module
 
 
-def require_shapes(build: Callable[[], nn.Module], shapes: Mapping[str, Sequence[int]], where: Path | str) -> None:
-    """Builds the module without memory. Raises InputError if its tensors are not those of `shapes`, or if beside them
-    it would take more memory than any model of that size does."""
-    with torch.device("meta"):
-        module = build()
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(shape) for name, shape in shapes.items()}
-    differing = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
-    if differing:
-        name = differing[0]
-        raise InputError(
-            f"{where} does not fit the config beside it: {len(differing)} tensors differ, the first {shortened(name)}, "
-            f"which is {_shape(found.get(name))} in the file and {_shape(wanted.get(name))} by the config; {ANEW}."
-        )
-    _require_small_tables(module, where)
+def build_within(build: Callable[[], Module], num_weights: int, where: Path | str) -> Module:
+    """The module, which must not ask for much more than `num_weights` numbers, those there are for it. Raises
+    InputError before it is given them."""
+    with _Allowance(4 * num_weights + FREE_NUMBERS, where):
+        return build()
 
 
-def require_small_tables(build: Callable[[], nn.Module], where: Path | str) -> None:
-    """Raises InputError if a module would make more of what is not in its file than any model of its kind does."""
-    with torch.device("meta"):
-        _require_small_tables(build(), where)
+class _Allowance(TorchFunctionMode):
+    """Counts the numbers of new tensors. Not the device "meta": torch then imports its compiler, which takes ten times
+    as long as loading a bundle."""
+
+    def __init__(self, num_left: int, where: Path | str):
+        super().__init__()
+        self.num_left, self.where = num_left, where
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FACTORIES:
+            self.num_left -= _num_asked(func, args, kwargs or {})
+            if self.num_left < 0:
+                raise InputError(
+                    f"{self.where} holds far fewer numbers than the config beside it asks for: they do not belong "
+                    f"together, or a size in the config is wrong; {ANEW}."
+                )
+        return func(*args, **(kwargs or {}))
 
 
-def _require_small_tables(module: nn.Module, where: Path | str) -> None:
-    saved = module.state_dict().keys()
-    unsaved = sum(b.numel() * b.element_size() for name, b in module.named_buffers() if name not in saved)
-    if unsaved > MAX_TABLE_BYTES:
-        raise InputError(
-            f"{where}: tables of {unsaved / 2**20:,.0f} MB would be made, at most {MAX_TABLE_BYTES // 2**20:,} are; is "
-            "the length that the config states (max_length, max_position_embeddings) right?"
-        )
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint, torch.arange)
 
 
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "not there" if shape is None else "×".join(map(str, shape)) or "a single number"
+def _num_asked(func: Any, args: Any, settings: dict[str, Any]) -> int:
+    if func is torch.arange:
+        start, stop = ([0, *args] if len(args) == 1 else args)[:2]
+        return int(stop - start)
+    size = settings.get("size", args[0] if args and not isinstance(args[0], int) else args)
+    return math.prod(int(side) for side in size if isinstance(side, int))
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "not there" if tensor is None else "×".join(map(str, tensor.shape)) or "a single number"
 
 
 def weights_sha256(*modules: nn.Module) -> str:

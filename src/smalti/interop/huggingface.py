@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smalti.bundle import require_small_tables
 from smalti.documents import read_json
 from smalti.errors import InputError
 from smalti.files import new_folder
@@ -373,7 +372,6 @@ def read_llama(source: Path, config: Path | None = None) -> Imported:
     problems = shape_problems(state, key_map, dropped)
     if problems:
         raise InputError(misfit(problems))
-    require_small_tables(lambda: DecoderOnly(ours), f"{folder / CONFIG}")
     model = DecoderOnly(ours)
     ours_state = fuse(state, parts)
     for name, tensor in model.state_dict().items():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smalti.bundle import BUILD_ERRORS
+from smalti.bundle import BUILD_ERRORS, build_within
 from smalti.errors import InputError, first_line
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig
 
@@ -93,14 +93,15 @@ def import_foreign(
         name = _choose_published(layout, state, dropped)
         ours, sizes = layout.published[name], f"of the published {name}"
     try:
-        with torch.device("meta"):  # shapes alone: a config of sizes that the weights do not bear out costs no memory
-            key_map = layout.key_map(layout.build(ours))
+        module = build_within(lambda: layout.build(ours), sum(tensor.numel() for tensor in state.values()), "the file")
+        key_map = layout.key_map(module)
+    except InputError:
+        raise
     except BUILD_ERRORS as error:
         raise InputError(f"no network can be built of the config: {first_line(error)}.") from error
     problems = shape_problems(state, key_map, dropped) or _unequal_copies(state, key_map)
     if problems:
         raise InputError(misfit(problems))
-    module = layout.build(ours)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     module.load_state_dict({name: state[foreign.key].reshape(shapes[name]) for name, foreign in key_map.items()})
     moved = tuple(
