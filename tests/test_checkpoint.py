@@ -156,7 +156,7 @@ def test_a_truncated_file_is_named(tmp_path, file):
     path = save_checkpoint(tmp_path, 4, {"w": torch.zeros(1000)}, {"w": torch.zeros(1000)})
     content = (path / file).read_bytes()
     (path / file).write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=rf"cannot read .*{file}.*remove the folder"):
+    with pytest.raises(InputError, match=rf"{file}.*remove the folder"):
         load_checkpoint(path)
 
 

@@ -136,7 +136,7 @@ def test_a_line_draws_the_same_wherever_it_stands_in_the_work(model):
     ("settings", "message"),
     [
         ({"strategy": "best"}, "strategy 'best' is unknown; choose one of sample, greedy, beam, best-of-n"),
-        ({"num_candidates": 0}, "num_candidates is 0; it must be at least 1"),
+        ({"num_candidates": 0}, "num_candidates is 0; it must be 1 to 1024"),
         ({"temperature": 0}, 'give strategy "greedy"'),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"seed": -1}, "seed is -1"),

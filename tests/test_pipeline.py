@@ -1,5 +1,6 @@
 """The bundle a user loads: what it writes, reads back and refuses; and that what it draws hangs on the seed alone."""
 
+import hashlib
 import json
 import math
 import re
@@ -149,7 +150,7 @@ def test_nothing_is_replaced_unasked_and_only_bundles_by_force(pipe: Pipeline, s
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("x")
-    with pytest.raises(InputError, match="is not a bundle, so --force does not replace it"):
+    with pytest.raises(InputError, match="holds no bundle, so --force does not replace it"):
         pipe.save(precious, force=True)
     assert (precious / "thesis.txt").exists()
     with pytest.raises(InputError, match="exists and is not empty"):
@@ -180,13 +181,25 @@ def test_a_damaged_or_missing_file_is_named(saved: Path, name: str):
         Pipeline.load(saved)
 
 
-def test_truncated_weights_are_named_even_without_checksums(saved: Path):
+def test_truncated_weights_are_named_even_with_a_checksum_of_their_own(saved: Path):
     config = json.loads((saved / "config.json").read_text())
-    del config["sha256"]
-    (saved / "config.json").write_text(json.dumps(config))
     weights = saved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    config["sha256"]["model.safetensors"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"model\.safetensors is not a whole safetensors file"):
+        Pipeline.load(saved)
+
+
+def test_a_bundle_without_a_checksum_is_refused(saved: Path):
+    config = json.loads((saved / "config.json").read_text())
+    del config["sha256"]["model.safetensors"]
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"the entry sha256 has no checksum of model\.safetensors"):
+        Pipeline.load(saved)
+    del config["sha256"]
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="the entry sha256 is no list of files"):
         Pipeline.load(saved)
 
 
@@ -196,7 +209,7 @@ def test_truncated_weights_are_named_even_without_checksums(saved: Path):
         ({"format": "other"}, 'expected the entry "format"'),
         ({"format_version": 2}, "format version 2, this smalti reads version 1; upgrade smalti"),
         ({"format_version": 0}, "save the bundle again with this smalti"),
-        ({"pictures": {"height": 28}}, "does not describe a bundle"),
+        ({"pictures": {"height": 28}}, "config.json: pictures: width: Field required"),
         ({"layout": None}, "does not describe a bundle"),
         ({"sampling": "warm"}, "does not describe a bundle"),
         ({"sha256": "0123"}, "the entry sha256 is no list of files"),
@@ -216,7 +229,7 @@ def test_a_config_without_an_entry_or_not_json_is_refused(saved: Path):
     with pytest.raises(InputError, match="the entry 'sampling' is missing"):
         Pipeline.load(saved)
     (saved / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"cannot read .*config\.json"):
+    with pytest.raises(InputError, match=r"config\.json is not JSON: .*; fetch or save"):
         Pipeline.load(saved)
     (saved / "config.json").unlink()
     with pytest.raises(InputError, match=r"is not a bundle: it has no config\.json"):

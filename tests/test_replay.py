@@ -171,7 +171,7 @@ def test_receipts_that_do_not_tell_enough(bundles, drawn: Path, changes: dict, m
 def test_a_setting_of_another_version_is_named(bundles, drawn: Path, capsys):
     changed = tampered(drawn, sampling={"warmth": 3})
     assert run(["replay", str(changed), "--bundle", str(bundles["tiny"])]) == 2
-    assert "sampling has no setting 'warmth'" in capsys.readouterr().err
+    assert "sampling: unknown field warmth; known are temperature" in capsys.readouterr().err
 
 
 def test_files_that_tell_nothing(tmp_path, capsys):

@@ -1,17 +1,21 @@
 """Checkpoints that a kill at any moment cannot spoil, and the state of all random numbers.
 
-A run's directory holds one folder per checkpoint, `step_00001200`, with `model.safetensors` (what is
-published) and `training_state.pt` (what only the run itself needs). A folder is written and synced under a
-temporary name and then renamed: a folder that has its final name is complete, and everything else is ignored
-and later removed.
+A run's directory holds one folder per checkpoint, `step_00001200`, with `model.safetensors` (what is published),
+`training_state.pt` (what only the run itself needs) and the checksums of both. A folder is written and synced under a
+temporary name and then renamed: a folder that has its final name is complete, and everything else is ignored and later
+removed.
 """
 
+import inspect
 import os
 import random
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -19,13 +23,42 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from smalti.bundle import file_sha256
+from smalti.documents import read_json
 from smalti.errors import InputError
-from smalti.files import cause
+from smalti.files import cause, locked, sync, write_json
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "training_state.pt"
+CHECKSUMS_FILE = "checksums.json"
 _NAME = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial-"
+
+
+LOCK_FILE = ".lock"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def run_lock(directory: Path, rank: int = 0) -> Iterator[None]:
+    """Holds a run's folder while the block runs; of several processes of one run the first does. Raises InputError if
+    another run holds it. However a process ends, the folder is free again."""
+    with locked(directory / LOCK_FILE, directory) if rank == 0 else nullcontext():
+        yield
+
+
+def one_run_at_a_time(train: Callable[P, R]) -> Callable[P, R]:
+    """The training function, which holds the folder that its argument `directory` names (see `run_lock`)."""
+    signature = inspect.signature(train)
+
+    @wraps(train)
+    def held(*args: P.args, **settings: P.kwargs) -> R:
+        with run_lock(Path(signature.bind(*args, **settings).arguments["directory"])):
+            return train(*args, **settings)
+
+    return held
 
 
 class Checkpoint(NamedTuple):
@@ -84,11 +117,12 @@ def save_checkpoint(
         safetensors.torch.save_file(_unshared(weights), partial / WEIGHTS_FILE)
         with open(partial / STATE_FILE, "wb") as file:
             torch.save(training_state, file)
+        write_json(partial / CHECKSUMS_FILE, {name: file_sha256(partial / name) for name in (WEIGHTS_FILE, STATE_FILE)})
         for name in (WEIGHTS_FILE, STATE_FILE, "."):
-            _sync(partial / name)
+            sync(partial / name)
         _remove(final)
         os.rename(partial, final)
-        _sync(directory)
+        sync(directory)
         for old in _complete(directory)[:-keep]:
             _remove(old)
     # torch and safetensors report a full disk by errors of their own.
@@ -116,6 +150,12 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     match = _NAME.fullmatch(path.name)
     if not match:
         raise InputError(f"{path} is not a checkpoint; expected a folder with a name such as step_00001200.")
+    mend = f"remove the folder {path} to go on from the checkpoint before it"
+    checksums = path / CHECKSUMS_FILE
+    if checksums.exists():  # checkpoints of an earlier version have none
+        for name, sha256 in read_json(checksums, mend).items():
+            if not (path / Path(name).name).is_file() or file_sha256(path / Path(name).name) != sha256:
+                raise InputError(f"{path / Path(name).name} is damaged: its checksum is not the one saved; {mend}.")
     file = path / WEIGHTS_FILE
     try:
         weights = safetensors.torch.load_file(file)
@@ -123,6 +163,8 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         training_state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes its reader raise
         raise _unreadable(file, error) from error
+    if not isinstance(training_state, dict):
+        raise InputError(f"{file} holds no state of a training; {mend}.")
     return Checkpoint(int(match[1]), weights, training_state)
 
 
@@ -194,15 +236,6 @@ def _unshared(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         unshared[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
     return unshared
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _megabytes(num_bytes: int) -> str:

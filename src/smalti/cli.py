@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 from typer.exceptions import TyperException
 
+from smalti.bounds import MAX_CANDIDATES, MAX_PICTURES
 from smalti.cli_evaluate import app as evaluate_app
 from smalti.cli_interop import app as interop_app
 from smalti.cli_stop import Stopped, resuming, stoppable
@@ -44,7 +45,9 @@ Bundle = Annotated[
 Seed = Annotated[int, typer.Option(help="The same seed and prompt give the same picture, whatever else is drawn.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
-Count = Annotated[int, typer.Option("-n", min=1, help="How many; the i-th is drawn with the seed SEED + i.")]
+Count = Annotated[
+    int, typer.Option("-n", min=1, max=MAX_PICTURES, help="How many; the i-th is drawn with the seed SEED + i.")
+]
 Scale = Annotated[int | None, typer.Option(help="Enlarge every pixel to so many by so many (default: the bundle's).")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy, 1 the model's own distribution.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the K most likely tokens; 0 keeps all.")]
@@ -93,7 +96,9 @@ def generate(
     force: Force = False,
     scale: Scale = None,
     negative_prompt: Annotated[str | None, typer.Option(help="A caption to steer away from; needs guidance.")] = None,
-    best_of: Annotated[int, typer.Option(min=1, help="Draw so many for each picture and keep the best.")] = 1,
+    best_of: Annotated[
+        int, typer.Option(min=1, max=MAX_CANDIDATES, help="Draw so many for each picture and keep the best.")
+    ] = 1,
     rerank: Annotated[
         str | None,
         typer.Option(
@@ -119,7 +124,16 @@ def generate(
     if bundle is None:
         chosen = bundle_for_prompt(prompt, negative_prompt or "")
         bundle = chosen.name
-    pictures = Pipeline.load(bundle).generate(
+    pipe = Pipeline.load(bundle)
+    if grid:
+        from smalti.pictures import grid_size
+
+        grid_size(
+            n,
+            pipe.pictures.width * (scale or pipe.pictures.scale),
+            pipe.pictures.height * (scale or pipe.pictures.scale),
+        )
+    pictures = pipe.generate(
         prompt,
         seed=seed,
         n=n,
@@ -238,7 +252,11 @@ def complete(
     n: Annotated[
         int | None,
         typer.Option(
-            "-n", min=1, help="How many: 1; the i-th is drawn with the seed SEED + i.", rich_help_panel=OF_PICTURES
+            "-n",
+            min=1,
+            max=MAX_PICTURES,
+            help="How many: 1; the i-th is drawn with the seed SEED + i.",
+            rich_help_panel=OF_PICTURES,
         ),
     ] = None,
     force: Force = False,
@@ -258,10 +276,12 @@ def complete(
         typer.Option(help="sample (at temperature 0.9), greedy, beam or best-of-n.", rich_help_panel=OF_LINES),
     ] = None,
     num_candidates: Annotated[
-        int | None, typer.Option(min=1, help="Lines that best-of-n draws: 16.", rich_help_panel=OF_LINES)
+        int | None,
+        typer.Option(min=1, max=MAX_CANDIDATES, help="Lines that best-of-n draws: 16.", rich_help_panel=OF_LINES),
     ] = None,
     beam_width: Annotated[
-        int | None, typer.Option(min=1, help="Lines that beam keeps in view: 8.", rich_help_panel=OF_LINES)
+        int | None,
+        typer.Option(min=1, max=MAX_CANDIDATES, help="Lines that beam keeps in view: 8.", rich_help_panel=OF_LINES),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Lines completed at a time: 256.", rich_help_panel=OF_LINES)

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from smalti.bounds import MAX_CANDIDATES
+from smalti.errors import shortened
 from smalti.tables import print_table
 
 
@@ -86,7 +88,9 @@ def compositions(
         Path | None, typer.Option("-o", "--output", help="Folder for compositions.json, .md and .png.")
     ] = None,
     guidance: Annotated[str, typer.Option(help="Guidance scales, with commas between; 1 is off.")] = "1,2,3",
-    best_of: Annotated[int, typer.Option(min=1, help="Candidates for reranking; 1 measures none.")] = 16,
+    best_of: Annotated[
+        int, typer.Option(min=1, max=MAX_CANDIDATES, help="Candidates for reranking; 1 measures none.")
+    ] = 16,
     num: Annotated[int | None, typer.Option(min=1, help="Draw the first NUM compositions (default: all).")] = None,
     seed: Annotated[int, typer.Option(help="The i-th composition is drawn with the seed SEED + i.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
@@ -120,7 +124,12 @@ def compositions(
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
+    from smalti.pictures import MAX_SIDE
+
     rows, cross, columns = text.partition("x")
-    if not (cross and rows.isdecimal() and columns.isdecimal()):
-        raise ValueError(f"--size is {text!r}; expected rows and columns such as 64x64.")
-    return int(rows), int(columns)
+    if not (cross and rows.isdecimal() and columns.isdecimal() and len(text) <= 20):
+        raise ValueError(f"--size is {shortened(text)!r}; expected rows and columns such as 64x64.")
+    size = int(rows), int(columns)
+    if not 1 <= min(size) <= max(size) <= MAX_SIDE:
+        raise ValueError(f"--size is {shortened(text)!r}; expected rows and columns of 1 to {MAX_SIDE}.")
+    return size

@@ -6,16 +6,22 @@ measured, and all rows below a step are known when a checkpoint of that step is 
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from matplotlib.figure import Figure
 from torch.utils.tensorboard.writer import SummaryWriter
+
+from smalti.errors import InputWarning
+from smalti.files import new_file
 
 CSV_NAME = "curves.csv"
 PNG_NAME = "curves.png"
 TENSORBOARD_NAME = "tensorboard"
 
+Parsed = TypeVar("Parsed")
 Row = tuple[int, float, dict[str, float | None]]
 """Step, epoch, and the values by column; None where nothing was measured."""
 
@@ -75,9 +81,8 @@ class Curves:
         for ax in axes:
             ax.grid(alpha=0.3)
             ax.legend()
-        temporary = self._png.with_suffix(".part")
-        figure.savefig(temporary, format="png", dpi=110)
-        os.replace(temporary, self._png)
+        with new_file(self._png, force=True) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
 
     def close(self) -> None:
         self._file.close()
@@ -89,19 +94,37 @@ def _written(value: float | None) -> str:
 
 
 def _read_rows(path: Path, columns: Sequence[str]) -> list[tuple[str, Row]]:
-    """The whole rows of a file; a kill can leave the last one cut off."""
-    found = []
-    with path.open(newline="") if path.exists() else open(os.devnull) as file:
-        for line in csv.DictReader(file):
-            text = [line.get(name) for name in columns]
-            try:
-                values = {name: float(t) if t else None for name, t in zip(columns, text, strict=True)}
-                row = (int(line["step"]), float(line["epoch"]), values)
-            except (KeyError, TypeError, ValueError):
-                break
-            if None in text:
-                break
-            found.append((line["split"], row))
+    def parsed(split: str, step: str, epoch: str, *values: str) -> tuple[str, Row]:
+        named = {name: float(value) if value else None for name, value in zip(columns, values, strict=True)}
+        return split, (int(step), float(epoch), named)
+
+    rows = read_csv_rows(path, ("split", "step", "epoch", *columns), parsed)
+    return [row for row in rows if row[0] in ("train", "test")]
+
+
+def read_csv_rows(path: Path, header: Sequence[str], parsed: Callable[..., Parsed]) -> list[Parsed]:
+    """What `parsed`, which raises ValueError where it cannot, makes of the fields of every row of a run's CSV file;
+    none if there is no file. A kill can leave the last row cut off; any other row that is no such row, and a file with
+    another header, is passed over with a warning."""
+    if not path.exists():
+        return []
+    first, *lines = path.read_bytes().decode(errors="replace").splitlines() or [""]
+    if first.split(",") != list(header):
+        warnings.warn(
+            InputWarning(f"{path} has another header than this run writes; its rows are left out."), stacklevel=2
+        )
+        return []
+    found, damaged = [], []
+    for number, line in enumerate(lines, 2):
+        fields = line.replace('"', "").split(",", len(header) - 1)
+        try:
+            found.append(parsed(*fields))
+        except (ValueError, TypeError):
+            damaged.append(number)
+    if damaged and damaged != [len(lines) + 1]:
+        warnings.warn(
+            InputWarning(f"{path}: line {damaged[0]} is damaged; {len(damaged)} such rows are left out."), stacklevel=2
+        )
     return found
 
 

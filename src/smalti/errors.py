@@ -5,7 +5,11 @@ import math
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what was given, where, what was expected
-    and how to mend it; the command line prints it without a traceback and exits with status 2."""
+    and how to mend it; the command line prints it without a traceback and exits with status 2. Of a message that holds
+    a megabyte of what was given, the middle is left out."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(shortened(str(message), 4000))
 
 
 class InputWarning(UserWarning):

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from smalti.bounds import check_sizes
 from smalti.vocabulary import SPECIAL, Vocabulary
 
 PARTS = {"image": "picture", "text": "caption", SPECIAL: "markers", "label": "label"}
@@ -54,6 +55,7 @@ class Span:
     counted: bool = True
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.length < 1:
             raise ValueError(f"span {self.segment}{{{self.length}}} is empty; a span holds at least one token.")
 

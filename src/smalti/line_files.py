@@ -9,7 +9,6 @@ Letters: n lines of a piece, L codes of a line.
 
 import csv
 import hashlib
-import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -23,10 +22,12 @@ import torch
 from jaxtyping import Float64, Int64
 from matplotlib.figure import Figure
 
+from smalti.arrays import read_npz
 from smalti.data.lines import LineFormat, Lines, read_lines, table_lines, write_lines
 from smalti.data.tokens import TokenTable
+from smalti.documents import read_json
 from smalti.errors import InputError
-from smalti.files import new_file, refuse_existing
+from smalti.files import lock_of, locked, new_file, refuse_existing, write_json
 from smalti.line_model import CompleteConfig, LineModel
 from smalti.progress import stage
 
@@ -125,23 +126,20 @@ class _Parts:
 
         Raises InputError if results exist, or the parts are another job's, unless `force`, which drops both.
         """
-        folder = name.with_name(f".{name.name}{_PARTS}")
+        folder = _folder_of_parts(name)
         path = folder / "job.json"
         refuse_existing([last, *([] if path.exists() else others)], force=force)
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            differing = [key for key in job if found.get(key) != job[key]]
-            if differing and not force:
-                raise InputError(
-                    f"{folder} holds an unfinished run with another {differing[0]}: go on with the same one, or "
-                    "--force to start anew."
-                )
-            if differing:
-                shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if path.exists():
+                _require_job(path, job)
+            for number in range(cls(folder).num_done):
+                cls(folder).part(number)
+        except InputError:
+            if not force:
+                raise
+            shutil.rmtree(folder)
         if not path.exists():
-            with new_file(path) as temporary:
-                temporary.write_text(json.dumps(job, indent=1), encoding="utf-8")
+            write_json(path, job)
         return cls(folder)
 
     @property
@@ -155,16 +153,33 @@ class _Parts:
         return self.folder / f"{number:08d}.npz"
 
     def write(self, number: int, **arrays: np.ndarray) -> None:
-        with new_file(self.path(number)) as temporary, temporary.open("wb") as file:
+        with new_file(self.path(number), force=True) as temporary, temporary.open("wb") as file:
             np.savez(file, **cast(Any, arrays))
 
     def read(self) -> Iterator[dict[str, np.ndarray]]:
-        for number in range(self.num_done):
-            with np.load(self.path(number), allow_pickle=False) as arrays:
-                yield dict(arrays)
+        yield from map(self.part, range(self.num_done))
+
+    def part(self, number: int) -> dict[str, np.ndarray]:
+        """Raises InputError naming a part that is damaged."""
+        path = self.path(number)
+        return read_npz(path, f"remove it to have it made again, or start anew with --force ({path.name} is a part)")
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
+
+
+def _folder_of_parts(name: Path) -> Path:
+    return name.with_name(f".{name.name}{_PARTS}")
+
+
+def _require_job(path: Path, job: dict[str, Any]) -> None:
+    found = read_json(path, f"remove the folder {path.parent}, or start anew with --force")
+    differing = [key for key in job if found.get(key) != job[key]]
+    if differing:
+        raise InputError(
+            f"{path.parent} holds an unfinished run with another {differing[0]}: go on with the same one, or --force "
+            "to start anew."
+        )
 
 
 def _job(path: Path, model: LineModel, **settings: Any) -> dict[str, Any]:
@@ -192,10 +207,18 @@ def score_file(
     that does not fit the model, if the results exist and `force` is not set, or for an unfinished run of another job.
     """
     path, output = _existing(path), Path(output)
-    *others, last = (output / name for name in SCORE_FILES)
+    last = output / SCORE_FILES[-1]
     if output.is_file():
         raise InputError(f"{output} is a file; scores go to a folder: give another name.")
     refuse_existing([last], force=force)
+    with locked(lock_of(_folder_of_parts(output / "scores")), output):
+        return _score_file(model, path, output, batch_size, force, show_progress)
+
+
+def _score_file(
+    model: LineModel, path: Path, output: Path, batch_size: int, force: bool, show_progress: bool
+) -> LineFileScore:
+    *others, last = (output / name for name in SCORE_FILES)
     line_format = LineFormat(vocab_size=model.vocab_size, length=model.length, allow_short=True)
     num_lines, num_codes = _size(path, line_format, show_progress)
     if not num_codes:
@@ -220,9 +243,8 @@ def score_file(
     score = _file_score(nats, lengths)
     _write_lines_csv(output / "lines.csv", path, line_format, nats, lengths)
     _write_places(output, found, lengths, model.length)
-    with new_file(output / "summary.json", force=force) as temporary:
-        content = {**score._asdict(), "file": str(path), "bundle": model.name, "weights_sha256": model.weights_sha256}
-        temporary.write_text(json.dumps(_without_nan(content), indent=1) + "\n", encoding="utf-8")
+    content = {**score._asdict(), "file": str(path), "bundle": model.name, "weights_sha256": model.weights_sha256}
+    write_json(output / "summary.json", _without_nan(content), force=force)
     parts.remove()
     return score
 
@@ -327,6 +349,19 @@ def complete_file(
     if output.exists() and output.samefile(path):
         raise InputError(f"{output} holds the prefixes themselves; give another name for the completed lines.")
     refuse_existing([output], force=force)
+    with locked(lock_of(_folder_of_parts(output)), output):
+        return _complete_file(model, path, output, config, batch_size, force, show_progress)
+
+
+def _complete_file(
+    model: LineModel,
+    path: Path,
+    output: Path,
+    config: CompleteConfig,
+    batch_size: int,
+    force: bool,
+    show_progress: bool,
+) -> int:
     side = output.with_name(output.name + LIKELIHOOD_SUFFIX)
     line_format = LineFormat(vocab_size=model.vocab_size, length=model.length, allow_short=True)
     num_lines, _ = _size(path, line_format, show_progress)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from smalti import bundle
 from smalti.beam import beam_search
+from smalti.bounds import MAX_CANDIDATES
 from smalti.errors import InputError
 from smalti.generate import Generated, Request, best_of, generate
 from smalti.layout import Layout, SpanValues
@@ -56,8 +57,8 @@ class CompleteConfig:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy {self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
         for name in ("num_candidates", "beam_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+            if not 1 <= getattr(self, name) <= MAX_CANDIDATES:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 to {MAX_CANDIDATES}.")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0.")
         if self.strategy != "greedy" and self.temperature == 0:
@@ -105,6 +106,7 @@ class LineModel:
             raise ValueError(
                 f"the model's vocab_size is {model.config.vocab_size}, the layout says {layout.vocabulary.size}."
             )
+        model.check_layout(layout)
         self.length = layout[ORDER].span("image").length
         self.vocab_size = layout.vocabulary["image"].size
 
@@ -121,19 +123,12 @@ class LineModel:
         if config.get("kind") != KIND:
             found = config.get("kind", "pictures")
             raise InputError(f"{directory} is a bundle of {found}, not of lines: train one with smalti train lines.")
-        try:
-            model = DecoderOnly(DecoderOnlyConfig.from_dict(config["model"]))
-            model.load_state_dict(bundle.load_weights(directory / bundle.WEIGHTS))
+        path = directory / bundle.CONFIG
+        with bundle.described_by(path):
+            shape = DecoderOnlyConfig.from_dict(config["model"], f"{path}: model")
+            model = bundle.load_module(lambda: DecoderOnly(shape), directory / bundle.WEIGHTS)
             layout = Layout.from_dict(config["layout"])
-            return cls(model=model, layout=layout, figures=config["figures"], name=config["name"])
-        except InputError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            what = f"the entry {reason} is missing" if isinstance(error, KeyError) else reason
-            raise InputError(
-                f"{directory / bundle.CONFIG} does not describe a bundle ({what}); fetch or save the bundle again."
-            ) from error
+            return cls(model=model, layout=layout, figures=config["figures"], name=str(config["name"]))
 
     def save(self, directory: Path | str, *, half: bool = False, force: bool = False) -> None:
         """Writes the bundle as a folder, the weights in float16 if `half`; loaded, they are float32 again.

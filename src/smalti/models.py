@@ -8,6 +8,7 @@ Letters: B batch, T tokens, V vocabulary, D model width, n the ids of a slot.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from smalti.bounds import check_sizes
+from smalti.documents import config_of
 from smalti.layout import NO_SLOT, Layout, Packed, Slot
 from smalti.transformer import KVCache, Transformer, TransformerConfig, at_least_float32
 
@@ -29,6 +32,7 @@ class DecoderOnlyConfig:
     """Use the embedding table as the head."""
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size is {self.vocab_size}; it must be at least 1.")
         if not self.transformer.causal or self.transformer.cross_attention:
@@ -41,11 +45,9 @@ class DecoderOnlyConfig:
         return content
 
     @classmethod
-    def from_dict(cls, content: dict) -> "DecoderOnlyConfig":
-        transformer = dict(content["transformer"])
-        if transformer.get("grid") is not None:  # JSON has no tuples
-            transformer["grid"] = tuple(transformer["grid"])
-        return cls(**{**content, "transformer": TransformerConfig(**transformer)})
+    def from_dict(cls, content: object, where: Path | str = "the model's config") -> "DecoderOnlyConfig":
+        """The config that `to_dict` gave. Raises InputError naming `where` and the field that is not as it must be."""
+        return config_of(cls, content, where)
 
 
 class DecoderOnly(nn.Module):
@@ -68,6 +70,12 @@ class DecoderOnly(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raises ValueError if the layout's sequences are longer than the model takes."""
+        longest, most = layout.max_length, self.config.transformer.max_length
+        if longest > most:
+            raise ValueError(f"the layout's sequences have up to {longest} tokens; the model takes {most}.")
 
     @property
     def num_parameters(self) -> int:

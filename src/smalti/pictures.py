@@ -15,6 +15,7 @@ from jaxtyping import Float
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from smalti.documents import parse_json
 from smalti.errors import InputError
 from smalti.files import new_file
 
@@ -43,15 +44,23 @@ class PictureConfig:
         for name in ("height", "width", "scale"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if max(self.height, self.width) * self.scale > MAX_SIDE:
+            raise ValueError(f"pictures of {self.width}×{self.height} enlarged {self.scale} times exceed {MAX_SIDE}.")
         if not 2 <= self.levels <= 256 or 255 % (self.levels - 1):
             raise ValueError(f"levels is {self.levels}; expected 2 to 256 evenly spaced values of a byte (255 / 4 …).")
 
 
-def to_pictures(images: Float[Tensor, "B 3 H W"], config: PictureConfig, scale: int | None = None) -> list[Image.Image]:
-    """Images in [0, 1] (others are clamped) as RGB pictures, each pixel `scale` × `scale`."""
+def checked_scale(config: PictureConfig, scale: int | None) -> int:
+    """The scale, or the config's own. Raises ValueError if pictures would be larger than MAX_SIDE."""
     scale = config.scale if scale is None else scale
     if scale < 1 or scale * max(config.height, config.width) > MAX_SIDE:
         raise ValueError(f"scale is {scale}; expected 1 to {MAX_SIDE // max(config.height, config.width)}.")
+    return scale
+
+
+def to_pictures(images: Float[Tensor, "B 3 H W"], config: PictureConfig, scale: int | None = None) -> list[Image.Image]:
+    """Images in [0, 1] (others are clamped) as RGB pictures, each pixel `scale` × `scale`."""
+    scale = checked_scale(config, scale)
     top = config.levels - 1
     bytes_ = (images.detach().float().cpu().clamp(0, 1) * top).round().mul(255 // top).to(torch.uint8)
     bytes_ = bytes_.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1)
@@ -159,6 +168,16 @@ def grid_columns(num_pictures: int) -> int:
     return math.isqrt(max(num_pictures - 1, 0)) + 1
 
 
+def grid_size(num_pictures: int, width: int, height: int) -> tuple[int, int]:
+    """Width and height of the grid of pictures of one size. Raises ValueError if it would be larger than MAX_SIDE."""
+    columns = grid_columns(num_pictures)
+    rows = -(-num_pictures // columns)
+    size = columns * (width + GRID_GAP) - GRID_GAP, rows * (height + GRID_GAP) - GRID_GAP
+    if max(size) > MAX_SIDE:
+        raise ValueError(f"the grid would be {size[0]}×{size[1]} pixels, more than {MAX_SIDE} a side; write fewer.")
+    return size
+
+
 def to_grid(pictures: Sequence[Image.Image]) -> Image.Image:
     """Pictures of one size as one, row by row with white between; its receipt holds those of all.
 
@@ -166,13 +185,9 @@ def to_grid(pictures: Sequence[Image.Image]) -> Image.Image:
     """
     if not pictures:
         raise ValueError("a grid needs at least one picture.")
-    columns = grid_columns(len(pictures))
-    rows = -(-len(pictures) // columns)
     width, height = pictures[0].size
-    size = columns * (width + GRID_GAP) - GRID_GAP, rows * (height + GRID_GAP) - GRID_GAP
-    if max(size) > MAX_SIDE:
-        raise ValueError(f"the grid would be {size[0]}×{size[1]} pixels, more than {MAX_SIDE} a side; write fewer.")
-    grid = Image.new("RGB", size, "white")
+    columns = grid_columns(len(pictures))
+    grid = Image.new("RGB", grid_size(len(pictures), width, height), "white")
     for i, picture in enumerate(pictures):
         row, column = divmod(i, columns)
         grid.paste(picture, (column * (width + GRID_GAP), row * (height + GRID_GAP)))
@@ -197,14 +212,11 @@ def read_receipt(picture: Image.Image | Path | str) -> dict[str, Any]:
     """
     name = "the picture" if isinstance(picture, Image.Image) else str(picture)
     picture = picture if isinstance(picture, Image.Image) else read_picture(picture)
-    try:
-        receipt = json.loads(picture.info[RECEIPT])
-    except KeyError as error:
+    if RECEIPT not in picture.info:
         raise InputError(
             f"{name} has no receipt: it was not drawn by smalti, or another program wrote it anew and dropped it."
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{name}: its receipt is damaged ({error}).") from error
-    if not isinstance(receipt, dict):
-        raise InputError(f"{name}: its receipt is not a JSON object.")
-    return receipt
+        )
+    written = picture.info[RECEIPT]
+    if not isinstance(written, str | bytes):
+        raise InputError(f"{name}: its receipt is damaged: it is no text; draw the picture again.")
+    return parse_json(written, f"{name}: its receipt is damaged: what it holds", "draw the picture again")

@@ -23,13 +23,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from smalti import bundle
+from smalti.documents import config_of
 from smalti.errors import InputError, InputWarning, shortened
 from smalti.generate import Generated, Request, generate, job_executor, stream
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.layout import Layout, SpanValues
 from smalti.likelihood import score
 from smalti.models import DecoderOnly, DecoderOnlyConfig
-from smalti.pictures import Picture, PictureConfig, listed, to_images, to_pictures, with_receipt
+from smalti.pictures import Picture, PictureConfig, checked_scale, listed, to_images, to_pictures, with_receipt
 from smalti.sampling import SampleConfig
 from smalti.text_tokenizer import TextTokenizer
 
@@ -122,6 +123,7 @@ class Pipeline:
         ):
             if found != wanted:
                 raise ValueError(f"{what} is {found}, the layout says {wanted}.")
+        self.model.check_layout(self.layout)
 
     # Reading and writing ---------------------------------------------------------------------------------------
 
@@ -138,28 +140,23 @@ class Pipeline:
                 f"{directory} is a bundle of {config['kind']}, not of pictures with captions; smalti info {directory} "
                 "says what it holds."
             )
-        try:
-            model = DecoderOnly(DecoderOnlyConfig.from_dict(config["model"]))
-            model.load_state_dict(bundle.load_weights(directory / bundle.WEIGHTS))
+        path = directory / bundle.CONFIG
+        with bundle.described_by(path):
+            shape = DecoderOnlyConfig.from_dict(config["model"], f"{path}: model")
+            for entry, kind in (("about", dict), ("figures", dict), ("sampling", dict), ("name", str)):
+                if not isinstance(config[entry], kind):
+                    raise ValueError(f"the entry {entry} is {shortened(repr(config[entry]))}")
             return cls(
-                model=model,
+                model=bundle.load_module(lambda: DecoderOnly(shape), directory / bundle.WEIGHTS),
                 layout=Layout.from_dict(config["layout"]),
                 image_tokenizer=load_image_tokenizer(directory / bundle.IMAGE_TOKENIZER),
                 text_tokenizer=TextTokenizer.load(directory / bundle.TEXT_TOKENIZER),
-                pictures=PictureConfig(**config["pictures"]),
-                sampling=Sampling(**{part: _sample_config(given) for part, given in config["sampling"].items()}),
+                pictures=config_of(PictureConfig, config["pictures"], f"{path}: pictures"),
+                sampling=config_of(Sampling, config["sampling"], f"{path}: sampling"),
                 about=config["about"],
                 figures=config["figures"],
                 name=config["name"],
             )
-        except InputError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            what = f"the entry {reason} is missing" if isinstance(error, KeyError) else reason
-            raise InputError(
-                f"{directory / bundle.CONFIG} does not describe a bundle ({what}); fetch or save the bundle again."
-            ) from error
 
     def save(self, directory: Path | str, *, half: bool = False, force: bool = False) -> None:
         """Writes the bundle as a folder, the weights in float16 if `half`; loaded, they are float32 again.
@@ -244,6 +241,7 @@ class Pipeline:
         in `info["smalti"]`. Raises InputError for unknown words.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        checked_scale(self.pictures, scale)  # before the work, not after it
         config = self._sample_config(self.sampling.picture, sampling)
         rerank = rerank or self.rerankers[0]
         executor = self._executor(len(prompts) * n * best_of, batch_size)
@@ -665,10 +663,6 @@ def _check_completing(n: int, config: SampleConfig, captioned: bool) -> None:
             f"guidance_scale is {config.guidance_scale}, but guidance follows the caption of a picture, and none is "
             "given: add one, or leave the guidance out."
         )
-
-
-def _sample_config(given: Mapping[str, Any]) -> SampleConfig:
-    return SampleConfig(**{**given, "guidance_interval": tuple(given["guidance_interval"])})
 
 
 CARD = """---

@@ -13,11 +13,13 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from smalti.errors import InputError
+from smalti.documents import config_of
+from smalti.errors import InputError, first_line, shortened
 from smalti.fast_decode import EXECUTORS
 from smalti.native.decode import load
 from smalti.pictures import GRID_GAP, grid_columns, read_picture, read_receipts, to_grid, with_receipt
 from smalti.pipeline import Pipeline
+from smalti.sampling import SampleConfig
 
 ENTRIES = {"task": str, "seed": int, "sampling": dict, "weights_sha256": str, "codes": list, "bundle": str}
 """What a receipt must hold, whatever the picture is."""
@@ -50,7 +52,15 @@ def replay(path: Path | str, bundle: str | Path | None = None) -> Replayed:
                 f"{path} was drawn with weights {receipt['weights_sha256']}, the bundle {bundle or pipe.name} has "
                 f"{pipe.weights_sha256}; name the bundle it was drawn with by --bundle."
             )
-    codes = _draw_codes(path, pipe, receipts)
+    _check_kept(path, receipts, pipe)
+    for receipt in receipts:
+        _check_executor(path, receipt.get("executor"))
+    try:
+        codes = _draw_codes(pipe, receipts)
+    except InputError as error:
+        raise InputError(f"{path}: its receipt cannot be drawn again: {error}") from error
+    except ValueError as error:  # settings that do not go together, or a seed out of range
+        raise _damaged(path, first_line(error)) from error
     pictures = [
         with_receipt(picture, {**receipt, "codes": row.tolist()})
         for picture, receipt, row in zip(
@@ -66,16 +76,35 @@ def _checked(path: Path | str, receipts: list[dict[str, Any]]) -> list[dict[str,
     for receipt in receipts:
         wanted = ENTRIES | ({"rows": int} if receipt.get("task") == "complete" else {"prompt": str})
         for name, kind in wanted.items():
-            if not isinstance(receipt.get(name), kind):
+            if not isinstance(receipt.get(name), kind) or isinstance(receipt[name], bool):
                 raise InputError(
-                    f"{path}: its receipt has {name} {receipt.get(name)!r}, so it cannot be drawn again; was it "
-                    "written by another program, or another version of smalti?"
+                    f"{path}: its receipt has {name} {shortened(repr(receipt.get(name)))}, so it cannot be drawn "
+                    "again; was it written by another program, or another version of smalti?"
                 )
-        if not all(isinstance(code, int) for code in receipt["codes"]):
-            raise InputError(f"{path}: its receipt is damaged: not all of its codes are whole numbers.")
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(receipt.get(name), str | None):
+                raise _damaged(path, f"{name} is {shortened(repr(receipt[name]))}, expected text")
+        if not all(isinstance(code, int) and not isinstance(code, bool) for code in receipt["codes"]):
+            raise _damaged(path, "not all of its codes are whole numbers")
         if receipt["task"] not in ("generate", "complete"):
             raise InputError(f"{path}: a picture of the task {receipt['task']!r} cannot be drawn again.")
+        config_of(SampleConfig, receipt["sampling"], f"{path}: its receipt is damaged: sampling")
     return receipts
+
+
+def _damaged(path: Path | str, what: str) -> InputError:
+    return InputError(f"{path}: its receipt is damaged: {what}; draw the picture again.")
+
+
+def _check_kept(path: Path | str, receipts: list[dict[str, Any]], pipe: Pipeline) -> None:
+    """Raises InputError if the codes that a completion kept are none that the bundle's pictures can have."""
+    size, (rows, columns) = pipe.layout.vocabulary["image"].size, pipe.grid
+    for receipt in (receipt for receipt in receipts if receipt["task"] == "complete"):
+        kept = receipt["codes"][: max(receipt["rows"], 0) * columns]
+        if not 0 <= receipt["rows"] <= rows or len(kept) != receipt["rows"] * columns:
+            raise _damaged(path, f"it keeps {receipt['rows']} rows, the bundle's pictures have {rows}")
+        if not all(0 <= code < size for code in kept):
+            raise _damaged(path, f"not all of its codes are in 0..{size - 1}")
 
 
 def _load(path: Path | str, receipt: dict[str, Any], bundle: str | Path | None) -> Pipeline:
@@ -102,11 +131,9 @@ def _scale(path: Path | str, given: Image.Image, num_pictures: int, pipe: Pipeli
     return width // pipe.pictures.width
 
 
-def _draw_codes(path: Path | str, pipe: Pipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
+def _draw_codes(pipe: Pipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
     """By the executor that each receipt names; those of before they did: by any that draws the same, if one does."""
     if all("executor" in receipt for receipt in receipts):
-        for receipt in receipts:
-            _check_executor(path, receipt["executor"])
         return _drawn_by_named(pipe, receipts)
     codes = _drawn_by_named(pipe, receipts)
     for executor in EXECUTORS:
@@ -119,7 +146,8 @@ def _draw_codes(path: Path | str, pipe: Pipeline, receipts: list[dict[str, Any]]
 
 
 def _check_executor(path: Path | str, executor: Any) -> None:
-    if executor not in EXECUTORS:
+    """Raises InputError if a receipt names what is unknown or missing here; None: it is of before they named one."""
+    if executor is not None and executor not in EXECUTORS:
         raise InputError(f"{path}: its receipt has executor {executor!r}; this version knows {', '.join(EXECUTORS)}.")
     if executor == "native" and load() is None:
         raise InputError(

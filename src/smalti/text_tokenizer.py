@@ -17,6 +17,7 @@ from typing import NamedTuple, Self
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from smalti.bounds import MAX_VOCABULARY
 from smalti.errors import InputError, shortened
 from smalti.files import new_file
 from smalti.vocabulary import SPECIAL, Vocabulary
@@ -60,6 +61,9 @@ class BPEConfig:
             raise ValueError(f"image_size is {self.image_size}; expected the number of picture codes, at least 1.")
         if self.text_size < NUM_BYTES:
             raise ValueError(f"text_size is {self.text_size}; it holds the {NUM_BYTES} bytes at least.")
+        for name in ("image_size", "text_size"):
+            if getattr(self, name) > MAX_VOCABULARY:
+                raise ValueError(f"{name} is {getattr(self, name)}; at most {MAX_VOCABULARY} is possible.")
         if sorted(self.order) != sorted(SEGMENTS):
             raise ValueError(f"order is {', '.join(self.order)}; expected {', '.join(SEGMENTS)} in any order.")
         for special in self.specials:

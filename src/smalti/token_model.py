@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smalti import bundle
-from smalti.errors import InputError
 from smalti.layout import Layout
 from smalti.models import DecoderOnly, DecoderOnlyConfig
 from smalti.vocabulary import Vocabulary
@@ -77,18 +76,12 @@ def load_token_model(name: str | Path) -> TokenModel:
     """
     directory = bundle.find_bundle(name)
     config = bundle.read_config(directory)
-    try:
-        model = DecoderOnly(DecoderOnlyConfig.from_dict(config["model"]))
-        model.load_state_dict(bundle.load_weights(directory / bundle.WEIGHTS))
+    path = directory / bundle.CONFIG
+    with bundle.described_by(path):
+        shape = DecoderOnlyConfig.from_dict(config["model"], f"{path}: model")
+        model = bundle.load_module(lambda: DecoderOnly(shape), directory / bundle.WEIGHTS)
         layout = Layout.from_dict(config["layout"])
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        what = f"the entry {reason} is missing" if isinstance(error, KeyError) else reason
-        raise InputError(
-            f"{directory / bundle.CONFIG} does not describe a bundle ({what}); fetch or save the bundle again."
-        ) from error
+        model.check_layout(layout)
     text_tokenizer = directory / bundle.TEXT_TOKENIZER
     return TokenModel(
         model.eval(), layout, str(config.get("name", name)), text_tokenizer if text_tokenizer.is_file() else None

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from smalti.checkpoint import run_lock
 from smalti.data.pair_sources import open_pairs
 from smalti.data.ready_tokens import are_tokens, open_tokens
 from smalti.data.tokenize_pairs import TokenizeConfig, require_tokenizers, tokenize_pairs, tokenizer_metadata
@@ -64,7 +65,7 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
         given.check_vocabulary(layout.vocabulary)
     elif tokens := [str(source) for source in sources.values() if are_tokens(source)]:
         raise InputError(f"{tokens[0]} is tokens: give the text_tokenizer that goes with them, a file.")
-    with processes() as (rank, world_size):
+    with processes() as (rank, world_size), run_lock(output, rank):
         # tokens that are there are of the image tokenizer as it was given, not of its copy in half precision
         opened = {
             split: open_tokens(

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from smalti.checkpoint import run_lock
 from smalti.data.digit_sources import read_coloured_pickle, read_mnist, scikit_learn_digits
 from smalti.data.digits import PICTURE_SIZE, SPLITS, ColouredDigits, SourceDigits, words, write_digits
 from smalti.data.pairs import PairTable
@@ -51,7 +52,7 @@ def train_digits(recipe: Recipe, *, command: str = "", show_progress: bool = Tru
     text_tokenizer = TextTokenizer.from_words(words(), spellings={"eigth": "eight"})
     of_tokenizer = Length("image_tokenizer.train.steps", recipe.image_tokenizer.train.steps)
     estimate = Estimate(recipe.minutes, {"image tokenizer": of_tokenizer, "transformer": recipe.train.length})
-    with processes() as (rank, world_size):
+    with processes() as (rank, world_size), run_lock(output, rank):
         if rank == 0:
             splits = _read_source(recipe.data)
             claim_folder(recipe, output, free=("evaluate", "sample"))

@@ -17,7 +17,6 @@ Letters: B batch, N pictures, C H W image.
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -36,6 +35,7 @@ from smalti.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_run,
+    one_run_at_a_time,
     random_state,
     save_checkpoint,
     set_random_state,
@@ -49,6 +49,7 @@ from smalti.evaluate.reconstruction import (
     measure_reconstruction,
     to_images,
 )
+from smalti.files import new_file
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.image_tokenizers.discriminators import make_discriminator
 from smalti.image_tokenizers.losses import (
@@ -207,6 +208,7 @@ class Losses(NamedTuple):
     quantized: Quantized
 
 
+@one_run_at_a_time
 def train_gan_tokenizer(
     pictures: PictureSet,
     held_out: PictureSet | None,
@@ -280,9 +282,10 @@ def train_gan_tokenizer(
         progress_state = _Progress(**state["progress"])
         set_random_state(state["random"])
     columns = ["step", "learning_rate", *TOKENIZER_PARTS, *ADVERSARY_PARTS, *HEALTH_PARTS]
-    training_log = CsvLog(directory / "training.csv", columns, keep_to=start)
-    evaluation_log = CsvLog(directory / "evaluation.csv", ["step", *_EVALUATED], keep_to=start)
-    warnings_log = CsvLog(directory / "warnings.csv", ["step", "warning"], keep_to=start)
+    kept_to = start if latest else -1  # a run killed before its first checkpoint begins its tables anew
+    training_log = CsvLog(directory / "training.csv", columns, keep_to=kept_to)
+    evaluation_log = CsvLog(directory / "evaluation.csv", ["step", *_EVALUATED], keep_to=kept_to)
+    warnings_log = CsvLog(directory / "warnings.csv", ["step", "warning"], keep_to=kept_to)
     board = SummaryWriter(str(directory), purge_step=start)
 
     watch = None if estimate is None else estimate.watch(lambda: why_slow(config.precision, config.device))
@@ -509,9 +512,8 @@ def draw_curves(directory: Path) -> None:
     for axes in (loss, adversary, codebook):
         if axes.get_lines():
             axes.legend(fontsize="small")
-    partial = directory / ".curves.partial.png"
-    figure.savefig(partial, dpi=100)
-    os.replace(partial, directory / "curves.png")
+    with new_file(directory / "curves.png", force=True) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
 
 
 def _split(

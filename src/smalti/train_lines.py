@@ -11,7 +11,6 @@ or killed, goes on from what is there; run again when it is done, it finds nothi
 Tags stay in the tables. Lines with the same codes are on one side of the split.
 """
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +21,15 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Int64
 
+from smalti.checkpoint import run_lock
 from smalti.data.line_rows import TableRows, rows_not_in, write_rows
 from smalti.data.lines import split_rows
 from smalti.data.tokens import TokenTable
+from smalti.documents import read_json
 from smalti.errors import InputError
 from smalti.estimate import Estimate
 from smalti.evaluate.baselines import BaselineScore, score_baselines
-from smalti.files import new_file
+from smalti.files import write_json, write_text
 from smalti.line_model import LineModel
 from smalti.line_presets import LINE_PRESETS, choose_preset, line_layout
 from smalti.models import DecoderOnly
@@ -52,7 +53,7 @@ def train_lines(recipe: LinesRecipe, *, command: str = "", show_progress: bool =
     folder holds a run of another recipe, the table's lines differ in length, or as the stages do.
     """
     output = recipe.output
-    with processes() as (rank, world_size):
+    with processes() as (rank, world_size), run_lock(output, rank):
         if rank == 0:
             claim_folder(recipe, output, free=("baseline_rows", "report_rows"))
             read_data(recipe, show_progress=show_progress)  # the first process writes the validation table
@@ -138,8 +139,8 @@ def _finish(
     LineModel(model=model.cpu(), layout=layout, name=output.name).save(bundle, half=True, force=True)
     loaded = LineModel.load(bundle)
     path = output / "report.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["weights_sha256"] == loaded.weights_sha256:
-        loaded.figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    if (figures := _figures_of(path, loaded)) is not None:
+        loaded.figures = figures
         loaded.save(bundle, half=True, force=True)
         return
     num_rows = recipe.baseline_rows, recipe.report_rows
@@ -159,10 +160,19 @@ def _finish(
         "figures": loaded.figures,
         "rows": [row._replace(standard_error=_or_none(row.standard_error))._asdict() for row in rows],
     }
-    with new_file(output / "report.md", force=True) as temporary:
-        temporary.write_text(_markdown(rows, loaded, command), encoding="utf-8")
-    with new_file(path, force=True) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(output / "report.md", _markdown(rows, loaded, command), force=True)
+    write_json(path, content, force=True)
+
+
+def _figures_of(path: Path, model: LineModel) -> dict[str, Any] | None:
+    """The figures in a report of this model's weights; None if it is of others, or cannot be read: it is then made
+    anew."""
+    try:
+        content = read_json(path, "it is made anew")
+    except InputError:
+        return None
+    figures = content.get("figures")
+    return figures if content.get("weights_sha256") == model.weights_sha256 and isinstance(figures, dict) else None
 
 
 def _or_none(value: float) -> Any:

@@ -31,7 +31,14 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from smalti.checkpoint import check_writable, latest_checkpoint, load_checkpoint, load_run, save_checkpoint
+from smalti.checkpoint import (
+    check_writable,
+    latest_checkpoint,
+    load_checkpoint,
+    load_run,
+    run_lock,
+    save_checkpoint,
+)
 from smalti.curves import Curves
 from smalti.data.loader import prefetch, step_rows
 from smalti.data.tokens import TokenBatch
@@ -651,6 +658,7 @@ def train_model(
             model = new_model(layout, model)
         model.to(device).train()
         asked = config
+        stack.enter_context(run_lock(directory, rank))
         found = latest_checkpoint(directory / CHECKPOINTS)
         begun = None if found is None else with_precision(load_run(found)).get("precision")
         dtype = model.embed_tokens.weight.dtype

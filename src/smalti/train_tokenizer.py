@@ -11,7 +11,6 @@ Letters: N pictures, C H W image.
 import csv
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,13 +30,16 @@ from smalti.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_run,
+    one_run_at_a_time,
     random_state,
     save_checkpoint,
     set_random_state,
 )
+from smalti.curves import read_csv_rows
 from smalti.data.loader import batches
 from smalti.errors import InputError, require_finite
 from smalti.estimate import Estimate, why_slow
+from smalti.files import new_file
 from smalti.image_tokenizers import FAMILIES, save_image_tokenizer
 from smalti.image_tokenizers.quantizer import CodebookHealth
 from smalti.precision import AUTO, autocast, check_precision, resolve_precision, with_precision
@@ -90,6 +92,7 @@ class TrainTokenizerConfig:
             raise ValueError(f"weight_ema_decay is {self.weight_ema_decay}; it must lie in [0, 1).")
 
 
+@one_run_at_a_time
 def train_tokenizer(
     images: UInt8[np.ndarray, "N H W C"] | UInt8[Tensor, "N H W C"],
     held_out: UInt8[np.ndarray, "M H W C"] | UInt8[Tensor, "M H W C"],
@@ -139,8 +142,9 @@ def train_tokenizer(
         optimizer.load_state_dict(state["optimizer"])
         pending = list(state["pending"])
         set_random_state(state["random"])
-    training_log = CsvLog(directory / "training.csv", ["step", "learning_rate", *_LOSSES], keep_to=start)
-    evaluation_log = CsvLog(directory / "evaluation.csv", ["step", *ReconstructionReport._fields], keep_to=start)
+    kept_to = start if latest else -1  # a run killed before its first checkpoint begins its tables anew
+    training_log = CsvLog(directory / "training.csv", ["step", "learning_rate", *_LOSSES], keep_to=kept_to)
+    evaluation_log = CsvLog(directory / "evaluation.csv", ["step", *ReconstructionReport._fields], keep_to=kept_to)
     board = SummaryWriter(str(directory), purge_step=start)
 
     watch = None if estimate is None else estimate.watch(lambda: why_slow(config.precision, config.device))
@@ -304,23 +308,22 @@ def draw_curves(directory: Path) -> None:
     perplexity = codebook.twinx()
     perplexity.plot(evaluation["step"], evaluation["perplexity"], marker=".", color="C1")
     perplexity.set(ylabel="perplexity (orange)", ylim=(0, None))
-    partial = directory / ".curves.partial.png"
-    figure.savefig(partial, dpi=100)
-    os.replace(partial, directory / "curves.png")
+    with new_file(directory / "curves.png", force=True) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def _row(step: str, *values: str) -> list[str]:
+    int(step)  # the first column of every table of a run
+    return [step, *values]
 
 
 class CsvLog:
     """A CSV file of rows by step; rows after step `keep_to`, of an earlier start of the run, are dropped."""
 
     def __init__(self, path: Path, columns: list[str], *, keep_to: int):
-        kept = []
-        if path.exists():
-            with open(path, newline="") as file:
-                kept = [row for row in list(csv.reader(file))[1:] if row and int(row[0]) <= keep_to]
-        partial = path.with_name(f".{path.name}.partial")
-        with open(partial, "w", newline="") as file:
+        kept = [row for row in read_csv_rows(path, columns, _row) if int(row[0]) <= keep_to]
+        with new_file(path, force=True) as temporary, temporary.open("w", newline="") as file:
             csv.writer(file).writerows([columns, *kept])
-        os.replace(partial, path)
         self.path = path
 
     def write(self, step: int, values) -> None:
@@ -332,7 +335,14 @@ def read_columns(path: Path) -> dict[str, list[float]]:
     """The columns of a `CsvLog` file by name; an empty field is NaN."""
     with open(path, newline="") as file:
         header, *rows = csv.reader(file)
-    return {name: [float(row[i] or "nan") for row in rows] for i, name in enumerate(header)}
+    return {name: [_number(row[i]) for row in rows] for i, name in enumerate(header)}
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:  # a warning, or a damaged value
+        return math.nan
 
 
 def is_due(interval: int, step: int) -> bool:

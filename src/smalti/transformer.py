@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from smalti.bounds import MAX_TABLE, check_sizes
+
 NORMS = ("layer", "rms")
 FEED_FORWARDS = ("gelu", "gelu_tanh", "relu", "tanh", "swiglu")
 POSITIONS = ("learned", "sinusoidal", "rotary", "rotary_2d", "none")
@@ -55,6 +57,7 @@ class TransformerConfig:
     attention_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_sizes(self, "num_layers")
         _one_of("norm", self.norm, NORMS)
         _one_of("feed_forward", self.feed_forward, FEED_FORWARDS)
         _one_of("positions", self.positions, POSITIONS)
@@ -75,9 +78,21 @@ class TransformerConfig:
             raise ValueError(f"rotary positions need an even head width, not {self.head_dim}.")
         if self.positions == "rotary_2d":
             self._check_2d()
+        self._check_table()
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1).")
+
+    def _check_table(self) -> None:
+        """Of positions that are computed, all at once; the learned ones are weights."""
+        length, width = self.max_length, self.d_model if self.positions == "sinusoidal" else self.head_dim
+        if self.grid is not None:
+            length = max(length, self.prefix_length + self.grid[0] * self.grid[1])
+        if self.positions not in ("none", "learned") and length * width > MAX_TABLE:
+            raise ValueError(
+                f"the table of {self.positions} positions would have {length} rows of {width} numbers; at most "
+                f"{MAX_TABLE // width} rows are possible: is max_length, or grid, right?"
+            )
 
     def _check_2d(self) -> None:
         if self.head_dim % 4:

@@ -5,7 +5,9 @@ split does not depend on a seed.
 """
 
 import gzip
+import io
 import pickle
+import pickletools
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from smalti.data.digits import DIGITS, PICTURE_SIZE, ColouredDigits, SourceDigits, normalise_caption
-from smalti.errors import InputError
+from smalti.errors import InputError, first_line
 
 MNIST_VALIDATION = 2000  # taken from the end of the training file
 _INK = 128  # a grey value from here on is ink
@@ -136,7 +138,7 @@ def _read_unpacked(path: Path) -> bytes:
         with gzip.open(path) as unpacked:
             while part := unpacked.read(1 << 20):
                 parts.append(part)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, OSError, zlib.error) as error:
         done = sum(map(len, parts))
         raise InputError(
             f"{path}: the gzip data is damaged or cut short after byte {done} of its content ({error}); "
@@ -195,16 +197,25 @@ def _check_coloured(path: Path, part: str, pictures: object, captions: object) -
 
 def _unpickle(path: Path) -> object:
     try:
-        with path.open("rb") as stream:
-            return _plain(_ArrayUnpickler(stream).load())
+        content = path.read_bytes()
+        _check_opcodes(content)
+        return _plain(_ArrayUnpickler(io.BytesIO(content)).load())
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # a broken pickle raises nearly anything
         raise InputError(
-            f"{path}: not a readable pickle ({type(error).__name__}: {error}); fetch the file again"
+            f"{path}: not a readable pickle ({type(error).__name__}: {first_line(error)}); fetch the file again"
         ) from error
+
+
+def _check_opcodes(content: bytes) -> None:
+    """Raises ValueError if a pickle states more bytes than it holds, or numbers its memo beyond its length: unpickling
+    would take the memory for them first."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) and argument > len(content):
+            raise ValueError(f"memo {argument} in a pickle of {len(content)} bytes")
 
 
 class _StoredDtype:

@@ -301,8 +301,8 @@ class ColouringConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed} is outside 0 .. {2**32 - 1}")
-        if self.colourings < 1:
-            raise ValueError(f"colourings {self.colourings} must be at least 1")
+        if not 1 <= self.colourings <= len(COLOUR_PAIRS):
+            raise ValueError(f"colourings {self.colourings} must be 1 to {len(COLOUR_PAIRS)}, the pairs of colours")
 
 
 def colour_digits(source: SourceDigits, split: str, config: ColouringConfig) -> ColouredDigits:

@@ -527,8 +527,16 @@ def table_lines(
     offset below 0, or another word than DISTINCT.
     """
     for special in (*before, *after, code_offset):
-        if special != DISTINCT and (isinstance(special, str) or special < 0):
-            raise ValueError(f"{special!r} cannot stand in a line; specials are integers from 0, or {DISTINCT!r}.")
+        if special != DISTINCT and (isinstance(special, str) or not 0 <= special < _MAX_VOCAB_SIZE):
+            raise ValueError(
+                f"{special!r} cannot stand in a line; specials are integers of 0 to {_MAX_VOCAB_SIZE - 1}, or "
+                f"{DISTINCT!r}."
+            )
+    if table.max_image_token + code_offset >= _MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"the code {table.max_image_token} raised by {code_offset} is beyond {_MAX_VOCAB_SIZE - 1}, the largest "
+            "that is read from lines; give a smaller offset."
+        )
     rows = np.arange(len(table)) if rows is None else rows
     for start in range(0, len(rows), ROWS_PER_GROUP):
         here = rows[start : start + ROWS_PER_GROUP]

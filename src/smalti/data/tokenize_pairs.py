@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import UInt8
 from PIL import Image
@@ -32,9 +31,12 @@ from torch import nn
 from smalti.bundle import weights_sha256
 from smalti.data.pair_sources import PairSource, open_pairs
 from smalti.data.pairs import Record, decode_picture
-from smalti.data.tokens import token_rows, write_token_table
+from smalti.data.parquet_files import ParquetReader
+from smalti.data.tokens import SCHEMA, token_rows, write_token_table
+from smalti.documents import parse_json, read_json
 from smalti.errors import InputError
-from smalti.files import new_file, refuse_existing
+from smalti.files import lock_of, locked, refuse_existing, write_json
+from smalti.pictures import MAX_SIDE
 from smalti.progress import stage
 from smalti.text_tokenizer import TextTokenizer
 
@@ -63,8 +65,8 @@ class TokenizeConfig:
     def __post_init__(self) -> None:
         if self.on_error not in ON_ERROR:
             raise ValueError(f"on_error is {self.on_error!r}; choose one of {', '.join(ON_ERROR)}.")
-        if self.size is not None and min(self.size) < 1:
-            raise ValueError(f"size is {self.size}; expected rows and columns of at least 1.")
+        if self.size is not None and not 1 <= min(self.size) <= max(self.size) <= MAX_SIDE:
+            raise ValueError(f"size is {self.size}; expected rows and columns of 1 to {MAX_SIDE}.")
         for name, value, least in (
             ("max_text_length", self.max_text_length, 0),
             ("batch_size", self.batch_size, 1),
@@ -129,20 +131,21 @@ def tokenize_pairs(
     source = open_pairs(pairs, image_column=image_column, caption_column=caption_column)
     metadata = tokenizer_metadata(image_tokenizer, text_tokenizer)
     folder = tokens.with_name(f".{tokens.name}.parts")
-    _claim(folder, _manifest(source, config, metadata), tokens, force=force)
-    shape = config.size or _first_size(source)
-    job = _Job(source, folder, image_tokenizer, text_tokenizer, config, shape)
-    num_parts = -(-len(source) // config.records_per_part)
-    missing = [part for part in range(num_parts) if not job.file(part).exists()]
-    done = min(len(source), (num_parts - len(missing)) * config.records_per_part)
-    with stage(
-        f"tokenizing {Path(pairs).name}", len(source), unit="picture", completed=done, show=show_progress
-    ) as progress:
-        for _ in _do_parts(job, missing):
-            progress.update(min(len(source), progress.completed + config.records_per_part))
-    report = _join([job.file(part) for part in range(num_parts)], tokens, metadata, config.on_error, force=force)
-    shutil.rmtree(folder)
-    return report
+    with locked(lock_of(folder), tokens):
+        _claim(folder, _manifest(source, config, metadata), tokens, force=force)
+        shape = config.size or _first_size(source)
+        job = _Job(source, folder, image_tokenizer, text_tokenizer, config, shape)
+        num_parts = -(-len(source) // config.records_per_part)
+        missing = [part for part in range(num_parts) if not job.file(part).exists()]
+        done = min(len(source), (num_parts - len(missing)) * config.records_per_part)
+        with stage(
+            f"tokenizing {Path(pairs).name}", len(source), unit="picture", completed=done, show=show_progress
+        ) as progress:
+            for _ in _do_parts(job, missing):
+                progress.update(min(len(source), progress.completed + config.records_per_part))
+        report = _join([job.file(part) for part in range(num_parts)], tokens, metadata, config.on_error, force=force)
+        shutil.rmtree(folder)
+        return report
 
 
 def tokenizer_metadata(image_tokenizer: Any, text_tokenizer: TextTokenizer | None) -> dict[str, Any]:
@@ -348,29 +351,52 @@ def _claim(folder: Path, manifest: dict[str, Any], tokens: Path, *, force: bool)
     manifest = json.loads(json.dumps(manifest))
     path = folder / MANIFEST
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found == manifest:
+        try:
+            _require_same(path, manifest, tokens)
+            for part in sorted(folder.glob("*.parquet")):
+                _counts(part)
             return
-        if not force:
-            mend = "Go on with the same, or start anew with --force."
-            require_tokenizers(found["tokenizers"], manifest["tokenizers"], f"the unfinished {tokens}", mend)
-            what = "settings" if found["source"] == manifest["source"] else "pictures and captions"
-            raise InputError(f"the unfinished {tokens} was begun with other {what}. {mend}")
+        except InputError:
+            if not force:
+                raise
     shutil.rmtree(folder, ignore_errors=True)
-    with new_file(path) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_json(path, manifest)
+
+
+def _require_same(path: Path, manifest: dict[str, Any], tokens: Path) -> None:
+    found = read_json(path, f"remove the folder {path.parent}, or start anew with --force")
+    if found == manifest:
+        return
+    mend = "Go on with the same, or start anew with --force."
+    tokenizers = found.get("tokenizers")
+    if isinstance(tokenizers, dict):
+        require_tokenizers(tokenizers, manifest["tokenizers"], f"the unfinished {tokens}", mend)
+    what = "settings" if found.get("source") == manifest["source"] else "pictures and captions"
+    raise InputError(f"the unfinished {tokens} was begun with other {what}. {mend}")
+
+
+def _counts(part: Path) -> dict[str, Any]:
+    """What was skipped and cut in a part. Raises InputError naming a part that is damaged."""
+    mend = f"remove {part} to have this part made again, or start anew with --force"
+    counts = parse_json(ParquetReader(part).metadata(b"smalti") or b"", f"what {part} notes of itself", mend)
+    skipped = counts.get("skipped")
+    seconds = [counts.get(name, 0.0) for name in TimeSpent._fields]  # parts of an earlier version have none
+    whole = isinstance(skipped, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in skipped)
+    if not whole or not all(isinstance(number, int | float) for number in (counts.get("num_cut"), *seconds)):
+        raise InputError(f"what {part} notes of itself is damaged; {mend}.")
+    return counts
 
 
 def _join(parts: list[Path], tokens: Path, metadata: dict[str, Any], on_error: str, *, force: bool) -> TokenizeReport:
     skipped: list[tuple[str, str]] = []
     num_cut, seconds = 0, dict.fromkeys(TimeSpent._fields, 0.0)
     for part in parts:
-        counts = json.loads(pq.read_metadata(part).metadata[b"smalti"])
+        counts = _counts(part)
         skipped += [(name, fault) for name, fault in counts["skipped"]]
         num_cut += counts["num_cut"]
         for name in seconds:
-            seconds[name] += counts.get(name, 0.0)  # parts of an earlier version have none
-    if skipped and (on_error == "stop" or not sum(pq.read_metadata(part).num_rows for part in parts)):
+            seconds[name] += counts.get(name, 0.0)
+    if skipped and (on_error == "stop" or not sum(len(ParquetReader(part)) for part in parts)):
         first = f"the first: {skipped[0][0]}: {skipped[0][1]}"
         raise InputError(f"there is no table {tokens}: {len(skipped)} broken records, {first}.")
     num_rows = write_token_table(tokens, _batches(parts), metadata, force=force)
@@ -379,4 +405,4 @@ def _join(parts: list[Path], tokens: Path, metadata: dict[str, Any], on_error: s
 
 def _batches(parts: Iterable[Path]) -> Iterator[pa.RecordBatch]:
     for part in parts:
-        yield from pq.ParquetFile(part).iter_batches()
+        yield from ParquetReader(part).batches(SCHEMA.names)

@@ -26,8 +26,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int64, Integer, Shaped
 
+from smalti.documents import read_json
 from smalti.errors import InputError
-from smalti.files import new_file
+from smalti.files import new_file, write_json
 
 SCHEMA = pa.schema(
     [
@@ -166,12 +167,7 @@ class TokenTable:
         """
         paths = _table_files(path)
         metadata = _common_metadata(paths)
-        if _is_small(paths):
-            with tempfile.TemporaryDirectory(prefix="smalti-table-") as folder:
-                _unpack(paths, Path(folder))
-                table = cls(*_load(Path(folder), metadata, memory_map=False))
-        else:
-            table = cls(*_load(_cached(paths), metadata, memory_map=True))
+        table = cls(*(_unpacked_in_memory(paths, metadata) or _load(_cached(paths), metadata, memory_map=True)))
         table._require(image_length, image_vocab_size, text_vocab_size)
         return table
 
@@ -337,19 +333,6 @@ def read_metadata(footer: pq.FileMetaData, path: Path | str) -> dict[str, Any]:
         raise InputError(f"{path}: its metadata is not JSON ({error}); write the table again.") from error
 
 
-def _is_small(paths: list[Path]) -> bool:
-    """Whether the unpacked table fits in KEEP_IN_MEMORY_BYTES. Encoded sizes alone would not tell: parquet stores a
-    column of equal values in a few bytes; so each value counts for at least two."""
-    size_bytes = 0
-    for path in paths:
-        layout = _open_parquet(path).metadata
-        for group in (layout.row_group(index) for index in range(layout.num_row_groups)):
-            columns = [group.column(index) for index in range(group.num_columns)]
-            used = [column for column in columns if column.path_in_schema.split(".")[0] in SCHEMA.names]
-            size_bytes += sum(max(column.total_uncompressed_size, 2 * column.num_values) for column in used)
-    return size_bytes <= KEEP_IN_MEMORY_BYTES
-
-
 # ---- unpacking ----
 
 
@@ -410,6 +393,10 @@ class _ColumnWriter:
         self._values_file.close()
         self._offsets_file.close()
 
+    @property
+    def num_bytes(self) -> int:
+        return self._num_values * self._dtype.itemsize
+
     def finish(self) -> _ColumnLayout:
         self.close()
         length = next(iter(self._lengths_seen)) if len(self._lengths_seen) == 1 else None
@@ -420,16 +407,35 @@ class _ColumnWriter:
         )
 
 
-def _unpack(paths: list[Path], folder: Path) -> None:
+class _TooLarge(Exception):
+    """The unpacked table is larger than was allowed."""
+
+
+def _unpacked_in_memory(
+    paths: list[Path], metadata: dict[str, Any]
+) -> tuple[list[_File], dict[str, Any], dict[str, "_Column"]] | None:
+    """The parts of a table of up to KEEP_IN_MEMORY_BYTES; None for a larger one. What sizes a footer states is not
+    asked: a damaged one lies, and reading the columns' part of it, where it is damaged, can end the process."""
+    if sum(path.stat().st_size for path in paths) > KEEP_IN_MEMORY_BYTES:
+        return None
+    with tempfile.TemporaryDirectory(prefix="smalti-table-") as folder:
+        try:
+            _unpack(paths, Path(folder), most_bytes=KEEP_IN_MEMORY_BYTES)
+        except _TooLarge:
+            return None
+        return _load(Path(folder), metadata, memory_map=False)
+
+
+def _unpack(paths: list[Path], folder: Path, *, most_bytes: int | None = None) -> None:
     with ExitStack() as open_files:
         writers = {name: _ColumnWriter(folder, name, open_files) for name in SCHEMA.names}
-        files = [_File(path=str(path), num_rows=_unpack_file(path, writers)) for path in paths]
+        files = [_File(path=str(path), num_rows=_unpack_file(path, writers, most_bytes)) for path in paths]
         columns = {name: asdict(writer.finish()) for name, writer in writers.items()}
     table = {"files": [asdict(file) for file in files], "columns": columns}
-    (folder / "table.json").write_text(json.dumps(table))
+    write_json(folder / "table.json", table)
 
 
-def _unpack_file(path: Path, writers: dict[str, _ColumnWriter]) -> int:
+def _unpack_file(path: Path, writers: dict[str, _ColumnWriter], most_bytes: int | None) -> int:
     num_rows = 0
     for batch in _column_batches(path):
         for name in TOKEN_COLUMNS:
@@ -437,6 +443,8 @@ def _unpack_file(path: Path, writers: dict[str, _ColumnWriter]) -> int:
         for name in _TEXT_COLUMNS:
             writers[name].append(*_bytes_of(batch.column(name)))
         num_rows += batch.num_rows
+        if most_bytes is not None and sum(writer.num_bytes for writer in writers.values()) > most_bytes:
+            raise _TooLarge
     return num_rows
 
 
@@ -534,12 +542,12 @@ def _is_complete(folder: Path) -> bool:
             and (column.length is not None or (folder / f"{name}.offsets").exists())
             for name, column in columns.items()
         )
-    except OSError:
+    except (OSError, InputError, LookupError, TypeError, AttributeError):  # a damaged copy is made anew
         return False
 
 
 def _read_layout(folder: Path) -> tuple[list[_File], dict[str, _ColumnLayout]]:
-    table = json.loads((folder / "table.json").read_text())
+    table = read_json(folder / "table.json", f"remove the folder {folder}")
     files = [_File(**file) for file in table["files"]]
     return files, {name: _ColumnLayout(**column) for name, column in table["columns"].items()}
 

@@ -28,7 +28,8 @@ from torch.nn import functional
 
 from smalti.data.digit_sources import read_mnist, scikit_learn_digits
 from smalti.data.digits import PICTURE_SIZE, SourceDigits, normalise_caption, parse_caption, read_colours
-from smalti.errors import InputError
+from smalti.errors import InputError, first_line
+from smalti.files import new_file, write_text
 from smalti.precision import FLOAT32, PRECISIONS, autocast, check_precision, resolve_precision
 from smalti.progress import track
 
@@ -134,7 +135,8 @@ def save_digit_classifier(classifier: DigitClassifier, path: Path | str) -> None
     """Writes the weights in half precision, through a temporary file, so that no half-written one is ever there."""
     path = Path(path)
     weights = {name: t.half() if t.is_floating_point() else t for name, t in classifier.state_dict().items()}
-    _write_atomically(path, safetensors.torch.save(weights))
+    with new_file(path, force=True) as temporary:
+        safetensors.torch.save_file(weights, temporary)
 
 
 def load_digit_classifier(path: Path | str = SHIPPED_CLASSIFIER) -> DigitClassifier:
@@ -142,21 +144,12 @@ def load_digit_classifier(path: Path | str = SHIPPED_CLASSIFIER) -> DigitClassif
     classifier = DigitClassifier()
     try:
         classifier.load_state_dict(safetensors.torch.load_file(path))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+    except Exception as error:  # of Rust, of Python, of torch
         raise InputError(
-            f"{path} is not a saved digit classifier ({str(error).splitlines()[0]}); "
+            f"{path} is not a saved digit classifier ({first_line(error)}); "
             "train one with `python -m smalti.evaluate.digits`"
         ) from error
     return classifier.eval()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # Judging -------------------------------------------------------------------------------------------------------
@@ -281,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **{f"{split}_accuracy": rate for split, rate in accuracy.items()},
     }
     text = json.dumps(report, indent=2) + "\n"
-    _write_atomically(output.with_suffix(".json"), text.encode())
+    write_text(output.with_suffix(".json"), text, force=True)
     print(text, end="")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from smalti.data.digits import LEVEL_STEP, PICTURE_SIZE, images_to_levels, levels_to_images, parse_caption, source_of
 from smalti.data.pairs import PairTable
+from smalti.documents import read_json
 from smalti.errors import InputError
 from smalti.evaluate.digits import (
     DigitClassifier,
@@ -141,7 +142,7 @@ class HeldOut(NamedTuple):
 def find_report(directory: Path, weights_sha256: str, config: ReportConfig) -> Report | None:
     """The report in a folder, if there is one of these weights, measured as `config` says."""
     try:
-        content = json.loads((directory / REPORT_FILES[0]).read_text(encoding="utf-8"))
+        content = read_json(directory / REPORT_FILES[0], "it is made anew")
         rows = [Row(**row) for row in content.pop("rows")]
         given = content.pop("config")
         report = Report(rows=rows, config=ReportConfig(**{**given, "best_of": tuple(given["best_of"])}), **content)

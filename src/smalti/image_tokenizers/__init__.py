@@ -6,8 +6,6 @@ Every image tokenizer is an `nn.Module` with `config` (a frozen dataclass with `
 `config.json` and `model.safetensors`.
 """
 
-import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -15,10 +13,12 @@ from typing import Any, Protocol, cast
 import safetensors.torch
 import torch
 from jaxtyping import Float, Int
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from smalti.errors import InputError
+from smalti.bundle import ANEW, BUILD_ERRORS, CONFIG, WEIGHTS, file_sha256, load_module
+from smalti.documents import config_of, read_json
+from smalti.errors import InputError, first_line, shortened
+from smalti.files import new_file, write_json
 from smalti.image_tokenizers.titok import TiTok, TiTokConfig
 from smalti.image_tokenizers.vit_vqgan import ViTVQGAN, ViTVQGANConfig
 from smalti.image_tokenizers.vqgan import VQGAN, VQGANConfig
@@ -55,12 +55,18 @@ def save_image_tokenizer(image_tokenizer: nn.Module, directory: Path | str, dtyp
         name: tensor.detach().cpu().to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in image_tokenizer.state_dict().items()
     }
-    described = {"family": family, "config": asdict(cast(Any, image_tokenizer.config))}
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    # The weights first: without config.json the folder is not yet a tokenizer.
-    _replace(directory / "model.safetensors", safetensors.torch.save(weights))
-    _replace(directory / "config.json", (json.dumps(described, indent=2) + "\n").encode())
+    # The old config goes first and the new one comes last: in between the folder is no tokenizer.
+    if (directory / CONFIG).exists():
+        (directory / CONFIG).unlink()
+    with new_file(directory / WEIGHTS, force=True) as temporary:
+        safetensors.torch.save_file(weights, temporary)
+    described = {
+        "family": family,
+        "config": asdict(cast(Any, image_tokenizer.config)),
+        "sha256": file_sha256(directory / WEIGHTS),
+    }
+    write_json(directory / CONFIG, described, force=True)
 
 
 def load_image_tokenizer(directory: Path | str) -> nn.Module:
@@ -69,55 +75,27 @@ def load_image_tokenizer(directory: Path | str) -> nn.Module:
     Raises InputError naming the file and the field, key or size that does not fit.
     """
     directory = Path(directory)
-    config_path, weights_path = directory / "config.json", directory / "model.safetensors"
-    try:
-        described = json.loads(config_path.read_bytes())
-        family, values = described["family"], described["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    config_path, weights_path = directory / CONFIG, directory / WEIGHTS
+    described = read_json(config_path, ANEW)
+    family = described.get("family")
+    if not isinstance(family, str) or "config" not in described:
         raise InputError(
-            f"cannot read {config_path}: {error}; expected JSON with the keys family and config, "
-            "as save_image_tokenizer writes it."
-        ) from error
+            f"{config_path} does not describe an image tokenizer: expected the entries family and config, as "
+            f"save_image_tokenizer writes them; {ANEW}."
+        )
     if family not in FAMILIES:
-        raise InputError(f"{config_path}: unknown family {family!r}; known are {', '.join(FAMILIES)}.")
+        raise InputError(f"{config_path}: unknown family {shortened(family)!r}; known are {', '.join(FAMILIES)}.")
+    checksum = described.get("sha256")
+    if checksum is not None and checksum != file_sha256(weights_path):  # folders of an earlier version have none
+        raise InputError(f"{weights_path} is damaged or was changed: its checksum is not the one in {CONFIG}; {ANEW}.")
     config_class, module_class = FAMILIES[family]
-    image_tokenizer = module_class(config_from_json(config_class, values, str(config_path)))
+    config = config_of(config_class, described["config"], config_path)
     try:
-        weights = safetensors.torch.load_file(weights_path)
-        wanted = image_tokenizer.state_dict()
-        weights = {
-            name: tensor.to(wanted[name].dtype) if name in wanted else tensor for name, tensor in weights.items()
-        }
-        image_tokenizer.load_state_dict(weights)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise InputError(f"cannot load {weights_path}: {error}") from error
-    return image_tokenizer.eval()
-
-
-def config_from_json(config_class: type[Any], values: Any, where: str) -> Any:
-    """The config dataclass of JSON or YAML values. Raises InputError naming `where`, the field and the
-    mend."""
-    try:
-        config: Any = TypeAdapter(config_class).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "config"
-        raise InputError(f"{where}: {field}: {first['msg']}; found {first['input']!r}.") from error
-    known = json.loads(json.dumps(asdict(config)))
-    unknown = _unknown_keys(values, known)
-    if unknown:
-        raise InputError(f"{where}: unknown field {unknown[0]}; known are {', '.join(known)}.")
-    return config
-
-
-def _unknown_keys(given: dict[str, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
-    unknown = []
-    for name, value in given.items():
-        if name not in known:
-            unknown.append(prefix + name)
-        elif isinstance(value, dict) and isinstance(known[name], dict):
-            unknown += _unknown_keys(value, known[name], f"{prefix}{name}.")
-    return unknown
+        return load_module(lambda: module_class(config), weights_path).eval()
+    except InputError:
+        raise
+    except BUILD_ERRORS as error:
+        raise InputError(f"{config_path}: no network can be built of it ({first_line(error)}); {ANEW}.") from error
 
 
 def _family_of(image_tokenizer: nn.Module) -> str:
@@ -125,13 +103,3 @@ def _family_of(image_tokenizer: nn.Module) -> str:
         if type(image_tokenizer) is module_class:
             return family
     raise ValueError(f"{type(image_tokenizer).__name__} is not an image tokenizer; known are {', '.join(FAMILIES)}.")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror or error}.") from error

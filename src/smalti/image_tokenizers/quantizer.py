@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from smalti.bounds import MAX_SIZE, check_sizes
+
 SEARCH_BYTES = 4 * 2**20
 """No (vectors x K) matrix beyond this many bytes is ever built, short of a single row. It fits a core's
 cache: on one core the blocked search takes 0.4 times as long as one large product for 1,024 vectors and
@@ -69,6 +71,7 @@ class QuantizerConfig:
     kind: Literal["vq"] = "vq"
 
     def __post_init__(self):
+        check_sizes(self)
         _check_at_least(self, 1, "codebook_size", "code_dim")
         _check_at_least(self, 0, "commitment_weight", "kmeans_rounds", "restart_below", "entropy_weight")
         if self.update not in ("gradient", "ema", "clustering"):
@@ -397,8 +400,11 @@ class FSQConfig:
     kind: Literal["fsq"] = "fsq"
 
     def __post_init__(self):
+        check_sizes(self)
         if not self.levels or min(self.levels) < 2:
             raise ValueError(f"levels is {self.levels}; give at least one number, each at least 2.")
+        if self.codebook_size > MAX_SIZE:
+            raise ValueError(f"levels {self.levels} make {self.codebook_size} codes; at most {MAX_SIZE} are possible.")
 
     @property
     def codebook_size(self) -> int:
@@ -484,6 +490,8 @@ class LFQConfig:
 
     def __post_init__(self):
         _check_at_least(self, 1, "num_bits")
+        if self.num_bits > 31:
+            raise ValueError(f"num_bits is {self.num_bits}; at most 31 are possible.")
         _check_at_least(self, 0, "commitment_weight", "entropy_weight", "diversity", "inverse_temperature")
 
     @property

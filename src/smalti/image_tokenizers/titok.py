@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.bounds import check_sizes
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig, make_quantizer
 from smalti.image_tokenizers.vqgan import PRESETS as VQGAN_PRESETS
 from smalti.image_tokenizers.vqgan import (
@@ -41,6 +42,7 @@ class ViTConfig:
     mlp_ratio: float = 4.0
 
     def __post_init__(self):
+        check_sizes(self, "num_layers")
         for name in ("width", "num_layers", "num_heads", "patch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -84,6 +86,7 @@ class TiTokConfig:
     regional: bool = False
 
     def __post_init__(self):
+        check_sizes(self)
         object.__setattr__(self, "image_size", tuple(self.image_size))  # JSON has lists
         if self.num_latents < 1:
             raise ValueError(f"num_latents is {self.num_latents}; it must be at least 1.")

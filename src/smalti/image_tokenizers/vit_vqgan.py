@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from smalti.bounds import check_sizes
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig, make_quantizer
 from smalti.image_tokenizers.vqgan import Reconstructed, attend, check_image_size
 
@@ -30,6 +31,7 @@ class ViTConfig:
     mlp_width: int
 
     def __post_init__(self):
+        check_sizes(self, "num_layers")
         for name in ("num_layers", "num_heads", "head_dim", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -59,6 +61,7 @@ class ViTVQGANConfig:
     image_channels: int = 3
 
     def __post_init__(self):
+        check_sizes(self)
         object.__setattr__(self, "image_size", tuple(self.image_size))  # JSON has lists
         for name in ("patch_size", "image_channels"):
             if getattr(self, name) < 1:

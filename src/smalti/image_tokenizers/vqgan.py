@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.bounds import MAX_CELLS, check_sizes
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, Quantized, QuantizerConfig, make_quantizer
 
 NORM_GROUPS = 32
@@ -66,6 +67,7 @@ class VQGANConfig:
     form: Literal["llamagen", "maskgit"] = "llamagen"
 
     def __post_init__(self):
+        check_sizes(self, "num_res_blocks")
         for name in ("image_size", "encoder_multipliers", "decoder_multipliers"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
         for name in ("encoder_attention_levels", "decoder_attention_levels"):
@@ -124,13 +126,15 @@ class VQGANConfig:
 
 
 def check_image_size(rows: int, columns: int, patch_size: int, name: str) -> None:
-    """Raises ValueError if a picture cannot be cut into whole patches."""
+    """Raises ValueError if a picture cannot be cut into whole patches, or has more of them than any picture."""
     if rows < 1 or columns < 1 or rows % patch_size or columns % patch_size:
         nearest_rows, nearest_columns = (max(1, round(s / patch_size)) * patch_size for s in (rows, columns))
         raise ValueError(
             f"{name} {rows} x {columns} does not divide into patches of {patch_size} x {patch_size} pixels; "
             f"crop or resize to {nearest_rows} x {nearest_columns}."
         )
+    if rows * columns // patch_size**2 > MAX_CELLS:
+        raise ValueError(f"{name} {rows} x {columns} has more than {MAX_CELLS} patches of {patch_size} x {patch_size}.")
 
 
 class GroupNorm(nn.GroupNorm):

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.bounds import MAX_CELLS, check_sizes
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, Quantized, QuantizerConfig, make_quantizer
 
 
@@ -58,6 +59,7 @@ class VQVAEConfig:
     quantizer: AnyQuantizerConfig = field(default_factory=QuantizerConfig)
 
     def __post_init__(self):
+        check_sizes(self, "encoder_blocks", "decoder_blocks")
         for name in ("image_size", "patch_size", "channels", "width", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -67,6 +69,8 @@ class VQVAEConfig:
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; "
                 f"use {good} or another multiple of {self.patch_size}."
             )
+        if (self.image_size // self.patch_size) ** 2 > MAX_CELLS:
+            raise ValueError(f"image_size {self.image_size} has more than {MAX_CELLS} patches of {self.patch_size}.")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}.")
         if self.levels < 0 or self.levels == 1:
@@ -240,9 +244,12 @@ class DeepulVQVAEConfig:
     quantizer: QuantizerConfig = field(default_factory=lambda: QuantizerConfig(update="gradient"))
 
     def __post_init__(self):
+        check_sizes(self, "residual_layers")
         for name in ("width", "residual_width", "residual_layers", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if (self.image_size // 4) ** 2 > MAX_CELLS:
+            raise ValueError(f"image_size is {self.image_size}; at most {MAX_CELLS} patches of 4 are possible.")
         if self.width % 2 or self.image_size % 4:
             raise ValueError(f"width {self.width} must be even and image_size {self.image_size} a multiple of 4.")
 

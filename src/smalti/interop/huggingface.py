@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
+from smalti.documents import read_json
 from smalti.errors import InputError
 from smalti.files import new_folder
 from smalti.generate import Request, generate
@@ -474,8 +475,8 @@ def export_llama(bundle: Path | str, directory: Path, *, force: bool = False) ->
 
 def _is_llama(folder: Path) -> bool:
     try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type") == "llama"
-    except (OSError, ValueError, AttributeError):
+        return read_json(folder / CONFIG, "").get("model_type") == "llama"
+    except InputError:
         return False
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smalti.errors import InputError
+from smalti.bundle import BUILD_ERRORS, build_within
+from smalti.errors import InputError, first_line
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig
 
 
@@ -91,8 +92,13 @@ def import_foreign(
     else:
         name = _choose_published(layout, state, dropped)
         ours, sizes = layout.published[name], f"of the published {name}"
-    module = layout.build(ours)
-    key_map = layout.key_map(module)
+    try:
+        module = build_within(lambda: layout.build(ours), sum(tensor.numel() for tensor in state.values()), "the file")
+        key_map = layout.key_map(module)
+    except InputError:
+        raise
+    except BUILD_ERRORS as error:
+        raise InputError(f"no network can be built of the config: {first_line(error)}.") from error
     problems = shape_problems(state, key_map, dropped) or _unequal_copies(state, key_map)
     if problems:
         raise InputError(misfit(problems))

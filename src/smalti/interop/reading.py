@@ -6,20 +6,20 @@ their weights, and what Lightning and NumPy leave in a checkpoint, which is repl
 """
 
 import argparse
-import json
 import pickle
 import re
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
 import torch
-import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smalti.errors import InputError
+from smalti.documents import read_json, read_yaml
+from smalti.errors import InputError, shortened
 
 EMA_NAMES = ("ema", "model_ema", "state_dict_ema")
 CONTAINER_NAMES = ("model", "module", "state_dict")
@@ -52,6 +52,7 @@ def read_weights(path: Path) -> ForeignWeights:
     content = read_torch_file(path) if not _is_safetensors(path) else _read_safetensors(path)
     state, notes = _choose_state(content, path)
     tensors, prefixes = _strip_wrappers(state, path)
+    _require_plain(tensors, path)
     if prefixes:
         notes.append(f"took off the prefix {' and '.join(prefixes)}")
     return ForeignWeights(tensors=tensors, notes=tuple(notes))
@@ -65,11 +66,8 @@ def read_config(path: Path) -> dict:
         content = read_torch_file(path)
         content = vars(content) if isinstance(content, argparse.Namespace) else content
     else:
-        try:
-            text = path.read_text(encoding="utf-8")
-            content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{path} cannot be read as a config: {_one_line(error)}") from None
+        mend = "give the original's config, in JSON or YAML"
+        content = (read_json if path.suffix == ".json" else read_yaml)(path, mend)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}; expected a mapping of names to values.")
     return content
@@ -82,7 +80,7 @@ def read_torch_file(path: Path) -> object:
     allowed = [argparse.Namespace, *((Unread, name) for name in _inert_names(path))]
     try:
         with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         asks = f"it asks to load {wanted[1]}" if wanted else _one_line(error)
@@ -90,8 +88,60 @@ def read_torch_file(path: Path) -> object:
             f"{path} is refused and nothing in it was run: {asks}, where only tensors and plain values are "
             "read. If you trust its author, have it saved again as a bare state dict or as safetensors."
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnicodeDecodeError, TypeError) as error:
-        raise InputError(f"{path} cannot be read as a PyTorch weight file: {_one_line(error)}") from None
+    except Exception as error:  # a damaged file makes it raise nearly anything
+        raise InputError(
+            f"{path} cannot be read as a PyTorch weight file: {type(error).__name__}, {_one_line(error)}; fetch or "
+            "save it again."
+        ) from None
+    _check_crc(path)
+    return content
+
+
+def _check_crc(path: Path) -> None:
+    """Raises InputError if a record of a zip file of torch.save has another checksum than was noted. torch does not
+    look; and a file saved without checksums, in which no record has its own, passes."""
+    if not zipfile.is_zipfile(path):  # of a PyTorch before 1.6, which wrote none
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = [record for record in archive.infolist() if record.file_size]
+            damaged = [record.filename for record in records if not _is_whole(archive, record)]
+    except Exception as error:
+        raise InputError(f"{path} is a damaged zip file: {_one_line(error)}; fetch or save it again.") from None
+    if damaged and len(damaged) < len(records):
+        raise InputError(
+            f"{path}: the record {damaged[0]} is damaged, its checksum is not the one noted; fetch or save it again."
+        )
+
+
+def _is_whole(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
+    found = 0
+    try:
+        with archive.open(record) as file:
+            while block := file.read(2**22):
+                found = zlib.crc32(block, found)
+    except zipfile.BadZipFile:  # it compares the checksum itself, at the end
+        return False
+    return found == record.CRC
+
+
+def _require_plain(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises InputError naming a tensor that is not dense and plain, or that a few numbers in the file are said to fill
+    over and over."""
+    for name, tensor in tensors.items():
+        fault = None
+        if tensor.is_quantized:
+            fault = "is quantized; save it in floating point (tensor.dequantize())"
+        elif tensor.layout != torch.strided or tensor.is_nested:
+            fault = f"is of the layout {tensor.layout}; save it dense (tensor.to_dense())"
+        elif tensor.is_meta:
+            fault = "has no numbers (it is on the device meta); save the weights themselves"
+        elif tensor.is_complex():
+            fault = f"holds {tensor.dtype}; weights are real numbers"
+        elif (num_bytes := tensor.numel() * tensor.element_size()) > max(2**26, tensor.untyped_storage().nbytes()):
+            fault = f"would fill {num_bytes:,} bytes with the {tensor.untyped_storage().nbytes():,} there are"
+        if fault is not None:
+            raise InputError(f"{path}: the tensor {shortened(name)} {fault}.")
 
 
 def _inert_names(path: Path) -> list[str]:
@@ -122,7 +172,7 @@ def _is_safetensors(path: Path) -> bool:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # of Rust, of Python, of torch
         raise InputError(f"{path} cannot be read as safetensors: {_one_line(error)}") from None
 
 

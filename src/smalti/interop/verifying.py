@@ -7,13 +7,12 @@ with the folder's outputs: real numbers to `TOLERANCE`, whole numbers exactly.
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smalti.errors import InputError
+from smalti.arrays import read_npz
+from smalti.errors import InputError, first_line
 from smalti.image_tokenizers.quantizer import Quantized
 from smalti.image_tokenizers.vit_vqgan import ViTVQGAN
 from smalti.image_tokenizers.vqgan import VQGAN
@@ -94,11 +93,11 @@ def find_weights(directory: Path) -> Path:
 
 def read_arrays(path: Path) -> ReferenceArrays:
     """The arrays of an `.npz` file; one that would need unpickling is refused."""
+    arrays = read_npz(path, "fetch or make the reference folder again")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return ReferenceArrays({name: torch.from_numpy(np.array(arrays[name])) for name in arrays})
-    except (OSError, ValueError, TypeError, BadZipFile) as error:
-        raise InputError(f"{path} cannot be read as reference arrays: {error}") from None
+        return ReferenceArrays({name: torch.from_numpy(array) for name, array in arrays.items()})
+    except TypeError as error:  # numbers that torch has not, such as some unsigned ones
+        raise InputError(f"{path} cannot be read as reference arrays: {first_line(error)}.") from error
 
 
 def _array_error(name: str, expected: Tensor, compute: Callable[[], Tensor]) -> ArrayError:

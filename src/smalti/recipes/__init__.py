@@ -7,8 +7,9 @@ and defaults are written down once, where they are used; this file only says whi
 import dataclasses
 import difflib
 import json
+import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -18,10 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from smalti.data.digits import ColouringConfig
 from smalti.data.picture_sets import PicturesConfig
-from smalti.errors import InputError
+from smalti.documents import parse_yaml, read_json, read_yaml
+from smalti.errors import InputError, shortened
 from smalti.evaluate.compositions import CompositionsConfig
 from smalti.evaluate.report import ReportConfig
-from smalti.files import new_file
+from smalti.files import write_json
 from smalti.image_tokenizers.losses import AdversarialConfig, LossConfig
 from smalti.image_tokenizers.titok import TiTokConfig
 from smalti.image_tokenizers.vit_vqgan import ViTVQGANConfig
@@ -283,7 +285,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """
     known = shipped_recipes()
     path = known.get(str(name), Path(name))
-    if not path.is_file():
+    if not os.path.isfile(path):  # which, unlike Path's, knows no name that is too long
         near = difflib.get_close_matches(str(name), known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise InputError(
@@ -316,10 +318,11 @@ class _Loader(yaml.SafeLoader):
     """YAML, but 1e-3 is a number and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.MarkedYAMLError(problem=f"{twice[0]!r} is given twice", problem_mark=node.start_mark)
+        seen = set()
+        for key in (self.construct_object(key) for key, _ in node.value):
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key!r} is given twice", problem_mark=node.start_mark)
+            seen |= {key} if isinstance(key, Hashable) else set()
         return super().construct_mapping(node, deep)
 
 
@@ -329,16 +332,7 @@ _Loader.add_implicit_resolver(
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{path}{line}: not a recipe in YAML: {error.problem}.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read the recipe {path}: {str(error).splitlines()[0]}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a recipe: expected sections such as data: and train:, in YAML.")
-    return content
+    return read_yaml(path, "a recipe has sections such as data: and train:, in YAML", loader=_Loader)
 
 
 def _checked(content: dict[str, Any], name: str, system: System) -> AnyRecipe:
@@ -363,7 +357,7 @@ def _set_max_length(content: dict[str, Any], name: str) -> None:
     if "max_length" in model:
         raise InputError(f"recipe {name}: model.max_length follows from the layout; leave it out.")
     if (preset := model.pop("preset", None)) is not None:
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError(f"recipe {name}: model.preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}.")
         model.update({**PRESETS[preset], **model})
     try:
@@ -439,10 +433,7 @@ def _apply(content: dict[str, Any], override: str, system: System) -> str:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"{override!r} is no setting; write key=value, for example train.learning_rate=1e-3.")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{override!r}: the value cannot be read as YAML; put it in quotes.") from error
+    value = parse_yaml(text, shortened(repr(override)), "put the value in quotes", loader=_Loader, kind=object)
     full_key = _full_key(key, system)
     *sections, last = full_key.split(".")
     for section in sections:
@@ -512,7 +503,7 @@ def claim_folder(recipe: BaseModel, folder: Path, *, free: Collection[str]) -> N
     path = folder / "recipe.json"
     settings = json.loads(recipe.model_dump_json(exclude=set(free) | {"output", "description", "expects", "minutes"}))
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, "remove this file if the run there is of the settings you give, or give another folder")
         _rename_bf16(found, path)
         differing = [name for name in settings if not _agree(found.get(name), settings[name])]
         if differing:
@@ -521,8 +512,7 @@ def claim_folder(recipe: BaseModel, folder: Path, *, free: Collection[str]) -> N
                 "the same settings, or give another folder, output=FOLDER."
             )
         return
-    with new_file(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_json(path, settings)
 
 
 def _agree(one: Any, other: Any, name: str = "") -> bool:
