@@ -177,7 +177,7 @@ def test_a_run_begun_before_a_setting_was_known_is_the_same_run(finished, monkey
     monkeypatch.setattr(module, "load_run", lambda path: earlier)
     train(finished)
     assert rows(finished / "evaluation.csv") == before
-    with pytest.raises(InputError, match="other settings.*new_entries"):
+    with pytest.raises(InputError, match=r"other settings.*new_entries"):
         train(finished, model=replace(MODEL, quantizer=replace(MODEL.quantizer, new_entries="squared_distance")))
 
 
