@@ -254,6 +254,56 @@ def test_dead_entries_restart_on_latents_of_the_batch():
     torch.testing.assert_close(quantizer.ema_sums[1:], quantizer.codebook[1:] * 0.6)
 
 
+@settings(max_examples=20)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=12), st.integers(0, 10**6))
+def test_by_squared_distance_kmeans_gives_every_distinct_latent_an_entry_however_rare(copies, seed):
+    points = torch.randn(len(copies), 5, generator=torch.Generator().manual_seed(seed))
+    latents = points.repeat_interleave(torch.tensor(copies), dim=0)
+    config = QuantizerConfig(codebook_size=len(copies), code_dim=5, kmeans_rounds=1, new_entries="squared_distance")
+    torch.manual_seed(seed)
+    out = VectorQuantizer(config)(latents)
+    torch.testing.assert_close(out.latents, latents)
+
+
+def test_by_squared_distance_a_dead_entry_parts_two_latents_that_shared_one():
+    """Two rare latents, 2 apart, have one entry between them, and a thousand others one that fits exactly. The dead
+    entries land on the rare ones, which an even draw would hit one time in 501."""
+    torch.manual_seed(10)
+    codebook = [[0.0, 0.0], [9.0, 1.0], [90.0, 0.0], [90.0, 0.0]]
+    quantizer = quantizer_with(codebook, ema_decay=0.9, restart_below=0.5, new_entries="squared_distance")
+    quantizer.ema_sums.copy_(quantizer.codebook)
+    quantizer.ema_counts.copy_(torch.tensor([1000.0, 2.0, 0.0, 0.0]))
+    quantizer.ema_sums.mul_(quantizer.ema_counts[:, None])
+    rare = torch.tensor([[9.0, 0.0], [9.0, 2.0]])
+    latents = torch.cat([torch.zeros(1000, 2), rare])
+    quantizer(latents)
+    assert torch.isin(quantizer.codebook[2:], rare).all()
+    quantizer(latents)
+    assert torch.equal(quantizer.encode(rare[:1]) == quantizer.encode(rare[1:]), torch.tensor([False]))
+
+
+def test_dead_entries_restart_in_proportion_to_the_squared_distance():
+    torch.manual_seed(11)
+    K = 20_000
+    config = QuantizerConfig(codebook_size=K, code_dim=1, restart_below=0.5, new_entries="squared_distance")
+    quantizer = VectorQuantizer(config)
+    quantizer.codebook.fill_(100.0)
+    quantizer.codebook[0] = 0.0
+    quantizer.ema_counts.zero_()
+    quantizer(torch.tensor([[1.0], [2.0], [0.0], [-3.0]]))  # squared distances 1, 4, 0 and 9
+    shares = [(quantizer.codebook == value).double().mean().item() for value in (1.0, 2.0, 0.0, -3.0)]
+    assert shares == pytest.approx([1 / 14, 4 / 14, 0, 9 / 14], abs=0.02)  # six standard deviations
+
+
+def test_where_every_latent_has_its_entry_restarts_are_even():
+    torch.manual_seed(12)
+    quantizer = quantizer_with([[1.0], [2.0], [90.0]], ema_decay=0.5, restart_below=0.6, new_entries="squared_distance")
+    quantizer.ema_counts.zero_()
+    latents = torch.tensor([[1.0], [1.0], [2.0], [2.0]])
+    quantizer(latents)
+    assert torch.isin(quantizer.codebook[2], latents).all()
+
+
 @pytest.mark.parametrize(
     "remedy",
     [{"update": "ema", "ema_decay": 0.8, "restart_below": 0.5}, {"update": "clustering"}],
@@ -291,6 +341,14 @@ def test_clustering_leaves_used_entries_and_moves_idle_ones():
 
 CONFIGS = {
     "ema": QuantizerConfig(codebook_size=7, code_dim=3, kmeans_rounds=3, ema_decay=0.6, restart_below=1.5),
+    "far": QuantizerConfig(
+        codebook_size=7,
+        code_dim=3,
+        kmeans_rounds=3,
+        ema_decay=0.6,
+        restart_below=1.5,
+        new_entries="squared_distance",
+    ),
     # Without k-means, which leaves entries midway between two vectors of the batch: which one is closest is then a tie.
     "clustering": QuantizerConfig(codebook_size=7, code_dim=3, update="clustering"),
 }
@@ -424,6 +482,8 @@ def test_a_code_outside_the_codebook_is_refused(config, wrong):
         ({"update": "adam"}, 'update is .adam.; use "gradient", "ema" or "clustering"'),
         ({"ema_decay": 1.0}, "ema_decay is 1.0; it must lie between 0 and 1"),
         ({"update": "gradient", "restart_below": 1.0}, 'restart_below needs update "ema"'),
+        ({"new_entries": "far", "kmeans_rounds": 1}, 'new_entries is .far.; use "squared_distance"'),
+        ({"new_entries": "squared_distance"}, "set one of them above 0"),
         ({"entropy_temperature": 0.0}, "entropy_temperature is 0.0; it must be above 0"),
     ],
 )

@@ -168,6 +168,19 @@ def test_a_finished_run_started_again_changes_nothing(finished):
     assert rows(finished / "evaluation.csv") == before
 
 
+def test_a_run_begun_before_a_setting_was_known_is_the_same_run(finished, monkeypatch):
+    """It has no `new_entries`, which is None by default; and one that is set is another run."""
+    before = rows(finished / "evaluation.csv")
+    earlier = module.load_run(latest_checkpoint(finished))
+    earlier["model"]["quantizer"].pop("new_entries", None)
+    earlier["model"]["quantizer"]["later_removed"] = None
+    monkeypatch.setattr(module, "load_run", lambda path: earlier)
+    train(finished)
+    assert rows(finished / "evaluation.csv") == before
+    with pytest.raises(InputError, match=r"other settings.*new_entries"):
+        train(finished, model=replace(MODEL, quantizer=replace(MODEL.quantizer, new_entries="squared_distance")))
+
+
 def test_another_run_in_the_same_folder_is_refused(finished):
     with pytest.raises(InputError, match=r"holds a run with other settings \(training steps is 23 there, 29 here\)"):
         train(finished, config=replace(TRAINING, steps=29))

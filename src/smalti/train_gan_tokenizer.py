@@ -15,7 +15,6 @@ never stopped (on one machine). Only the logged window of codes that tells the c
 Letters: B batch, N pictures, C H W image.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -76,6 +75,7 @@ from smalti.train_tokenizer import (
     STAGE,
     CsvLog,
     as_described_now,
+    described,
     draw_reconstructions,
     how_to_mend,
     is_due,
@@ -261,7 +261,7 @@ def train_gan_tokenizer(
     settings = {"model": model_config, "training": config, "losses": losses, "adversarial": adversarial}
     run = {name: asdict(part) for name, part in settings.items()}
     run["pictures"] = {**asdict(reading), "workers": None, "num_training": len(rows)}  # workers change nothing
-    run = json.loads(json.dumps(run, default=str))
+    run = described(run)
     progress_state = _Progress()
     start, pending = 0, []
     if latest:

@@ -127,7 +127,7 @@ def train_tokenizer(
     latest = latest_checkpoint(directory)
     begun = as_described_now(load_run(latest)) if latest else None
     config = with_resolved_precision(config, begun)
-    run = json.loads(json.dumps({"model": asdict(model_config), "training": asdict(config)}))
+    run = described({"model": asdict(model_config), "training": asdict(config)})
     start, pending = 0, []
     if latest:
         start, weights, state = load_checkpoint(latest)
@@ -410,7 +410,21 @@ def how_to_mend(config: Any) -> str:
 
 def as_described_now(run: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of its run, in today's names."""
-    return {**run, "training": with_precision(run["training"])}
+    return described({**run, "training": with_precision(run["training"])})
+
+
+def described(run: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a checkpoint holds them. One that is None is left out, and so the same as one that an earlier version
+    did not have."""
+    return _without_none(json.loads(json.dumps(run, default=str)))
+
+
+def _without_none(settings: Any) -> Any:
+    if isinstance(settings, list):
+        return [_without_none(part) for part in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {name: _without_none(value) for name, value in settings.items() if value is not None}
 
 
 def with_resolved_precision(config: Any, begun: dict[str, Any] | None) -> Any:
@@ -421,8 +435,9 @@ def with_resolved_precision(config: Any, begun: dict[str, Any] | None) -> Any:
 
 def settings_difference(one: dict[str, Any], other: dict[str, Any]) -> str:
     """The first setting in which two runs differ."""
-    for part in other:
-        for name, value in other[part].items():
-            if one.get(part, {}).get(name) != value:
-                return f"{part} {name} is {one.get(part, {}).get(name)} there, {value} here"
+    for part in one | other:
+        there, here = one.get(part, {}), other.get(part, {})
+        for name in there | here:
+            if there.get(name) != here.get(name):
+                return f"{part} {name} is {there.get(name)} there, {here.get(name)} here"
     return "settings that are not known here"

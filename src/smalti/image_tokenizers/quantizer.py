@@ -55,6 +55,11 @@ class QuantizerConfig:
     Zheng and Vedaldi 2023, arXiv:2307.15139). `kmeans_rounds` > 0 starts the codebook by that many Lloyd
     rounds on the first training batch. `restart_below` > 0 ("ema" only) puts an entry whose running count of
     latents per batch has fallen below it onto a random latent of the batch.
+
+    The latents on which k-means starts and dead entries restart are drawn evenly, or with `new_entries`
+    "squared_distance" in proportion to the squared distance from the nearest entry (k-means++, Arthur and
+    Vassilvitskii 2007): rare latents far from all others then get an entry of their own, where an even draw spends
+    nearly all entries on what is frequent.
     """
 
     codebook_size: int = 1024
@@ -68,6 +73,7 @@ class QuantizerConfig:
     rotation_trick: bool = False
     entropy_weight: float = 0.0
     entropy_temperature: float = 0.01
+    new_entries: Literal["squared_distance"] | None = None
     kind: Literal["vq"] = "vq"
 
     def __post_init__(self):
@@ -76,6 +82,10 @@ class QuantizerConfig:
         _check_at_least(self, 0, "commitment_weight", "kmeans_rounds", "restart_below", "entropy_weight")
         if self.update not in ("gradient", "ema", "clustering"):
             raise ValueError(f'update is {self.update!r}; use "gradient", "ema" or "clustering".')
+        if self.new_entries not in (None, "squared_distance"):
+            raise ValueError(f'new_entries is {self.new_entries!r}; use "squared_distance", or leave it out.')
+        if self.new_entries and not (self.kmeans_rounds or self.restart_below):
+            raise ValueError("new_entries places what kmeans_rounds or restart_below draw; set one of them above 0.")
         if not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must lie between 0 and 1, for example 0.99.")
         if self.restart_below and self.update != "ema":
@@ -165,7 +175,7 @@ class VectorQuantizer(nn.Module):
                 entropy_loss = config.entropy_weight * penalty
             through = rotate_onto(flat, chosen) if config.rotation_trick else straight_through(flat, chosen)
             if self.training:
-                self._learn(flat.detach(), codes)
+                self._learn(flat.detach(), codes, chosen.detach())
         return Quantized(
             latents=through.view(latents.shape),
             codes=codes.view(latents.shape[:-1]),
@@ -182,14 +192,14 @@ class VectorQuantizer(nn.Module):
         return F.normalize(flat, dim=-1) if self.config.l2_normalised else flat
 
     @torch.no_grad()
-    def _learn(self, flat: Tensor, codes: Tensor) -> None:
+    def _learn(self, flat: Tensor, codes: Tensor, chosen: Tensor) -> None:
         if self.config.update == "gradient":
             return
         counts, sums = _sums_by_code(flat, codes, self.config.codebook_size)
         if self.config.update == "ema":
             self._move_to_running_means(counts, sums)
             if self.config.restart_below:
-                self._restart_dead_entries(flat)
+                self._restart_dead_entries(flat, chosen)
         else:
             self._pull_idle_entries(flat, counts)
 
@@ -201,11 +211,14 @@ class VectorQuantizer(nn.Module):
         if self.config.l2_normalised:
             self.codebook.copy_(F.normalize(self.codebook, dim=-1))
 
-    def _restart_dead_entries(self, flat: Tensor) -> None:
+    def _restart_dead_entries(self, flat: Tensor, chosen: Tensor) -> None:
         """Writes to every entry under a mask, so that no step waits to learn whether any entry is dead."""
         threshold = self.config.restart_below
         dead = self.ema_counts < threshold
-        newcomers = _draw_vectors(flat, self.config.codebook_size, distinct=False)
+        if self.config.new_entries == "squared_distance":
+            newcomers = _draw_far_vectors(flat, (flat - chosen).square().sum(-1), self.config.codebook_size)
+        else:
+            newcomers = _draw_vectors(flat, self.config.codebook_size, distinct=False)
         self.codebook.copy_(torch.where(dead[:, None], newcomers, self.codebook))
         self.ema_sums.copy_(torch.where(dead[:, None], newcomers * threshold, self.ema_sums))
         self.ema_counts.clamp_(min=threshold)
@@ -220,7 +233,10 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _start_by_kmeans(self, flat: Tensor) -> None:
         K = self.config.codebook_size
-        centres = _draw_vectors(flat, K, distinct=True)
+        if self.config.new_entries == "squared_distance":
+            centres = _draw_spread_vectors(flat, K)
+        else:
+            centres = _draw_vectors(flat, K, distinct=True)
         counts = flat.new_zeros(K)
         for _ in range(self.config.kmeans_rounds):
             counts, sums = _sums_by_code(flat, nearest(flat, centres), K)
@@ -349,18 +365,63 @@ def _draw_vectors(flat: Tensor, num: int, *, distinct: bool) -> Tensor:
     The first process draws for all, from its global generator, as a single process with the joined batch
     would.
     """
-    first, total = 0, len(flat)
-    if _several_processes():
-        sizes = [torch.zeros((), dtype=torch.long, device=flat.device) for _ in range(dist.get_world_size())]
-        dist.all_gather(sizes, torch.tensor(len(flat), device=flat.device))
-        first = int(sum(sizes[: dist.get_rank()]))
-        total = int(sum(sizes))
+    total = sum(_sizes(flat))
     if distinct and total >= num:
         rows = torch.randperm(total, device=flat.device)[:num]
     else:
         rows = torch.randint(total, (num,), device=flat.device)
+    return _rows_of_all(flat, rows)
+
+
+def _draw_far_vectors(flat: Tensor, distances: Float[Tensor, " N"], num: int) -> Tensor:
+    """(num, E) vectors of the batch of all processes, each drawn with probability in proportion to its (squared)
+    distance; evenly if all are 0. The first process draws for all."""
+    weights = _joined(distances).double()
+    # An inverse of the cumulative sum: torch.multinomial takes no more than 2^24 weights.
+    cumulative = weights.cumsum(0) if weights.sum() > 0 else torch.ones_like(weights).cumsum(0)
+    drawn = torch.rand(num, dtype=torch.double, device=flat.device) * cumulative[-1]
+    rows = torch.searchsorted(cumulative, drawn, right=True).clamp(max=len(weights) - 1)
+    return _rows_of_all(flat, rows)
+
+
+def _draw_spread_vectors(flat: Tensor, num: int) -> Tensor:
+    """(num, E) vectors of the batch of all processes by k-means++: the first at random, each further one in
+    proportion to its squared distance from the nearest one drawn so far."""
+    drawn = _draw_vectors(flat, 1, distinct=True)
+    distances = (flat - drawn).square().sum(-1)
+    for _ in range(num - 1):
+        newcomer = _draw_far_vectors(flat, distances, 1)
+        distances = torch.minimum(distances, (flat - newcomer).square().sum(-1))
+        drawn = torch.cat([drawn, newcomer])
+    return drawn
+
+
+def _sizes(flat: Tensor) -> list[int]:
+    """How many vectors each process has."""
+    if not _several_processes():
+        return [len(flat)]
+    sizes = [torch.zeros((), dtype=torch.long, device=flat.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor(len(flat), device=flat.device))
+    return [int(size) for size in sizes]
+
+
+def _joined(values: Float[Tensor, " N"]) -> Tensor:
+    """The values of all processes one after the other, on each of them."""
+    if not _several_processes():
+        return values
+    sizes = _sizes(values)
+    padded = values.new_zeros(max(sizes))
+    padded[: len(values)] = values
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _rows_of_all(flat: Tensor, rows: Int[Tensor, " n"]) -> Tensor:
+    """(n, E) vectors of the batch of all processes, by the row numbers that the first process drew."""
     if not _several_processes():
         return flat[rows]
+    first = sum(_sizes(flat)[: dist.get_rank()])
     dist.broadcast(rows, src=0)
     here = (rows >= first) & (rows < first + len(flat))
     drawn = flat[(rows - first).clamp(0, len(flat) - 1)] * here[:, None]

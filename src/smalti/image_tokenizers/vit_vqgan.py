@@ -210,7 +210,7 @@ class ViTVQGAN(nn.Module):
         quantizer, codes = self.config.quantizer, self.quantizer.state_dict()
         if isinstance(quantizer, QuantizerConfig):
             # An EMA codebook would go on moving in training mode, so the copy's is an ordinary parameter.
-            quantizer = replace(quantizer, update="gradient", kmeans_rounds=0, restart_below=0.0)
+            quantizer = replace(quantizer, update="gradient", kmeans_rounds=0, restart_below=0.0, new_entries=None)
             codes = {"codebook": codes["codebook"]}
         copy = ViTVQGAN(replace(self.config, quantizer=quantizer, decoder=decoder)).to(self.patches_in.weight.device)
         copy.quantizer.load_state_dict(codes)

@@ -166,17 +166,17 @@ class VQVAE(nn.Module):
         clamped."""
         outputs = self._outputs(self.quantizer.lookup(codes))
         if self.config.levels:
-            return outputs.argmax(-1) / (self.config.levels - 1)
-        return outputs.squeeze(-1).float()
+            return outputs.argmax(2) / (self.config.levels - 1)
+        return outputs.squeeze(2).float()
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Reconstructed:
         quantized = self.quantizer(self._latents(images))
         outputs = self._outputs(quantized.latents)
         if self.config.levels:
             levels = (images * (self.config.levels - 1)).round().long()
-            loss = F.cross_entropy(outputs.flatten(0, -2).float(), levels.flatten())
+            loss = F.cross_entropy(outputs.flatten(0, 1).float(), levels.flatten(0, 1))
         else:
-            loss = F.mse_loss(outputs.squeeze(-1).float(), images)
+            loss = F.mse_loss(outputs.squeeze(2).float(), images)
         return Reconstructed(loss, quantized)
 
     def _latents(self, images: Tensor) -> Float[Tensor, "B h w E"]:
@@ -197,22 +197,28 @@ class VQVAE(nn.Module):
             cells = torch.cat([top[:, None], cells[:, 1:]], dim=1)
         return self.to_code(self.encoder_norm(cells))
 
-    def _outputs(self, latents: Tensor) -> Float[Tensor, "B C H W L"]:
+    def _outputs(self, latents: Tensor) -> Float[Tensor, "B C L H W"]:
         """Logits of the levels, or with no levels the value itself as L = 1."""
         config = self.config
-        (h, w), p = config.grid, config.patch_size
         cells = self.from_code(latents)  # (B, h, w, D)
         # In the dtype autocast chose: one float32 addend would turn the whole residual stream to float32.
         cells = self.decoder(cells + self.decoder_positions.to(cells.dtype))
         cells = self.decoder_norm(cells)
-        # The cells whose colours a pixel mixes: its own, or (B, 1, 1, 2, D) the two corners for the whole
-        # picture.
-        proposing = cells[:, :1, [0, -1], None].transpose(2, 3) if config.two_colours else cells[..., None, :]
-        palette = self.palette(proposing).unflatten(-1, (config.colours_per_cell, -1)).flatten(-3, -2)
-        mixture = self.mixture(cells).unflatten(-1, (-1, config.colours_mixed)).softmax(-1)
-        pixels = mixture.to(palette.dtype) @ palette  # (B, h, w, p * p, C * L)
-        pixels = pixels.view(-1, h, w, p, p, config.channels, max(config.levels, 1))
-        return pixels.permute(0, 5, 1, 3, 2, 4, 6).flatten(4, 5).flatten(2, 3)
+        mixture = self.mixture(cells).unflatten(-1, (config.patch_size, config.patch_size, config.colours_mixed))
+        mixture = mixture.permute(0, 5, 1, 3, 2, 4)  # (B, M, h, p, w, p), M colours mixed
+        if config.two_colours:
+            # One product for the whole picture, with pixels innermost: a softmax over rows of 2 or 4 numbers would
+            # take as long as the network.
+            shares = mixture.reshape(len(cells), config.colours_mixed, -1).softmax(1)  # (B, 2, H * W)
+            palette = self.palette(cells[:, 0, [0, -1]]).transpose(1, 2)  # (B, C * L, 2)
+            outputs = palette @ shares.to(palette.dtype)
+        else:
+            palette = self.palette(cells).unflatten(-1, (config.colours_per_cell, -1))  # (B, h, w, M, C * L)
+            shares = mixture.softmax(1).permute(0, 2, 4, 3, 5, 1).flatten(3, 4)  # (B, h, w, p * p, M)
+            outputs = (shares.to(palette.dtype) @ palette).unflatten(3, (config.patch_size, config.patch_size))
+            outputs = outputs.permute(0, 5, 1, 3, 2, 4)  # (B, C * L, h, p, w, p)
+        size = (config.image_size, config.image_size)
+        return outputs.reshape(len(cells), config.channels, max(config.levels, 1), *size)
 
 
 def split_two_colours(
