@@ -1,6 +1,7 @@
 """Muon: against singular values, against torch's own, and in the training loop."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_two_steps_worked_out_by_singular_values():
 def test_it_is_torchs_muon_but_for_its_rounding_to_bfloat16():
     torch.manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.ones(4, 6)), torch.nn.Parameter(torch.ones(6, 4))] for _ in range(2))
-    settings = {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9}
+    settings: Any = {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9}
     optimizers = Muon(ours, **settings), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings)
     for _ in range(3):
         for one, other in zip(ours, theirs, strict=True):
