@@ -365,6 +365,7 @@ CHANGES = {
     "num_steps": 5,
     "batch_size": 4,
     "num_micro_batches": 2,
+    "optimizer": "muon",
     "learning_rate": 2e-3,
     "schedule": "cosine",
     "warmup_steps": 2,

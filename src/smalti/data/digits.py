@@ -272,8 +272,8 @@ class ColouredDigits(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DistortionConfig:
-    """How far a digit may be bent each time that it is drawn, each way; drawn evenly. Angles in degrees, the rest as
-    shares: a scaling of 0.1 draws width and height each from 0.9 to 1.1."""
+    """How far a digit may be distorted each time that it is drawn, each way; drawn evenly. Angles in degrees, the rest
+    as shares: a scaling of 0.1 draws width and height each from 0.9 to 1.1."""
 
     rotation: float = 10.0
     shear: float = 0.15
@@ -290,8 +290,8 @@ class ColouringConfig:
     """How source digits are coloured.
 
     `seed` (0 .. 2³²-1) draws the colours. Every digit of the training split is drawn `colourings` times, each time in
-    a pair of colours drawn anew (use more for a small source), and bent as `distortion` says, if it is given. Held-out
-    digits are drawn once and as they are, so that in what is measured none counts twice.
+    a pair of colours drawn anew (use more for a small source), and distorted as `distortion` says, if it is given.
+    Held-out digits are drawn once and as they are, so that in what is measured none counts twice.
     """
 
     seed: int = 0
@@ -339,9 +339,9 @@ def distort_masks(
     middle = np.full((2, 1), PICTURE_SIZE / 2)
     coefficients = np.concatenate([back, middle - back @ middle], axis=2).reshape(-1, 6).tolist()
     distorted = np.empty_like(masks)
-    for mask, bent, six in zip(masks, distorted, coefficients, strict=True):
+    for mask, new, six in zip(masks, distorted, coefficients, strict=True):
         ink = Image.fromarray(mask * np.uint8(255))
-        bent[:] = np.asarray(ink.transform(ink.size, Image.Transform.AFFINE, six, Image.Resampling.BILINEAR)) > 127
+        new[:] = np.asarray(ink.transform(ink.size, Image.Transform.AFFINE, six, Image.Resampling.BILINEAR)) > 127
     return distorted
 
 
