@@ -41,7 +41,7 @@ EXECUTORS = ("native", "packed", "eager")
 rarely differ between two of them; with one of them, the same seed gives the same tokens."""
 FEWEST_STEPS = 1
 """Shorter jobs are left to the model itself: none. Tests raise it to have the oracle generate."""
-STEPS_THAT_REPAY_COMPILING = 2000
+STEPS_THAT_REPAY_COMPILING = 1000
 """Decode steps of one job from which the native library is compiled for it: they take about as long without."""
 MOST_PACKED_BYTES = 2**30
 """Larger models are not copied."""

@@ -49,6 +49,7 @@ from smalti.layout import NO_SLOT, PARTS, Layout, Marker, Order, Packed, Span, S
 from smalti.likelihood import Likelihood, evaluate_nll
 from smalti.models import DecoderOnly, SlotTargets, new_model, slot_nll, slot_targets
 from smalti.muon import Muon, Optimizers
+from smalti.native import decode as native_decode
 from smalti.precision import (
     AUTO,
     FLOAT32,
@@ -480,6 +481,8 @@ def make_loss(
     native = None
     if not asked.compile and num_steps * chosen.batch_size * layout.max_length >= NATIVE_FROM_TOKENS:
         native = make_native_loss(model, chosen.precision)
+        if native is not None:
+            native_decode.load()  # who trains for so long draws from the model next, in jobs too short to compile it
     loss = NextTokenLoss(model, layout, native)
     compiled = bool(chosen.compile) and native is None
     path = "the native kernel" if native else "torch.compile" if compiled else "torch, operator by operator"
