@@ -171,7 +171,9 @@ def test_a_finished_run_started_again_changes_nothing(finished):
 def test_a_run_begun_before_a_setting_was_known_is_the_same_run(finished, monkeypatch):
     """It has no `new_entries`, which is None by default; and one that is set is another run."""
     before = rows(finished / "evaluation.csv")
-    earlier = module.load_run(latest_checkpoint(finished))
+    latest = latest_checkpoint(finished)
+    assert latest is not None
+    earlier = module.load_run(latest)
     earlier["model"]["quantizer"].pop("new_entries", None)
     earlier["model"]["quantizer"]["later_removed"] = None
     monkeypatch.setattr(module, "load_run", lambda path: earlier)
