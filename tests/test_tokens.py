@@ -217,7 +217,7 @@ def test_expected_values_are_checked(
 def test_a_file_cut_short(tmp_path: Path) -> None:
     path = write(tmp_path / "t.parquet", ROWS)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match=r"t\.parquet \(\d+ bytes\) is not a complete parquet file: .* write it again"):
+    with pytest.raises(InputError, match=r"t\.parquet is not a whole parquet file: .* fetch it again"):
         TokenTable.open(path)
 
 
@@ -243,7 +243,7 @@ def test_a_missing_column_lists_those_found(tmp_path: Path) -> None:
 def test_a_column_of_another_kind(tmp_path: Path) -> None:
     columns = {"__key__": ["a"], "image_tokens": ["1 2"], "text_tokens": [[1]], "text": [""]}
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
-    with pytest.raises(InputError, match="column image_tokens holds string, expected lists of integers"):
+    with pytest.raises(InputError, match="column 'image_tokens' holds string, expected lists of integers"):
         TokenTable.open(tmp_path / "t.parquet")
 
 
