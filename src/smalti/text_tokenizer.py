@@ -386,7 +386,7 @@ def _switch_off(tokenizer: Tokenizer) -> list[str]:
         found.append(f"padding with {tokenizer.padding['pad_token']}")
         tokenizer.no_padding()
     if isinstance(tokenizer.model, models.BPE) and tokenizer.model.dropout:
-        found.append(f"dropout of {tokenizer.model.dropout} of the merges")
+        found.append(f"dropout of {tokenizer.model.dropout:g} of the merges")
         tokenizer.model.dropout = None
     if num := tokenizer.num_special_tokens_to_add(is_pair=False):
         found.append(f"the template that adds {num} special tokens to a caption")

@@ -41,9 +41,9 @@ def is_pictures(kind: pa.DataType) -> bool:
 
 
 def is_codes(kind: pa.DataType) -> bool:
-    """Lists of integers, of any width and any form of list."""
+    """Lists of integers, of any width and any form of list; or of nothing, where all lists are empty."""
     kind = _plain(kind)
-    return _is_list(kind) and pa.types.is_integer(_plain(kind.value_type))
+    return _is_list(kind) and (pa.types.is_integer(_plain(kind.value_type)) or is_empty(kind.value_type))
 
 
 def is_key(kind: pa.DataType) -> bool:

@@ -236,7 +236,7 @@ def _rotary_base(config: dict) -> float:
             continue
         ignored: tuple[str, ...] = ()
         rope = Fields(config[name], f"config.{name}")
-        factor = rope.take("factor", int | float, 1)
+        factor = rope.take("factor", int | float | None, None)
         for kind in ("rope_type", "type"):
             scaling = rope.take(kind, str, "default")
             if scaling != "default" and not (factor == 1 and scaling in _SCALED_BY_FACTOR):
