@@ -92,7 +92,7 @@ def test_pictures_without_the_named_column_and_a_table_cut_short(smalti, bundle:
     cut = tmp_path / "cut.parquet"
     cut.write_bytes((tmp_path / "t.parquet").read_bytes()[:-200])
     code, err = smalti("tokenize", cut, "-o", tmp_path / "u.parquet", "--bundle", bundle)
-    assert code == 2 and "cut.parquet is not a readable parquet file" in err and "cut short" in err
+    assert code == 2 and "cut.parquet is not a whole parquet file" in err and "cut short" in err
 
 
 def test_a_tokenizer_json_of_other_segments_prints_both_layouts(smalti, bundle: Path, tmp_path):

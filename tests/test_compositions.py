@@ -116,7 +116,7 @@ def test_tables_are_read_one_behind_the_other(tables):
         (lambda table: table.drop_columns("base"), "has no column 'base'; it has image, caption, skin_tones"),
         (
             lambda table: table.set_column(3, "skin_tones", pa.array(["x"] * len(TEST))),
-            "column skin_tones is string, not a list",
+            "column 'skin_tones' holds string, expected lists of names",
         ),
         (lambda table: table.slice(0, 0), "no rows; name tables that hold some"),
     ],

@@ -239,6 +239,7 @@ def test_a_bundle_of_pictures_is_read_too(tmp_path):
         ({"attention_bias": "yes"}, r"config\.attention_bias is 'yes'; expected bool"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"config\.rope_scaling\.rope_type is 'llama3'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"config\.rope_scaling\.type is 'linear'"),
+        ({"rope_scaling": {"type": "linear"}}, "rotary positions that are scaled are not supported"),
         ({"rope_parameters": {"rope_type": "yarn"}}, r"config\.rope_parameters\.rope_type is 'yarn'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5"),
         ({"rope_parameters": {"rope_theta": 7.0}}, "rope_theta twice, as 7.0 and 500.0"),
@@ -253,6 +254,18 @@ def test_a_bundle_of_pictures_is_read_too(tmp_path):
 def test_a_config_that_asks_for_more_is_refused_by_field(changes, message):
     with pytest.raises(InputError, match=message):
         read_llama_config(LLAMA | changes)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "linear", "factor": 1.0},
+        {"rope_type": "dynamic", "factor": 1},
+        {"rope_type": "llama3", "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ],
+)
+def test_positions_scaled_by_one_are_not_scaled(scaling):
+    assert read_llama_config(LLAMA | {"rope_scaling": scaling}) == read_llama_config(LLAMA)
 
 
 def test_a_config_may_have_its_rotary_base_in_either_place():
@@ -318,6 +331,49 @@ def test_tied_weights_may_be_repeated_but_must_agree(foreign):
     save_file(state, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"tie_word_embeddings is True, but lm_head\.weight is not"):
         read_llama(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("adapter_config.json", "adapter_model.safetensors"), "It holds an adapter: .*merge_and_unload"),
+        (("model.gguf", "config.json"), r"model\.gguf is a GGUF file of llama\.cpp: take the original weights"),
+        (("params.json", "consolidated.00.pth"), "It is in Meta's own layout: .*convert_llama_weights_to_hf"),
+        (("c2i.pt",), r"It has c2i\.pt: give the file itself"),
+        (("notes.md",), r"It has notes\.md\.$"),
+    ],
+)
+def test_a_folder_of_another_kind_says_what_to_do(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=f"holds no weights: expected model.safetensors.*{message}"):
+        read_llama(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("base_model.model.layers.0.q_proj.lora_A.weight", "is an adapter .*not a whole model; give the whole model"),
+        ("tok_embeddings.weight", "is a Llama in Meta's own layout"),
+        ("layers.0.attention.wqkv.weight", "is a GPT of LlamaGen"),
+    ],
+)
+def test_a_file_of_another_kind_is_known_by_its_keys(foreign, key, message):
+    folder, _ = foreign
+    tensors = {key: torch.zeros(2, 3)} | ({"tok_embeddings.weight": torch.zeros(2, 3)} if "wqkv" in key else {})
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        read_llama(folder)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(foreign):
+    folder, state = foreign
+    broken = dict(state)
+    broken["model.norm.weight"] = torch.full_like(state["model.norm.weight"], float("inf"))
+    save_file(broken, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.norm\.weight holds 12 of 12 values that are NaN or infinite"):
+        read_llama(folder)
+    assert "model.norm.weight" in read_llama(folder, allow_nonfinite=True).report.notes[0]
 
 
 def test_a_folder_without_weights_and_an_export_in_the_way(foreign, tmp_path, capsys):

@@ -1,12 +1,14 @@
 """Foreign image tokenizers: parity with reference outputs, strictness, safety, and the way back."""
 
 import argparse
+import io
 import json
 import os
 import pickle
 import shutil
 import sys
 import types
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -374,6 +376,11 @@ CONTAINERS = {
     "ddp": lambda state: {"model": {f"module.{key}": tensor for key, tensor in state.items()}},
     "compiled ddp": lambda state: {f"_orig_mod.module.{key}": tensor for key, tensor in state.items()},
     "compiled parts": lambda state: {key.replace(".", "._orig_mod.", 1): tensor for key, tensor in state.items()},
+    "sharded": lambda state: {f"_fsdp_wrapped_module.{key}": tensor for key, tensor in state.items()},
+    "sharded parts": lambda state: {
+        key.replace(".", "._fsdp_wrapped_module._checkpoint_wrapped_module.", 1): t for key, t in state.items()
+    },
+    "deeper in": lambda state: {"net": {"params": state}, "steps": 3},
     "averaged": lambda state: {
         "n_averaged": torch.tensor(3),
         **{f"module.{key}": tensor for key, tensor in state.items()},
@@ -409,6 +416,91 @@ def test_averaged_weights_are_chosen_and_it_is_said(tmp_path):
     )
 
 
+@pytest.mark.parametrize("form", ["shadow", "LitEma"])
+def test_averaged_weights_within_other_things_are_chosen_too(tmp_path, form):
+    averaged = {key: tensor + 1 for key, tensor in STATE.items()}
+    if form == "shadow":
+        content = {"model": STATE, "ema": {"decay": 0.99, "shadow": averaged}}
+    else:
+        kept = {f"model_ema.{key.replace('.', '')}": tensor for key, tensor in averaged.items()}
+        content = {"state_dict": {**STATE, **kept, "model_ema.decay": torch.tensor(0.99)}}
+    torch.save(content, tmp_path / "weights.pt")
+    weights = read_weights(tmp_path / "weights.pt")
+    assert set(weights.tensors) == set(STATE)
+    assert all(torch.equal(weights.tensors[key], averaged[key]) for key in STATE)
+    assert any("averaged (EMA) weights taken from" in note for note in weights.notes)
+
+
+def test_weights_that_are_not_finite_or_quantized_are_refused_by_name():
+    layout, config = taming.LAYOUT, TAMING_CONFIG
+    torch.manual_seed(0)
+    state = export_foreign(layout, layout.build(layout.read_config(config)))
+    broken = dict(state)
+    broken["decoder.conv_in.bias"] = torch.full_like(state["decoder.conv_in.bias"], float("nan"))
+    broken["decoder.conv_out.bias"] = torch.full_like(state["decoder.conv_out.bias"], float("inf"))
+    message = r"decoder\.conv_in\.bias holds \d+ of \d+ values .*, and so do 1 other tensors: .*--allow-nonfinite"
+    with pytest.raises(InputError, match=message):
+        import_foreign(layout, broken, config)
+    _, report = import_foreign(layout, broken, config, allow_nonfinite=True)
+    assert any("decoder.conv_in.bias holds" in note for note in report.notes)
+    whole = {**state, "decoder.conv_in.bias": torch.zeros_like(state["decoder.conv_in.bias"], dtype=torch.int8)}
+    with pytest.raises(InputError, match=r"decoder\.conv_in\.bias holds int8, .*quantized weights are not read"):
+        import_foreign(layout, whole, config)
+
+
+def gumbel_of(state, num_codes, code_dim):
+    """A GumbelVQ with the encoder and decoder of `state`."""
+    random = torch.Generator().manual_seed(0)
+    others = {key: tensor for key, tensor in state.items() if not key.startswith("quantize.")}
+    return others | {
+        "quantize.embed.weight": torch.randn(num_codes, code_dim, generator=random),
+        "quantize.proj.weight": torch.randn(num_codes, code_dim, 1, 1, generator=random),
+        "quantize.proj.bias": torch.randn(num_codes, generator=random),
+    }
+
+
+def test_gumbel_codes_are_those_of_the_largest_logit_and_decode_to_its_embedding():
+    config = json.loads(json.dumps(TAMING_CONFIG))
+    params = config["model"]["params"] if "model" in config else config
+    num_codes, code_dim = params["n_embed"], params["embed_dim"]
+    torch.manual_seed(0)
+    plain = taming.LAYOUT.build(taming.read_config(config)).eval()
+    state = gumbel_of(export_foreign(taming.LAYOUT, plain), num_codes, code_dim)
+    params |= {"kl_weight": 1e-8, "temperature_scheduler_config": {}}
+    gumbel, _ = import_foreign(taming.LAYOUT, state, config)
+    images = torch.rand(2, 3, *plain.config.image_size)
+    with torch.inference_mode():
+        latents = plain.encode_latents(images)  # (B, h, w, Z)
+        logits = latents @ state["quantize.proj.weight"].flatten(1).T + state["quantize.proj.bias"]
+        codes = gumbel.encode_images(images)
+        assert torch.equal(codes, logits.argmax(-1))
+        assert len(codes.unique()) > 2
+        plain.quantizer.codebook.copy_(state["quantize.embed.weight"])
+        torch.testing.assert_close(gumbel.decode_codes(codes), plain.decode_codes(codes))
+    wrong = {**state, "quantize.proj.weight": torch.zeros(num_codes, code_dim + 1, 1, 1)}
+    with pytest.raises(InputError, match="a GumbelVQ has one row of each for every code"):
+        import_foreign(taming.LAYOUT, wrong, config)
+
+
+def test_a_config_of_a_transformer_on_codes_gives_its_image_tokenizers():
+    torch.manual_seed(0)
+    params = TAMING_CONFIG["model"]["params"] if "model" in TAMING_CONFIG else TAMING_CONFIG
+    plain = taming.LAYOUT.build(taming.read_config(TAMING_CONFIG))
+    state = export_foreign(taming.LAYOUT, plain)
+    learned = {"quantize.embedding.cluster_size": torch.ones(3), "quantize.embedding.embed_avg": torch.ones(3)}
+    whole = {f"first_stage_model.{key}": tensor for key, tensor in (state | learned).items()}
+    whole |= {f"cond_stage_model.{key}": tensor + 1 for key, tensor in state.items()}
+    stage = {"target": "taming.models.vqgan.EMAVQ", "params": params}
+    target = "taming.models.cond_transformer.Net2NetTransformer"
+    config = {"model": {"target": target, "params": {"first_stage_config": stage, "transformer_config": {}}}}
+    found, report = import_foreign(taming.LAYOUT, whole, config)
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in found.state_dict().items())
+    assert len(report.dropped) == len(state) + 2
+    stage["target"] = "ldm.models.autoencoder.AutoencoderKL"
+    with pytest.raises(InputError, match=r"config\.model\.target is ldm\.models\.autoencoder\.AutoencoderKL"):
+        import_foreign(taming.LAYOUT, whole, config)
+
+
 def test_lightning_objects_beside_the_weights_are_passed_over(tmp_path, monkeypatch):
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
 
@@ -431,6 +523,14 @@ def test_lightning_objects_beside_the_weights_are_passed_over(tmp_path, monkeypa
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.delitem(sys.modules, name)
     assert set(read_weights(tmp_path / "last.ckpt").tensors) == set(STATE)
+
+
+def zip_of(*names: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, "text")
+    return buffer.getvalue()
 
 
 class Malicious:
@@ -461,17 +561,24 @@ def test_a_malicious_pickle_is_refused_and_nothing_runs(tmp_path, writer):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not a weight file at all", "cannot be read as a PyTorch weight file|is refused"),
-        (b"PK\x03\x04 broken", "cannot be read as a PyTorch weight file"),
-        (b"\x08\x00\x00\x00\x00\x00\x00\x00{broken}", "cannot be read as safetensors"),
-        (b"", "cannot be read as a PyTorch weight file"),
+        (b"not a weight file at all", "cannot be read as a PyTorch weight file: it is no pickle"),
+        (b"PK\x03\x04 broken", "cannot be read as a PyTorch weight file: it is cut short or damaged"),
+        (b"\x08\x00\x00\x00\x00\x00\x00\x00{broken}", "cannot be read as safetensors: .*it has 16 bytes"),
+        (b"", "is an empty file, not weights: fetch it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a git-lfs pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html>sign in</html>", "is a web page.*download the file itself"),
+        (b"GGUF\x03\0\0\0", "is a GGUF file of llama.cpp, not weights: take the original"),
+        (b"a/b" + bytes(254) + b"ustar" + bytes(250), "is a tar archive, not weights: unpack it"),
+        (b"\x1f\x8b" + bytes(20), "is a gzip-compressed file, not weights: unpack it"),
+        (zip_of("readme.txt"), "it is a zip archive of other things; unpack it"),
     ],
 )
 def test_broken_files_are_named(tmp_path, content, message):
     file = tmp_path / "weights.bin"
     file.write_bytes(content)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as error:
         read_weights(file)
+    assert "trust" not in str(error.value), "nobody's author is to be trusted for a file that asks for nothing"
 
 
 def test_files_without_a_state_dict_say_what_they_hold(tmp_path):

@@ -1,6 +1,9 @@
 """Lines of codes: read as plain Python would, bad ones named by line and column, duplicates on one side of a split."""
 
+import bz2
 import gzip
+import json
+import lzma
 import random
 import re
 from pathlib import Path
@@ -26,7 +29,7 @@ from smalti.data.lines import (
 )
 from smalti.data.loader import batches
 from smalti.data.tokens import TokenTable, token_rows, write_token_table
-from smalti.errors import InputError
+from smalti.errors import InputError, InputWarning
 
 SAMPLE = "000d1f2aa107dbed4cea301effa6e0d8.png 0 152 276 348 643 1005 99 180 816 265 348 557 721 754 429 847 7"
 SAMPLE_CODES = [0, 152, 276, 348, 643, 1005, 99, 180, 816, 265, 348, 557, 721, 754, 429, 847, 7]
@@ -90,7 +93,7 @@ def test_any_lines_as_python_splits_them(
     oracle = [line.split() for line in text.encode().split(b"\n")[:-1]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines_module, "_BLOCK_BYTES", block_bytes)
-        read = flat(read_lines(path, LineFormat(allow_short=True)))
+        read = flat(read_lines(path, LineFormat(allow_short=True), warns=False))
     assert read == [(words[0].decode(), [int(word) for word in words[1:]]) for words in oracle]
 
 
@@ -130,7 +133,7 @@ def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 BAD_LINES = [
     (b"a 1 two 3", 5, "the word 'two' among the codes, expected integers written in digits"),
-    (b"a 1 2.0 3", 5, "the word '2.0' among the codes, expected integers written in digits"),
+    (b"a 1 2.0 3", 5, "the word '2.0' among the codes, expected integers written in digits, not as fractions"),
     (b"a 1 2 3x", 7, "the word '3x' among the codes, expected integers written in digits"),
     (b"a 1 2 1025", 7, "the code 1025 is out of range, expected 0 to 1024"),
     (b"a 1 +2 3", 5, "the word '+2' among the codes, expected integers written in digits"),
@@ -270,7 +273,7 @@ def test_nothing_is_overwritten_or_made_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists already"):
         import_lines(path, tmp_path / "a.parquet")
     import_lines(path, tmp_path / "a.parquet", force=True)
-    with pytest.raises(InputError, match=r"no such file: .*b\.txt\. Expected a text file of lines"):
+    with pytest.raises(InputError, match=r"no such file: .*b\.txt\. Expected lines of text, plain or compressed"):
         import_lines(tmp_path / "b.txt", tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r"empty\.txt: no good line, nothing to import"):
         import_lines(write(tmp_path / "empty.txt", ""), tmp_path / "b.parquet")
@@ -348,7 +351,7 @@ def test_written_lines_are_read_back(rows: list[Row], tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("lines")
     assert write_lines(folder / "a.txt", [lines_of(rows)]) == len(rows)
     assert (folder / "a.txt").read_bytes() == text_of(rows).encode()
-    assert flat(read_lines(folder / "a.txt", LineFormat(allow_short=True))) == rows
+    assert flat(read_lines(folder / "a.txt", LineFormat(allow_short=True), warns=False)) == rows
 
 
 @pytest.mark.parametrize(("suffix", "compression"), [(".gz", "gzip"), (".zst", "zstd")])
@@ -421,3 +424,152 @@ def test_tables_are_exported_and_imported_again(tmp_path: Path, capsys: pytest.C
     assert "exists" in capsys.readouterr().err
     assert run(["data", "export-lines", str(tables[0]), "-o", str(tmp_path / "x.txt"), "--after", "65,end"]) == 2
     assert "after is 'end'; expected whole numbers" in capsys.readouterr().err
+
+
+# ---- other files of codes ----
+
+
+def table_rows(path: Path | list[Path], tmp_path: Path, **options: Any) -> list[tuple[str, list[int]]]:
+    """The rows of the table that an import makes."""
+    import_lines(path, tmp_path / "out.parquet", force=True, **options)
+    table = TokenTable.open(tmp_path / "out.parquet")
+    rows = np.arange(len(table))
+    return list(zip(table.keys(rows), table.batch(rows).image_tokens.tolist(), strict=True))
+
+
+CODES = np.random.default_rng(0).integers(0, 1000, (11, 5))
+NUMBERED = [(f"{i:08d}", row) for i, row in enumerate(CODES.tolist())]
+
+
+def test_lines_without_tags_are_numbered_if_that_is_said_and_warned_of_if_not(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "".join(" ".join(map(str, row)) + "\n" for row in CODES))
+    assert table_rows(path, tmp_path, tags=False) == NUMBERED
+    with pytest.warns(InputWarning, match=rf"the first word of every line is a number \({CODES[0, 0]} .*--no-tags"):
+        rows = table_rows(path, tmp_path)
+    assert rows == [(str(row[0]), row[1:]) for row in CODES.tolist()]
+    with pytest.warns(InputWarning, match="--no-tags"):
+        list(read_lines(path))
+    assert table_rows([path, path], tmp_path, tags=False)[-1] == ("00000021", CODES[-1].tolist())
+    write(path, "1 2 3\n4 x 6\n")
+    with pytest.raises(InputError, match="line 2, column 3: the word 'x' among the codes"):
+        import_lines(path, tmp_path / "bad.parquet", tags=False)
+    write(path, "1 2 3\n4 5\n7 8 9\n")
+    with pytest.raises(InputError, match=r"line 2, column 4: 2 codes, expected 3"):
+        import_lines(path, tmp_path / "bad.parquet", tags=False)
+
+
+def test_numbers_that_count_the_lines_are_tags(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "".join(f"{i % 7} 5 6\n" for i in range(14)))
+    assert [tag for tag, _ in table_rows(path, tmp_path)] == [str(i % 7) for i in range(14)]
+
+
+def test_arrays_are_read_by_what_they_are(tmp_path: Path) -> None:
+    for name, array in {
+        "a.npy": CODES.astype(np.uint16),
+        "b.npy": np.asfortranarray(CODES),
+        "c.npy": CODES[None],
+    }.items():
+        np.save(tmp_path / name, array)
+        assert table_rows(tmp_path / name, tmp_path) == NUMBERED
+    np.savez(tmp_path / "d.npz", codes=CODES)
+    assert table_rows(tmp_path / "d.npz", tmp_path) == NUMBERED
+    (tmp_path / "no suffix").write_bytes((tmp_path / "a.npy").read_bytes())
+    assert table_rows(tmp_path / "no suffix", tmp_path) == NUMBERED
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (CODES.astype(float), "holds an array of float64, expected integers"),
+        (CODES.reshape(11, 5, 1), r"holds an array of shape \(11, 5, 1\), expected one row of codes for each picture"),
+        (CODES.reshape(-1), r"holds an array of shape \(55,\)"),
+        (
+            np.where(CODES[3, 2] == CODES, -1, CODES),
+            r"a\.npy, row 4: the code -1 is out of range, expected 0 to 1048575",
+        ),
+        (
+            np.where(CODES[3, 2] == CODES, 2**64 - 3, CODES.astype(np.uint64)),
+            r"a\.npy, row 4: the code -3 is out of range",
+        ),
+        (np.array([[1, 2], [3, 4]], object), "is not a whole array of NumPy"),
+    ],
+)
+def test_arrays_that_are_no_codes_are_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(InputError, match=message):
+        import_lines(tmp_path / "a.npy", tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_arrays_with_others_beside_them_or_cut_short_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", codes=CODES, labels=CODES[:, 0])
+    with pytest.raises(InputError, match=r"holds several arrays or none \(codes, labels\)"):
+        import_lines(tmp_path / "a.npz", tmp_path / "out.parquet")
+    np.save(tmp_path / "b.npy", CODES)
+    write(tmp_path / "b.npy", (tmp_path / "b.npy").read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"b\.npy is not a whole array of NumPy"):
+        import_lines(tmp_path / "b.npy", tmp_path / "out.parquet")
+
+
+def test_json_lines_are_read_and_their_bad_ones_counted(tmp_path: Path) -> None:
+    rows = [json.dumps({"class_id": 7, "tokens": row}) for row in CODES.tolist()]
+    path = write(tmp_path / "a.jsonl", "\n".join(rows))
+    assert table_rows(path, tmp_path) == NUMBERED
+    named = [
+        json.dumps({"file_name": f"a {i}.png", "size": [3, 4], "codes": row}) for i, row in enumerate(CODES.tolist())
+    ]
+    write(tmp_path / "b.jsonl.gz", gzip.compress("\n".join(named).encode()))
+    assert table_rows(tmp_path / "b.jsonl.gz", tmp_path) == [
+        (f"a_{i}.png", row) for i, row in enumerate(CODES.tolist())
+    ]
+    rows[2], rows[4], rows[5] = "{broken", json.dumps({"tokens": [1, 2.5]}), json.dumps({"tokens": [2**70, 1, 2, 3, 4]})
+    write(path, "\n".join(rows))
+    with pytest.raises(InputError, match=r"a\.jsonl, line 3: not JSON"):
+        import_lines(path, tmp_path / "bad.parquet")
+    report = import_lines(path, tmp_path / "some.parquet", skip_bad=3)
+    assert (report.num_lines, report.num_bad) == (8, 3)
+    assert (
+        (tmp_path / "some.bad.txt")
+        .read_text()
+        .splitlines()[1]
+        .endswith('tokens is no list of integers\t{"tokens": [1, 2.5]}')
+    )
+    write(path, '{"a": [1, 2], "b": [3, 4]}\n')
+    with pytest.raises(InputError, match=r"several lists of integers \(a, b\) among a, b; call the codes image_tokens"):
+        import_lines(path, tmp_path / "bad.parquet")
+
+
+@pytest.mark.parametrize("compress", [bz2.compress, lzma.compress])
+def test_bzip2_and_xz_are_known_by_their_content(tmp_path: Path, compress: Any) -> None:
+    rows = random_rows(50)
+    path = write(tmp_path / "a.txt", compress(text_of(rows[:20]).encode()) + compress(text_of(rows[20:]).encode()))
+    assert flat(read_lines(path)) == rows
+    write(path, path.read_bytes()[:-20])
+    with pytest.raises(InputError, match="damaged or cut short after line"):
+        list(read_lines(path))
+
+
+def test_a_code_that_needs_a_vocabulary_beyond_any_must_be_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "a 1 2\nb 3 1999888087\n")
+    message = (
+        r"line 2, column 5: the code 1999888087 is out of range, expected 0 to 1048575 \(a larger .* --vocab-size\)"
+    )
+    with pytest.raises(InputError, match=message):
+        import_lines(path, tmp_path / "out.parquet")
+    assert import_lines(path, tmp_path / "out.parquet", vocab_size=2**31).vocab_size == 2**31
+    assert import_lines(path, tmp_path / "some.parquet", skip_bad=1).num_bad == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<html>sign in</html>", "is a web page, not the file that it offers, not lines of codes; download"),
+        ("a 1 2\n".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
+        (b"a 1 2\rb 3 4\r", r"carriage returns alone: write line feeds"),
+        (b"a [1, 2, 3]\n", r"the word '\[1,' among the codes.*; separate codes by spaces alone"),
+        (b'{"tokens": [1, 2]}\n', r"a file of JSON lines is known by its name, \.jsonl"),
+    ],
+)
+def test_what_else_a_file_may_be_is_said(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        import_lines(write(tmp_path / "a.txt", content), tmp_path / "out.parquet")

@@ -1,6 +1,7 @@
 """The command line: parses, calls, prints. What a command needs is imported inside it, so that each starts fast."""
 
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -68,8 +69,23 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _set_debug(asked: bool) -> None:
+    global _debug
+    _debug = asked
+
+
+_debug = False
+"""Whether errors are shown with their traceback and what caused them."""
+
+
 @app.callback()
 def options(
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error, with its cause."
+        ),
+    ] = False,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
     ] = False,
@@ -565,13 +581,19 @@ def data_digits(
 )
 def data_import_lines(
     inputs: Annotated[
-        list[Path], typer.Argument(help="Text files, plain, gzip or zstd: a tag and the codes on each line.")
+        list[Path],
+        typer.Argument(
+            help="Text files, plain or compressed: a tag and the codes on each line; or .npy, .npz or .jsonl of codes."
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Parquet file of tokens.")],
     vocab_size: Annotated[int | None, typer.Option(help="Codes are below this (default: as found).")] = None,
     length: Annotated[int | None, typer.Option(help="Codes on each line (default: as found).")] = None,
     skip_bad: Annotated[int, typer.Option(min=0, help="Set aside up to so many bad lines instead of stopping.")] = 0,
     allow_short: Annotated[bool, typer.Option("--allow-short", help="Admit lines shorter than the length.")] = False,
+    no_tags: Annotated[
+        bool, typer.Option("--no-tags", help="Lines hold codes alone; they are named by their numbers.")
+    ] = False,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
@@ -579,7 +601,15 @@ def data_import_lines(
     from smalti.data.lines import import_lines
 
     report = import_lines(
-        inputs, output, vocab_size, length, skip_bad, allow_short=allow_short, force=force, show_progress=not quiet
+        inputs,
+        output,
+        vocab_size,
+        length,
+        skip_bad,
+        allow_short=allow_short,
+        tags=not no_tags,
+        force=force,
+        show_progress=not quiet,
     )
     typer.echo(
         f"{output}: {report.num_lines} lines of {report.length or 'various numbers of'} codes "
@@ -639,7 +669,7 @@ def tokenize(
         Path,
         typer.Argument(
             help="Pictures with captions: parquet, webdataset tar shards, or a folder of pictures with JSON lines, "
-            "CSV, or .txt files beside them."
+            "CSV, COCO captions, or .txt files beside them."
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Parquet file of tokens.")],
@@ -662,7 +692,13 @@ def tokenize(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at a time.")] = 256,
     image_column: Annotated[str, typer.Option(help="Column of the pictures in parquet.")] = "image",
     caption_column: Annotated[
-        str | None, typer.Option(help="Column of the captions (default: caption in parquet, else found by its name).")
+        str | None,
+        typer.Option(
+            help="Column of the captions (default: found by its name), or its number in a table without header."
+        ),
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option(help="What separates the fields of a folder's CSV or TSV (default: by its name).")
     ] = None,
     force: Force = False,
     quiet: Quiet = False,
@@ -679,7 +715,7 @@ def tokenize(
         workers=workers,
     )
     tokenizers = _tokenizers(bundle, image_tokenizer, text_tokenizer)
-    columns = {"image_column": image_column, "caption_column": caption_column}
+    columns = {"image_column": image_column, "caption_column": caption_column, "delimiter": delimiter}
     with resuming():
         report = tokenize_pairs(pairs, output, *tokenizers, config, **columns, force=force, show_progress=not quiet)
     for name, fault in report.skipped:
@@ -688,6 +724,8 @@ def tokenize(
         typer.echo(
             f"warning: {report.num_cut} of {report.num_rows} captions were cut to {max_text_length} tokens.", err=True
         )
+    if report.num_empty:
+        typer.echo(f"warning: {report.num_empty} of {report.num_rows} captions are empty.", err=True)
     typer.echo(f"{output}: {report.num_rows} rows, {len(report.skipped)} skipped; {report.time}")
 
 
@@ -812,6 +850,8 @@ def run(arguments: Sequence[str]) -> int:
             return 2
         return _complain(f"{message.rstrip('.')}. Try {context.command_path if context else 'smalti'} --help.")
     except (ValueError, OSError) as error:
+        if _debug:
+            traceback.print_exception(error)
         return _complain(_one_line(error))
     except Stopped as stopped:
         print(stopped.line, file=sys.stderr)

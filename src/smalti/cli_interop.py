@@ -29,6 +29,9 @@ def import_(
         Path | None,
         typer.Option(help="Reference folder (config.json, weights, io.npz) whose every output must come out the same."),
     ] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Read weights that hold NaN or infinity too.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out the list of tensors.")] = False,
     force: Force = False,
 ) -> int:
@@ -38,9 +41,9 @@ def import_(
     """
     from smalti.interop.commands import error_table, import_weights
 
-    imported = import_weights(kind, file, output, config, verify, force=force)
+    imported = import_weights(kind, file, output, config, verify, force=force, allow_nonfinite=allow_nonfinite)
     lines = imported.report.lines()
-    for line in (*(lines[-2:] if quiet else lines), *imported.notes):
+    for line in (*(lines[-2:] if quiet else lines), *imported.report.notes, *imported.notes):
         typer.echo(line)
     if imported.errors:
         print_table(error_table(imported.errors))

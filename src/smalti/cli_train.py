@@ -145,12 +145,19 @@ def _train_tokenizer(recipe: Any, quiet: bool) -> None:
 @app.command("text-tokenizer", epilog="Example: smalti train text-tokenizer captions.csv -o tokenizer.json")
 def text_tokenizer(
     captions: Annotated[
-        list[Path], typer.Argument(help="Captions: .csv, .tsv, .jsonl, .parquet, or .txt with one on each line.")
+        list[Path], typer.Argument(help="Captions: .csv, .tsv, .jsonl, .json, .parquet, or .txt with one on each line.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON file of the tokenizers library to write.")],
     column: Annotated[
         str | None,
-        typer.Option("--caption-column", "--column", help="Column of the captions (default: found by its name)."),
+        typer.Option(
+            "--caption-column",
+            "--column",
+            help="Column of the captions (default: found by its name), or its number in a table without header.",
+        ),
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option(help="What separates the fields of a CSV or TSV (default: by its name).")
     ] = None,
     image_size: Annotated[int, typer.Option(help="Picture codes, the image tokenizer's codebook_size.")] = 4096,
     text_size: Annotated[int, typer.Option(help="Pieces of words.")] = 25_895,
@@ -165,7 +172,7 @@ def text_tokenizer(
 
     refuse_existing([output], force=force)
     config = BPEConfig(image_size=image_size, text_size=text_size, order=tuple(order.split(",")))
-    lines = [caption for path in captions for caption in read_captions(path, column)]
+    lines = [caption for path in captions for caption in read_captions(path, column, delimiter=delimiter)]
     with stage("learning words"):
         trained, num_unused = TextTokenizer.train(lines, config)
     trained.save(output, force=force)

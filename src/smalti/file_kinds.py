@@ -4,9 +4,12 @@ People often have something else than they believe: the pointer that git-lfs lea
 download that asks for a sign-in, an archive that is still packed.
 """
 
-from collections.abc import Callable
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
 from typing import NamedTuple
+
+from smalti.errors import InputWarning
 
 _NUM_BYTES = 512  # a tar file is known by its bytes 257 to 261
 
@@ -99,3 +102,27 @@ def why_not(path: Path | str, wanted: str, otherwise: str) -> str:
     if kind is None or not kind.advice:
         return otherwise if kind is None or kind.what == wanted else f"it is {kind.what}, not {wanted}"
     return f"it is {kind.what}: {kind.advice}"
+
+
+_HIDDEN_FOLDERS = ("__MACOSX", "@eaDir")
+"""What macOS and Synology leave beside the files of others; also hidden is whatever begins with a dot."""
+
+
+def is_hidden(name: PurePath | str) -> bool:
+    """Whether a path within a folder or an archive names something hidden: `._a.png`, `.ipynb_checkpoints/a.png`."""
+    parts = PurePath(name).parts
+    return any(part in _HIDDEN_FOLDERS or (part.startswith(".") and part not in (".", "..")) for part in parts)
+
+
+def visible(files: Sequence[Path], folder: Path) -> list[Path]:
+    """The files that are not hidden within a folder; a warning counts the others."""
+    shown = [file for file in files if not is_hidden(file.relative_to(folder))]
+    if len(shown) < len(files):
+        first = next(file for file in files if is_hidden(file.relative_to(folder)))
+        warn_passed_over(len(files) - len(shown), "hidden files", folder, first.relative_to(folder))
+    return shown
+
+
+def warn_passed_over(number: int, what: str, where: Path | str, first: object) -> None:
+    """Says how many things of a file or folder are not used."""
+    warnings.warn(f"{where}: {number} {what} passed over (the first: {first}).", InputWarning, stacklevel=3)

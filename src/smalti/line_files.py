@@ -76,10 +76,10 @@ def _pieces(path: Path, line_format: LineFormat, first_piece: int) -> Iterator[L
         yield _joined(waiting)
 
 
-def _read(path: Path, line_format: LineFormat) -> Iterator[Lines]:
+def _read(path: Path, line_format: LineFormat, *, warns: bool = False) -> Iterator[Lines]:
     """The lines of a text file, or of a token table, which is known by its name."""
     if path.suffix != ".parquet":
-        yield from read_lines(path, line_format, advice=ADVICE)
+        yield from read_lines(path, line_format, advice=ADVICE, warns=warns)
         return
     for lines in table_lines(TokenTable.open(path, image_vocab_size=line_format.vocab_size)):
         if line_format.length is not None and (longest := int(lines.lengths.max(initial=0))) > line_format.length:
@@ -107,7 +107,7 @@ def _size(path: Path, line_format: LineFormat, show_progress: bool) -> tuple[int
     """How many lines and codes there are. All are read: a bad one is better found before the work than in it."""
     num_lines = num_codes = 0
     with stage(f"checking {path.name}", unit="line", show=show_progress) as progress:
-        for block in _read(path, line_format):
+        for block in _read(path, line_format, warns=True):
             num_lines, num_codes = num_lines + len(block.lengths), num_codes + len(block.codes)
             progress.update(num_lines)
     return num_lines, num_codes

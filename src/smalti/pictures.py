@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from smalti.documents import parse_json
 from smalti.errors import InputError
 from smalti.files import new_file
+from smalti.picture_files import load_picture, upright
 
 RECEIPT = "smalti"
 """The PNG text chunk, and the key of `PIL.Image.Image.info`, that holds how a picture was made, as JSON."""
@@ -93,7 +94,7 @@ def _to_image(picture: Picture, config: PictureConfig) -> Float[Tensor, "3 H W"]
             "(PIL.Image.fromarray makes one of an array)."
         )
     if isinstance(picture, Image.Image):
-        name = getattr(picture, "filename", "") or "the picture"
+        name, picture = getattr(picture, "filename", "") or "the picture", upright(picture)
     else:
         name, picture = str(picture), read_picture(picture)
     wanted = f"{config.width}×{config.height}"
@@ -120,26 +121,17 @@ def _to_image(picture: Picture, config: PictureConfig) -> Float[Tensor, "3 H W"]
 
 
 def read_picture(path: Path | str) -> Image.Image:
-    """The picture in a file. Raises InputError naming the file if it is missing, no picture, cut short or too large."""
+    """The picture in a file, upright. Raises InputError naming the file if it is missing, no picture, cut short or too
+    large."""
     try:
-        with Image.open(path) as picture:
-            if max(picture.size) > MAX_SIDE:
-                raise InputError(
-                    f"{path}: {picture.width}×{picture.height} pixels; at most {MAX_SIDE} a side are read."
-                )
-            picture.load()
-            return picture
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not a picture that Pillow can read; give a PNG file.") from error
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: {error}; at most {MAX_SIDE} pixels a side are read.") from error
+        return load_picture(path, max_side=MAX_SIDE)
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}; give the path of a picture.") from error
     except IsADirectoryError as error:
         raise InputError(f"{path} is a folder; give the path of a picture in it.") from error
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
+    except InputError as error:
         raise InputError(
-            f"cannot read {path}: {error}; the picture is damaged or cut short, write it again."
+            f"{path} cannot be read as a picture ({error}); give a whole picture file, such as a PNG."
         ) from error
 
 

@@ -9,16 +9,19 @@ markers too, each as one token, so that other programs read and write its sequen
 import difflib
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+import tokenizers
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from smalti.bounds import MAX_VOCABULARY
-from smalti.errors import InputError, shortened
+from smalti.errors import InputError, InputWarning, first_line, shortened
+from smalti.file_kinds import kind_of
 from smalti.files import new_file
 from smalti.vocabulary import SPECIAL, Vocabulary
 
@@ -93,8 +96,10 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer):
         # A marker typed into a caption is text. Only `parse` reads it as the marker.
         tokenizer.encode_special_tokens = True
+        _switch_off(tokenizer)
         self._tokenizer = tokenizer
-        self._controls = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+        added = tokenizer.get_added_tokens_decoder().items()  # others than special ones are words of the text
+        self._controls = {token.content: number for number, token in added if token.special}
         ids = {word: i for word, i in tokenizer.get_vocab(with_added_tokens=True).items() if word not in self._controls}
         self._offset = min(ids.values(), default=0)
         self._vocabulary = {word: i - self._offset for word, i in ids.items()}
@@ -152,11 +157,15 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Reads a `text_tokenizer.json`. Raises InputError naming the file if it is missing or not one."""
+        """Reads a `text_tokenizer.json`, also of another project. Settings that would change captions unasked
+        (truncation, padding, dropout, templates) are switched off, and a warning names them. Raises InputError naming
+        the file if it is missing or not one."""
         path = Path(path)
         try:
-            content = path.read_text(encoding="utf-8")
-            text_tokenizer = cls(Tokenizer.from_str(content))
+            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            if found := _switch_off(tokenizer):
+                warnings.warn(f"{path}: not applied: {', '.join(found)}.", InputWarning, stacklevel=2)
+            text_tokenizer = cls(tokenizer)
             text_tokenizer.vocabulary  # noqa: B018 (checks the order of the picture codes)
             return text_tokenizer
         except OSError as error:
@@ -164,9 +173,8 @@ class TextTokenizer:
                 f"cannot read the text tokenizer {path}: {error.strerror}; save the bundle anew."
             ) from error
         except Exception as error:  # the library raises a bare Exception for any content it does not understand
-            raise InputError(
-                f"{path} is not a text tokenizer of the tokenizers library ({error}); save the bundle anew."
-            ) from error
+            reason = f"{first_line(error)}); {_what_instead(path)}."
+            raise InputError(f"{path} is not a text tokenizer of the tokenizers library ({reason}") from error
 
     def save(self, path: Path | str, *, force: bool = False) -> None:
         """Writes the `tokenizers` library's own JSON. Raises InputError if the file exists, unless `force`."""
@@ -209,19 +217,42 @@ class TextTokenizer:
     def encode(self, caption: str) -> list[int]:
         """The numbers of a caption's words. Raises InputError naming every word outside the vocabulary, with near
         ones."""
-        self._check(caption)
-        return [i - self._offset for i in self._tokenizer.encode(caption, add_special_tokens=False).ids]
+        return self._numbers(self._encoded(caption), caption)
 
     def encode_within(self, caption: str, max_length: int) -> Cut:
         """The numbers of a caption, or of as much of its beginning as `max_length` numbers hold. No character is cut
         into pieces."""
-        numbers = self.encode(caption)
+        encoding = self._encoded(caption)
+        numbers = self._numbers(encoding, caption)
         if len(numbers) <= max_length:
             return Cut(numbers, False)
-        numbers = numbers[:max_length]
-        while not caption.startswith(self.decode(numbers)):  # the bytes of a character may be several pieces
-            numbers.pop()
-        return Cut(numbers, True)
+        length, spans = max_length, encoding.offsets
+        while length and spans[length][0] < spans[length - 1][1]:  # the bytes of a character may be several pieces
+            length -= 1
+        return Cut(numbers[:length], True)
+
+    def _encoded(self, caption: str) -> Encoding:
+        """Raises InputError for a caption with words or characters outside the vocabulary."""
+        _check_unicode(caption)
+        encoding = None
+        try:
+            encoding = self._tokenizer.encode(caption, add_special_tokens=False)
+        except Exception as error:  # without an unknown token, some models raise
+            if not self.unknown_words(caption):
+                raise InputError(f"caption {shortened(caption)!r} cannot be encoded ({first_line(error)}).") from error
+        self._check(caption, encoding)
+        assert encoding is not None
+        return encoding
+
+    def _numbers(self, encoding: Encoding, caption: str) -> list[int]:
+        numbers = [i - self._offset for i in encoding.ids]
+        if outside := [number for number in numbers if number not in self._words]:
+            token = self._tokenizer.id_to_token(outside[0] + self._offset)
+            raise InputError(
+                f"caption {shortened(caption)!r} is encoded to {token!r}, which is none of the text's tokens; the text "
+                f"tokenizer's ids of text are {self._offset} to {self._offset + self.vocab_size - 1}."
+            )
+        return numbers
 
     def decode(self, ids: Sequence[int]) -> str:
         """The caption of word numbers. Raises ValueError for a number outside the vocabulary."""
@@ -237,7 +268,7 @@ class TextTokenizer:
         holds text alone, InputError for text that is not Unicode.
         """
         tokenizer = self._with_controls
-        self._check(line)
+        _check_unicode(line)
         return tokenizer.encode(line, add_special_tokens=False).ids
 
     def to_line(self, token_ids: Sequence[int]) -> str:
@@ -264,23 +295,66 @@ class TextTokenizer:
             )
 
     def unknown_words(self, caption: str) -> list[str]:
-        """The words of a caption that are not in a vocabulary of words, each once; of pieces of words there are none.
-
-        Raises InputError for text that is not Unicode.
+        """The words of a caption that are not in the vocabulary, each once; where words are made of pieces, the parts
+        that no piece spells. Raises InputError for text that is not Unicode.
         """
-        if max(caption, default="") >= "\ud800" and any("\ud800" <= letter <= "\udfff" for letter in caption):
-            raise InputError(
-                f"caption {shortened(caption)!r} is not valid Unicode: not UTF-8, or half a surrogate pair."
-            )
+        _check_unicode(caption)
+        if not self._can_miss:
+            return []  # bytes spell any word
         if not isinstance(self._tokenizer.model, models.WordLevel):
-            return []  # pieces of words spell any word
+            try:
+                return self._unspelled(caption, self._tokenizer.encode(caption, add_special_tokens=False))
+            except Exception:  # of a word by itself it can be told whether it is known
+                return [word for word in dict.fromkeys(caption.split()) if not self._spells(word)]
         normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
         text = normalizer.normalize_str(caption) if normalizer else caption
         found = [word for word, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
         return [word for word in dict.fromkeys(found) if word not in self._vocabulary]
 
-    def _check(self, caption: str) -> None:
-        if unknown := self.unknown_words(caption):
+    def _spells(self, word: str) -> bool:
+        try:
+            self._tokenizer.encode(word, add_special_tokens=False)
+        except Exception:
+            return False
+        return True
+
+    def _unspelled(self, caption: str, encoding: Encoding) -> list[str]:
+        """The parts of a caption that were encoded as the unknown token, or dropped because there is none."""
+        spans = [
+            caption[a:b]
+            for number, (a, b) in zip(encoding.ids, encoding.offsets, strict=True)
+            if number == self._unknown
+        ]
+        if self._unknown is None:
+            covered = [False] * len(caption)
+            for start, end in encoding.offsets:
+                covered[start:end] = [True] * (end - start)
+            spans = "".join(" " if seen else letter for letter, seen in zip(caption, covered, strict=True)).split()
+        return list(dict.fromkeys(span.strip() or span for span in spans))
+
+    @cached_property
+    def _can_miss(self) -> bool:
+        """Whether there are words that the vocabulary cannot spell. Bytes, and pieces made of them, spell all."""
+        if not isinstance(self._tokenizer.model, models.BPE):
+            return True
+        has_bytes = "ByteLevel(" in repr(self._tokenizer.pre_tokenizer)
+        return not (has_bytes and self._vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet()))
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The id that stands for what is unknown."""
+        model = self._tokenizer.model
+        if isinstance(model, models.Unigram):
+            return json.loads(self._tokenizer.to_str())["model"]["unk_id"]
+        name = getattr(model, "unk_token", None)
+        return None if name is None else self._tokenizer.token_to_id(name)
+
+    def _check(self, caption: str, encoding: Encoding | None = None) -> None:
+        if not self._can_miss:
+            return
+        is_words = isinstance(self._tokenizer.model, models.WordLevel)
+        unknown = self.unknown_words(caption) if is_words or encoding is None else self._unspelled(caption, encoding)
+        if unknown:
             near = {word: difflib.get_close_matches(word, self.words, n=3) for word in unknown[:MAX_HINTS]}
             hints = [
                 repr(word) + (f" (did you mean {' or '.join(near[word])}?)" if near[word] else "") for word in near
@@ -294,6 +368,44 @@ class TextTokenizer:
     def _some_words(self) -> str:
         some = self.words[:40]
         return f"{' '.join(some)}{' …' if len(self.words) > len(some) else ''}"
+
+
+def _check_unicode(caption: str) -> None:
+    if max(caption, default="") >= "\ud800" and any("\ud800" <= letter <= "\udfff" for letter in caption):
+        raise InputError(f"caption {shortened(caption)!r} is not valid Unicode: not UTF-8, or half a surrogate pair.")
+
+
+def _switch_off(tokenizer: Tokenizer) -> list[str]:
+    """Switches off what would change a caption's tokens unasked, and says what that was. Templates need no switch:
+    nothing here encodes with them."""
+    found = []
+    if tokenizer.truncation:
+        found.append(f"truncation to {tokenizer.truncation['max_length']} tokens (--max-text-length cuts captions)")
+        tokenizer.no_truncation()
+    if tokenizer.padding:
+        found.append(f"padding with {tokenizer.padding['pad_token']}")
+        tokenizer.no_padding()
+    if isinstance(tokenizer.model, models.BPE) and tokenizer.model.dropout:
+        found.append(f"dropout of {tokenizer.model.dropout:g} of the merges")
+        tokenizer.model.dropout = None
+    if num := tokenizer.num_special_tokens_to_add(is_pair=False):
+        found.append(f"the template that adds {num} special tokens to a caption")
+    return found
+
+
+def _what_instead(path: Path) -> str:
+    """What a file may be that the library does not read."""
+    if kind := kind_of(path):
+        return f"it is {kind.what}" + (f": {kind.advice}" if kind.advice else "")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return "it is not JSON; give a tokenizer.json"
+    if isinstance(content, dict) and "model" in content:
+        return f"it may be of a newer release than the one here, {tokenizers.__version__}, or damaged"
+    if isinstance(content, dict) and content and all(isinstance(number, int) for number in content.values()):
+        return "it is a vocabulary alone, of the old form with merges.txt; give the tokenizer.json beside it"
+    return "give a tokenizer.json, or save the bundle anew"
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

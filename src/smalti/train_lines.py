@@ -23,7 +23,7 @@ from jaxtyping import Int64
 
 from smalti.checkpoint import run_lock
 from smalti.data.line_rows import TableRows, rows_not_in, write_rows
-from smalti.data.lines import split_rows
+from smalti.data.lines import MAX_UNTOLD_VOCAB_SIZE, split_rows
 from smalti.data.tokens import TokenTable
 from smalti.documents import read_json
 from smalti.errors import InputError
@@ -93,7 +93,7 @@ def read_data(recipe: LinesRecipe, *, show_progress: bool = False) -> LineData:
     if recipe.data is None:
         raise InputError("which lines? Give the table of smalti data import-lines: data=lines.parquet.")
     table = TokenTable.open(recipe.data, image_vocab_size=recipe.vocab_size)
-    length, vocab_size = table.image_length, recipe.vocab_size or _vocab_size(table)
+    length, vocab_size = table.image_length, recipe.vocab_size or _vocab_size(table, recipe.data)
     if not length:
         raise InputError(
             f"{recipe.data} has lines of different lengths, or empty ones; training needs lines of one length. Import "
@@ -115,9 +115,22 @@ def read_data(recipe: LinesRecipe, *, show_progress: bool = False) -> LineData:
     return LineData(TableRows(table, rows), validation, length, vocab_size)
 
 
-def _vocab_size(table: TokenTable) -> int:
-    """As the import wrote it; tables tokenized with an image tokenizer of ours have its codebook's size."""
-    return table.metadata.get("image_vocab_size") or table.metadata.get("codebook_size") or table.max_image_token + 1
+def _vocab_size(table: TokenTable, path: Path) -> int:
+    """As the import wrote it; tables tokenized with an image tokenizer of ours have its codebook's size; else what the
+    largest code needs. Raises InputError if a model of so many codes would be a mistake, before one is made."""
+    told = table.metadata.get("image_vocab_size") or table.metadata.get("codebook_size")
+    if told is None:
+        if table.max_image_token >= MAX_UNTOLD_VOCAB_SIZE:
+            raise InputError(
+                f"{path} holds the code {table.max_image_token}, more than any codebook has; if the vocabulary is that "
+                f"large, give its size: vocab_size={table.max_image_token + 1}."
+            )
+        return table.max_image_token + 1
+    if type(told) is not int or told < 1:
+        raise InputError(f"{path}: its metadata say {told!r} for the size of the vocabulary; import the lines again.")
+    if table.max_image_token >= told:
+        TokenTable.open(path, image_vocab_size=told)  # raises, naming the row
+    return told
 
 
 def learning_rate_for(recipe: LinesRecipe, transformer: TransformerConfig) -> float:

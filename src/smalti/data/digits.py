@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
 from smalti.data.pairs import PairTable
+from smalti.data.parquet_files import ParquetReader, parquet_writer
 from smalti.errors import InputError
 from smalti.files import cause
 from smalti.progress import Stage, stage
@@ -429,10 +429,14 @@ def _note(
 def source_of(path: Path | str) -> str | None:
     """Where the digits of a table come from, as `write_digits` was told; None if it does not say."""
     try:
-        note = json.loads((pq.read_schema(path).metadata or {}).get(_METADATA_KEY, b"null"))
-    except (pa.ArrowException, OSError, ValueError):
+        note = json.loads(_note_of(path))
+    except (InputError, ValueError):
         return None
     return note.get("source") if isinstance(note, dict) else None
+
+
+def _note_of(path: Path | str) -> bytes:
+    return (ParquetReader(path).schema.metadata or {}).get(_METADATA_KEY, b"null")
 
 
 def _is_made(path: Path, note: dict[str, object]) -> bool:
@@ -440,10 +444,10 @@ def _is_made(path: Path, note: dict[str, object]) -> bool:
     if not path.exists():
         return False
     try:
-        found = json.loads((pq.read_schema(path).metadata or {}).get(_METADATA_KEY, b"null"))
-    except (pa.ArrowException, OSError, ValueError):
+        found = json.loads(_note_of(path))
+    except (InputError, ValueError):
         found = None
-    if found is None:
+    if not isinstance(found, dict):
         raise InputError(f"{path} exists and is not a table of digits; choose another folder or overwrite with force")
     differing = [key for key in {**note, **found} if note.get(key) != found.get(key)]
     if differing:
@@ -459,7 +463,7 @@ def _write_table(path: Path, split: str, content: ColouredDigits, note: dict[str
     temporary = path.with_name(f".{path.name}.tmp")
     schema = _SCHEMA.with_metadata({_METADATA_KEY: json.dumps(note).encode()})
     try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer:
+        with parquet_writer(temporary, schema) as writer:
             for table in _row_groups(split, content, schema):
                 writer.write_table(table)
                 progress.advance(len(table))

@@ -3,14 +3,17 @@
     000d1f2aa107dbed4cea301effa6e0d8.png 0 152 276 348 643 1005 99 180 816 265 348 557 721 754 429 847 ...
 
 White space separates them. The tag names the picture for people and becomes `__key__` of a token table; it never
-reaches a model. Files may be plain, gzip or zstd and larger than memory: they are read in blocks of whole lines, and a
-block is parsed by array operations over its bytes. Only a line that these find wrong is looked at word by word, to say
-what is wrong where.
+reaches a model. Files may be plain or compressed (gzip, zstd, bzip2, xz) and larger than memory: they are read in
+blocks of whole lines, and a block is parsed by array operations over its bytes. Arrays of NumPy and JSON lines are read
+too (`code_files.py`); what has no tags is named by its number. Only a line that is found wrong is looked at word by
+word, to say what is wrong where.
 Letters in shapes: n lines, m codes in all of them together.
 """
 
+import lzma
 import re
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -19,11 +22,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from jaxtyping import Bool, Int64, Integer, Shaped, UInt8, UInt64
 
+from smalti.data.code_files import CodeRows, array_rows, json_rows
 from smalti.data.loader import prefetch
 from smalti.data.tokens import PAD, ROWS_PER_GROUP, TokenTable, token_rows, write_token_table
-from smalti.errors import InputError
+from smalti.errors import InputError, InputWarning, first_line
+from smalti.file_kinds import NPY, ZIP, kind_of
 from smalti.files import new_file, refuse_existing
 from smalti.progress import stage
 
@@ -32,9 +38,16 @@ _BLOCK_BYTES = 2**20
 _MAX_LINE_BYTES = 64 * 2**20
 _MAX_DIGITS = 18  # what an int64 holds for certain
 _MAX_VOCAB_SIZE = 2**31  # a larger "code" is a damaged line, whatever the vocabulary
+MAX_UNTOLD_VOCAB_SIZE = 2**20
+"""Codes from here on are taken for something else, such as a hash, unless the vocabulary's size is told: a model has a
+row of weights for each, and the largest codebooks in use have 2^18."""
+_compute: Any = pyarrow.compute  # its functions are made at import, unknown to type checkers
 _WORD = re.compile(rb"[^ \t\n\r\v\f]+")
 _UTF8_MARK = b"\xef\xbb\xbf"
-_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
+_XZ = b"\xfd7zXZ\x00"
+_JSON_NAME = re.compile(r"\.(jsonl|ndjson)(\.\w+)?$", re.IGNORECASE)
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
 DISTINCT = "distinct"
 """Among the specials behind a written line: the number of different codes of its picture."""
@@ -44,11 +57,14 @@ DISTINCT = "distinct"
 class LineFormat:
     """What a good line looks like. Without `vocab_size` any code below 2^31 is good; without `length` the most common
     length of the file's first lines is expected of all. `allow_short` admits lines of any length up to `length`, also
-    0: prefixes to be completed."""
+    0: prefixes to be completed. Without `tags` the first word of a line is a code too."""
 
     vocab_size: int | None = None
     length: int | None = None
     allow_short: bool = False
+    tags: bool = True
+    is_told: bool = True
+    """Whether the user gave `vocab_size`, or it is a bound of ours that a message should speak of."""
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None and not 1 <= self.vocab_size <= _MAX_VOCAB_SIZE:
@@ -59,6 +75,11 @@ class LineFormat:
     @property
     def max_code(self) -> int:
         return (self.vocab_size or _MAX_VOCAB_SIZE) - 1
+
+    @property
+    def range(self) -> str:
+        """The codes that are good, for messages."""
+        return f"0 to {self.max_code}" + ("" if self.is_told else " (a larger vocabulary is told by --vocab-size)")
 
 
 class Lines(NamedTuple):
@@ -80,39 +101,182 @@ class Lines(NamedTuple):
 
 
 def read_lines(
-    paths: str | Path | Sequence[str | Path], line_format: LineFormat | None = None, *, advice: str = "Mend the line."
+    paths: str | Path | Sequence[str | Path],
+    line_format: LineFormat | None = None,
+    *,
+    advice: str = "Mend the line.",
+    warns: bool = True,
 ) -> Iterator[Lines]:
     """The lines of one or several files, some thousands at a time. Raises InputError, naming file, line and column,
-    for a line that is not as `line_format` says, is empty, or is not UTF-8; the error ends with `advice`."""
+    for a line that is not as `line_format` says, is empty, or is not UTF-8; the error ends with `advice`. At the end it
+    warns, unless `warns` is off, if every tag is a number: lines without tags lose their first code so."""
+    paths = _paths(paths)
+    seen = _TagsSeen(paths)
     with _BadLines(0, None, advice) as bad_lines:
-        for _, lines in _read(_paths(paths), line_format or LineFormat(), bad_lines):
+        for _, lines in _read(paths, line_format or LineFormat(), bad_lines, seen):
             yield lines
+    if warns:
+        seen.warn()
+
+
+class _TagsSeen:
+    """Whether the tags of text files may be codes: whole numbers as codes are written, and not the lines counted."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+        self._first: str | None = None
+        self._last: int | None = None
+        self._may_be_codes = True
+        self._are_counted = True
+
+    def add(self, tags: pa.StringArray) -> None:
+        if not self._may_be_codes or not len(tags):
+            return
+        self._first = self._first or tags[0].as_py()
+        self._may_be_codes = bool(_compute.all(_compute.match_substring_regex(tags, "^(0|[1-9][0-9]{0,8})$")).as_py())
+        if self._may_be_codes:
+            numbers = tags.cast(pa.int64()).to_numpy()
+            before = numbers[:1] - 1 if self._last is None else [self._last]
+            is_next, is_restart = np.diff(numbers, prepend=before) == 1, numbers == int(self._first)
+            self._are_counted &= bool((is_next | is_restart).all())
+            self._last = int(numbers[-1])
+
+    def warn(self) -> None:
+        if self._first is not None and self._may_be_codes and not self._are_counted:
+            warnings.warn(
+                f"{', '.join(map(str, self._paths))}: the first word of every line is a number ({self._first} in the "
+                "first) and taken for its tag, not for a code. If the lines have no tags, import them with --no-tags: "
+                "smalti data import-lines (tags=False).",
+                InputWarning,
+                stacklevel=3,
+            )
 
 
 def _paths(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     found = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     for path in found:
         if not path.is_file():
-            raise InputError(f"no such file: {path}. Expected a text file of lines, plain, gzip or zstd.")
+            raise InputError(
+                f"no such file: {path}. Expected lines of text, plain or compressed, .npy, .npz or .jsonl."
+            )
+        kind = kind_of(path)
+        if kind is not None and kind.name not in _READ_KINDS:
+            raise InputError(
+                f"{path} is {kind.what}, not lines of codes; {kind.advice or 'give the lines themselves'}."
+            )
+        if kind is None and _is_utf16(path):
+            raise InputError(f"{path} is UTF-16 text; save it as UTF-8: iconv -f utf-16 -t utf-8.")
     return found
 
 
-def _read(paths: list[Path], line_format: LineFormat, bad_lines: "_BadLines") -> Iterator[tuple[int, Lines]]:
+_READ_KINDS = ("empty", "gzip", "zstd", "bzip2", "xz", "npy", "zip")
+
+
+def _is_utf16(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) in _UTF16_MARKS
+
+
+def _read(
+    paths: list[Path], line_format: LineFormat, bad_lines: "_BadLines", seen: _TagsSeen
+) -> Iterator[tuple[int, Lines]]:
     """Blocks of good lines, each with the number of bytes read so far of the files as they lie on disk."""
+    num_before = 0
     for path in paths:
         num_lines = 0
-        for bytes_read, block in _blocks(path):
-            words = _split(block)
-            if line_format.length is None and not line_format.allow_short:
-                not_empty = words.lengths[words.num_words > 0]
-                line_format = replace(line_format, length=int(np.bincount(not_empty, minlength=1).argmax()))
-            lines, bad = _parse(block, words, line_format)
-            for index in np.flatnonzero(bad).tolist():
-                line = block[words.line_starts[index] : words.line_ends[index]]
-                column, reason = _complaint(line, line_format)
-                bad_lines.add(f"{path}, line {num_lines + index + 1}, column {column}: {reason}", line)
-            num_lines += len(words.lengths)
-            yield bytes_read, lines
+        for num_bytes, block in _line_blocks(path):
+            if isinstance(block, CodeRows):
+                length = line_format.length or _common_length(block.lengths)
+                if line_format.length is None and not line_format.allow_short:
+                    line_format = replace(line_format, length=length)
+                lines = _checked(block, line_format, bad_lines, path, num_lines, num_before)
+                num_here = len(block.lengths)
+            else:
+                words = _split(block, has_tags=line_format.tags)
+                if line_format.length is None and not line_format.allow_short:
+                    length = _common_length(words.lengths[words.num_words > 0])
+                    line_format = replace(line_format, length=length)
+                lines, bad = _parse(block, words, line_format, num_before + num_lines)
+                for index in np.flatnonzero(bad).tolist():
+                    line = block[words.line_starts[index] : words.line_ends[index]]
+                    column, reason = _complaint(line, line_format)
+                    bad_lines.add(f"{path}, line {num_lines + index + 1}, column {column}: {reason}", line)
+                num_here = len(words.lengths)
+                if line_format.tags:
+                    seen.add(lines.tags)
+            num_lines += num_here
+            yield num_bytes, lines
+        num_before += num_lines
+
+
+def _common_length(lengths: Int64[np.ndarray, " n"]) -> int:
+    return int(np.bincount(lengths, minlength=1).argmax())
+
+
+def _line_blocks(path: Path) -> Iterator[tuple[int, bytes | CodeRows]]:
+    """Blocks of a file with the number of bytes read since the last: of text, or of rows as arrays and JSON hold."""
+    kind = kind_of(path)
+    if kind in (NPY, ZIP):
+        size = path.stat().st_size
+        for number, rows in enumerate(array_rows(path)):
+            yield (0 if number else size), rows
+    elif _JSON_NAME.search(path.name):
+        size = path.stat().st_size
+        with path.open("rb") as file, _decompressed(file) as stream:
+            for number, rows in enumerate(json_rows(_text_lines(stream, path), path)):
+                yield (0 if number else size), rows
+    else:
+        yield from _blocks(path)
+
+
+def _text_lines(stream: Any, path: Path) -> Iterator[bytes]:
+    rest, num_lines = b"", 0
+    while chunk := _read_chunk(stream, path, num_lines):
+        *lines, rest = (rest + chunk).removeprefix(_UTF8_MARK).split(b"\n")
+        num_lines += len(lines)
+        yield from lines
+    if rest:
+        yield rest
+
+
+def _checked(
+    rows: CodeRows, line_format: LineFormat, bad_lines: "_BadLines", path: Path, num_before: int, num_tagged: int
+) -> Lines:
+    """The good ones of rows that are codes already. `num_before` rows of the file came before, `num_tagged` lines of
+    other files."""
+    what = "row" if rows.tags is None and not rows.shown else "line"
+    ends = np.cumsum(rows.lengths)
+    is_wrong = (rows.codes < 0) | (rows.codes > line_format.max_code)
+    bad = np.zeros(len(rows.lengths), bool)
+    bad[np.searchsorted(ends, np.flatnonzero(is_wrong), side="right")] = True
+    if line_format.length is not None:
+        bad |= (rows.lengths < line_format.length) & (not line_format.allow_short)
+        bad |= rows.lengths > line_format.length
+    bad[list(rows.faults)] = True
+    for index in np.flatnonzero(bad).tolist():
+        codes = rows.codes[ends[index] - rows.lengths[index] : ends[index]]
+        reason = rows.faults.get(index) or _code_complaint(codes, line_format)
+        line = rows.shown[index] if rows.shown else " ".join(map(str, codes.tolist())).encode()
+        bad_lines.add(f"{path}, {what} {num_before + index + 1}: {reason}", line)
+    good = ~bad
+    if rows.tags is None:
+        tags = _numbers(num_tagged + num_before, len(bad))
+    else:
+        tags = pa.array(rows.tags, pa.string())
+    return Lines(tags.filter(pa.array(good)), rows.codes[np.repeat(good, rows.lengths)], rows.lengths[good])
+
+
+def _code_complaint(codes: Int64[np.ndarray, " m"], line_format: LineFormat) -> str:
+    wrong = codes[(codes < 0) | (codes > line_format.max_code)]
+    if len(wrong):
+        return f"the code {wrong[0]} is out of range, expected {line_format.range}"
+    at_most = "at most " if line_format.allow_short else ""
+    return f"{len(codes)} codes, expected {at_most}{line_format.length}"
+
+
+def _numbers(start: int, num: int) -> pa.StringArray:
+    """Tags for lines without: their numbers, counted from 0."""
+    return pa.array([f"{number:08d}" for number in range(start, start + num)], pa.string())
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -144,8 +308,12 @@ def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
 @contextmanager
 def _decompressed(file: IO[bytes]) -> Iterator[Any]:
     """The file's content, by what its first bytes say rather than by its name."""
-    magic = file.read(4)
+    magic = file.read(8)
     file.seek(0)
+    if magic.startswith(_XZ):
+        with lzma.open(file) as stream:
+            yield stream
+        return
     for start, compression in _COMPRESSIONS.items():
         if magic.startswith(start):
             with pa.CompressedInputStream(pa.PythonFile(file, mode="r"), compression) as stream:
@@ -157,27 +325,28 @@ def _decompressed(file: IO[bytes]) -> Iterator[Any]:
 def _read_chunk(stream: Any, path: Path, num_lines: int) -> bytes:
     try:
         return stream.read(_BLOCK_BYTES)
-    except (OSError, pa.ArrowException) as error:
+    except Exception as error:
         raise InputError(
-            f"{path}: damaged or cut short after line {num_lines} ({error}). Copy or compress the file again."
+            f"{path}: damaged or cut short after line {num_lines} ({first_line(error)}). Copy or compress it again."
         ) from error
 
 
 class _Words(NamedTuple):
-    """Where the words of a block stand. The first word of a line is its tag; an empty line has none."""
+    """Where the words of a block stand. The first word of a line is its tag; an empty line has none, and no line if
+    there are no tags."""
 
     text: UInt8[np.ndarray, " bytes"]
     line_starts: Int64[np.ndarray, " n"]
     line_ends: Int64[np.ndarray, " n"]
     num_words: Int64[np.ndarray, " n"]
-    lengths: Int64[np.ndarray, " n"]  # how many words follow the tag
+    lengths: Int64[np.ndarray, " n"]  # how many words are codes
     tag_starts: Int64[np.ndarray, " tagged"]
     tag_ends: Int64[np.ndarray, " tagged"]
     code_starts: Int64[np.ndarray, " m"]
     code_ends: Int64[np.ndarray, " m"]
 
 
-def _split(block: bytes) -> _Words:
+def _split(block: bytes, *, has_tags: bool) -> _Words:
     text = np.frombuffer(block, np.uint8)
     # 9 to 13 are tab, line feed, vertical tab, form feed, carriage return; below 9 the subtraction wraps to 247 and up.
     is_space = (text == 32) | ((text - np.uint8(9)) < 5)
@@ -188,7 +357,7 @@ def _split(block: bytes) -> _Words:
     line_ends = np.flatnonzero(text == 10)
     words_so_far = np.searchsorted(starts, line_ends)
     num_words = np.diff(words_so_far, prepend=0)
-    tags = (words_so_far - num_words)[num_words > 0]
+    tags = (words_so_far - num_words)[num_words > 0] if has_tags else np.zeros(0, np.int64)
     is_code = np.ones(len(starts), bool)
     is_code[tags] = False
     return _Words(
@@ -196,7 +365,7 @@ def _split(block: bytes) -> _Words:
         line_starts=np.concatenate([[0], line_ends[:-1] + 1]),
         line_ends=line_ends,
         num_words=num_words,
-        lengths=np.maximum(num_words - 1, 0),
+        lengths=np.maximum(num_words - has_tags, 0),
         tag_starts=starts[tags],
         tag_ends=ends[tags],
         code_starts=starts[is_code],
@@ -204,8 +373,10 @@ def _split(block: bytes) -> _Words:
     )
 
 
-def _parse(block: bytes, words: _Words, line_format: LineFormat) -> tuple[Lines, Bool[np.ndarray, " lines"]]:
-    """The good lines, and which of all lines are bad."""
+def _parse(
+    block: bytes, words: _Words, line_format: LineFormat, num_before: int
+) -> tuple[Lines, Bool[np.ndarray, " lines"]]:
+    """The good lines, and which of all lines are bad. `num_before` lines came before."""
     codes, is_number = _decimals(words.text, words.code_starts, words.code_ends)
     is_wrong = ~is_number | (codes > line_format.max_code)
     bad = words.num_words == 0
@@ -217,10 +388,11 @@ def _parse(block: bytes, words: _Words, line_format: LineFormat) -> tuple[Lines,
     if not _is_utf8(block):
         bad |= [not _is_utf8(block[start:end]) for start, end in zip(words.line_starts, words.line_ends, strict=True)]
     tags = _strings(words.text, words.tag_starts, words.tag_ends)
+    tags = tags if line_format.tags else _numbers(num_before, len(bad))
     if not bad.any():
         return Lines(tags, codes, words.lengths), bad
     good = ~bad
-    tags = tags.filter(pa.array(good[words.num_words > 0]))
+    tags = tags.filter(pa.array(good[words.num_words > 0] if line_format.tags else good))
     return Lines(tags, codes[np.repeat(good, words.lengths)], words.lengths[good]), bad
 
 
@@ -261,9 +433,6 @@ def _strings(
     return pa.StringArray.from_buffers(len(starts), pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(text[places]))
 
 
-# ---- bad lines ----
-
-
 def _complaint(line: bytes, line_format: LineFormat) -> tuple[int, str]:
     """The column (in characters, from 1) and what is wrong there, for a line known to be bad."""
 
@@ -275,19 +444,39 @@ def _complaint(line: bytes, line_format: LineFormat) -> tuple[int, str]:
     except UnicodeDecodeError as error:
         return column(error.start), f"the byte 0x{line[error.start]:02x} is not UTF-8"
     words = list(_WORD.finditer(line))
+    num_tags = int(line_format.tags)
     if not words:
-        return 1, "an empty line, expected a tag and its codes"
-    for word in words[1:]:
+        return 1, "an empty line, expected a tag and its codes" if num_tags else "an empty line, expected codes"
+    for word in words[num_tags:]:
         shown = word[0][:40].decode(errors="replace")
         if not re.fullmatch(rb"-?[0-9]+", word[0]):
-            return column(word.start()), f"the word {shown!r} among the codes, expected integers written in digits"
+            why = _why_no_code(word[0], line)
+            return column(word.start()), f"the word {shown!r} among the codes, expected integers written in digits{why}"
         if not word[0].isdigit() or len(word[0]) > _MAX_DIGITS or int(word[0]) > line_format.max_code:
-            return column(word.start()), f"the code {shown} is out of range, expected 0 to {line_format.max_code}"
-    num_codes, length = len(words) - 1, line_format.length
+            return column(word.start()), f"the code {shown} is out of range, expected {line_format.range}"
+    num_codes, length = len(words) - num_tags, line_format.length
     assert length is not None and num_codes != length
-    first_wrong = words[length + 1].start() if num_codes > length else words[-1].end()
+    first_wrong = words[length + num_tags].start() if num_codes > length else words[-1].end()
     at_most = "at most " if line_format.allow_short else ""
-    return column(first_wrong), f"{num_codes} codes after the tag, expected {at_most}{length}"
+    after = " after the tag" if num_tags else ""
+    why = "; separate codes by spaces, not commas" if num_codes == 0 and b"," in line else ""
+    return column(first_wrong), f"{num_codes} codes{after}, expected {at_most}{length}{why}"
+
+
+def _why_no_code(word: bytes, line: bytes) -> str:
+    """What may be the matter with the first word that is no code, in words that follow on."""
+    if b"\r" in line.rstrip(b"\r"):
+        return "; its lines end in carriage returns alone: write line feeds (tr '\\r' '\\n')"
+    if line.startswith(b'{"'):
+        return "; a file of JSON lines is known by its name, .jsonl"
+    if word.strip(b"[](),;").isdigit():
+        return "; separate codes by spaces alone (tr -d '[](),')"
+    if re.fullmatch(rb"[0-9]+\.[0-9eE+]*", word):
+        return ", not as fractions"
+    return ""
+
+
+# ---- bad lines ----
 
 
 class _BadLines:
@@ -341,30 +530,39 @@ def import_lines(
     skip_bad: int = 0,
     *,
     allow_short: bool = False,
+    tags: bool = True,
     force: bool = False,
     show_progress: bool = False,
 ) -> ImportReport:
     """Writes the lines of one or several files, in order, as a token table (see `tokens.py`) with empty captions.
 
-    Vocabulary size and length are found from the data unless given; see `LineFormat` for them and `allow_short`.
+    Vocabulary size and length are found from the data unless given, but a vocabulary above 2^20 must be; see
+    `LineFormat` for them, `allow_short` and `tags`. Warns if every tag is a number: without tags, it would be a code.
     Up to `skip_bad` bad lines are left out and listed in `<output without suffix>.bad.txt`: place and reason, a tab,
     the line as it was. One more raises InputError, and nothing is written but that list; so do lines of tags alone,
     unless `allow_short`. The table's metadata holds `image_vocab_size`, `image_length` and `num_duplicates`.
     """
     paths, output = _paths(paths), Path(output)
     refuse_existing([output], force=force)
-    line_format = LineFormat(vocab_size=vocab_size, length=length, allow_short=allow_short)
+    line_format = LineFormat(
+        vocab_size=vocab_size or MAX_UNTOLD_VOCAB_SIZE,
+        length=length,
+        allow_short=allow_short,
+        tags=tags,
+        is_told=vocab_size is not None,
+    )
     bad_lines_path = output.with_suffix(".bad.txt") if skip_bad else None
     if bad_lines_path is not None:
         bad_lines_path.unlink(missing_ok=True)  # an earlier import's list would pass for this one's
     advice = "Mend the line, or set bad lines aside with --skip-bad (skip_bad=N)."
     metadata: dict[str, Any] = {}
+    seen = _TagsSeen(paths)
     with (
         tempfile.TemporaryFile(prefix="smalti-hashes-") as hashes_file,
         _BadLines(skip_bad, bad_lines_path, advice) as bad_lines,
         stage("reading lines", _megabytes(paths), unit="MB", show=show_progress) as progress,
         # Reading and parsing run in a thread beside the writing; both are array code that leaves Python's lock free.
-        closing(prefetch(_read(paths, line_format, bad_lines))) as blocks,
+        closing(prefetch(_read(paths, line_format, bad_lines, seen))) as blocks,
     ):
         found = _Found(hashes_file)
 
@@ -378,8 +576,10 @@ def import_lines(
                 raise InputError(f"{', '.join(map(str, paths))}: no good line, nothing to import.")
             if found.max_code < 0 and not allow_short:
                 raise InputError(
-                    f"{', '.join(map(str, paths))}: tags alone, expected a tag and its codes on each line."
+                    f"{', '.join(map(str, paths))}: tags alone, expected a tag and its codes on each line, with spaces "
+                    "between them and nothing else."
                 )
+            seen.warn()
             metadata.update(
                 image_vocab_size=vocab_size or found.max_code + 1,
                 image_length=found.length,

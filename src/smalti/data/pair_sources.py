@@ -8,21 +8,24 @@ import glob
 import hashlib
 import json
 import os
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from smalti.data.captions import find_column, read_csv_column, read_json_rows
 from smalti.data.pairs import PairTable, Record
+from smalti.data.tar_shards import PICTURE_SUFFIXES, TarShard, caption_of_text
+from smalti.data.text_tables import (
+    FILE_NAMES,
+    NO_HEADER,
+    Row,
+    TextTable,
+    caption_column,
+    is_coco,
+    open_text_table,
+)
+from smalti.data.text_tables import SUFFIXES as TABLE_SUFFIXES
 from smalti.errors import InputError
-
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
-FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
-"""What the column of a caption table that names the pictures is called."""
-CAPTION_FIELDS = ("caption", "text", "prompt")
-"""Where a shard's `.json` may hold the caption."""
+from smalti.file_kinds import is_hidden, kind_of, visible
 
 
 class PairSource(Protocol):
@@ -40,43 +43,55 @@ class PairSource(Protocol):
         ...
 
 
-def open_pairs(path: Path | str, *, image_column: str = "image", caption_column: str | None = None) -> PairSource:
+def open_pairs(
+    path: Path | str, *, image_column: str = "image", caption_column: str | None = None, delimiter: str | None = None
+) -> PairSource:
     """The source at a path: a parquet table, a tar shard, a folder of either or of pictures, or a pattern of files.
 
-    Raises InputError if there is none, or it holds several kinds.
+    `delimiter` separates the fields of a folder's CSV or TSV file. Warns of files passed over. Raises InputError if
+    there is no source, or it holds several kinds.
     """
     path = Path(path)
     if path.is_dir():
-        tables, shards = sorted(path.glob("*.parquet")), sorted(path.glob("*.tar"))
+        tables, shards = (visible(sorted(path.glob(f"*{suffix}")), path) for suffix in (".parquet", ".tar"))
         if tables and shards:
             raise InputError(
                 f"{path} holds parquet tables and tar shards; name one kind by a pattern ('{path}/*.tar')."
             )
         files = tables or shards
         if not files:
-            return PictureFolder(path, caption_column=caption_column)
+            return PictureFolder(path, caption_column=caption_column, delimiter=delimiter)
     else:
         files = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(str(path)))
     if files and all(file.suffix == ".tar" for file in files):
         return TarShards(files)
     if files and all(file.suffix == ".parquet" for file in files):
-        return ParquetTables(files, image_column, caption_column or "caption")
-    raise InputError(
-        f"no pictures with captions at {path}: expected a parquet table, a tar shard, a folder of those or of "
-        "pictures, or a pattern such as 'shards/*.tar'."
-    )
+        return ParquetTables(files, image_column, caption_column)
+    raise InputError(f"no pictures with captions at {path}: expected {_EXPECTED}.{_what_is(files)}")
+
+
+_EXPECTED = "a parquet table, a tar shard, a folder of those or of pictures, or a pattern such as 'shards/*.tar'"
+
+
+def _what_is(files: list[Path]) -> str:
+    """What the first of files is that are no source."""
+    file = next((file for file in files if file.is_file() and file.suffix not in (".tar", ".parquet")), None)
+    kind = None if file is None else kind_of(file)
+    if kind is None:
+        return ""
+    return f" {file} is {kind.what}{f': {kind.advice}' if kind.advice else ''}."
 
 
 class ParquetTables:
     """The rows of parquet tables, one table after the other."""
 
-    def __init__(self, files: list[Path], image_column: str, caption_column: str):
+    def __init__(self, files: list[Path], image_column: str, caption_column: str | None):
         self._files = files
-        self._columns = {"image_column": image_column, "caption_column": caption_column}
+        self._image_column, self._caption_column = image_column, caption_column
         self._counts = [len(self._open(file)) for file in files]
 
     def _open(self, file: Path) -> PairTable:
-        return PairTable(file, **self._columns)
+        return PairTable(file, image_column=self._image_column, caption_column=self._caption_column)
 
     def __len__(self) -> int:
         return sum(self._counts)
@@ -93,95 +108,49 @@ class ParquetTables:
 
 
 class TarShards:
-    """Samples of webdataset shards: neighbouring members with one name up to its first dot, of which one is a picture,
-    and `.txt` or the field `caption` of `.json` the caption. The shards are scanned once, headers only."""
+    """Samples of webdataset shards, one shard after the other (see `tar_shards.py`)."""
 
     def __init__(self, files: list[Path]):
         self._files = files
-        self._counts = [sum(1 for _ in self._samples(file)) for file in files]
+        self._shards = [TarShard.scan(file) for file in files]
 
     def __len__(self) -> int:
-        return sum(self._counts)
+        return sum(shard.num_records for shard in self._shards)
 
     def records(self, start: int = 0) -> Iterator[Record]:
-        for file, count in zip(self._files, self._counts, strict=True):
-            if start < count:
-                for number, (archive, key, members) in enumerate(self._samples(file)):
-                    if number >= start:
-                        yield _tar_record(file, archive, key, members)
-            start = max(start - count, 0)
+        for shard in self._shards:
+            if start < shard.num_records:
+                yield from shard.records(start)
+            start = max(start - shard.num_records, 0)
 
     @property
     def fingerprint(self) -> str:
         return _fingerprint(self._files)
 
-    def _samples(self, file: Path) -> Iterator[tuple[tarfile.TarFile, str, dict[str, tarfile.TarInfo]]]:
-        try:
-            with tarfile.open(file, "r:") as archive:
-                key, members = None, {}
-                for member in archive:
-                    archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  (it would keep them all)
-                    if not member.isfile():
-                        continue
-                    found, suffix = _split_name(member.name)
-                    if found != key and key is not None:
-                        yield archive, key, members
-                        members = {}
-                    key = found
-                    members[suffix] = member
-                if key is not None:
-                    yield archive, key, members
-        except (tarfile.TarError, OSError) as error:
-            raise InputError(f"{file} is not a whole tar file ({error}); fetch or make the shard again.") from error
 
+class _Entry(NamedTuple):
+    """A picture of a folder by its path in there, and its caption if a table gives it."""
 
-def _split_name(name: str) -> tuple[str, str]:
-    """`a/b.seg.png` → `a/b` and `.seg.png`, as webdataset does."""
-    folder, _, base = name.rpartition("/")
-    stem, dot, suffix = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), (dot + suffix).lower()
-
-
-def _tar_record(file: Path, archive: tarfile.TarFile, key: str, members: dict[str, tarfile.TarInfo]) -> Record:
-    def read(suffix: str) -> bytes | None:
-        held = archive.extractfile(members[suffix]) if suffix in members else None
-        return None if held is None else held.read()
-
-    picture = next((suffix for suffix in members if suffix in PICTURE_SUFFIXES), None)
-    text, fields = read(".txt"), read(".json")
-    caption = None
-    if text is not None:
-        caption = _decoded(text)
-    elif fields is not None:
-        caption = _caption_field(fields)
-    return Record(f"{file}: {key}", key, caption, read(picture) if picture else None)
-
-
-def _caption_field(content: bytes) -> str | None:
-    try:
-        fields = json.loads(content)
-    except ValueError:
-        return None
-    found = [fields[name] for name in CAPTION_FIELDS if name in fields] if isinstance(fields, dict) else []
-    return found[0] if found and isinstance(found[0], str) else None
+    where: str
+    name: str | None
+    caption: str | None
+    fault: str | None = None
 
 
 class PictureFolder:
-    """Pictures of a folder with captions from its one table (JSON lines, CSV or TSV, with a column naming the
-    picture), or from the `.txt` file beside each picture, subfolders included."""
+    """Pictures of a folder with captions from its one table (JSON lines, CSV, TSV or COCO's JSON, with a column naming
+    the picture; or `metadata` of these in a subfolder, as Hugging Face's image folders have), or from the `.txt` file
+    beside each picture, subfolders included. A row with a list of captions is as many records."""
 
-    def __init__(self, folder: Path, *, caption_column: str | None = None):
+    def __init__(self, folder: Path, *, caption_column: str | None = None, delimiter: str | None = None):
         self._folder = folder
-        tables = sorted(file for file in folder.iterdir() if file.suffix.lower() in TABLE_SUFFIXES)
-        if len(tables) > 1:
-            names = ", ".join(table.name for table in tables)
-            raise InputError(f"{folder} has several tables of captions ({names}); keep the one to use.")
-        self._tables = tables
-        if tables:
-            self._entries = list(_table_entries(tables[0], caption_column))
+        self._tables = _tables(folder)
+        if self._tables:
+            self._entries = _table_entries(self._tables[0], folder, caption_column, delimiter)
         else:
-            found = (file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
-            self._entries = [(name, None) for name in sorted(str(file.relative_to(folder)) for file in found)]
+            found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+            names = [str(file.relative_to(folder)) for file in visible(found, folder)]
+            self._entries = [_Entry(str(folder / name), name, None) for name in sorted(names)]
         if not self._entries:
             raise InputError(
                 f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}), parquet tables or tar shards."
@@ -191,58 +160,101 @@ class PictureFolder:
         return len(self._entries)
 
     def records(self, start: int = 0) -> Iterator[Record]:
-        for name, caption in self._entries[start:]:
-            file = self._folder / name
-            if not self._tables:
-                beside = _read(file.with_suffix(".txt"))
-                caption = None if beside is None else _decoded(beside)
-            yield Record(str(file), str(Path(name).with_suffix("")), caption, _read(file))
+        for entry in self._entries[start:]:
+            if entry.name is None:
+                yield Record(entry.where, None, None, None, entry.fault)
+                continue
+            file, key = self._folder / entry.name, str(Path(entry.name).with_suffix(""))
+            caption, fault = (entry.caption, entry.fault) if self._tables else _caption_beside(file)
+            encoded = file.read_bytes() if file.is_file() else None
+            if encoded is None:
+                fault = _absent(file, entry.where)
+            yield Record(str(file), key, caption, encoded, fault)
 
     @property
     def fingerprint(self) -> str:
         pictures = hashlib.sha256()
-        for name, caption in self._entries:
-            file = self._folder / name
-            pictures.update(json.dumps([name, caption, file.stat().st_size if file.is_file() else None]).encode())
+        for entry in self._entries:
+            file = self._folder / (entry.name or "")
+            size = file.stat().st_size if file.is_file() else None
+            pictures.update(json.dumps([entry.name, entry.caption, size]).encode())
         return pictures.hexdigest()[:16] + _fingerprint(self._tables)
 
 
-def _table_entries(table: Path, caption_column: str | None) -> Iterator[tuple[str, str | None]]:
-    """The picture's file and caption of every row."""
-    if table.suffix.lower() == ".jsonl":
-        for number, row in read_json_rows(table):
-            file_column = _file_column(list(row), f"{table}, line {number}")
-            rest = [name for name in row if name != file_column]
-            name = find_column(rest, caption_column, f"{table}, line {number}")
-            yield str(row[file_column]), row[name] if isinstance(row[name], str) else None
-        return
-    with table.open(encoding="utf-8-sig") as file:
-        header = file.readline().strip().split("\t" if table.suffix.lower() == ".tsv" else ",")
-    columns = [name.strip('"') for name in header]
-    file_column = _file_column(columns, table)
-    name = find_column([name for name in columns if name != file_column], caption_column, table)
-    for row, caption in read_csv_column(table, name):
-        yield row[file_column], caption
+def _caption_beside(file: Path) -> tuple[str | None, str | None]:
+    """The caption in the text file beside a picture, or why there is none."""
+    beside = file.with_suffix(".txt")
+    if not beside.is_file():
+        return None, f"there is no caption: expected {beside.name} beside it, or a table that names the picture"
+    return caption_of_text(beside.read_bytes(), beside.name)
 
 
-def _file_column(columns: list[str], where: Path | str) -> str:
-    found = next((name for wanted in FILE_COLUMNS for name in columns if name.lower() == wanted), None)
-    if found is None:
+def _absent(file: Path, where: str) -> str:
+    endings = [suffix for suffix in PICTURE_SUFFIXES if file.with_name(file.name + suffix).is_file()]
+    if endings:
+        name = f"{file.name}{endings[0]}"
+        return f"there is no file {file.name}, which {where} names, but {name}: write the ending there too"
+    return f"there is no picture {file.name}, which {where} names"
+
+
+def _tables(folder: Path) -> list[Path]:
+    """The one table of captions in a folder, or below it if called `metadata`. Raises InputError for several."""
+    here = sorted(file for file in folder.iterdir() if file.suffix.lower() in TABLE_SUFFIXES)
+    tables = [file for file in visible(here, folder) if file.suffix.lower() != ".json" or _is_caption_table(file)]
+    if not tables:
+        below = sorted(file for suffix in TABLE_SUFFIXES for file in folder.rglob(f"metadata{suffix}"))
+        tables = [file for file in below if not is_hidden(file.relative_to(folder))]
+    if len(tables) > 1:
+        names = ", ".join(str(table.relative_to(folder)) for table in tables)
         raise InputError(
-            f"{where}: no column names the pictures; it has {', '.join(columns)}. Call one {FILE_COLUMNS[0]}."
+            f"{folder} has several tables of captions ({names}); keep the one to use, or give the folder of one."
         )
-    return found
+    return tables
 
 
-def _read(file: Path) -> bytes | None:
-    return file.read_bytes() if file.is_file() else None
-
-
-def _decoded(content: bytes) -> str | None:
+def _is_caption_table(file: Path) -> bool:
+    """Whether a JSON file is a table: COCO's captions or a list of objects, not what is noted beside one picture."""
+    if any(file.with_suffix(suffix).is_file() for suffix in PICTURE_SUFFIXES):
+        return False
     try:
-        return content.decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
-        return None
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return True  # who opens it says what is wrong with it
+    return is_coco(content) or (isinstance(content, list) and all(isinstance(row, dict) for row in content))
+
+
+def _table_entries(path: Path, folder: Path, wanted: str | None, delimiter: str | None) -> list[_Entry]:
+    """The pictures and captions that a table names, all rows in their order."""
+    table = open_text_table(path, wanted=wanted, delimiter=delimiter)
+    file_column = _file_column(table)
+    name = caption_column(table, wanted, besides=file_column)
+    return [entry for row in table.rows() for entry in _row_entries(row, file_column, name, path.parent, folder)]
+
+
+def _row_entries(row: Row, file_column: str, name: str, base: Path, folder: Path) -> Iterator[_Entry]:
+    picture, captions = row.values.get(file_column), row.values.get(name)
+    if not isinstance(picture, str | int) or picture == "":
+        yield _Entry(row.where, None, None, f"it names no picture: {file_column!r} is {picture!r}")
+        return
+    picture = str(picture)
+    if "\\" in picture and not (base / picture).exists():  # as paths are written on Windows
+        picture = picture.replace("\\", "/")
+    found = str(base.relative_to(folder) / picture)
+    for caption in captions if isinstance(captions, list) and captions else [captions]:
+        if isinstance(caption, str):
+            yield _Entry(row.where, found, caption)
+        else:
+            yield _Entry(row.where, found, None, f"{row.where}: {name!r} is {caption!r}, expected a caption")
+
+
+def _file_column(table: TextTable) -> str:
+    found = next((name for wanted in FILE_NAMES for name in table.columns if name.lower() == wanted), None)
+    if found is None:
+        has = ", ".join(table.columns) or "none"
+        mend = f"call one {FILE_NAMES[0]}" if table.has_header else "add a header line with file_name and caption"
+        more = "" if table.has_header else f" {NO_HEADER}"
+        raise InputError(f"{table.path}: no column names the pictures; it has {has}: {mend}.{more}")
+    return found
 
 
 def _fingerprint(files: list[Path]) -> str:

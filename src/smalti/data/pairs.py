@@ -5,22 +5,22 @@ pairs of Hugging Face data sets), one column of captions, and may have a column 
 Letters: N pictures of H rows and W columns.
 """
 
-import io
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from smalti.errors import InputError
+from smalti.data import arrow_types
+from smalti.data.parquet_files import ParquetReader
+from smalti.data.text_tables import find_column
+from smalti.errors import InputError, first_line
+from smalti.picture_files import load_picture
 
 _KEY_COLUMN = "__key__"
-_ROWS_AT_ONCE = 256  # bounds the memory of reading, however large the table's row groups are
 _PLAIN_MODES = ("RGB", "L", "1", "P", "CMYK", "YCbCr")
 _ALPHA_MODES = ("RGBA", "LA", "PA")
 
@@ -33,6 +33,8 @@ class Record(NamedTuple):
     key: str | None
     caption: str | None
     encoded: bytes | None
+    fault: str | None = None
+    """Why the picture or the caption is missing, where that is known."""
 
 
 class Pair(NamedTuple):
@@ -54,45 +56,56 @@ class Pairs(NamedTuple):
 class PairTable:
     """A parquet table of pictures and captions; iterating reads and decodes a few hundred rows at a time.
 
-    Rows without a `__key__` column are named by their number, "00000000" first. Whatever is wrong with the file raises
-    InputError naming the file and the row group or row, counted from 0.
+    Without `caption_column` it is "caption", or the one column of text with another usual name. A row with a list of
+    captions is as many pairs. Rows without a `__key__` column are named by their number, "00000000" first. Whatever is
+    wrong with the file raises InputError naming the file and the row group or row, counted from 0.
     """
 
-    def __init__(self, path: Path | str, *, image_column: str = "image", caption_column: str = "caption") -> None:
+    def __init__(self, path: Path | str, *, image_column: str = "image", caption_column: str | None = None) -> None:
         self.path = Path(path)
-        self._image_column, self._caption_column = image_column, caption_column
-        try:
-            # Without its checksums verified, a flipped bit in a page can pass as another caption.
-            self._file = pq.ParquetFile(self.path, page_checksum_verification=True)
-        except FileNotFoundError as error:
-            raise InputError(f"there is no file {self.path}; name a parquet table of pictures and captions") from error
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"{self.path} is not a readable parquet file ({_first_line(error)}); if it was copied or downloaded, "
-                "it may be cut short: fetch it again"
-            ) from error
-        self._check_columns(self._file.schema_arrow)
+        self._reader = ParquetReader(self.path)
+        self._image_column = image_column
+        self._caption_column = self._columns(caption_column)
+        self._group_pairs = self._count_pairs()
 
-    def _check_columns(self, schema: pa.Schema) -> None:
-        for column, holds, is_right in (
-            (self._image_column, "encoded pictures (binary)", _holds_bytes),
-            (self._caption_column, "captions (string)", _holds_text),
-        ):
-            if column not in schema.names:
-                raise InputError(
-                    f"{self.path} has no column {column!r}; it has {', '.join(schema.names)}: name one of them"
-                )
-            if not is_right(schema.field(column).type):
-                raise InputError(
-                    f"{self.path}: column {column!r} should hold {holds}, but it is {schema.field(column).type}"
-                )
+    def _columns(self, caption_column: str | None) -> str:
+        """The column of captions, once those needed are there and hold what they must."""
+        schema = self._reader.schema
+        pictures = ", ".join(field.name for field in schema if arrow_types.is_pictures(field.type))
+        hint = f"Name one by --image-column; pictures may be in {pictures}." if pictures else "Name one of pictures."
+        self._reader.require_columns([self._image_column], hint)
+        if caption_column is None:
+            text = [field.name for field in schema if field.name != _KEY_COLUMN and _may_be_captions(field.type)]
+            caption_column = (
+                "caption" if "caption" in schema.names else find_column(text or schema.names, None, self.path)
+            )
+        self._reader.require_columns([caption_column], "Name one of them by --caption-column.")
+        arrow_types.require_pictures(schema.field(self._image_column).type, self.path, self._image_column)
+        arrow_types.require_text(schema.field(caption_column).type, self.path, caption_column, or_lists=True)
+        if _KEY_COLUMN in schema.names:
+            self._reader.require_columns([_KEY_COLUMN], "")
+            arrow_types.require_key(schema.field(_KEY_COLUMN).type, self.path, _KEY_COLUMN)
+        return caption_column
+
+    def _count_pairs(self) -> list[int]:
+        """The pairs of each row group: its rows, unless they hold lists of captions."""
+        if not arrow_types.is_texts(self._reader.schema.field(self._caption_column).type):
+            return self._reader.group_rows
+        return [
+            sum(
+                len(captions)
+                for batch in self._reader.batches([self._caption_column], [group])
+                for captions in arrow_types.captions(batch[self._caption_column])
+            )
+            for group in range(self.num_row_groups)
+        ]
 
     def __len__(self) -> int:
-        return self._file.metadata.num_rows
+        return sum(self._group_pairs)
 
     @property
     def num_row_groups(self) -> int:
-        return self._file.num_row_groups
+        return self._reader.num_row_groups
 
     def __iter__(self) -> Iterator[Pair]:
         for index in range(self.num_row_groups):
@@ -104,40 +117,35 @@ class PairTable:
             yield self._pair(record)
 
     def records(self, start: int = 0) -> Iterator[Record]:
-        """The rows from number `start` on, pictures not decoded; row groups before it are not read."""
-        for index in range(self.num_row_groups):
-            num_rows = self._file.metadata.row_group(index).num_rows
-            if start < num_rows:
+        """The pairs from number `start` on, pictures not decoded; row groups before it are not read."""
+        for index, num_pairs in enumerate(self._group_pairs):
+            if start < num_pairs:
                 yield from islice(self._group_records(index), start, None)
-            start = max(start - num_rows, 0)
+            start = max(start - num_pairs, 0)
 
     def _group_records(self, index: int) -> Iterator[Record]:
-        row = sum(self._file.metadata.row_group(i).num_rows for i in range(index))
-        for batch in self._batches(index):
-            keys = batch[_KEY_COLUMN].to_pylist() if _KEY_COLUMN in batch.schema.names else None
-            images, captions = batch[self._image_column].to_pylist(), batch[self._caption_column].to_pylist()
-            for offset, (image, caption) in enumerate(zip(images, captions, strict=True)):
-                key = keys[offset] if keys else f"{row:08d}"
-                encoded = image.get("bytes") if isinstance(image, dict) else image
-                yield Record(f"{self.path}: row {row}", None if key is None else str(key), caption, encoded)
-                row += 1
-
-    def _batches(self, index: int) -> Iterator[pa.RecordBatch]:
+        row = sum(self._reader.group_rows[:index])
         wanted = {_KEY_COLUMN, self._image_column, self._caption_column}
-        columns = [name for name in self._file.schema_arrow.names if name in wanted]
-        try:
-            yield from self._file.iter_batches(_ROWS_AT_ONCE, row_groups=[index], columns=columns)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"{self.path}: row group {index} of {self.num_row_groups} is damaged ({_first_line(error)}); "
-                "fetch or make the file again"
-            ) from error
+        columns = [name for name in self._reader.schema.names if name in wanted]
+        for batch in self._reader.batches(columns, [index]):
+            keys = arrow_types.strings(batch[_KEY_COLUMN]) if _KEY_COLUMN in batch.schema.names else None
+            images = arrow_types.encoded_pictures(batch[self._image_column])
+            captions = arrow_types.captions(batch[self._caption_column])
+            for offset, (image, several) in enumerate(zip(images, captions, strict=True)):
+                key = keys[offset] if keys else f"{row:08d}"
+                for caption in several:
+                    fault = image.fault or ("its caption is empty, or not UTF-8 text" if caption is None else None)
+                    yield Record(f"{self.path}: row {row}", key, caption, image.content, fault)
+                row += 1
 
     def _pair(self, record: Record) -> Pair:
         columns = {_KEY_COLUMN: record.key, self._image_column: record.encoded, self._caption_column: record.caption}
         for column in (self._image_column, self._caption_column, _KEY_COLUMN):
             if columns[column] is None:
-                raise InputError(f"{record.name}: column {column!r} is empty; every row needs a picture and a caption")
+                why = f" ({record.fault})" if record.fault else ""
+                raise InputError(
+                    f"{record.name}: column {column!r} is empty{why}; every row needs a picture and a caption"
+                )
         assert record.key is not None and record.caption is not None and record.encoded is not None
         try:
             return Pair(record.key, record.caption, decode_picture(record.encoded))
@@ -166,20 +174,20 @@ class PairTable:
 
 
 def decode_picture(encoded: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """The red, green and blue values, 0..255, of a picture file's bytes; transparent parts are laid on white.
+    """The red, green and blue values, 0..255, of a picture file's bytes, upright; transparent parts are laid on white.
 
     Raises InputError if the bytes are no whole picture or its mode has no plain meaning in 8-bit colours.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            image.load()
-            return np.asarray(_to_rgb(image))
+        image = load_picture(encoded)
+    except InputError as error:
+        raise InputError(f"the {len(encoded)} bytes are not a whole picture ({error})") from error
+    try:
+        return np.asarray(_to_rgb(image))
     except InputError:
         raise
-    except UnidentifiedImageError as error:  # its own words name a place in memory
-        raise InputError(f"the {len(encoded)} bytes are not a whole picture (of no format that is known)") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"the {len(encoded)} bytes are not a whole picture ({_first_line(error)})") from error
+    except Exception as error:  # a palette or transparency that cannot be
+        raise InputError(f"the {len(encoded)} bytes are not a whole picture ({first_line(error)})") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -192,19 +200,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _holds_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def _may_be_captions(kind: Any) -> bool:
+    return arrow_types.is_text(kind) or arrow_types.is_texts(kind)
 
 
 def _size(picture: UInt8[np.ndarray, "H W 3"]) -> str:
     return f"{picture.shape[0]}×{picture.shape[1]}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

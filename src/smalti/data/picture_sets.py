@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from smalti.data import arrow_types
 from smalti.data.loader import batches
 from smalti.data.pairs import decode_picture
+from smalti.data.parquet_files import ParquetReader
+from smalti.data.tar_shards import PICTURE_SUFFIXES as SUFFIXES
 from smalti.errors import InputError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""Files of a folder that are taken for pictures."""
+from smalti.file_kinds import visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,8 @@ class PictureSet:
         self._files: list[Path] = []
         self._column: pa.ChunkedArray | None = None
         if self.path.is_dir():
-            visible = (file for file in self.path.rglob("*") if not file.name.startswith("."))
-            self._files = sorted(file for file in visible if file.suffix.lower() in SUFFIXES)
+            found = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            self._files = visible(found, self.path)
             if not self._files:
                 raise InputError(f"{self.path} holds no pictures; expected files ending in {', '.join(SUFFIXES)}.")
         else:
@@ -80,10 +80,9 @@ class PictureSet:
             if self._column is None:
                 encoded = self._files[row].read_bytes()
             else:
-                value = self._column[row].as_py()
-                encoded = value.get("bytes") if isinstance(value, dict) else value
-            if encoded is None:
-                raise InputError("there is no picture")
+                encoded, fault = arrow_types.encoded_picture(self._column[row].as_py())
+                if encoded is None:
+                    raise InputError(fault or "there is no picture")
             return Image.fromarray(decode_picture(encoded))
         except (InputError, OSError) as error:
             raise InputError(f"{name}: {error}") from error
@@ -185,26 +184,15 @@ def _cut(
 
 
 def _read_column(path: Path, image_column: str) -> pa.ChunkedArray:
+    if not path.exists():
+        raise InputError(f"there is no {path}; give a folder of pictures or a parquet table.")
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-        if image_column not in file.schema_arrow.names:
-            raise InputError(
-                f"{path} has no column {image_column!r}; it has {', '.join(file.schema_arrow.names)}. "
-                "Pictures are read from a column of encoded files, or give a folder."
-            )
-        column = file.read([image_column])[image_column]
-    except FileNotFoundError as error:
-        raise InputError(f"there is no {path}; give a folder of pictures or a parquet table.") from error
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path} is neither a folder nor a readable parquet file ({str(error).splitlines()[0]}); "
-            "give a folder of pictures or a parquet table."
-        ) from error
-    kind = column.type
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise InputError(f"{path}: column {image_column!r} holds {column.type}; expected encoded pictures (binary).")
+        reader = ParquetReader(path)
+    except InputError as error:
+        raise InputError(f"{error} Give a folder of pictures or a parquet table.") from error
+    reader.require_columns([image_column], "Pictures are read from a column of encoded files, or give a folder.")
+    arrow_types.require_pictures(reader.schema.field(image_column).type, path, image_column)
+    column = reader.column(image_column)
     if not len(column):
         raise InputError(f"{path} holds no rows.")
     return column

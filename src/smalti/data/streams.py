@@ -12,13 +12,13 @@ import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int32, Int64, Integer
 
+from smalti.data.parquet_files import ParquetReader
 from smalti.data.tokens import PAD, TokenBatch, check_columns, read_metadata, token_values
 from smalti.errors import InputError, InputWarning
 from smalti.text_tokenizer import TextTokenizer
@@ -258,10 +258,9 @@ def _read_footers(urls: list[str], columns: list[str]) -> tuple[list[_RowGroup],
     row_groups, common = [], None
     for url in urls:
         with _named_errors(url), fsspec.open(url, "rb") as opened:
-            file = pq.ParquetFile(opened)
-            check_columns(file.schema_arrow, url, columns)
-            metadata = read_metadata(file.metadata, url)
-            counts = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+            reader = ParquetReader(url, opened=cast(IO[bytes], opened))
+            check_columns(reader.schema, url, columns)
+            metadata, counts = read_metadata(reader), reader.group_rows
         if common is not None and metadata != common:
             raise InputError(f"{url} was made with another tokenizer than {urls[0]}: {metadata} and {common}.")
         common = metadata

@@ -86,6 +86,8 @@ class TokenizeReport(NamedTuple):
     num_cut: int
     """Captions that were longer than `max_text_length`."""
     time: "TimeSpent"
+    num_empty: int = 0
+    """Captions that are empty."""
 
 
 class TimeSpent(NamedTuple):
@@ -115,6 +117,7 @@ def tokenize_pairs(
     *,
     image_column: str = "image",
     caption_column: str | None = None,
+    delimiter: str | None = None,
     force: bool = False,
     show_progress: bool = True,
 ) -> TokenizeReport:
@@ -128,7 +131,7 @@ def tokenize_pairs(
     """
     tokens = Path(tokens)
     refuse_existing([tokens], force=force)
-    source = open_pairs(pairs, image_column=image_column, caption_column=caption_column)
+    source = open_pairs(pairs, image_column=image_column, caption_column=caption_column, delimiter=delimiter)
     metadata = tokenizer_metadata(image_tokenizer, text_tokenizer)
     folder = tokens.with_name(f".{tokens.name}.parts")
     with locked(lock_of(folder), tokens):
@@ -175,6 +178,9 @@ def require_tokenizers(found: dict[str, Any], wanted: dict[str, Any], where: Pat
 # Parts -----------------------------------------------------------------------------------------------------------
 
 
+_COUNTED: tuple[str, ...] = ("num_cut", "num_empty")
+
+
 class _Job(NamedTuple):
     """What a process needs to do a part."""
 
@@ -191,7 +197,7 @@ class _Job(NamedTuple):
     def do(self, part: int) -> None:
         """Writes the table of one part; in its metadata, what was skipped and cut."""
         config = self.config
-        counts: dict[str, Any] = {"skipped": [], "num_cut": 0, **dict.fromkeys(TimeSpent._fields, 0.0)}
+        counts: dict[str, Any] = {"skipped": [], **dict.fromkeys(_COUNTED, 0), **dict.fromkeys(TimeSpent._fields, 0.0)}
         start = part * config.records_per_part
         records = islice(self.source.records(start), config.records_per_part)
 
@@ -221,9 +227,12 @@ class _Job(NamedTuple):
             counts["skipped"].append((record.name, str(error)))
             return None
         counts["num_cut"] += row.was_cut
+        counts["num_empty"] += not row.caption.strip()
         return row
 
     def _row(self, record: Record) -> "_Row":
+        if record.fault is not None:
+            raise InputError(record.fault)
         for what, value in (("picture", record.encoded), ("caption", record.caption), ("key", record.key)):
             if value is None:
                 raise InputError(f"there is no {what}, or none that can be read; every record needs one")
@@ -375,34 +384,36 @@ def _require_same(path: Path, manifest: dict[str, Any], tokens: Path) -> None:
     raise InputError(f"the unfinished {tokens} was begun with other {what}. {mend}")
 
 
-def _counts(part: Path) -> dict[str, Any]:
+def _counts(reader: ParquetReader) -> dict[str, Any]:
     """What was skipped and cut in a part. Raises InputError naming a part that is damaged."""
+    part = reader.path
     mend = f"remove {part} to have this part made again, or start anew with --force"
-    counts = parse_json(ParquetReader(part).metadata(b"smalti") or b"", f"what {part} notes of itself", mend)
+    counts = parse_json(reader.metadata(b"smalti") or b"", f"what {part} notes of itself", mend)
     skipped = counts.get("skipped")
-    seconds = [counts.get(name, 0.0) for name in TimeSpent._fields]  # parts of an earlier version have none
+    numbers = [counts.get(name, 0) for name in (*_COUNTED, *TimeSpent._fields)]  # parts of an earlier version lack some
     whole = isinstance(skipped, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in skipped)
-    if not whole or not all(isinstance(number, int | float) for number in (counts.get("num_cut"), *seconds)):
+    if not whole or not all(isinstance(number, int | float) for number in numbers):
         raise InputError(f"what {part} notes of itself is damaged; {mend}.")
     return counts
 
 
 def _join(parts: list[Path], tokens: Path, metadata: dict[str, Any], on_error: str, *, force: bool) -> TokenizeReport:
     skipped: list[tuple[str, str]] = []
-    num_cut, seconds = 0, dict.fromkeys(TimeSpent._fields, 0.0)
-    for part in parts:
-        counts = _counts(part)
+    counted, seconds = dict.fromkeys(_COUNTED, 0), dict.fromkeys(TimeSpent._fields, 0.0)
+    readers = [ParquetReader(part) for part in parts]
+    for reader in readers:
+        counts = _counts(reader)
         skipped += [(name, fault) for name, fault in counts["skipped"]]
-        num_cut += counts["num_cut"]
-        for name in seconds:
-            seconds[name] += counts.get(name, 0.0)
-    if skipped and (on_error == "stop" or not sum(len(ParquetReader(part)) for part in parts)):
+        for found in (counted, seconds):
+            for name in found:
+                found[name] += counts.get(name, 0)
+    if skipped and (on_error == "stop" or not sum(map(len, readers))):
         first = f"the first: {skipped[0][0]}: {skipped[0][1]}"
         raise InputError(f"there is no table {tokens}: {len(skipped)} broken records, {first}.")
-    num_rows = write_token_table(tokens, _batches(parts), metadata, force=force)
-    return TokenizeReport(num_rows, skipped, num_cut, TimeSpent(**seconds))
+    num_rows = write_token_table(tokens, _batches(readers), metadata, force=force)
+    return TokenizeReport(num_rows, skipped, time=TimeSpent(**seconds), **counted)
 
 
-def _batches(parts: Iterable[Path]) -> Iterator[pa.RecordBatch]:
-    for part in parts:
-        yield from ParquetReader(part).batches(SCHEMA.names)
+def _batches(readers: Iterable[ParquetReader]) -> Iterator[pa.RecordBatch]:
+    for reader in readers:
+        yield from reader.batches(SCHEMA.names, rows_at_once=65_536)

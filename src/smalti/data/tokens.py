@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int64, Integer, Shaped
 
+from smalti.data import arrow_types
+from smalti.data.parquet_files import ParquetReader, parquet_writer
 from smalti.documents import read_json
 from smalti.errors import InputError
+from smalti.file_kinds import visible
 from smalti.files import new_file, write_json
 
 SCHEMA = pa.schema(
@@ -105,13 +107,8 @@ def write_token_table(
     num_rows = 0
     with new_file(path, force=force) as temporary:
         # Keys are all different: a dictionary of them is work for nothing.
-        writer = pq.ParquetWriter(
-            temporary,
-            SCHEMA,
-            compression="zstd",
-            use_dictionary=["image_tokens.list.element", "text_tokens.list.element", "text"],  # pyright: ignore[reportArgumentType]
-            write_page_checksum=True,
-        )
+        dictionaries = ["image_tokens.list.element", "text_tokens.list.element", "text"]
+        writer = parquet_writer(temporary, SCHEMA, use_dictionary=dictionaries)
         with writer:
             for table in _row_groups(batches):
                 writer.write_table(table, row_group_size=max(table.num_rows, 1))
@@ -247,7 +244,7 @@ def _table_files(path: str | Path) -> list[Path]:
     if path.is_file():
         return [path.resolve()]
     if path.is_dir():
-        found = sorted(path.glob("*.parquet"))
+        found = visible(sorted(path.glob("*.parquet")), path)
         splits = {match[1] for file in found if (match := re.match(r"(train|val|test)[a-z]*[-_.]", file.name))}
         if len(splits) > 1:
             raise InputError(
@@ -266,26 +263,19 @@ def _table_files(path: str | Path) -> list[Path]:
 def is_token_table(path: str | Path) -> bool:
     """Whether the parquet files at a path, or the first of them, hold image tokens. False if there is none."""
     path = Path(path)
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else sorted(glob.glob(str(path)))
+    files = sorted(glob.glob(str(path / "*.parquet") if path.is_dir() else str(path)))
     if not files or not str(files[0]).endswith(".parquet"):
         return False
     try:
-        return "image_tokens" in pq.read_schema(files[0]).names
-    except (pa.ArrowException, OSError):
+        return "image_tokens" in ParquetReader(files[0]).schema.names
+    except InputError:
         return False  # who opens it says what is wrong with it
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
-        # Without pre-buffering, pages are read as they are needed: a file of one huge row group stays cheap.
-        file = pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path} ({path.stat().st_size} bytes) is not a complete parquet file: {_first_line(error)} "
-            "Copy or write it again."
-        ) from error
-    check_columns(file.schema_arrow, path, SCHEMA.names)
-    return file
+def _open_parquet(path: Path) -> ParquetReader:
+    reader = ParquetReader(path)
+    check_columns(reader.schema, path, SCHEMA.names)
+    return reader
 
 
 def check_columns(schema: pa.Schema, path: Path | str, needed: Sequence[str]) -> None:
@@ -296,22 +286,21 @@ def check_columns(schema: pa.Schema, path: Path | str, needed: Sequence[str]) ->
             f"{path}: no column {' or '.join(missing)}; it has {', '.join(schema.names)}. "
             f"A token table needs {', '.join(needed)}."
         )
-    for name in (name for name in TOKEN_COLUMNS if name in needed):
+    for name in needed:
         kind = schema.field(name).type
-        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        if not (is_list and pa.types.is_integer(kind.value_type)):
-            raise InputError(f"{path}: column {name} holds {kind}, expected lists of integers.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".") + "."
+        if name in TOKEN_COLUMNS:
+            arrow_types.require_codes(kind, path, name, or_empty=name != "image_tokens")
+        elif name == "__key__":
+            arrow_types.require_key(kind, path, name)
+        elif not arrow_types.is_empty(kind):
+            arrow_types.require_text(kind, path, name)
 
 
 def _common_metadata(paths: list[Path]) -> dict[str, Any]:
     """What the writer said of the tokens, which must be the same in all files: codes of two tokenizers do not mix."""
     common: dict[str, Any] | None = None
     for path in paths:
-        metadata = read_metadata(_open_parquet(path).metadata, path)
+        metadata = read_metadata(_open_parquet(path))
         if common is None:
             common = metadata
         elif metadata != common:
@@ -325,12 +314,17 @@ def _common_metadata(paths: list[Path]) -> dict[str, Any]:
     return common
 
 
-def read_metadata(footer: pq.FileMetaData, path: Path | str) -> dict[str, Any]:
+def read_metadata(reader: ParquetReader) -> dict[str, Any]:
     """What the writer of a file said of its tokens; nothing, if another program wrote it."""
     try:
-        return json.loads((footer.metadata or {}).get(_METADATA_KEY, b"{}"))
-    except ValueError as error:
-        raise InputError(f"{path}: its metadata is not JSON ({error}); write the table again.") from error
+        found = json.loads(reader.metadata(_METADATA_KEY) or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{reader.path}: its metadata is not JSON ({error}); write the table again.") from error
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{reader.path}: its metadata is {type(found).__name__}, not a mapping; write the table again."
+        )
+    return found
 
 
 # ---- unpacking ----
@@ -449,43 +443,30 @@ def _unpack_file(path: Path, writers: dict[str, _ColumnWriter], most_bytes: int 
 
 
 def _column_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    file = _open_parquet(path)
-    for group in range(file.num_row_groups):
-        batches = file.iter_batches(ROWS_PER_GROUP, row_groups=[group], columns=SCHEMA.names)
-        while True:
-            try:
-                batch = next(batches, None)
-            except (pa.ArrowException, OSError) as error:
-                raise InputError(
-                    f"{path}: row group {group} (of 0 to {file.num_row_groups - 1}) is damaged: "
-                    f"{_first_line(error)} Copy or write the file again."
-                ) from error
-            if batch is None:
-                break
-            yield batch
+    yield from _open_parquet(path).batches(SCHEMA.names, rows_at_once=ROWS_PER_GROUP)
 
 
 def token_values(
     column: pa.Array, path: Path | str, first_row: int, name: str
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " m"]]:
     """Lengths and values of lists of integers. A caption without tokens may be null, a picture may not: InputError."""
-    if column.null_count and name == "image_tokens":
-        row = first_row + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+    lengths, values, is_missing = arrow_types.codes(column)
+    if name == "image_tokens" and is_missing.any():
+        row = first_row + int(np.flatnonzero(is_missing)[0])
         raise InputError(f"{path}, row {row}: image_tokens is null, expected a list of integers.")
-    lists = column.cast(pa.large_list(pa.int64()))
-    lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-    values = lists.flatten()
-    numbers = values.fill_null(PAD).to_numpy(zero_copy_only=False)
-    if numbers.min(initial=0) < 0:
-        index = int(np.flatnonzero(numbers < 0)[0])
-        row = first_row + int(np.searchsorted(np.cumsum(lengths), index, side="right"))
-        value = numbers[index] if values[index].is_valid else "null"
-        raise InputError(f"{path}, row {row}: {name} has the value {value}, expected integers from 0 up.")
-    return lengths, numbers
+    if values.min(initial=0) < 0:
+        index = int(np.flatnonzero(values < 0)[0])
+        row = int(np.searchsorted(np.cumsum(lengths), index, side="right"))
+        value = column[row].as_py()[index - int(lengths[:row].sum())]
+        shown = "null" if value is None else value
+        raise InputError(
+            f"{path}, row {first_row + row}: {name} has the value {shown}, expected integers from 0 up, below 2^63."
+        )
+    return lengths, values
 
 
 def _bytes_of(column: pa.Array) -> tuple[Int64[np.ndarray, " n"], Shaped[np.ndarray, " m"]]:
-    column = column.cast(pa.large_string()).fill_null("")
+    column = arrow_types.as_text(column).fill_null("")
     _, offsets_buffer, data = column.buffers()
     offsets = np.frombuffer(offsets_buffer, np.int64)[column.offset : column.offset + len(column) + 1]
     if not len(column) or data is None:

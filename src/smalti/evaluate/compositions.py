@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.figure import Figure
@@ -31,7 +29,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from smalti.data import arrow_types
 from smalti.data.pairs import PairTable
+from smalti.data.parquet_files import ParquetReader
 from smalti.data.tokenize_pairs import fit
 from smalti.errors import InputError
 from smalti.evaluate.digits import Rate, binomial_rate
@@ -220,19 +220,15 @@ def read_collection(paths: Sequence[Path | str], size: tuple[int, int]) -> Colle
 
 
 def _read_columns(path: Path | str) -> dict[str, list]:
-    names = pq.read_schema(path).names
-    for name in ("base", "skin_tones"):
-        if name not in names:
-            raise InputError(
-                f"{path} has no column {name!r}; it has {', '.join(names)}. Compositions are told by base, the figure, "
-                "and skin_tones, a list."
-            )
-    table = pq.read_table(path, columns=["base", "skin_tones"])
-    if not pa.types.is_list(table.schema.field("skin_tones").type):
-        raise InputError(
-            f"{path}: the column skin_tones is {table.schema.field('skin_tones').type}, not a list of names."
-        )
-    return table.to_pydict()
+    reader = ParquetReader(path)
+    reader.require_columns(["base", "skin_tones"], "Compositions are told by base, the figure, and skin_tones, a list.")
+    arrow_types.require_text(reader.schema.field("base").type, path, "base")
+    kind = reader.schema.field("skin_tones").type
+    if not arrow_types.is_texts(kind):
+        raise InputError(f"{path}: column 'skin_tones' holds {kind}, expected lists of names.")
+    tones = [names for batch in reader.batches(["skin_tones"]) for names in arrow_types.captions(batch["skin_tones"])]
+    figures = [name for batch in reader.batches(["base"]) for name in arrow_types.strings(batch["base"])]
+    return {"base": figures, "skin_tones": [[name for name in names if name is not None] for names in tones]}
 
 
 # Nearest neighbours ------------------------------------------------------------------------------------------------

@@ -51,18 +51,20 @@ def import_weights(
     verify_dir: Path | None = None,
     *,
     force: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Imported:
     """Writes the image tokenizer in a foreign weight file as a folder that `load_image_tokenizer` reads; of the kind
     "hf-llama" a language model, from a file or a folder, as a bundle.
 
     With `verify_dir` every output array of that reference folder is recomputed first, and nothing is written
-    unless all of them hold. Raises InputError if a file cannot be read or does not fit.
+    unless all of them hold. Raises InputError if a file cannot be read or does not fit, or holds values that are not
+    finite, unless `allow_nonfinite`.
     """
     if kind == huggingface.KIND:
-        return _import_llama(file, output_dir, config, verify_dir, force=force)
+        return _import_llama(file, output_dir, config, verify_dir, force=force, allow_nonfinite=allow_nonfinite)
     layout = layout_of(kind)
     refuse_existing([output_dir], force=force)
-    module, report, notes = _import(layout, file, config, verify_dir)
+    module, report, notes = _import(layout, file, config, verify_dir, allow_nonfinite)
     errors: list[ArrayError] = []
     if verify_dir is not None:
         errors, note = _verify_imported(layout, module, verify_dir)
@@ -121,29 +123,37 @@ def error_table(errors: tuple[ArrayError, ...]) -> Table:
 
 
 def _import(
-    layout: Layout, file: Path, config: Path | None, verify_dir: Path | None
+    layout: Layout, file: Path, config: Path | None, verify_dir: Path | None, allow_nonfinite: bool
 ) -> tuple[nn.Module, ImportReport, tuple[str, ...]]:
     """Sizes come from `config`; without one from the published models, or else from a config beside the file or in
     the reference folder."""
     weights = read_weights(file)
     if config is not None:
-        return *import_foreign(layout, weights.tensors, read_config(config)), weights.notes
+        return *import_foreign(
+            layout, weights.tensors, read_config(config), allow_nonfinite=allow_nonfinite
+        ), weights.notes
     nearby = [file.with_suffix(".config.json"), *(f / "config.json" for f in (file.parent, verify_dir) if f)]
     found = next((path for path in nearby if path.is_file()), None)
     try:
-        return *import_foreign(layout, weights.tensors), weights.notes
+        return *import_foreign(layout, weights.tensors, allow_nonfinite=allow_nonfinite), weights.notes
     except InputError:
         if found is None:
             raise
     notes = (*weights.notes, f"not a published size, so {found} was read")
-    return *import_foreign(layout, weights.tensors, read_config(found)), notes
+    return *import_foreign(layout, weights.tensors, read_config(found), allow_nonfinite=allow_nonfinite), notes
 
 
 def _import_llama(
-    source: Path, output_dir: Path, config: Path | None, verify_dir: Path | None, *, force: bool
+    source: Path,
+    output_dir: Path,
+    config: Path | None,
+    verify_dir: Path | None,
+    *,
+    force: bool,
+    allow_nonfinite: bool,
 ) -> Imported:
     refuse_existing([output_dir], force=force)
-    found = huggingface.read_llama(source, config)
+    found = huggingface.read_llama(source, config, allow_nonfinite=allow_nonfinite)
     errors: list[ArrayError] = []
     notes = found.notes
     if verify_dir is not None:

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from smalti.documents import read_json
 from smalti.errors import InputError
+from smalti.file_kinds import GGUF, is_hidden
 from smalti.files import new_folder
 from smalti.generate import Request, generate
 from smalti.interop.fields import Fields
 from smalti.interop.keys import Foreign, ImportReport, Moved, misfit, shape_problems
-from smalti.interop.reading import ForeignWeights, read_config, read_weights
+from smalti.interop.reading import ForeignWeights, read_config, read_weights, require_values
 from smalti.interop.verifying import ArrayError, ReferenceArrays, compare_outputs, read_arrays
 from smalti.layout import Layout, Marker, Order, Span
 from smalti.models import DecoderOnly, DecoderOnlyConfig
@@ -219,22 +220,35 @@ def read_llama_config(config: dict) -> ReadConfig:
     return ReadConfig(ours, biased)
 
 
+_SCALED_BY_FACTOR = {
+    "linear": (),
+    "dynamic": ("original_max_position_embeddings",),
+    "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Kinds of scaling that change nothing by a factor of 1, with the fields that then say nothing more."""
+
+
 def _rotary_base(config: dict) -> float:
-    """`rope_theta`, at the top level or, since transformers 5, in `rope_parameters`."""
+    """`rope_theta`, at the top level or, since transformers 5, in `rope_parameters`. Scaling by 1 is none."""
     found = [Fields(config, "config").take("rope_theta", int | float | None, None)]
     for name in ("rope_parameters", "rope_scaling"):
         if config.get(name) is None:
             continue
+        ignored: tuple[str, ...] = ()
         rope = Fields(config[name], f"config.{name}")
+        factor = rope.take("factor", int | float | None, None)
         for kind in ("rope_type", "type"):
-            if rope.take(kind, str, "default") != "default":
+            scaling = rope.take(kind, str, "default")
+            if scaling != "default" and not (factor == 1 and scaling in _SCALED_BY_FACTOR):
                 raise InputError(
-                    f"config.{name}.{kind} is {config[name][kind]!r}; rotary positions that are scaled are not "
-                    "supported, only 'default'."
+                    f"config.{name}.{kind} is {scaling!r}, with factor {factor}; rotary positions that are scaled are "
+                    "not supported, only 'default', or a factor of 1."
                 )
+            if scaling != "default":
+                ignored = _SCALED_BY_FACTOR[scaling]
         rope.expect("partial_rotary_factor", 1.0, 1)
         found.append(rope.take("rope_theta", int | float | None, None))
-        rope.finish()
+        rope.finish(*ignored)
     bases = {float(base) for base in found if base is not None}
     if len(bases) > 1:
         raise InputError(f"config gives rope_theta twice, as {' and '.join(map(str, sorted(bases)))}; expected one.")
@@ -356,14 +370,16 @@ def _picture_order(layout: Layout) -> Order | None:
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_llama(source: Path, config: Path | None = None) -> Imported:
+def read_llama(source: Path, config: Path | None = None, *, allow_nonfinite: bool = False) -> Imported:
     """The model in a folder that `save_pretrained` wrote, or in a weight file with `config.json` beside it.
 
     Weights may be safetensors or `torch.save`'s, in one file or in shards with their index. Raises InputError if a
-    file cannot be read, the config asks for what is not supported, or a tensor is missing, misshapen or left over.
+    file cannot be read, the config asks for what is not supported, or a tensor is missing, misshapen, left over, or
+    holds values that are not finite, unless `allow_nonfinite`.
     """
     folder = source if source.is_dir() else source.parent
     weights = _read_all_weights(source)
+    _refuse_other_layouts(weights.tensors, source)
     fields = read_config(config if config is not None else folder / CONFIG)
     ours, biased = read_llama_config(fields)
     state, dropped = _without_derived(weights.tensors, ours)
@@ -372,6 +388,7 @@ def read_llama(source: Path, config: Path | None = None) -> Imported:
     problems = shape_problems(state, key_map, dropped)
     if problems:
         raise InputError(misfit(problems))
+    more = require_values(state, key_map, allow_nonfinite=allow_nonfinite)
     model = DecoderOnly(ours)
     ours_state = fuse(state, parts)
     for name, tensor in model.state_dict().items():
@@ -384,7 +401,7 @@ def read_llama(source: Path, config: Path | None = None) -> Imported:
     return Imported(
         model.eval(),
         layout,
-        ImportReport(sizes="from the config", moved=moved, dropped=tuple(dropped.items())),
+        ImportReport(sizes="from the config", moved=moved, dropped=tuple(dropped.items()), notes=more),
         (*weights.notes, *notes),
         tokenizer if tokenizer.is_file() else None,
     )
@@ -401,8 +418,43 @@ def _read_all_weights(source: Path) -> ForeignWeights:
             return _read_shards(source / name)
     raise InputError(
         f"{source} holds no weights: expected {WEIGHTS}, pytorch_model.bin, or one of {', '.join(INDEXES)} with its "
-        "shards."
+        f"shards.{_what_instead(source)}"
     )
+
+
+def _what_instead(folder: Path) -> str:
+    """What a folder holds instead of such weights, and what to do."""
+    names = sorted(file.name for file in folder.iterdir() if file.is_file() and not is_hidden(file.name))
+    if "adapter_config.json" in names:
+        return f" It holds an adapter: {_MERGE}."
+    if found := [name for name in names if name.endswith(".gguf")]:
+        return f" {found[0]} is {GGUF.what}: {GGUF.advice}."
+    if "params.json" in names or any(name.startswith("consolidated.") for name in names):
+        return f" It is in Meta's own layout: {_CONVERT}."
+    found = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt"))]
+    if found:
+        return f" It has {', '.join(found[:6])}: give the file itself, with config.json beside it."
+    return f" It has {', '.join(names[:6]) or 'no files'}."
+
+
+_MERGE = (
+    "give the whole model, into which peft merges it: "
+    "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(new_folder)"
+)
+_CONVERT = "convert it by the script convert_llama_weights_to_hf.py of transformers, and give the folder that it writes"
+
+
+def _refuse_other_layouts(state: Mapping[str, Tensor], source: Path) -> None:
+    """Raises InputError for keys that are known to be another kind of file's, saying which."""
+    if key := next((key for key in state if ".lora_" in key), None):
+        raise InputError(f"{source} is an adapter (LoRA: {key}), not a whole model; {_MERGE}.")
+    if "tok_embeddings.weight" in state:
+        if any("cls_embedding" in key or "attention.wqkv" in key for key in state):
+            raise InputError(
+                f"{source} is a GPT of LlamaGen (it has tok_embeddings.weight and attention.wqkv), which is not read; "
+                "only Llamas of transformers are."
+            )
+        raise InputError(f"{source} is a Llama in Meta's own layout (it has tok_embeddings.weight); {_CONVERT}.")
 
 
 def _read_shards(index: Path) -> ForeignWeights:
@@ -412,6 +464,8 @@ def _read_shards(index: Path) -> ForeignWeights:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise InputError(f"{index} names the shard {name!r}; expected the name of a file beside it.")
+        if not (index.parent / name).is_file():
+            raise InputError(f"{index} names the shard {name}, which is not there; fetch it into the same folder.")
         tensors |= read_weights(index.parent / name).tensors
     missing = sorted(set(places) - set(tensors))
     if missing:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from smalti.bundle import BUILD_ERRORS, build_within
 from smalti.errors import InputError, first_line
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig
+from smalti.interop.reading import require_values
 
 
 class Foreign(NamedTuple):
@@ -42,6 +43,7 @@ class ImportReport:
     sizes: str
     moved: tuple[Moved, ...]
     dropped: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The report as text, one line per tensor."""
@@ -60,6 +62,7 @@ class Layout:
     `read_config` and `write_config` translate the original's field names; `key_map` gives the foreign key of each
     tensor of a module; `outputs` recomputes the arrays of a reference folder (see `verifying`). `published` holds
     the sizes of files that need no config; where weights tell all sizes, `infer_config` finds them instead.
+    `prepare` puts variants of the original (weights and config) into the one form that the rest reads.
     `droppable` holds the beginnings of keys to pass over, with the reason; `part_of` the prefixes of the keys
     inside a larger model; `container` the outer key under which the original keeps its state dict.
     """
@@ -75,15 +78,18 @@ class Layout:
     part_of: tuple[str, ...] = ()
     container: str | None = None
     infer_config: Callable[[Mapping[str, Tensor]], Any] | None = None
+    prepare: Callable[[Mapping[str, Tensor], dict | None], tuple[Mapping[str, Tensor], dict | None]] | None = None
 
 
 def import_foreign(
-    layout: Layout, state: Mapping[str, Tensor], config: dict | None = None
+    layout: Layout, state: Mapping[str, Tensor], config: dict | None = None, *, allow_nonfinite: bool = False
 ) -> tuple[nn.Module, ImportReport]:
     """The module that a foreign state dict describes, in evaluation mode. `config` has the original's field names;
     without one the shapes must be those of exactly one published model. Raises InputError if a tensor is
-    missing, has another shape, or is left over."""
+    missing, has another shape, is left over, or holds values that are not finite (unless allowed)."""
     state, outside = _part_of_larger(state, layout.part_of)
+    if layout.prepare is not None:
+        state, config = layout.prepare(state, config)
     dropped = {key: reason for key in state if (reason := _why_dropped(key, layout.droppable)) is not None}
     if config is not None:
         ours, sizes = layout.read_config(config), "from the config"
@@ -102,12 +108,15 @@ def import_foreign(
     problems = shape_problems(state, key_map, dropped) or _unequal_copies(state, key_map)
     if problems:
         raise InputError(misfit(problems))
+    notes = require_values(state, [foreign.key for foreign in key_map.values()], allow_nonfinite=allow_nonfinite)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     module.load_state_dict({name: state[foreign.key].reshape(shapes[name]) for name, foreign in key_map.items()})
     moved = tuple(
         Moved(key, name, foreign.shape) for name, foreign in key_map.items() for key in (foreign.key, *foreign.copies)
     )
-    return module.eval(), ImportReport(sizes=sizes, moved=moved, dropped=tuple((outside | dropped).items()))
+    return module.eval(), ImportReport(
+        sizes=sizes, moved=moved, dropped=tuple((outside | dropped).items()), notes=notes
+    )
 
 
 def export_foreign(layout: Layout, module: nn.Module) -> dict[str, Tensor]:

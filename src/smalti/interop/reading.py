@@ -10,6 +10,7 @@ import pickle
 import re
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
@@ -20,10 +21,17 @@ from torch import Tensor
 
 from smalti.documents import read_json, read_yaml
 from smalti.errors import InputError, shortened
+from smalti.file_kinds import PICKLE, SAFETENSORS, ZIP, FileKind, kind_of
 
 EMA_NAMES = ("ema", "model_ema", "state_dict_ema")
 CONTAINER_NAMES = ("model", "module", "state_dict")
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+INNER_NAMES = ("shadow", *CONTAINER_NAMES)
+"""Under which averaged weights may lie within theirs."""
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.")
+INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What stands within keys where parts were compiled, sharded or checkpointed one by one."""
+MAX_NESTING = 3
+"""How deep a state dict is looked for that lies under none of the names above."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +53,34 @@ class Unread(dict):
 
 
 def read_weights(path: Path) -> ForeignWeights:
-    """The state dict in a `.safetensors` file or in anything `torch.save` wrote: bare, or under `model`,
-    `module` or `state_dict`, with or without the prefixes that DDP and torch.compile add. Averaged (EMA)
-    weights are chosen where there are any. Raises InputError if the file cannot be read as that, or asks for
-    anything but tensors and plain values."""
-    content = read_torch_file(path) if not _is_safetensors(path) else _read_safetensors(path)
+    """The state dict in a `.safetensors` file or in anything `torch.save` wrote: bare, or under `model`, `module` or
+    `state_dict`, or the only one deeper in, with or without the prefixes that DDP, FSDP and torch.compile add. Averaged
+    (EMA) weights are chosen where there are any. Raises InputError if the file cannot be read as that, saying what it
+    is instead, or asks for anything but tensors and plain values."""
+    kind = _weight_kind(path)
+    content = _read_safetensors(path) if kind is SAFETENSORS else read_torch_file(path)
     state, notes = _choose_state(content, path)
+    state, more = _averaged_within(state)
     tensors, prefixes = _strip_wrappers(state, path)
     _require_plain(tensors, path)
     if prefixes:
-        notes.append(f"took off the prefix {' and '.join(prefixes)}")
-    return ForeignWeights(tensors=tensors, notes=tuple(notes))
+        more.append(f"took off the prefix {' and '.join(prefixes)}")
+    return ForeignWeights(tensors=tensors, notes=(*notes, *more))
+
+
+def _weight_kind(path: Path) -> FileKind | None:
+    """What a weight file is by its first bytes. Raises InputError if it is surely none, saying what it is."""
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "not a file"
+        raise InputError(f"{path} is {what}; give the weight file itself.")
+    kind = kind_of(path)
+    if kind in (ZIP, PICKLE, SAFETENSORS):
+        return kind
+    if kind is not None:
+        raise InputError(f"{path} is {kind.what}, not weights: {kind.advice or 'give the weight file itself'}.")
+    if path.suffix == ".safetensors":
+        return SAFETENSORS
+    return None
 
 
 def read_config(path: Path) -> dict:
@@ -66,6 +91,9 @@ def read_config(path: Path) -> dict:
         content = read_torch_file(path)
         content = vars(content) if isinstance(content, argparse.Namespace) else content
     else:
+        kind = kind_of(path)
+        if kind is not None and kind.advice:
+            raise InputError(f"{path} is {kind.what}, not a config: {kind.advice}.")
         mend = "give the original's config, in JSON or YAML"
         content = (read_json if path.suffix == ".json" else read_yaml)(path, mend)
     if not isinstance(content, dict):
@@ -82,17 +110,15 @@ def read_torch_file(path: Path) -> object:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        asks = f"it asks to load {wanted[1]}" if wanted else _one_line(error)
-        raise InputError(
-            f"{path} is refused and nothing in it was run: {asks}, where only tensors and plain values are "
-            "read. If you trust its author, have it saved again as a bare state dict or as safetensors."
-        ) from None
-    except Exception as error:  # a damaged file makes it raise nearly anything
-        raise InputError(
-            f"{path} cannot be read as a PyTorch weight file: {type(error).__name__}, {_one_line(error)}; fetch or "
-            "save it again."
-        ) from None
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+            raise InputError(
+                f"{path} is refused and nothing in it was run: it asks to load {wanted[1]}, where only tensors and "
+                "plain values are read. If you trust its author, have it saved again as a bare state dict or as "
+                "safetensors."
+            ) from error
+        raise InputError(_no_torch_file(path, "it is no pickle that torch.save wrote")) from error
+    except (Exception, MemoryError) as error:  # a damaged file may ask for any amount of memory
+        raise InputError(_no_torch_file(path, _one_line(error))) from error
     _check_crc(path)
     return content
 
@@ -107,7 +133,7 @@ def _check_crc(path: Path) -> None:
             records = [record for record in archive.infolist() if record.file_size]
             damaged = [record.filename for record in records if not _is_whole(archive, record)]
     except Exception as error:
-        raise InputError(f"{path} is a damaged zip file: {_one_line(error)}; fetch or save it again.") from None
+        raise InputError(f"{path} is a damaged zip file: {_one_line(error)}; fetch or save it again.") from error
     if damaged and len(damaged) < len(records):
         raise InputError(
             f"{path}: the record {damaged[0]} is damaged, its checksum is not the one noted; fetch or save it again."
@@ -144,6 +170,18 @@ def _require_plain(tensors: dict[str, Tensor], path: Path) -> None:
             raise InputError(f"{path}: the tensor {shortened(name)} {fault}.")
 
 
+def _no_torch_file(path: Path, reason: str) -> str:
+    size = path.stat().st_size
+    advice = f"it has {size} bytes: compare with where it is from, and fetch it again"
+    if kind_of(path) is ZIP:
+        # torch.save writes a zip archive too; the list of what is in it stands at its end.
+        if not zipfile.is_zipfile(path):
+            reason = f"it is cut short or damaged ({reason})"
+        elif "data.pkl" not in {name.rpartition("/")[2] for name in zipfile.ZipFile(path).namelist()}:
+            reason, advice = f"it is {ZIP.what} of other things", ZIP.advice
+    return f"{path} cannot be read as a PyTorch weight file: {reason}; {advice}."
+
+
 def _inert_names(path: Path) -> list[str]:
     """Full names of classes in the file that may be passed over, found without unpickling it."""
     try:
@@ -160,20 +198,15 @@ _INERT = re.compile(
 )
 
 
-def _is_safetensors(path: Path) -> bool:
-    """A safetensors file starts with the length of its JSON header, whatever the file is called."""
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; give the weight file itself.")
-    with path.open("rb") as file:
-        start = file.read(9)
-    return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{")
-
-
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except Exception as error:  # of Rust, of Python, of torch
-        raise InputError(f"{path} cannot be read as safetensors: {_one_line(error)}") from None
+    except (Exception, MemoryError) as error:
+        size = path.stat().st_size
+        raise InputError(
+            f"{path} cannot be read as safetensors: {_one_line(error)}; it has {size} bytes and may be cut short: "
+            "compare with where it is from, and fetch it again."
+        ) from error
 
 
 def _choose_state(content: object, path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -181,22 +214,55 @@ def _choose_state(content: object, path: Path) -> tuple[dict[str, Tensor], list[
         return content, ["the file is a bare state dict"]
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a state dict.")
-    for name in (*EMA_NAMES, *CONTAINER_NAMES):
-        state = content.get(name)
+    places: dict[str, object] = {name: content.get(name) for name in EMA_NAMES}
+    for name in EMA_NAMES:
+        if isinstance(inner := content.get(name), dict):
+            places |= {f"{name}.{below}": inner.get(below) for below in INNER_NAMES}
+    places |= {name: content.get(name) for name in CONTAINER_NAMES}
+    for place, state in places.items():
         if not _is_state(state):
             continue
-        notes = [f"weights taken from `{name}`"]
-        if name in EMA_NAMES:
-            notes = [f"averaged (EMA) weights taken from `{name}`, not the last ones"]
-        passed_over = sorted(str(other) for other in content if other != name)
+        top = place.partition(".")[0]
+        notes = [f"weights taken from `{place}`"]
+        if top in EMA_NAMES:
+            notes = [f"averaged (EMA) weights taken from `{place}`, not the last ones"]
+        passed_over = sorted(str(other) for other in content if other != top)
         if passed_over:
             notes.append(f"passed over beside it: {', '.join(passed_over)}")
         return state, notes
+    deeper = dict(_states_within(content, "", MAX_NESTING))
+    if len(deeper) == 1:
+        place, state = next(iter(deeper.items()))
+        return state, [f"weights taken from `{place}`, the only state dict in the file"]
     names = ", ".join(sorted(map(str, content))[:8])
+    found = f"several, {', '.join(deeper)}; save the one to use by itself" if deeper else names or "nothing"
     raise InputError(
         f"{path} holds no state dict: expected names to tensors, alone or under one of "
-        f"{', '.join((*EMA_NAMES, *CONTAINER_NAMES))}; found {names or 'nothing'}."
+        f"{', '.join((*EMA_NAMES, *CONTAINER_NAMES))}; found {found}."
     )
+
+
+def _states_within(content: dict, place: str, depth: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    for name, value in content.items():
+        if _is_state(value):
+            yield f"{place}{name}", value
+        elif isinstance(value, dict) and depth > 1:
+            yield from _states_within(value, f"{place}{name}.", depth - 1)
+
+
+def _averaged_within(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights with those that latent-diffusion's LitEma keeps of them in their place: `model_ema` and the key
+    without its dots."""
+    prefix = "model_ema."
+    if f"{prefix}decay" not in state:
+        return state, []
+    averaged = {key: state.get(prefix + key.replace(".", "")) for key in state if not key.startswith(prefix)}
+    found = {key: tensor for key, tensor in averaged.items() if tensor is not None}
+    if not found:
+        return state, []
+    return {key: found.get(key, state[key]) for key in averaged}, [
+        f"averaged (EMA) weights taken from `model_ema` for {len(found)} of {len(averaged)} tensors, not the last ones"
+    ]
 
 
 def _is_state(content: object) -> TypeGuard[dict[str, Tensor]]:
@@ -213,14 +279,45 @@ def _strip_wrappers(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Ten
     while prefix := next((p for p in WRAPPER_PREFIXES if state and all(k.startswith(p) for k in state)), None):
         state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
         stripped.append(prefix)
-    if any("_orig_mod." in key for key in state):  # parts compiled one by one
-        renamed = {key.replace("_orig_mod.", ""): tensor for key, tensor in state.items()}
-        if len(renamed) < len(state):
-            raise InputError(f"{path} holds some weights both with and without the prefix _orig_mod.")
-        state = renamed
-        stripped.append("_orig_mod.")
+    for wrapper in INNER_WRAPPERS:
+        if any(wrapper in key for key in state):
+            renamed = {key.replace(wrapper, ""): tensor for key, tensor in state.items()}
+            if len(renamed) < len(state):
+                raise InputError(f"{path} holds some weights both with and without the prefix {wrapper}")
+            state = renamed
+            stripped.append(wrapper)
     return state, stripped
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def require_values(
+    tensors: Mapping[str, Tensor], used: Iterable[str], *, allow_nonfinite: bool = False
+) -> tuple[str, ...]:
+    """Raises InputError naming the first tensor of those `used` that is no floating-point one (quantized weights have
+    scales beside them, which are not read), or holds NaN or infinity, as a run that diverged leaves them: unless they
+    are allowed; then a note counts them."""
+    nonfinite = []
+    for key in used:
+        tensor = tensors[key]
+        if not tensor.is_floating_point():
+            raise InputError(
+                f"{key} holds {str(tensor.dtype).removeprefix('torch.')}, expected floating-point numbers: quantized "
+                "weights are not read; take the original ones."
+            )
+        if not tensor.is_meta and not tensor.float().isfinite().all():
+            nonfinite.append(key)
+    if not nonfinite:
+        return ()
+    values = tensors[nonfinite[0]].float()
+    num = int((~values.isfinite()).sum())
+    what = f"{nonfinite[0]} holds {num} of {values.numel()} values that are NaN or infinite"
+    others = f", and so do {len(nonfinite) - 1} other tensors" if len(nonfinite) > 1 else ""
+    if allow_nonfinite:
+        return (f"warning: {what}{others}",)
+    raise InputError(
+        f"{what}{others}: the run they are from diverged, or the file is damaged; take an earlier checkpoint, or go on "
+        "with --allow-nonfinite."
+    )

@@ -1,10 +1,20 @@
-"""taming-transformers' VQGAN (CompVis/taming-transformers, taming/models/vqgan.py)."""
+"""taming-transformers' VQGAN (CompVis/taming-transformers, taming/models/vqgan.py).
 
-from collections.abc import Callable
+Its variants are put into the form of `VQModel` first. `EMAVQ` differs in training alone. `GumbelVQ` chooses the code k
+of the largest w_k · z + b_k, and hands e_k to the decoder: that is the nearest entry (w_k, e_k, s_k) to (z, 0, 0), if
+s_k² = C − 2 b_k − |w_k|² − |e_k|² with C so large that none is negative.
+Letters: K codebook entries, E code width, Z channels of the latents.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from smalti.errors import InputError
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqgan import VQGAN, VQGANConfig
 from smalti.interop.fields import HEADER, Fields, check_header
@@ -14,6 +24,9 @@ from smalti.interop.vqgan_keys import taming_key
 
 CLASS_NAME = "taming.models.vqgan.VQModel"
 IMAGE_RANGE = (-1.0, 1.0)
+TARGETS = ("VQModel", "VQModelInterface", "VQNoDiscModel", "VQSegmentationModel", "EMAVQ", "GumbelVQ")
+"""Classes whose encoder, decoder and codes are those of `VQModel`, the last one once it is prepared."""
+GUMBEL_ONLY = ("kl_weight", "temperature_scheduler_config")
 TRAINING_ONLY = (
     "lossconfig",
     "ckpt_path",
@@ -23,6 +36,63 @@ TRAINING_ONLY = (
     "monitor",
     "sane_index_shape",
 )
+
+
+def prepare(state: Mapping[str, Tensor], config: dict | None) -> tuple[Mapping[str, Tensor], dict | None]:
+    """Weights and config of a variant, or of a `Net2NetTransformer` around one, as those of a `VQModel`."""
+    config = _first_stage(config)
+    if "quantize.proj.weight" not in state:
+        return state, config
+    w, b, e = (state.get(f"quantize.{name}") for name in ("proj.weight", "proj.bias", "embed.weight"))
+    to_code, from_code = state.get("quant_conv.weight"), state.get("post_quant_conv.weight")
+    bias = state.get("quant_conv.bias")
+    if w is None or b is None or e is None or to_code is None or from_code is None or bias is None:
+        raise InputError(
+            "the weights have quantize.proj.weight as GumbelVQ has, but not all of its quantizer's tensors."
+        )
+    w, b, e = w.double().flatten(1), b.double(), e.double()
+    if w.shape[1] != len(to_code) or len(w) != len(e) or len(b) != len(w):
+        raise InputError(
+            f"quantize.proj.weight is {list(w.shape)}, quantize.embed.weight {list(e.shape)} and quant_conv.weight "
+            f"{list(to_code.shape)}; a GumbelVQ has one row of each for every code, as wide as quant_conv's output."
+        )
+    Z, E = w.shape[1], e.shape[1]
+    squares = 2 * b + w.square().sum(1) + e.square().sum(1)
+    s = (squares.max() - squares).sqrt()[:, None]
+    changed = {
+        "quantize.embedding.weight": torch.cat([w, e, s], dim=1).float(),  # (K, Z + E + 1)
+        "quant_conv.weight": torch.cat([to_code, to_code.new_zeros(E + 1, *to_code.shape[1:])]),
+        "quant_conv.bias": torch.cat([bias, bias.new_zeros(E + 1)]),
+        "post_quant_conv.weight": torch.cat(
+            [from_code.new_zeros(len(from_code), Z, 1, 1), from_code, from_code.new_zeros(len(from_code), 1, 1, 1)],
+            dim=1,
+        ),
+    }
+    others = {key: tensor for key, tensor in state.items() if not key.startswith(("quantize.proj.", "quantize.embed."))}
+    return {**others, **changed}, None if config is None else _with_code_dim(config, E, Z + E + 1)
+
+
+def _first_stage(config: dict | None) -> dict | None:
+    """The config of the image tokenizer within that of a transformer on its codes."""
+    params = _params(config)
+    if params is None or not isinstance(params.get("first_stage_config"), dict):
+        return config
+    return {"model": params["first_stage_config"]}
+
+
+def _params(config: dict | None) -> dict[str, Any] | None:
+    model = config.get("model") if config is not None else None
+    params = model.get("params") if isinstance(model, dict) else config
+    return params if isinstance(params, dict) else None
+
+
+def _with_code_dim(config: dict, given: int, wanted: int) -> dict:
+    config = copy.deepcopy(config)
+    params = _params(config)
+    if params is None or params.get("embed_dim") != given:
+        raise InputError(f"the codes are {given} wide in the weights; config has another embed_dim.")
+    params["embed_dim"] = wanted
+    return config
 
 
 def key_map(image_tokenizer: VQGAN) -> KeyMap:
@@ -39,7 +109,10 @@ def read_config(config: dict) -> VQGANConfig:
     if "model" in config:
         model = params.section("model")
         params = model.section("params")
-        model.finish("target", "base_learning_rate")
+        target = model.take("target", str, CLASS_NAME)
+        if target.rpartition(".")[2] not in TARGETS:
+            raise InputError(f"config.model.target is {target}; this kind reads {', '.join(TARGETS)}.")
+        model.finish("base_learning_rate")
     network = params.section("ddconfig")
     multipliers = network.take_ints("ch_mult", (1, 2, 4, 8))
     resolution = network.take("resolution", int)
@@ -66,7 +139,7 @@ def read_config(config: dict) -> VQGANConfig:
         resample_with_conv=network.take("resamp_with_conv", bool, True),
     )
     params.expect("remap", None)
-    params.finish(*TRAINING_ONLY, *HEADER)
+    params.finish(*TRAINING_ONLY, *GUMBEL_ONLY, *HEADER)
     network.finish()
     return ours
 
@@ -132,7 +205,10 @@ LAYOUT = Layout(
     droppable={
         "loss.": "part of the training loss",
         "colorize": "colours for drawing segmentation maps",
+        "quantize.embedding.cluster_size": "how EMAVQ's codebook was learned",
+        "quantize.embedding.embed_avg": "how EMAVQ's codebook was learned",
     },
     part_of=("first_stage_model.",),  # in Net2NetTransformer
     container="state_dict",
+    prepare=prepare,
 )

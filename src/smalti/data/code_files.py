@@ -1,0 +1,131 @@
+"""Codes of pictures in arrays of NumPy and in JSON lines, as blocks of rows; `lines.py` checks them as it checks text.
+
+Letters in shapes: n rows, m codes in all of them together.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
+
+import numpy as np
+from jaxtyping import Int64, Shaped
+
+from smalti.errors import InputError, first_line
+
+CODE_FIELDS = ("image_tokens", "tokens", "codes", "indices", "token_ids", "ids")
+"""What the field of codes of a JSON line is called, the likeliest first, where several hold lists of integers."""
+TAG_FIELDS = ("__key__", "key", "tag", "file_name", "filename", "name", "path", "id")
+_CODES_AT_ONCE = 2**20
+
+
+class CodeRows(NamedTuple):
+    """Some rows of a file, not yet checked. Codes that no int64 holds are negative."""
+
+    tags: list[str] | None
+    """None: the rows have no names."""
+    codes: Int64[np.ndarray, " m"]
+    lengths: Int64[np.ndarray, " n"]
+    faults: dict[int, str]
+    """Rows that hold no codes at all, with the reason; their lengths are 0."""
+    shown: list[bytes]
+    """The rows as they are in the file, for the list of bad ones; empty for arrays."""
+
+
+def array_rows(path: Path) -> Iterator[CodeRows]:
+    """The rows of a two-dimensional array in a `.npy` file, or of the only one in a `.npz`. Raises InputError for an
+    array of another form, saying which."""
+    array = _array(path)
+    if array.dtype.kind not in "iu":
+        raise InputError(
+            f"{path} holds an array of {array.dtype}, expected integers; write it as such: array.astype('int64')."
+        )
+    shape = array.shape
+    while array.ndim > 2 and array.shape[0] == 1:  # a picture by itself, as LlamaGen writes
+        array = array[0]
+    if array.ndim != 2:
+        raise InputError(
+            f"{path} holds an array of shape {shape}, expected one row of codes for each picture; write "
+            "array.reshape(number of pictures, codes of a picture)."
+        )
+    rows_at_once = max(1, _CODES_AT_ONCE // max(1, array.shape[1]))
+    for start in range(0, len(array), rows_at_once):
+        rows = np.asarray(array[start : start + rows_at_once])
+        codes = rows.astype(np.int64).reshape(-1)  # of uint64, what is too large wraps to below 0
+        yield CodeRows(None, codes, np.full(len(rows), rows.shape[1], np.int64), {}, [])
+
+
+def _array(path: Path) -> Shaped[np.ndarray, "..."]:
+    try:
+        if not zipfile.is_zipfile(path):
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.load(path, allow_pickle=False) as arrays:
+            names = list(arrays.files)
+            if len(names) == 1:
+                return arrays[names[0]]
+    except (Exception, MemoryError) as error:
+        raise InputError(f"{path} is not a whole array of NumPy: {first_line(error)}; write it again.") from error
+    has = ", ".join(names) or "none"
+    raise InputError(f"{path} holds several arrays or none ({has}); write the one of codes by itself: numpy.save.")
+
+
+def json_rows(lines: Iterable[bytes], path: Path) -> Iterator[CodeRows]:
+    """The rows of JSON lines: objects with one list of integers, or such lists themselves."""
+    names: tuple[str | None, str] | None = None
+    waiting: list[tuple[str | None, list[int] | str, bytes]] = []
+    num_waiting = 0
+    for line in lines:
+        tag, codes, fault = None, [], None
+        try:
+            row = json.loads(line)
+            if isinstance(row, dict):
+                names = names or _names(row, path)
+                tag, row = _text(row.get(names[0])) if names[0] else None, row.get(names[1])
+            if _are_codes(row):
+                codes = row
+            else:
+                fault = f"{names[1] if names else 'the line'} is no list of integers"
+        except (ValueError, RecursionError) as error:
+            fault = f"not JSON: {first_line(error)}"
+        waiting.append((tag, fault or codes, line.rstrip(b"\r\n")))
+        num_waiting += max(len(codes), 1)
+        if num_waiting >= _CODES_AT_ONCE:
+            yield _joined(waiting)
+            waiting, num_waiting = [], 0
+    if waiting:
+        yield _joined(waiting)
+
+
+def _names(row: dict[str, Any], path: Path) -> tuple[str | None, str]:
+    """The fields of the tag, if there is one, and of the codes."""
+    lists = [name for name, value in row.items() if value and _are_codes(value)]
+    usual = [name for name in CODE_FIELDS if name in lists]
+    if len(lists) != 1 and not usual:
+        which = f"several lists of integers ({', '.join(lists)})" if lists else "no list of integers"
+        raise InputError(f"{path}: its first row has {which} among {', '.join(row)}; call the codes {CODE_FIELDS[0]}.")
+    return next((name for name in TAG_FIELDS if _text(row.get(name))), None), (usual or lists)[0]
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        return None
+    return "_".join(str(value).split()) or None
+
+
+def _are_codes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(code) is int for code in value)
+
+
+def _joined(rows: list[tuple[str | None, list[int] | str, bytes]]) -> CodeRows:
+    faults = {i: codes for i, (_, codes, _) in enumerate(rows) if isinstance(codes, str)}
+    lists = [[] if isinstance(codes, str) else codes for _, codes, _ in rows]
+    flat = [code if abs(code) < 2**63 else -1 for codes in lists for code in codes]
+    tags = [tag for tag, _, _ in rows]
+    return CodeRows(
+        tags=None if None in tags else [tag for tag in tags if tag is not None],
+        codes=np.array(flat, np.int64),
+        lengths=np.array([len(codes) for codes in lists], np.int64),
+        faults=faults,
+        shown=[line for _, _, line in rows],
+    )
