@@ -335,7 +335,7 @@ def read_columns(path: Path) -> dict[str, list[float]]:
     """The columns of a `CsvLog` file by name; an empty field is NaN."""
     with open(path, newline="") as file:
         header, *rows = csv.reader(file)
-    return {name: [_number(row[i]) for row in rows] for i, name in enumerate(header)}
+    return {name: [_number(row[i]) for row in rows if i < len(row)] for i, name in enumerate(header)}
 
 
 def _number(text: str) -> float:
