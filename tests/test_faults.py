@@ -25,6 +25,7 @@ from smalti.bounds import MAX_CANDIDATES, MAX_PICTURES
 from smalti.checkpoint import load_checkpoint, run_lock, save_checkpoint
 from smalti.curves import read_csv_rows
 from smalti.data.lines import import_lines
+from smalti.data.tokenize_pairs import _claim
 from smalti.data.tokens import token_rows, write_token_table
 from smalti.documents import MAX_DEPTH, config_of, parse_json, parse_yaml, read_json
 from smalti.errors import InputError, InputWarning
@@ -37,6 +38,7 @@ from smalti.line_model import LineModel
 from smalti.models import DecoderOnlyConfig
 from smalti.pipeline import Pipeline
 from smalti.recipes import claim_folder, load_recipe
+from smalti.train_captions import _stored
 from smalti.transformer import TransformerConfig
 
 RUNS = Path(__file__).with_name("fault_runs.py")
@@ -257,6 +259,33 @@ def test_a_damaged_recipe_of_a_run_is_named(tmp_path):
     (tmp_path / "recipe.json").write_text("")
     with pytest.raises(InputError, match=r"recipe\.json is not JSON: it is empty; remove this file if the run there"):
         claim_folder(load_recipe("demo"), tmp_path, free=())
+
+
+def test_what_a_run_made_and_cannot_read_may_be_removed(tmp_path):
+    folder = tmp_path / "image_tokenizer"
+    save_image_tokenizer(tiny_pipeline().image_tokenizer, folder)
+    (folder / "config.json").write_text("")
+    with pytest.raises(InputError, match=r"config\.json is not JSON: it is empty.*remove .*image_tokenizer: the next"):
+        _stored(tiny_pipeline().image_tokenizer, folder)
+    shutil.rmtree(folder)
+    assert _stored(tiny_pipeline().image_tokenizer, folder).config == tiny_pipeline().image_tokenizer.config
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"source": 1, "tokenizers": {}}'])
+def test_a_damaged_manifest_of_a_tokenizing_is_named_and_force_begins_anew(tmp_path, content: str):
+    tokens, parts = tmp_path / "t.parquet", tmp_path / ".t.parquet.parts"
+    manifest = {"source": "s", "settings": {}, "tokenizers": {}}
+    _claim(parts, manifest, tokens, force=False)
+    _claim(parts, manifest, tokens, force=False)  # goes on
+    (parts / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match=r"(manifest\.json.* or|the unfinished .*) start anew with --force|--force"):
+        _claim(parts, manifest, tokens, force=False)
+    _claim(parts, manifest, tokens, force=True)
+    (parts / "00000000.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match=r"00000000\.parquet is not a whole parquet file"):
+        _claim(parts, manifest, tokens, force=False)
+    _claim(parts, manifest, tokens, force=True)
+    assert [path.name for path in parts.iterdir()] == ["manifest.json"]
 
 
 def test_a_bundle_with_a_damaged_config_is_replaced_by_force(tmp_path):

@@ -170,7 +170,7 @@ class _Parts:
         arrays = read_npz(self.path(number), mend)
         lengths = arrays.get("lengths")
         whole = lengths is not None and lengths.ndim == 1 and len(lengths) <= LINES_PER_PIECE
-        if not whole or not (_SCORES <= arrays.keys() or _COMPLETED <= arrays.keys()):
+        if not whole or not (arrays.keys() >= _SCORES or arrays.keys() >= _COMPLETED):
             raise InputError(f"{self.path(number)} is damaged: it lacks arrays of a part; {mend}.")
         return arrays
 
