@@ -205,6 +205,23 @@ def test_a_flipped_byte_in_a_file_of_torch_save_is_found(tmp_path):
     assert torch.equal(read_weights(tmp_path / "plain.pt").tensors["model.w"], weights["model.w"])
 
 
+def test_files_of_an_old_torch_are_read_and_lengths_beyond_their_end_take_no_memory(tmp_path):
+    path, weights = tmp_path / "w.pt", {"model.w": torch.rand(64), "model.b": torch.rand(64)}
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    found = read_weights(path).tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    whole = path.read_bytes()
+    at = whole.find(b"X\x07\x00\x00\x00model.w")  # BINUNICODE with its length in 4 bytes
+    assert at > 0
+    path.write_bytes(whole[: at + 1] + b"\xff\xff\xff\x7f" + whole[at + 5 :])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=r"w\.pt"):
+        read_weights(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20 * (
+        1 if sys.platform == "linux" else 1024
+    )
+
+
 def test_a_page_of_zeros_is_not_unpacked(tmp_path):
     np.savez_compressed(tmp_path / "z.npz", a=np.zeros(2**26, np.float64))
     with pytest.raises(InputError, match=r"would unpack to 536,\d+,\d+ bytes"):
