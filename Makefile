@@ -1,10 +1,11 @@
 # make demo    train a whole system on bundled digits and look at it (about four minutes on two cores)
 # make test    install what the tests need and run them
 # make lint    formatting, lint and types
+# make fuzz    damage inputs of every reader for ten minutes; finds are saved in out/fuzz
 PYTHON ?= python3.11
 PIP = .venv/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test lint
+.PHONY: demo test lint fuzz
 
 # A stamp a set of extras: pip runs again only when the dependencies change. The install is editable, so that what
 # runs is what stands in src/.
@@ -33,3 +34,6 @@ lint: .venv/dev.stamp
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/pyright
+
+fuzz: .venv/test.stamp
+	.venv/bin/python tests/fuzz/run.py --seconds 600

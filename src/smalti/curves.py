@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from smalti.errors import InputWarning
-from smalti.files import new_file
+from smalti.files import named_failure, new_file
 
 CSV_NAME = "curves.csv"
 PNG_NAME = "curves.png"
@@ -61,8 +61,9 @@ class Curves:
 
     def flush(self) -> None:
         """Hands what was added to the operating system, so that a killed process has left it."""
-        self._file.flush()
-        self._tensorboard.flush()
+        with named_failure(self._path):
+            self._file.flush()
+            self._tensorboard.flush()
 
     def draw(self) -> None:
         """Writes the picture: the first column by minibatch and by evaluation, and the others by evaluation."""

@@ -73,7 +73,16 @@ def failed_write(error: BaseException) -> str | None:
 
 
 @contextmanager
-def _named_failure(path: Path) -> Iterator[None]:
+def made_again(path: Path) -> Iterator[None]:
+    """For what a run reads of its own making: an InputError says as well that it may be removed."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error} If it is damaged, remove {path}: the next start makes it again.") from error
+
+
+@contextmanager
+def named_failure(path: Path) -> Iterator[None]:
     """Failed writes as InputErrors that name the file."""
     try:
         yield
@@ -162,7 +171,7 @@ def new_file(path: Path | str, *, force: bool = False) -> Iterator[Path]:
     with locked(lock_of(path), path):
         try:
             temporary.unlink(missing_ok=True)
-            with _named_failure(path):
+            with named_failure(path):
                 temporary.touch()
                 yield temporary
                 temporary.chmod(0o644)  # safetensors lets nobody else read its files
@@ -215,7 +224,7 @@ def new_folder(path: Path | str, *, force: bool = False, holds: Callable[[Path],
     with locked(lock_of(path), path):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            with _named_failure(path):
+            with named_failure(path):
                 temporary.mkdir()
                 yield temporary
                 for place in temporary.rglob("*"):

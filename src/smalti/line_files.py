@@ -113,6 +113,11 @@ def _size(path: Path, line_format: LineFormat, show_progress: bool) -> tuple[int
     return num_lines, num_codes
 
 
+_SCORES = {"line_nats", "lengths", "place_sums", "place_squares"}
+_COMPLETED = {"codes", "log_probs", "lengths"}
+"""The arrays of a part, of scores and of completions."""
+
+
 @dataclass
 class _Parts:
     """A folder of finished pieces, each one file that appears whole."""
@@ -161,8 +166,13 @@ class _Parts:
 
     def part(self, number: int) -> dict[str, np.ndarray]:
         """Raises InputError naming a part that is damaged."""
-        path = self.path(number)
-        return read_npz(path, f"remove it to have it made again, or start anew with --force ({path.name} is a part)")
+        mend = "remove it to have this part made again, or start anew with --force"
+        arrays = read_npz(self.path(number), mend)
+        lengths = arrays.get("lengths")
+        whole = lengths is not None and lengths.ndim == 1 and len(lengths) <= LINES_PER_PIECE
+        if not whole or not (arrays.keys() >= _SCORES or arrays.keys() >= _COMPLETED):
+            raise InputError(f"{self.path(number)} is damaged: it lacks arrays of a part; {mend}.")
+        return arrays
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)

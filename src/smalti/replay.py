@@ -172,7 +172,7 @@ def _complete(pipe: Pipeline, receipt: dict[str, Any]) -> Int[Tensor, "1 h w"]:
     width, settings = pipe.grid[1], _settings(receipt)
     del settings["negative_prompt"]
     kept = torch.tensor(receipt["codes"][: receipt["rows"] * width], dtype=torch.long).view(-1, width)
-    return pipe.complete_codes(kept, caption=receipt["prompt"], seed=receipt["seed"], **settings)
+    return pipe.complete_codes(kept, caption=receipt.get("prompt"), seed=receipt["seed"], **settings)
 
 
 def _settings(receipt: dict[str, Any]) -> dict[str, Any]:

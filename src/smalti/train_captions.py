@@ -28,6 +28,7 @@ from smalti.errors import InputError
 from smalti.estimate import Estimate
 from smalti.evaluate.compositions import evaluate_compositions
 from smalti.evaluate.reconstruction import find_image_tokenizer
+from smalti.files import made_again
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.layout import Layout
 from smalti.models import DecoderOnly
@@ -94,7 +95,8 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
                 given.save(output / "text_tokenizer.json")
         if world_size > 1:
             dist.barrier()
-        text_tokenizer = TextTokenizer.load(output / "text_tokenizer.json")
+        with made_again(output / "text_tokenizer.json"):
+            text_tokenizer = TextTokenizer.load(output / "text_tokenizer.json")
         if rank == 0:
             tokenizing = TokenizeConfig(size=size, max_text_length=max_text_length, on_error=recipe.data.on_error)
             for split in (split for split in sources if split not in opened):
@@ -142,7 +144,8 @@ def _stored(image_tokenizer: Any, folder: Path) -> Any:
     that the bundle gives."""
     if not (folder / "config.json").exists():
         save_image_tokenizer(image_tokenizer, folder, dtype=torch.float16)
-    return load_image_tokenizer(folder).eval()
+    with made_again(folder):
+        return load_image_tokenizer(folder).eval()
 
 
 def _finish(recipe: CaptionsRecipe, trained: Pipeline, validation: Pairs, command: str, show_progress: bool) -> None:
@@ -219,7 +222,8 @@ def _tokenize(
     show_progress: bool,
 ) -> None:
     if tokens.exists():
-        found, wanted = TokenTable.open(tokens).metadata, tokenizer_metadata(image_tokenizer, text_tokenizer)
+        with made_again(tokens):
+            found, wanted = TokenTable.open(tokens).metadata, tokenizer_metadata(image_tokenizer, text_tokenizer)
         require_tokenizers(found, wanted, tokens, f"Remove {tokens.parent} to make it anew.")
         return
     report = tokenize_pairs(pairs, tokens, image_tokenizer, text_tokenizer, config, show_progress=show_progress)

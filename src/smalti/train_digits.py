@@ -28,6 +28,7 @@ from smalti.errors import InputError
 from smalti.estimate import Estimate, Length
 from smalti.evaluate.galleries import draw_galleries
 from smalti.evaluate.report import evaluate_digits, find_report, read_held_out
+from smalti.files import made_again
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.layout import Layout
 from smalti.models import DecoderOnly
@@ -87,6 +88,8 @@ def _train_image_tokenizer(recipe: ImageTokenizer, output: Path, show_progress: 
     holds it, and read back, so that the tables have the codes that the bundle gives."""
     folder = output / "image_tokenizer"
     if (folder / "config.json").exists():
+        with made_again(folder):
+            load_image_tokenizer(folder)
         return
     if recipe.path is not None:
         trained = load_image_tokenizer(recipe.path)
@@ -104,7 +107,8 @@ def _tokenize(output: Path, image_tokenizer: nn.Module, text_tokenizer: TextToke
         if not tokens.exists():
             tokenize_pairs(pairs, tokens, image_tokenizer, text_tokenizer, show_progress=show_progress)
         else:
-            found, wanted = TokenTable.open(tokens).metadata, tokenizer_metadata(image_tokenizer, text_tokenizer)
+            with made_again(tokens):
+                found, wanted = TokenTable.open(tokens).metadata, tokenizer_metadata(image_tokenizer, text_tokenizer)
             require_tokenizers(found, wanted, tokens, f"Remove {tokens.parent} to make it anew.")
 
 

@@ -39,7 +39,7 @@ from smalti.curves import read_csv_rows
 from smalti.data.loader import batches
 from smalti.errors import InputError, require_finite
 from smalti.estimate import Estimate, why_slow
-from smalti.files import new_file
+from smalti.files import named_failure, new_file
 from smalti.image_tokenizers import FAMILIES, save_image_tokenizer
 from smalti.image_tokenizers.quantizer import CodebookHealth
 from smalti.precision import AUTO, autocast, check_precision, resolve_precision, with_precision
@@ -327,7 +327,7 @@ class CsvLog:
         self.path = path
 
     def write(self, step: int, values) -> None:
-        with open(self.path, "a", newline="") as file:
+        with named_failure(self.path), open(self.path, "a", newline="") as file:
             csv.writer(file).writerow([step, *values])
 
 
@@ -335,7 +335,7 @@ def read_columns(path: Path) -> dict[str, list[float]]:
     """The columns of a `CsvLog` file by name; an empty field is NaN."""
     with open(path, newline="") as file:
         header, *rows = csv.reader(file)
-    return {name: [_number(row[i]) for row in rows] for i, name in enumerate(header)}
+    return {name: [_number(row[i]) for row in rows if i < len(row)] for i, name in enumerate(header)}
 
 
 def _number(text: str) -> float:

@@ -222,7 +222,7 @@ def mutate_zip(random: Random, content: bytes) -> bytes:
     output = io.BytesIO()
     with zipfile.ZipFile(output, "w") as archive:
         for member, held in members.items():
-            archive.writestr(member.encode("utf-8", "replace").decode(), held)
+            archive.writestr(member.replace("\0", "").encode("utf-8", "replace").decode() or "x", held)
     return output.getvalue()
 
 

@@ -371,7 +371,8 @@ def _open_part(folder: Path, content: bytes) -> None:
 
 def _parts(folder: Path) -> list[bytes]:
     buffer = io.BytesIO()
-    np.savez(buffer, line_nats=np.zeros(4), lengths=np.ones(4, np.int64), place_sums=np.zeros(7))
+    places = {"place_sums": np.zeros(7), "place_squares": np.zeros(7)}
+    np.savez(buffer, line_nats=np.zeros(4), lengths=np.ones(4, np.int64), **places)
     return [buffer.getvalue()]
 
 

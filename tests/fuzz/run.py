@@ -2,8 +2,8 @@
 
 Each reader runs in a process of its own, so that an abort of a library or a hang is found as well as an exception. An
 input is named by reader, seed and number and made from them alone. Found is: an exception other than InputError, more
-than 10 seconds, more than 2 GiB beyond what the process had at its start, or the end of the process. Each find is saved
-as the damaged file beside a text that says what happened and how to see it again.
+than 10 seconds of processor time, more than 2 GiB beyond what the process had at its start, or the end of the process.
+Each find is saved as the damaged file beside a text that says what happened and how to see it again.
 """
 
 import argparse
@@ -28,6 +28,9 @@ from random import Random
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 HANG_S = 10
+"""Of processor time."""
+STUCK_S = 60
+"""By the clock, for what waits without working or never comes back from a library."""
 MEMORY_BYTES = 2 * 2**30
 STATE = struct.Struct("<qdqq")  # number of the input on its way, when it began, inputs done, inputs that were accepted
 
@@ -53,7 +56,7 @@ def work(reader: str, seed: int, start: int, stop: int, until: float, shared: Pa
 
     warnings.simplefilter("ignore")
     found = READERS[reader]
-    signal.signal(signal.SIGALRM, _alarm)
+    signal.signal(signal.SIGPROF, _alarm)
     seen: set[str] = set()
     state = mmap.mmap(os.open(shared, os.O_RDWR), STATE.size)
     with tempfile.TemporaryDirectory(prefix="smalti-fuzz-") as name:
@@ -72,7 +75,7 @@ def work(reader: str, seed: int, start: int, stop: int, until: float, shared: Pa
             STATE.pack_into(state, 0, number, time.monotonic(), num_done, num_accepted)
             content = make_input(reader, samples, found.mutate, seed, number)
             problem = None
-            signal.setitimer(signal.ITIMER_REAL, HANG_S)
+            signal.setitimer(signal.ITIMER_PROF, HANG_S)
             output = io.StringIO()
             try:
                 with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -89,7 +92,7 @@ def work(reader: str, seed: int, start: int, stop: int, until: float, shared: Pa
             except BaseException as error:
                 problem, trace = f"{type(error).__name__}: {str(error)[:300]}", traceback.format_exc()
             finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
             num_done += 1
             if problem is not None and (place := _place(problem, trace)) not in seen:
                 seen.add(place)
@@ -134,7 +137,7 @@ def run_reader(reader: str, seed: int, start: int, stop: int, seconds: float, fi
             while process.is_alive():
                 process.join(0.2)
                 number, began, done, accepted = STATE.unpack(Path(shared.name).read_bytes())
-                if number >= start and time.monotonic() - began > HANG_S + 5 + 60 * (done == 0):
+                if number >= start and time.monotonic() - began > STUCK_S * (1 if done else 3):
                     process.kill()
                     process.join()
             number, began, done, accepted = STATE.unpack(Path(shared.name).read_bytes())
@@ -154,7 +157,7 @@ def _save_end(reader: str, seed: int, number: int, code: int | None, finds: Path
     with tempfile.TemporaryDirectory() as folder:
         samples = READERS[reader].samples(Path(folder).resolve())
         content = make_input(reader, samples, READERS[reader].mutate, seed, number)
-    how = f"killed after {HANG_S + 5} s" if code == -signal.SIGKILL else f"exit code {code}"
+    how = f"killed after {STUCK_S} s" if code == -signal.SIGKILL else f"exit code {code}"
     save_find(finds, reader, seed, number, content, f"the process ended: {how}", "")
 
 

@@ -6,6 +6,8 @@ their weights, and what Lightning and NumPy leave in a checkpoint, which is repl
 """
 
 import argparse
+import io
+import os
 import pickle
 import re
 import zipfile
@@ -107,8 +109,9 @@ def read_torch_file(path: Path) -> object:
         raise InputError(f"{path} is not a file; give the weight file itself.")
     allowed = [argparse.Namespace, *((Unread, name) for name in _inert_names(path))]
     try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(allowed), _WholeFile(io.FileIO(path)) as file:
+            source = path if zipfile.is_zipfile(path) else file
+            content = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
@@ -121,6 +124,14 @@ def read_torch_file(path: Path) -> object:
         raise InputError(_no_torch_file(path, _one_line(error))) from error
     _check_crc(path)
     return content
+
+
+class _WholeFile(io.BufferedReader):
+    """A file of which nobody is given memory for more than it holds, whatever length its content states."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _check_crc(path: Path) -> None:
