@@ -251,7 +251,7 @@ def compare_with_baselines(
     length = model.length if model else fitted.image_length
     if not length:
         raise InputError(f"{train} has lines of different lengths, or empty ones; baselines need lines of one length.")
-    size = model.vocab_size if model else _vocab_size(fitted)
+    size = model.vocab_size if model else _vocab_size(fitted, train)
     fitted = TokenTable.open(train, image_length=length, image_vocab_size=size)
     measured = TokenTable.open(held_out, image_length=length, image_vocab_size=size)
     with stage("comparing lines", show=show_progress):

@@ -363,7 +363,7 @@ def _claim(folder: Path, manifest: dict[str, Any], tokens: Path, *, force: bool)
         try:
             _require_same(path, manifest, tokens)
             for part in sorted(folder.glob("*.parquet")):
-                _counts(part)
+                _counts(ParquetReader(part))
             return
         except InputError:
             if not force:
