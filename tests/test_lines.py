@@ -389,7 +389,7 @@ def test_a_ragged_table_as_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{"before": [-1]}, {"after": ["count"]}, {"code_offset": -2}])
 def test_specials_that_no_line_can_hold(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="cannot stand in a line; specials are integers from 0, or 'distinct'"):
+    with pytest.raises(ValueError, match="cannot stand in a line; specials are integers "):
         next(table_lines(table_of(np.array([[5, 6]]), tmp_path / "t.parquet"), **wrong))
 
 

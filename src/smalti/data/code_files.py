@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 from jaxtyping import Int64, Shaped
 
+from smalti.arrays import read_npz
 from smalti.errors import InputError, first_line
 
 CODE_FIELDS = ("image_tokens", "tokens", "codes", "indices", "token_ids", "ids")
@@ -57,17 +58,16 @@ def array_rows(path: Path) -> Iterator[CodeRows]:
 
 
 def _array(path: Path) -> Shaped[np.ndarray, "..."]:
+    if zipfile.is_zipfile(path):
+        arrays = read_npz(path, "write it again")
+        if len(arrays) == 1:
+            return next(iter(arrays.values()))
+        has = ", ".join(arrays) or "none"
+        raise InputError(f"{path} holds several arrays or none ({has}); write the one of codes by itself: numpy.save.")
     try:
-        if not zipfile.is_zipfile(path):
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        with np.load(path, allow_pickle=False) as arrays:
-            names = list(arrays.files)
-            if len(names) == 1:
-                return arrays[names[0]]
+        return np.load(path, mmap_mode="r", allow_pickle=False)
     except (Exception, MemoryError) as error:
         raise InputError(f"{path} is not a whole array of NumPy: {first_line(error)}; write it again.") from error
-    has = ", ".join(names) or "none"
-    raise InputError(f"{path} holds several arrays or none ({has}); write the one of codes by itself: numpy.save.")
 
 
 def json_rows(lines: Iterable[bytes], path: Path) -> Iterator[CodeRows]:
