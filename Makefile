@@ -1,11 +1,12 @@
 # make demo    train a whole system on bundled digits and look at it (about four minutes on two cores)
 # make test    install what the tests need and run them
+# make test-pythons  the same under each newer Python that is found: python3.12, python3.13 …
 # make lint    formatting, lint and types
 # make fuzz    damage inputs of every reader for ten minutes; finds are saved in out/fuzz
 PYTHON ?= python3.11
 PIP = .venv/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test lint fuzz
+.PHONY: demo test test-pythons lint fuzz
 
 # A stamp a set of extras: pip runs again only when the dependencies change. The install is editable, so that what
 # runs is what stands in src/.
@@ -29,6 +30,17 @@ demo: .venv/demo.stamp
 
 test: .venv/test.stamp
 	.venv/bin/python -m pytest
+
+# A name on PATH need not run: a version manager's stand-in refuses where another version is chosen.
+test-pythons:
+	@found=; for minor in 12 13 14 15; do \
+	  python=python3.$$minor; venv=.venv/of-$$python; \
+	  if ! $$python -c "" 2>/dev/null; then echo "SKIPPED: $$python is not on PATH, or does not run"; continue; fi; \
+	  found=1; echo "$$python:"; \
+	  [ -x $$venv/bin/python ] || $$python -m venv $$venv || exit 1; \
+	  $$venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test]' || exit 1; \
+	  $$venv/bin/python -m pytest || exit 1; \
+	done; [ "$$found" ] || echo "SKIPPED: there is no newer Python"
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff format --check .

@@ -1,10 +1,9 @@
 """Checkpoints: exact, atomic, the last k kept, and clear errors before and while work is saved."""
 
+import io
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -105,15 +104,20 @@ def test_a_disk_that_is_really_full_is_reported(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-SAVER = """
-import sys, torch
-from smalti.checkpoint import save_checkpoint
-step = int(sys.argv[2])
-while True:
-    step += 1
-    save_checkpoint(sys.argv[1], step, {"w": torch.full((300_000,), step)}, {"step": step}, keep=2)
-    print(step, flush=True)
-"""
+def forked_saver(directory, step: int) -> tuple[int, io.TextIOBase]:
+    """A process that saves without end: its id, and where it writes down each step that is saved."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            while True:
+                step += 1
+                save_checkpoint(directory, step, {"w": torch.full((300_000,), step)}, {"step": step}, keep=2)
+                os.write(writing, f"{step}\n".encode())
+        finally:
+            os._exit(1)
+    os.close(writing)
+    return child, os.fdopen(reading)
 
 
 def test_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path):
@@ -122,14 +126,13 @@ def test_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path):
     moments = random.Random(5)
     last = 0
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path), str(last)], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(moments.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        printed = process.stdout.read().split()
-        process.wait()
-        process.stdout.close()
+        child, saved = forked_saver(tmp_path, last)
+        with saved:
+            assert saved.readline()
+            time.sleep(moments.uniform(0, 0.1))
+            os.kill(child, signal.SIGKILL)
+            printed = saved.read().split()
+        os.waitpid(child, 0)
         latest = latest_checkpoint(tmp_path)
         assert latest is not None
         read = load_checkpoint(latest)

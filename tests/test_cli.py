@@ -155,18 +155,18 @@ def test_import_lines(smalti, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("frobnicate",), "No such command 'frobnicate'"),
-        (("generate",), "Missing argument 'prompt'. Try smalti generate --help."),
-        (("generate", CAPTION), "Missing option '-o' / '--output'"),
-        (("generate", CAPTION, "-o", "TMP/a.png", "--seed", "x"), "parse string as an integer. Try smalti generate --"),
+        (("frobnicate",), "'frobnicate'. Try smalti --help."),
+        (("generate",), "'prompt'. Try smalti generate --help."),
+        (("generate", CAPTION), "'-o' / '--output'. Try smalti generate --help."),
+        (("generate", CAPTION, "-o", "TMP/a.png", "--seed", "x"), "'--seed'"),
         (
             ("generate", CAPTION, "-o", "TMP/gray.png/a.png"),
             "gray.png is a file, not a folder; give a path in a folder",
         ),
         (("generate", CAPTION, "-o", "TMP/gray.png/b/a.png"), "gray.png is a file, not a folder; give a path in a f"),
-        (("generate", CAPTION, "-o", "TMP/a.png", "--frob", "x"), "No such option: --frob"),
+        (("generate", CAPTION, "-o", "TMP/a.png", "--frob", "x"), "--frob"),
         (("generate", CAPTION, "-o", "TMP/a.jpg"), "a.jpg: pictures are written as PNG"),
-        (("generate", CAPTION, "-o", "TMP/no/such/\0/a.png"), "error: "),
+        (("generate", CAPTION, "-o", "TMP/no/such/\0/a.png"), "/no/such/\\x00/a.png' holds a null byte"),
         (
             ("generate", "drak green eight on bright cyan", "-o", "TMP/a.png", "--bundle", "digits"),
             "'drak' (did you mean dark",
@@ -259,6 +259,19 @@ def test_every_command_has_help_with_an_example(smalti, command: tuple[str, ...]
     code, out, _ = smalti(*command, "--help")
     assert code == 0
     assert "Example" in out or any(other[:-1] == command for other in COMMANDS if other)  # or is a group
+
+
+def test_help_names_what_ships(smalti, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    folder = Path(cli.__file__).parent
+    bundles = ", ".join(sorted(path.name for path in (folder / "bundles").iterdir() if path.is_dir()))
+    recipes = ", ".join(sorted(path.stem for path in (folder / "recipes").glob("*.yaml")))
+    out = smalti("--help")[1]
+    assert bundles in out and recipes in out
+    assert recipes in smalti("train", "recipe", "--help")[1]
+    assert "emoji-vqgan-gan, titok, vit_vqgan, vqgan)" in smalti("train", "tokenizer", "--help")[1]
+    for command in ("generate", "caption", "score", "complete", "info"):
+        assert bundles in smalti(command, "--help")[1]
 
 
 def test_each_picture_is_captioned_by_the_bundle_of_its_size(smalti, tmp_path):

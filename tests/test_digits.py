@@ -613,5 +613,5 @@ def test_a_broken_or_different_pickle_says_so(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(InputError, match=message):
             read_coloured_pickle(path)
-    with pytest.raises(InputError, match=r"cannot read .*absent.pkl: No such file"):
+    with pytest.raises(InputError, match=r"cannot read .*absent.pkl: "):
         read_coloured_pickle(tmp_path / "absent.pkl")

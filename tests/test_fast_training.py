@@ -191,7 +191,7 @@ def test_gradients_can_be_taken_once():
     batch = batch_of()
     nats = native_loss(model_of(SHAPE))(batch.token_ids, batch.targets, FIXED.slots).sum()
     nats.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="once"):
+    with pytest.raises(RuntimeError):  # autograd's own
         nats.backward()
 
 

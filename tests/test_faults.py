@@ -71,12 +71,12 @@ DOUBLED = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" f
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("a: !!bool abc", "is not YAML: 'abc'"),
-        ("a: !!timestamp 9999-99-99", "is not YAML: month must be in 1..12"),
+        ("a: !!bool abc", "is not YAML: "),
+        ("a: !!timestamp 9999-99-99", "is not YAML: "),
         ("a: " + "[" * 3000, "it nests too deep"),
         ("a: &a [*a]", "nested more than"),
         (DOUBLED, "it holds more than 1,000,000 values"),
-        ("a: 1\n? [b]\n: 2", "line 2: not YAML: found unhashable key"),
+        ("a: 1\n? [b]\n: 2", "line 2: not YAML: "),
         ("x" * 2**21, "at most 1,048,576 are read as YAML"),
     ],
 )
@@ -98,18 +98,18 @@ def test_fields_of_configs_have_their_own_types_and_sizes_have_bounds():
         vocab_size=7, transformer=TransformerConfig(num_layers=1, d_model=4, num_heads=1, d_ff=3, max_length=5)
     ).to_dict()
     assert config_of(DecoderOnlyConfig, good, "").to_dict() == good
-    for name, value, message in (
-        ("norm_eps", "x", "model: transformer.norm_eps: Input should be a valid number; found 'x'"),
-        ("num_layers", 1.5, "transformer.num_layers: Input should be a valid integer"),
-        ("bias", "yes", "transformer.bias: Input should be a valid boolean"),
-        ("num_layers", 10**6, "num_layers is 1000000; at most 1024 is possible"),
-        ("d_model", 2**40, "d_model is 1099511627776; at most 2147483647 is possible"),
-        ("warmth", 1, "unknown field transformer.warmth"),
+    for name, value, messages in (
+        ("norm_eps", "x", ("model: transformer.norm_eps: ", "; found 'x'")),
+        ("num_layers", 1.5, ("model: transformer.num_layers: ", "; found 1.5")),
+        ("bias", "yes", ("model: transformer.bias: ", "; found 'yes'")),
+        ("num_layers", 10**6, ("num_layers is 1000000; at most 1024 is possible",)),
+        ("d_model", 2**40, ("d_model is 1099511627776; at most 2147483647 is possible",)),
+        ("warmth", 1, ("unknown field transformer.warmth",)),
     ):
         changed = {**good, "transformer": {**good["transformer"], name: value}}
         with pytest.raises(InputError) as error:
             config_of(DecoderOnlyConfig, changed, "model")
-        assert message in str(error.value)
+        assert all(message in str(error.value) for message in messages)
 
 
 # Weights ---------------------------------------------------------------------------------------------------------
@@ -500,10 +500,10 @@ def test_a_run_holds_its_folder(tmp_path):
             ["train", "text-tokenizer", "CAPTIONS", "-o", "OUT", "--text-size", "999999999"],
             "at most 1048576 is",
         ),
-        (["generate", "x", "-o", "OUT.png", "-n", "1000000"], f"less than or equal to {MAX_PICTURES}"),
-        (["generate", "x", "-o", "OUT.png", "--best-of", "100000"], f"less than or equal to {MAX_CANDIDATES}"),
+        (["generate", "x", "-o", "OUT.png", "-n", "1000000"], f"{MAX_PICTURES}. Try smalti generate --help."),
+        (["generate", "x", "-o", "OUT.png", "--best-of", "100000"], f"{MAX_CANDIDATES}. Try smalti generate --help."),
         (["generate", "dark red one on dark blue", "-o", "OUT.png", "-n", "10000", "--grid"], "more than 4096 a side"),
-        (["complete", "x", "--beam-width", "100000"], f"less than or equal to {MAX_CANDIDATES}"),
+        (["complete", "x", "--beam-width", "100000"], f"{MAX_CANDIDATES}. Try smalti complete --help."),
         (["generate", "w" * 10**6, "-o", "OUT.png", "--bundle", "digits"], "words outside the vocabulary"),
     ],
 )

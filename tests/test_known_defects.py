@@ -115,13 +115,14 @@ def test_log_probs_of_the_unfiltered_distribution_are_noticed(monkeypatch):
 
 
 SIDE_EFFECTS = """
-import importlib, logging, pkgutil, socket
+import importlib, logging, pkgutil, socket, threading
 import torch
 def refuse(*args, **kwargs):
     raise OSError("an import opened a socket")
 socket.socket.connect = refuse
 state, threads = torch.random.get_rng_state(), torch.get_num_threads()
-import smalti
+import smalti.estimate, smalti.progress
+assert threading.active_count() == 1
 for module in pkgutil.walk_packages(smalti.__path__, "smalti."):
     importlib.import_module(module.name)
 assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
@@ -133,4 +134,5 @@ assert not torch.are_deterministic_algorithms_enabled()
 
 def test_importing_changes_nothing():
     """min-dalle switches gradients off for whoever imports it."""
-    subprocess.run([sys.executable, "-c", SIDE_EFFECTS], check=True)
+    done = subprocess.run([sys.executable, "-c", SIDE_EFFECTS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

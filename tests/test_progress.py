@@ -1,8 +1,6 @@
 """Progress: what the lines say, where they go, and that every stage of a long command says something."""
 
 import io
-import os
-import subprocess
 import sys
 import threading
 
@@ -118,9 +116,3 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     shown = terminal.getvalue()
     assert "training [x]" in shown and "━" in shown and "3/4 steps" in shown and "loss 1" in shown
     assert "a word between" in shown and "training [x]: 4 steps" not in shown
-
-
-def test_importing_starts_nothing():
-    code = "import threading, smalti.progress, smalti.estimate; print(threading.active_count())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
-    assert (done.stdout, done.stderr) == ("1\n", "")

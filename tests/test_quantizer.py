@@ -377,7 +377,7 @@ def process(rank, store, results):
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
-    mp.spawn(process, args=(tmp_path / "store", tmp_path / "state"), nprocs=2)
+    mp.start_processes(process, args=(tmp_path / "store", tmp_path / "state"), nprocs=2, start_method="fork")
     for name in CONFIGS:
         alone = learned(name, slice(None))
         for rank in (0, 1):

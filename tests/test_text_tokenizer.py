@@ -88,7 +88,7 @@ def test_saved_is_the_librarys_own_format_and_reads_back(tokenizer: TextTokenize
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"cannot read the text tokenizer .*none\.json: No such file"):
+    with pytest.raises(InputError, match=r"cannot read the text tokenizer .*none\.json: "):
         TextTokenizer.load(tmp_path / "none.json")
     (tmp_path / "odd.json").write_text('{"model": 3}')
     with pytest.raises(InputError, match=r"odd\.json is not a text tokenizer"):

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 from PIL import Image
 
 from smalti.cli import run
+from smalti.data import tokenize_pairs as tokenize_pairs_module
 from smalti.data.pair_sources import open_pairs
 from smalti.data.tokenize_pairs import (
     TokenizeConfig,
@@ -210,40 +209,36 @@ def test_without_a_text_tokenizer_the_text_is_kept(tokenizers, tmp_path):
     assert rows_of(out) == expected
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[3])
-import test_tokenize
-from smalti.data import tokenize_pairs as module
-from smalti.text_tokenizer import TextTokenizer
-left = [int(sys.argv[4])]
-write = module.write_token_table
-def killed_write(path, batches, *rest, **options):
-    def until_killed():
-        for batch in batches:
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
-            yield batch
-    return write(path, until_killed(), *rest, **options)
-module.write_token_table = killed_write
-words = TextTokenizer.load(sys.argv[5])
-tokenizer = test_tokenize.image_tokenizer()
-module.tokenize_pairs(sys.argv[1], sys.argv[2], tokenizer, words, test_tokenize.SMALL_PARTS, show_progress=False)
-"""
+def status_of_a_run_killed_after(num_batches: int, pairs, out, tokenizers) -> int:
+    """Runs in a forked process, which kills itself when it has written so many batches."""
+    child = os.fork()
+    if child == 0:
+        write, left = tokenize_pairs_module.write_token_table, [num_batches]
+
+        def killed_write(path, batches, *rest, **options):
+            def until_killed():
+                for batch in batches:
+                    if left[0] == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    left[0] -= 1
+                    yield batch
+
+            return write(path, until_killed(), *rest, **options)
+
+        tokenize_pairs_module.write_token_table = killed_write
+        try:
+            tokenize_pairs(pairs, out, *tokenizers, SMALL_PARTS, show_progress=False)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_killed_run_goes_on_without_duplicates_or_losses(tokenizers, tmp_path):
     pairs, out = WRITERS["tar"](tmp_path, [png(p) for p in PICTURES]), tmp_path / "tokens.parquet"
-    tokenizers[1].save(tmp_path / "words.json")
     folder = tmp_path / ".tokens.parquet.parts"
     finished = []
     for batches_before_the_kill in (3, 4):
-        arguments = [pairs, out, Path(__file__).parent, batches_before_the_kill, tmp_path / "words.json"]
-        killed = subprocess.run(
-            [sys.executable, "-c", KILLED, *map(str, arguments)], stderr=subprocess.PIPE, check=False
-        )
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        assert status_of_a_run_killed_after(batches_before_the_kill, pairs, out, tokenizers) == -signal.SIGKILL
         assert not out.exists()
         finished.append({file.name: os.stat(file).st_mtime_ns for file in folder.glob("[0-9]*.parquet")})
     assert len(finished[0]) == 1 and len(finished[1]) == 3

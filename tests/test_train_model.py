@@ -535,7 +535,7 @@ def test_going_on_with_other_settings_is_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(tmp_path):
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(InputError, match=r"cannot write checkpoints to .*taken"):
+    with pytest.raises(InputError, match=r"taken cannot be written: .*taken is a file, not a folder"):
         run(tmp_path / "taken")
 
 

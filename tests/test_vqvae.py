@@ -252,7 +252,7 @@ def edited(tmp_path, change):
         (lambda d: d.update(family="vae"), "unknown family 'vae'; known are vqvae, deepul_vqvae"),
         (lambda d: d["config"].update(widht=3), "unknown field widht; known are image_size"),
         (lambda d: d["config"]["quantizer"].update(beta=3), r"unknown field quantizer\.beta"),
-        (lambda d: d["config"].update(width="wide"), "width: Input should be a valid integer"),
+        (lambda d: d["config"].update(width="wide"), "width: .*found 'wide'"),
         (lambda d: d["config"].update(patch_size=4), "image_size 15 is not divisible by patch_size 4; use 12"),
         (
             lambda d: d["config"].update(width=24),

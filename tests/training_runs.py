@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # the first optimizer would import it, in every child anew
 
 from smalti.curves import Curves
 from smalti.layout import Layout

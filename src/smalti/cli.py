@@ -17,8 +17,9 @@ from smalti.bounds import MAX_CANDIDATES, MAX_PICTURES
 from smalti.cli_evaluate import app as evaluate_app
 from smalti.cli_interop import app as interop_app
 from smalti.cli_stop import Stopped, resuming, stoppable
+from smalti.cli_train import RECIPE_NAMES
 from smalti.cli_train import app as train_app
-from smalti.default_bundle import DEFAULT_BUNDLE, bundle_for_picture, bundle_for_prompt
+from smalti.default_bundle import DEFAULT_BUNDLE, SHIPPED, bundle_for_picture, bundle_for_prompt
 from smalti.errors import InputError, InputWarning
 from smalti.tables import print_table
 
@@ -39,8 +40,8 @@ app.add_typer(evaluate_app, name="evaluate")
 Bundle = Annotated[
     str | None,
     typer.Option(
-        help="A shipped bundle's name (smalti info --list), a folder, or a hub's owner/name (default: emoji for a "
-        "picture of its size, else digits)."
+        help=f"A shipped bundle's name ({SHIPPED}), a folder, or a hub's owner/name (default: emoji for a picture of "
+        "its size, else digits)."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="The same seed and prompt give the same picture, whatever else is drawn.")]
@@ -78,7 +79,7 @@ _debug = False
 """Whether errors are shown with their traceback and what caused them."""
 
 
-@app.callback()
+@app.callback(epilog=f"Bundles that ship: {SHIPPED}. Recipes to train: {RECIPE_NAMES}.")
 def options(
     debug: Annotated[
         bool,
@@ -100,8 +101,8 @@ def generate(
     bundle: Annotated[
         str | None,
         typer.Option(
-            help="A shipped bundle's name (smalti info --list), a folder, or a hub's owner/name (default: digits if it "
-            "knows every word of the prompt, else emoji, which takes any)."
+            help=f"A shipped bundle's name ({SHIPPED}), a folder, or a hub's owner/name (default: digits if it knows "
+            "every word of the prompt, else emoji, which takes any)."
         ),
     ] = None,
     seed: Seed = 0,
@@ -481,7 +482,7 @@ def baselines(
 @app.command(epilog="Example: smalti info digits")
 def info(
     bundle: Annotated[
-        str, typer.Argument(help="A shipped bundle's name, a folder, or a hub's owner/name.")
+        str, typer.Argument(help=f"A shipped bundle's name ({SHIPPED}), a folder, or a hub's owner/name.")
     ] = DEFAULT_BUNDLE,
     list_bundles: Annotated[bool, typer.Option("--list", help="List the bundles that ship with the package.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
@@ -757,7 +758,9 @@ def _size(text: str) -> tuple[int, int]:
 
 @evaluate_app.command("bundle", epilog="Example: smalti evaluate digits --data out/digits -o out/report")
 def evaluate(
-    bundle: Annotated[str, typer.Argument(help="A shipped bundle's name, a folder, or a hub's owner/name.")],
+    bundle: Annotated[
+        str, typer.Argument(help=f"A shipped bundle's name ({SHIPPED}), a folder, or a hub's owner/name.")
+    ],
     data: Annotated[Path, typer.Option(help="Folder with test.parquet, or a parquet table of pictures and captions.")],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for report.json, report.md and the 3×3 figures.")
@@ -840,6 +843,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs a command; returns its exit status. Our own bugs keep their traceback."""
+    for argument in arguments:
+        if "\0" in argument:
+            return _complain(f"{argument!r} holds a null byte, which no command line can: leave it out.")
     try:
         with stoppable(), _warnings_in_one_line():
             result: Any = app(list(arguments), prog_name="smalti", standalone_mode=False)

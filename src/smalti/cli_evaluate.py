@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from smalti.bounds import MAX_CANDIDATES
+from smalti.default_bundle import SHIPPED
 from smalti.errors import shortened
 from smalti.tables import print_table
 
@@ -81,7 +82,9 @@ def tokenizer(
     epilog="Example: smalti evaluate compositions emoji --test test.parquet --train train.parquet -o out/report",
 )
 def compositions(
-    bundle: Annotated[str, typer.Argument(help="A shipped bundle's name, a folder, or a hub's owner/name.")],
+    bundle: Annotated[
+        str, typer.Argument(help=f"A shipped bundle's name ({SHIPPED}), a folder, or a hub's owner/name.")
+    ],
     test: Annotated[Path, typer.Option(help="Held-out compositions: parquet with image, caption, base, skin_tones.")],
     train: Annotated[Path, typer.Option(help="The other true pictures, in the same columns.")],
     output: Annotated[

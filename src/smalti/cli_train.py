@@ -8,7 +8,11 @@ from typer.core import TyperGroup
 
 from smalti.cli_stop import resuming
 
-RECIPE_NAMES = ", ".join(sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.yaml")))
+_RECIPES = sorted((Path(__file__).parent / "recipes").glob("*.yaml"), key=lambda path: path.stem)
+RECIPE_NAMES = ", ".join(path.stem for path in _RECIPES)
+TOKENIZER_RECIPE_NAMES = ", ".join(
+    path.stem for path in _RECIPES if "\nsystem: image tokenizer\n" in path.read_text(encoding="utf-8")
+)
 
 
 class RecipeGroup(TyperGroup):
@@ -97,7 +101,7 @@ def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
 )
 def tokenizer(
     family: Annotated[
-        str, typer.Argument(help="vqgan, vit_vqgan or titok; or another recipe for image tokenizers, or a YAML file.")
+        str, typer.Argument(help=f"A shipped recipe for image tokenizers ({TOKENIZER_RECIPE_NAMES}), or a YAML file.")
     ],
     settings: Annotated[
         list[str] | None, typer.Argument(help="Changes to it, each key=value; pictures=FOLDER_OR_PARQUET is needed.")
