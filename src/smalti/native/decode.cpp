@@ -9,81 +9,37 @@
 #include <string.h>
 #include <time.h>
 
-#include <initializer_list>
-
 #include "threads.h"
+#include "vectors.h"
 
 namespace {
 
 // ---- vectors ----
 
+using smalti::LANES;
+typedef smalti::Register Vector;  // of LANES numbers
+
 #if defined(__AVX512F__)
-constexpr int LANES = 16, VECTORS = 4;  // 6 x 4 sums, 4 weights and a factor take 29 of 32 registers
+constexpr int VECTORS = 4;  // 6 x 4 sums, 4 weights and a factor take 29 of 32 registers
 #elif defined(__AVX__)
-constexpr int LANES = 8, VECTORS = 2;  // 6 x 2 sums, 2 weights and a factor take 15 of 16
+constexpr int VECTORS = 2;  // 6 x 2 sums, 2 weights and a factor take 15 of 16
 #else
-constexpr int LANES = 4, VECTORS = 4;
+constexpr int VECTORS = 4;
 #endif
 constexpr int PANEL = LANES * VECTORS;  // outputs of a matrix that are computed together
 constexpr int TILE_ROWS = 6;            // rows that are computed together
 
-template <int SIZE>
-struct Lanes {
-    typedef float Type __attribute__((vector_size(4 * SIZE), aligned(4), may_alias));
-};
-typedef Lanes<LANES>::Type Vector;
-
-inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x); }
-inline void store(float* x, Vector value) { *reinterpret_cast<Vector*>(x) = value; }
-
-template <int SIZE>
-inline float total(typename Lanes<SIZE>::Type v) {
-    if constexpr (SIZE == 1) {
-        return v[0];
-    } else {
-        typename Lanes<SIZE / 2>::Type halves[2];
-        memcpy(halves, &v, sizeof(v));
-        return total<SIZE / 2>(halves[0] + halves[1]);
-    }
-}
+inline Vector load(const float* x) { return smalti::load_register(x); }
+inline void store(float* x, Vector value) { smalti::store_register(x, value); }
 
 inline float dot(const float* a, const float* b, long n) {
     Vector sums = {};
     long i = 0;
     for (; i + LANES <= n; i += LANES) sums += load(a + i) * load(b + i);
-    float sum = total<LANES>(sums);
+    float sum = smalti::combined<LANES>(sums, [](auto x, auto y) { return x + y; });
     for (; i < n; ++i) sum += a[i] * b[i];
     return sum;
 }
-
-// e^x within 2 units in the last place: 2^(whole part of x / ln 2), times the Taylor series of the rest.
-inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    const float rounder = 12582912.0f;  // 1.5 x 2^23: adding it rounds to whole numbers, which stand in the low bits
-    float shifted = x * 1.44269504f + rounder, whole = shifted - rounder;
-    float rest = x - whole * 0.693145752f - whole * 1.42860677e-6f;  // ln 2 in two parts: the product stays exact
-    float series = 1 / 5040.0f;
-    for (float factor : {1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 1 / 2.0f, 1.0f, 1.0f})
-        series = series * rest + factor;
-    unsigned bits;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits + 127) << 23;  // the low bits of `rounder` itself are shifted out
-    float power;
-    memcpy(&power, &bits, 4);
-    return series * power;
-}
-
-// erf within 4e-7 of its value: x P(x^2) / Q(x^2), fitted for the least relative error on |x| < 4, where it is 1 -
-// 2e-8.
-inline float error_function(float x) {
-    x = x < -4.0f ? -4.0f : x > 4.0f ? 4.0f : x;
-    float u = x * x, p = 1.98677768e-06f, q = 3.74202100e-05f;
-    for (float factor : {2.84567475e-4f, 3.88339767e-3f, 5.31019121e-2f, 0.193546265f, 1.12837911f}) p = p * u + factor;
-    for (float factor : {1.18558481e-3f, 1.52073586e-2f, 0.11535050f, 0.504858434f, 1.0f}) q = q * u + factor;
-    return x * p / q;
-}
-
-inline float hyperbolic_tangent(float x) { return 1 - 2 / (exponential(2 * x) + 1); }
 
 // ---- matrices ----
 
@@ -340,7 +296,7 @@ void mix(const float* weights, const float* values, long count, long width, floa
 void attend(const float* q, const float* keys, const float* values, long count, long width, long next, float* scores,
             float* out) {
     const float scale = 1 / sqrtf(static_cast<float>(width));
-    float most = -INFINITY, sum = 0;
+    float most = -INFINITY;
     for (long s = 0; s < count; ++s) {
         for (long i = s * width + next; i < (s + 1) * width + next; i += 16) {
             __builtin_prefetch(keys + i, 0, 2);
@@ -349,12 +305,13 @@ void attend(const float* q, const float* keys, const float* values, long count, 
         scores[s] = scale * dot(q, keys + s * width, width);
         most = scores[s] > most ? scores[s] : most;
     }
-#pragma omp simd reduction(+ : sum)
-    for (long s = 0; s < count; ++s) {
-        scores[s] = exponential(scores[s] - most);
-        sum += scores[s];
+    smalti::Vector sums = smalti::of(0);
+    for (long s = 0; s < count; s += 16) {  // the scores' memory is padded
+        const smalti::Vector weights = smalti::exp(smalti::load(scores + s) - smalti::of(most));
+        smalti::store(scores + s, weights);
+        sums += smalti::select(smalti::first_lanes(count - s), weights, smalti::of(0));
     }
-    const float share = 1 / sum;
+    const float share = 1 / smalti::sum(sums);
     long i = 0;
     for (; i + 4 * LANES <= width; i += 4 * LANES) mix<4>(scores, values + i, count, width, share, out + i);
     for (; i + 2 * LANES <= width; i += 2 * LANES) mix<2>(scores, values + i, count, width, share, out + i);
@@ -395,19 +352,21 @@ void attend_head(const Model& model, const Batch& batch, const Workspace& space,
 
 // y = f(sums), PANEL numbers to PANEL, or for SwiGLU gates and values, PANEL / 2 each, to PANEL / 2.
 void activate(long kind, const float* sums, float* y) {
+    auto each = [&](int count, auto f) {
+        for (int i = 0; i < count; i += LANES) store(y + i, f(load(sums + i), i));
+    };
     if (kind == GELU)
-        for (int i = 0; i < PANEL; ++i) y[i] = sums[i] * 0.5f * (1 + error_function(sums[i] * 0.707106781f));
+        each(PANEL, [](Vector x, int) { return x * 0.5f * (1.0f + smalti::erf(x * 0.707106781f)); });
     else if (kind == GELU_TANH)
-        for (int i = 0; i < PANEL; ++i) {
-            const float inner = 0.797884561f * (sums[i] + 0.044715f * sums[i] * sums[i] * sums[i]);
-            y[i] = sums[i] * 0.5f * (1 + hyperbolic_tangent(inner));
-        }
+        each(PANEL, [](Vector x, int) {
+            return x * 0.5f * (1.0f + smalti::tanh(0.797884561f * (x + 0.044715f * x * x * x)));
+        });
     else if (kind == SWIGLU)
-        for (int i = 0; i < PANEL / 2; ++i) y[i] = sums[i] / (1 + exponential(-sums[i])) * sums[PANEL / 2 + i];
+        each(PANEL / 2, [&](Vector x, int i) { return x / (1.0f + smalti::exp(-x)) * load(sums + PANEL / 2 + i); });
     else if (kind == RELU)
-        for (int i = 0; i < PANEL; ++i) y[i] = sums[i] > 0 ? sums[i] : 0.0f;
+        each(PANEL, [](Vector x, int) { return x > 0.0f ? x : Vector{}; });
     else
-        for (int i = 0; i < PANEL; ++i) y[i] = hyperbolic_tangent(sums[i]);
+        each(PANEL, [](Vector x, int) { return smalti::tanh(x); });
 }
 
 // `own` is the thread's own part of the workspace.
@@ -464,7 +423,14 @@ struct Weighed {
     Weighed(const float* logits, long n, float* weights) : most(-INFINITY), total(0) {
 #pragma omp simd reduction(max : most)
         for (long i = 0; i < n; ++i) most = logits[i] > most ? logits[i] : most;
-        for (long i = 0; i < n; ++i) weights[i] = exponential(logits[i] - most);
+        long i = 0;
+        for (; i + LANES <= n; i += LANES) store(weights + i, smalti::exp(load(logits + i) - most));
+        if (i < n) {
+            float rest[LANES] = {};
+            memcpy(rest, logits + i, sizeof(float) * (n - i));
+            store(rest, smalti::exp(load(rest) - most));
+            memcpy(weights + i, rest, sizeof(float) * (n - i));
+        }
         for (long i = 0; i < n; i += BLOCK) total += sum(weights + i, n - i < BLOCK ? n - i : BLOCK);
     }
     float log_prob(float logit) const { return static_cast<float>(static_cast<double>(logit) - most - log(total)); }

@@ -134,42 +134,41 @@ INLINE float largest(const Vector& x) {
 
 // e^x within 2 units in the last place: 2^(whole part of x / ln 2), times the Taylor series of the rest. It stays at
 // 1e-38 below -87: smaller numbers are not normal, and take a processor a hundred times as long. NaN stays NaN.
-INLINE Vector exp(const Vector& from) {
-    Vector y;
-    SMALTI_EACH {
-        const Register low = -87.0f - Register{}, high = 88.0f - Register{};
-        Register x = from.part[p];
-        x = x < low ? low : x > high ? high : x;
-        const float rounder = 12582912.0f;  // 1.5 x 2^23: adding it rounds to whole numbers, which stand in the low bits
-        Register shifted = x * 1.44269504f + rounder, whole = shifted - rounder;
-        Register rest = x - whole * 0.693145752f - whole * 1.42860677e-6f;  // ln 2 in two parts: the product is exact
-        Register series = 1 / 5040.0f - Register{};
-        for (float factor : {1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 1 / 2.0f, 1.0f, 1.0f})
-            series = series * rest + factor;
-        const auto bits = (reinterpret_cast<Lanes<LANES>::Int>(shifted) + 127) << 23;  // those of `rounder` drop out
-        y.part[p] = series * reinterpret_cast<Register>(bits);
-    }
-    return y;
+INLINE Register exp(Register x) {
+    const Register low = -87.0f - Register{}, high = 88.0f - Register{};
+    x = x < low ? low : x > high ? high : x;
+    const float rounder = 12582912.0f;  // 1.5 x 2^23: adding it rounds to whole numbers, which stand in the low bits
+    Register shifted = x * 1.44269504f + rounder, whole = shifted - rounder;
+    Register rest = x - whole * 0.693145752f - whole * 1.42860677e-6f;  // ln 2 in two parts: the product is exact
+    Register series = 1 / 5040.0f - Register{};
+    for (float factor : {1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 1 / 2.0f, 1.0f, 1.0f})
+        series = series * rest + factor;
+    const auto bits = (reinterpret_cast<Lanes<LANES>::Int>(shifted) + 127) << 23;  // those of `rounder` drop out
+    return series * reinterpret_cast<Register>(bits);
 }
 
 // erf within 4e-7 of its value: x P(x^2) / Q(x^2), fitted for the least relative error on |x| < 4, where it is 1 - 2e-8.
-INLINE Vector erf(const Vector& from) {
-    Vector y;
-    SMALTI_EACH {
-        const Register low = -4.0f - Register{}, high = 4.0f - Register{};
-        Register x = from.part[p];
-        x = x < low ? low : x > high ? high : x;
-        Register u = x * x, P = 1.98677768e-06f - Register{}, Q = 3.74202100e-05f - Register{};
-        for (float factor : {2.84567475e-4f, 3.88339767e-3f, 5.31019121e-2f, 0.193546265f, 1.12837911f})
-            P = P * u + factor;
-        for (float factor : {1.18558481e-3f, 1.52073586e-2f, 0.11535050f, 0.504858434f, 1.0f}) Q = Q * u + factor;
-        y.part[p] = x * P / Q;
-    }
-    return y;
+INLINE Register erf(Register x) {
+    const Register low = -4.0f - Register{}, high = 4.0f - Register{};
+    x = x < low ? low : x > high ? high : x;
+    Register u = x * x, P = 1.98677768e-06f - Register{}, Q = 3.74202100e-05f - Register{};
+    for (float factor : {2.84567475e-4f, 3.88339767e-3f, 5.31019121e-2f, 0.193546265f, 1.12837911f}) P = P * u + factor;
+    for (float factor : {1.18558481e-3f, 1.52073586e-2f, 0.11535050f, 0.504858434f, 1.0f}) Q = Q * u + factor;
+    return x * P / Q;
 }
 
-INLINE Vector tanh(const Vector& x) { return of(1) - of(2) / (exp(x + x) + of(1)); }
+INLINE Register tanh(Register x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }
 
+#define SMALTI_FUNCTION(name)                       \
+    INLINE Vector name(const Vector& x) {           \
+        Vector y;                                   \
+        SMALTI_EACH y.part[p] = name(x.part[p]);    \
+        return y;                                   \
+    }
+SMALTI_FUNCTION(exp)
+SMALTI_FUNCTION(erf)
+SMALTI_FUNCTION(tanh)
+#undef SMALTI_FUNCTION
 #undef SMALTI_EACH
 
 }  // namespace smalti
