@@ -8,7 +8,7 @@ of GELU in their own `alpha`.
 What a row computes is the same to the last bit whatever rows stand beside it, and on any number of threads:
 
 - A row's first token is in slot 0 of its part of the cache, however much padding its prefix has in the batch; a query
-  attends to whole blocks of slots, so that its sums have one length and one order. Empty slots add exact zeros.
+  attends to whole steps of slots, so that its sums have one order. Empty slots add exact zeros.
 - A library's product may sum in another order for other numbers of rows: rows come in steps that `product_rows` has
   found to agree, and those that are missing are filled up. Where threads change a sum, one thread computes it.
 - What a vector of the processor holds last, and a scalar routine would compute instead, is filled up too.
@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from itertools import product
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -227,7 +228,7 @@ class _Where:
     def __init__(self, views: _CacheViews, kv_cache: KVCache, B: int, T: int, group: int):
         self.B, self.T = B, T
         length, starts, M = kv_cache.length, kv_cache.starts, kv_cache.keys[0].shape[1]
-        self.width = _filled_up(length + T, SLOT_BLOCK)
+        self.width = _filled_up(length + T, slot_step(kv_cache.keys[0].shape[3], kv_cache.keys[0].dtype))
         self.begin: int | Int[Tensor, " B"] = length
         if starts is not None and length:
             self.begin = (length - starts).clamp(min=0)
@@ -343,13 +344,14 @@ class _FastBlock:
     def _attended(
         self, q: Float[Tensor, "BM Q Dh"], views: _LayerViews, mask: Float[Tensor, "#BM Q S"]
     ) -> Float[Tensor, "BM Q Dh"]:
-        """Block by block of the slots: all products have one size. Slots still to come add exact zeros."""
-        blocks = [slice(start, start + SLOT_BLOCK) for start in range(0, mask.shape[-1], SLOT_BLOCK)]
+        """Block by block of the slots. Slots still to come add exact zeros."""
+        width = mask.shape[-1]
+        blocks = [slice(start, min(start + SLOT_BLOCK, width)) for start in range(0, width, SLOT_BLOCK)]
         scores = [
             torch.baddbmm(mask[:, :, block], q, views.joint_keys[:, :, block], alpha=self.scale) for block in blocks
         ]
         if len(blocks) == 1:
-            return torch.bmm(scores[0].softmax(-1), views.joint_values[:, :SLOT_BLOCK])
+            return torch.bmm(scores[0].softmax(-1), views.joint_values[:, :width])
         weights = torch.cat(scores, -1).softmax(-1)
         attended = torch.bmm(weights[:, :, :SLOT_BLOCK], views.joint_values[:, :SLOT_BLOCK])
         for block in blocks[1:]:
@@ -472,6 +474,30 @@ def attention_agrees(kv_heads: int, num_heads: int, head_dim: int, dtype: torch.
             if not all(torch.equal(a, b[: len(a)]) for a, b in zip(found, whole, strict=True)):
                 return False
     return True
+
+
+@cache
+def slot_step(head_dim: int, dtype: torch.dtype) -> int:
+    """Slots that attention is rounded up to: 16, if a sum over them is that over a whole block whose other slots add
+    zeros, else a block."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(4, QUERIES, head_dim, generator=generator, dtype=dtype)
+    keys = torch.randn(4, SLOT_BLOCK, head_dim, generator=generator, dtype=dtype)
+    step = 16
+    for width in range(step, SLOT_BLOCK, step):
+        for length, queries in product((1, width - step + 1, width), (1, QUERIES)):
+            mask = q.new_zeros(1, 1, SLOT_BLOCK)
+            mask[:, :, length:] = torch.finfo(dtype).min
+            found = [
+                torch.bmm(
+                    torch.baddbmm(mask[:, :, :w], q[:, :queries], keys[:, :w].transpose(1, 2), alpha=0.3).softmax(-1),
+                    keys[:, :w],
+                )
+                for w in (width, SLOT_BLOCK)
+            ]
+            if not torch.equal(*found):
+                return SLOT_BLOCK
+    return step
 
 
 @contextmanager
