@@ -205,6 +205,15 @@ def test_a_flipped_byte_in_a_file_of_torch_save_is_found(tmp_path):
     assert torch.equal(read_weights(tmp_path / "plain.pt").tensors["model.w"], weights["model.w"])
 
 
+def test_a_zip_file_whose_list_is_damaged_is_named(tmp_path):
+    torch.save({"model.w": torch.rand(4)}, tmp_path / "w.pt")
+    whole = (tmp_path / "w.pt").read_bytes()
+    at = whole.rfind(b"PK\x01\x02")  # the last entry of the list at the end
+    (tmp_path / "w.pt").write_bytes(whole[:at] + b"\xff\xff" + whole[at + 2 :])
+    with pytest.raises(InputError, match=r"w\.pt cannot be read as a PyTorch weight file: it is cut short or damaged"):
+        read_weights(tmp_path / "w.pt")
+
+
 def test_files_of_an_old_torch_are_read_and_lengths_beyond_their_end_take_no_memory(tmp_path):
     path, weights = tmp_path / "w.pt", {"model.w": torch.rand(64), "model.b": torch.rand(64)}
     torch.save(weights, path, _use_new_zipfile_serialization=False)

@@ -508,7 +508,7 @@ COMMANDS = [
     ["data", "export-lines", "TABLE", "-o", "OUT.txt", "--num-codes", "3", "--max-rows", "2", "--before", "0",
      "--after", "5,distinct", "--code-offset", "1"],
     ["train", "text-tokenizer", "CAPTIONS", "-o", "OUT.json", "--image-size", "7", "--text-size", "260"],
-    ["train", "demo", "output=OUT", "train.learning_rate=x"],
+    ["train", "digits", "data.path=/nonesuch", "output=OUT", "train.learning_rate=x"],
     ["evaluate", "tokenizer", "MISSING", "MISSING", "--num", "2", "--size", "8x8"],
     ["tokenize", "MISSING", "-o", "OUT.parquet", "--size", "8x8", "--max-text-length", "3", "--workers", "0"],
     ["info", "digits"],

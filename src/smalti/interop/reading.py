@@ -186,10 +186,14 @@ def _no_torch_file(path: Path, reason: str) -> str:
     advice = f"it has {size} bytes: compare with where it is from, and fetch it again"
     if kind_of(path) is ZIP:
         # torch.save writes a zip archive too; the list of what is in it stands at its end.
-        if not zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = {name.rpartition("/")[2] for name in archive.namelist()}
+        except Exception:  # a damaged list makes zipfile raise nearly anything
             reason = f"it is cut short or damaged ({reason})"
-        elif "data.pkl" not in {name.rpartition("/")[2] for name in zipfile.ZipFile(path).namelist()}:
-            reason, advice = f"it is {ZIP.what} of other things", ZIP.advice
+        else:
+            if "data.pkl" not in names:
+                reason, advice = f"it is {ZIP.what} of other things", ZIP.advice
     return f"{path} cannot be read as a PyTorch weight file: {reason}; {advice}."
 
 
