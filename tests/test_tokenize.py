@@ -357,7 +357,7 @@ def test_all_records_broken(tokenizers, tmp_path):
     ("changes", "message"),
     [
         ({"on_error": "ignore"}, "choose one of stop, skip"),
-        ({"size": (0, 3)}, "rows and columns of at least 1"),
+        ({"size": (0, 3)}, "rows and columns of 1 to 4096"),
         ({"records_per_part": 0}, "records_per_part is 0"),
         ({"max_text_length": -1}, "max_text_length is -1"),
     ],
