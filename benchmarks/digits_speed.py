@@ -257,7 +257,9 @@ def train_ours(
         raise RuntimeError(why_not(model, precision) or "the native kernel cannot be compiled")
     call = torch.compile(module) if compiled else module
     return training_step(
-        model, lambda: call(batch.token_ids, batch.targets).sum() / num_counted, lambda: compute_precision(device, precision)
+        model,
+        lambda: call(batch.token_ids, batch.targets).sum() / num_counted,
+        lambda: compute_precision(device, precision),
     )
 
 
