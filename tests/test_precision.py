@@ -16,7 +16,7 @@ from test_train_tokenizer import train as train_small
 from training_runs import FIXED, SHAPE, arrays
 
 from smalti import precision as module
-from smalti.checkpoint import STATE_FILE, latest_checkpoint, load_run
+from smalti.checkpoint import CHECKSUMS_FILE, STATE_FILE, latest_checkpoint, load_run
 from smalti.errors import InputError, InputWarning
 from smalti.evaluate.digits import ClassifierConfig
 from smalti.precision import autocast, compute_precision, resolve_precision, with_precision
@@ -187,4 +187,5 @@ def in_old_words(checkpoint, section):
     settings = state["run"][section] if section else state["run"]
     settings["bf16"] = settings.pop("precision") == "bfloat16"
     torch.save(state, path)
+    (checkpoint / CHECKSUMS_FILE).unlink()
     assert "precision" not in json.dumps(load_run(checkpoint))
