@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -339,17 +341,15 @@ def test_rows_of_a_damaged_table_of_curves_are_kept_but_for_the_bad_ones(tmp_pat
 # Full disks ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def full_disk():
-    """No file may grow beyond 3,000 bytes: the system refuses the write as a full disk does."""
+@contextmanager
+def full_disk(num_bytes: int = 3000) -> Iterator[None]:
+    """No file may grow beyond so many bytes: the system refuses the write as a full disk does. It ends before pytest
+    writes what came of the test, perhaps to a longer file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(num_bytes: int = 3000) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
-        yield limit
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
@@ -357,14 +357,12 @@ def full_disk():
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_full_disk_during_an_export_is_one_line(tmp_path, full_disk, exportable, kind: str, suffix: str):
+def test_a_full_disk_during_an_export_is_one_line(tmp_path, exportable, kind: str, suffix: str):
     made = exportable(kind)
     out = tmp_path / "out"
     out.mkdir()
-    full_disk()
-    with pytest.raises(
-        InputError, match=rf"w\{suffix}: (the file grew beyond what is allowed|no space left on its disk); free some"
-    ):
+    message = rf"w\{suffix}: (the file grew beyond what is allowed|no space left on its disk); free some"
+    with full_disk(), pytest.raises(InputError, match=message):
         export_weights(kind, made, out / f"w{suffix}")
     assert list(out.iterdir()) == []
 
@@ -404,36 +402,30 @@ def exportable(tmp_path_factory):
     return make
 
 
-def test_a_full_disk_spoils_nothing_that_is_written(tmp_path, full_disk):
+def test_a_full_disk_spoils_nothing_that_is_written(tmp_path):
     pipe = tiny_pipeline()
     pipe.save(tmp_path / "bundle")
     before = (tmp_path / "bundle" / "config.json").read_bytes()
     codes = np.random.default_rng(0).integers(0, 37, (3000, 49))
     rows = token_rows([f"k{row}" for row in range(3000)], codes)
-    full_disk()
     for write, name in (
         (lambda: pipe.save(tmp_path / "bundle", force=True), "bundle"),
-        (
-            lambda: write_token_table(tmp_path / "t.parquet", [rows], {}),
-            "t.parquet",
-        ),
+        (lambda: write_token_table(tmp_path / "t.parquet", [rows], {}), "t.parquet"),
         (lambda: write_text(tmp_path / "l.txt", codes), "l.txt"),
-        (lambda: pipe.text_tokenizer.save(tmp_path / "words.json"), None),  # small enough
         (lambda: tiny_bpe_pipeline().text_tokenizer.save(tmp_path / "pieces.json"), "pieces.json"),
     ):
-        if name is None:
+        with full_disk(), pytest.raises(InputError, match=rf"{name}.*the file grew beyond what is allowed"):
             write()
-            continue
-        with pytest.raises(InputError, match=rf"{name}.*the file grew beyond what is allowed"):
-            write()
+    with full_disk():
+        pipe.text_tokenizer.save(tmp_path / "words.json")  # small enough
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "words.json"]
     assert (tmp_path / "bundle" / "config.json").read_bytes() == before
 
 
-def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(tmp_path, full_disk):
+def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(tmp_path):
     save_checkpoint(tmp_path, 1, {"w": torch.zeros(3)}, {})
-    full_disk()
-    with pytest.raises(InputError, match=r"cannot save .* of step 2 .* the run can go on from step_00000001"):
+    message = r"cannot save .* of step 2 .* the run can go on from step_00000001"
+    with full_disk(), pytest.raises(InputError, match=message):
         save_checkpoint(tmp_path, 2, {"w": torch.zeros(3000)}, {})
     assert load_checkpoint(tmp_path / "step_00000001").step == 1
 
