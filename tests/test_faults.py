@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -237,6 +238,20 @@ def test_a_page_of_zeros_is_not_unpacked(tmp_path):
     np.savez_compressed(tmp_path / "z.npz", a=np.zeros(2**26, np.float64))
     with pytest.raises(InputError, match=r"would unpack to 536,\d+,\d+ bytes"):
         read_npz(tmp_path / "z.npz", "fetch it again")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+def test_npz_names_that_stand_for_two_arrays_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", **{"a": np.arange(2), "a.npy": np.arange(3)})
+    with pytest.raises(InputError, match=r"a\.npz: the name a\.npy stands for two arrays; fetch it again\."):
+        read_npz(tmp_path / "a.npz", "fetch it again")
+    np.savez(tmp_path / "b.npz", b=np.arange(2))
+    with zipfile.ZipFile(tmp_path / "b.npz", "a") as archive:
+        archive.writestr("b.npy", archive.read("b.npy"))
+    with pytest.raises(InputError, match=r"b\.npz: the name b stands for two arrays"):
+        read_npz(tmp_path / "b.npz", "fetch it again")
+    np.savez(tmp_path / "c.npz", **{"c.npy": np.arange(3)})
+    assert read_npz(tmp_path / "c.npz", "fetch it again")["c.npy"].tolist() == [0, 1, 2]
 
 
 # States of runs --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Arrays of numbers from `.npz` files, within bounds."""
 
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def read_npz(path: Path, mend: str) -> dict[str, Shaped[np.ndarray, "..."]]:
                 raise InputError(f"{path} would unpack to {unpacked:,} bytes; {mend}.")
             if damaged := archive.testzip():
                 raise InputError(f"{path}: {shortened(damaged)} in it is damaged, its checksum is another; {mend}.")
+            if unclear := _ambiguous(archive.namelist()):
+                raise InputError(f"{path}: the name {shortened(unclear)} stands for two arrays; {mend}.")
         with np.load(path, allow_pickle=False) as arrays:
             found: dict[str, Any] = {name: arrays[name] for name in arrays.files}
     except InputError:
@@ -38,3 +41,12 @@ def read_npz(path: Path, mend: str) -> dict[str, Shaped[np.ndarray, "..."]]:
             kind = array.dtype if isinstance(array, np.ndarray) else "no array"
             raise InputError(f"{path}: {shortened(name)} holds {kind}, expected numbers; {mend}.")
     return found
+
+
+def _ambiguous(members: list[str]) -> str | None:
+    """A name by which numpy would give one array for another: a repeated one, and `a.npy` beside `a`, since `a` is kept
+    in a member called `a.npy` and members are looked up first."""
+    names = Counter(member.removesuffix(".npy") for member in members)
+    repeated = [name for name, times in names.items() if times > 1]
+    hidden = [member for member in members if member.endswith(".npy") and member in names]
+    return next(iter(repeated + hidden), None)
