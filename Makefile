@@ -1,4 +1,4 @@
-# make demo    train a whole system on bundled digits and look at it (about four minutes on two cores)
+# make demo    train a whole system on bundled digits and look at it (four to five minutes on two cores)
 # make test    install what the tests need and run them
 # make test-pythons  the same under each newer Python that is found: python3.12, python3.13 …
 # make lint    formatting, lint and types
