@@ -273,7 +273,9 @@ def test_distortion_config_is_checked(change: dict[str, float], message: str) ->
         DistortionConfig(**change)
 
 
-@pytest.mark.parametrize(("change", "message"), [({"seed": -1}, "seed -1"), ({"colourings": 0}, "at least 1")])
+@pytest.mark.parametrize(
+    ("change", "message"), [({"seed": -1}, "seed -1"), ({"colourings": 0}, "colourings 0 must be 1 to")]
+)
 def test_colouring_config_is_checked(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ColouringConfig(**change)

@@ -329,7 +329,7 @@ def test_every_perturbed_array_is_seen(folders, tmp_path, capsys, name):
     [
         ("config.json", "config.json is not a file; give a JSON"),
         ("weights.pt", "holds 0 weight files; a reference folder has exactly one of"),
-        ("io.npz", "io.npz cannot be read as reference arrays"),
+        ("io.npz", "io.npz; fetch or make the reference folder again"),
         ("everything", "holds 0 weight files; a reference folder has exactly one of"),
     ],
 )

@@ -12,7 +12,7 @@ from smalti.generate import Request, generate
 from smalti.layout import NO_SLOT, Layout, Packed, SpanValues
 from smalti.models import DecoderOnly, DecoderOnlyConfig, new_model, slot_nll, slot_targets, token_nll
 from smalti.sampling import SampleConfig
-from smalti.transformer import TransformerConfig
+from smalti.transformer import SLOT_BLOCK, TransformerConfig
 from smalti.vocabulary import Vocabulary
 
 DIGITS = Layout.parse(
@@ -185,7 +185,7 @@ def test_prefill_and_decode_steps_are_the_hidden_states_of_one_pass(positions):
 def test_a_cache_is_as_long_and_as_precise_as_asked():
     model = tiny_model(DIGITS, num_heads=10, num_kv_heads=2)
     cache = model.new_cache(3)
-    assert cache.keys[0].shape == (3, 2, DIGITS.max_length, 2)
+    assert cache.keys[0].shape == (3, 2, SLOT_BLOCK, 2) and cache.max_length == DIGITS.max_length <= SLOT_BLOCK
     assert cache.keys[0].dtype == torch.float64
     assert model.bfloat16().new_cache(3, 4).values[1].dtype == torch.bfloat16
     assert model.new_cache(3, 4).max_length == 4

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,13 @@ def named_failure(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(lock: Path, what: Path | str) -> Iterator[None]:
-    """Holds a lock file while the block runs. The lock goes with the process, however it ends; the file is removed.
+    """Holds a lock file while the block runs. The lock goes with the process, however it ends; the file is removed, and
+    so are folders made for it in which nothing else was put.
 
     Raises InputError if another process holds it: `what` is then being written. Where a file system knows no locks,
     nothing is held.
     """
+    made = [folder for folder in (lock.parent, *lock.parent.parents) if not folder.exists()]
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(lock, what)
@@ -111,6 +113,9 @@ def locked(lock: Path, what: Path | str) -> Iterator[None]:
     finally:
         lock.unlink(missing_ok=True)  # before it is let go: who waits for it looks whether it is still there
         os.close(descriptor)
+        with suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
 
 
 def _lock(lock: Path, what: Path | str) -> int:
