@@ -153,7 +153,8 @@ def test_a_full_cache_is_an_error():
         fast.decode_step(tokens(1)[:, 0], cache)
 
 
-def test_training_and_low_precision_stay_on_the_plain_path():
+def test_training_and_low_precision_stay_on_the_plain_path(monkeypatch):
+    monkeypatch.setenv("SMALTI_NATIVE", "0")
     model = decoder_only(torch.float32)
     assert isinstance(make_stepper(model, FEWEST_STEPS), FastDecoder)
     assert make_stepper(model.train(), FEWEST_STEPS) is model
