@@ -124,6 +124,7 @@ LIVELY_CODES = QuantizerConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_config", "steps"),
     [
