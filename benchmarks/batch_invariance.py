@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from smalti.data.digits import COLOUR_PAIRS, DIGITS
-from smalti.pictures import RECEIPT
-from smalti.pipeline import Pipeline
+from smalti.image_files import RECEIPT
+from smalti.tasks.images import Pipeline
 
 EMOJI = ["woman astronaut, dark skin tone", "cat face", "man cook", "thumbs up, light skin tone", "red heart"]
 AVX2 = {"SMALTI_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}

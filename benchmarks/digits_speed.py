@@ -34,23 +34,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smalti import fast_decode
-from smalti.fast_training import make_native_loss, why_not
-from smalti.generate import generate
-from smalti.layout import Layout
-from smalti.models import DecoderOnly, new_model
-from smalti.native.decode import NativeDecoder
+from smalti.engine import packed as fast_decode
+from smalti.engine.generate import generate
+from smalti.engine.native import NativeDecoder
+from smalti.models.decoder_only import DecoderOnly, new_model
+from smalti.models.transformer import TransformerConfig
 from smalti.processor import instruction_set, multiplies_bfloat16, torch_capability
-from smalti.sequences import Request
-from smalti.train_model import (
+from smalti.sequences.layout import Layout
+from smalti.sequences.request import Request
+from smalti.sequences.vocabulary import Vocabulary
+from smalti.training.native_loss import make_native_loss, why_not
+from smalti.training.token_model import (
     NextTokenLoss,
     TokenArrays,
     compute_precision,
     make_micro_batch,
     pack_rows,
 )
-from smalti.transformer import TransformerConfig
-from smalti.vocabulary import Vocabulary
 
 LAYERS, WIDTH, HEADS, WIDE, LENGTH, CODES, PEER_VOCAB = 4, 128, 4, 512, 58, 1024, 1100
 BATCH = 32

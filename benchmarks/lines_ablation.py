@@ -13,7 +13,7 @@ import csv
 from pathlib import Path
 
 from smalti.recipes import LinesRecipe, load_recipe
-from smalti.train_lines import train_lines
+from smalti.systems.lines import train_lines
 
 OFF = {
     "dropout": ["model.dropout=0"],

@@ -35,10 +35,10 @@ def random_lines(num_lines: int, num_codes: int) -> Iterator:
 
 
 def save_tiny_model(bundle: Path, num_codes: int) -> None:
-    from smalti.line_model import LineModel
-    from smalti.line_presets import line_layout
-    from smalti.models import new_model
-    from smalti.transformer import TransformerConfig
+    from smalti.models.decoder_only import new_model
+    from smalti.models.transformer import TransformerConfig
+    from smalti.systems.line_presets import line_layout
+    from smalti.tasks.lines import LineModel
 
     layout = line_layout(num_codes, VOCAB_SIZE)
     shape = TransformerConfig(num_layers=1, d_model=32, num_heads=2, d_ff=64, max_length=layout.max_length)
@@ -47,8 +47,8 @@ def save_tiny_model(bundle: Path, num_codes: int) -> None:
 
 def measure(job: str, path: Path, bundle: Path) -> dict[str, float]:
     """Runs in its own process: one job, timed without the start of Python."""
-    from smalti.line_files import complete_file, score_file
-    from smalti.line_model import LineModel
+    from smalti.tasks.line_files import complete_file, score_file
+    from smalti.tasks.lines import LineModel
 
     model = LineModel.load(bundle)
     started_at, processor_s = time.perf_counter(), time.process_time()

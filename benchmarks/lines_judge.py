@@ -26,10 +26,10 @@ import torch
 from smalti.data.line_rows import write_rows
 from smalti.data.lines import split_rows, table_lines, write_lines
 from smalti.data.tokens import TokenTable
-from smalti.line_files import LIKELIHOOD_SUFFIX, complete_file
-from smalti.line_model import CompleteConfig, LineModel
 from smalti.recipes import LinesRecipe, load_recipe
-from smalti.train_lines import train_lines
+from smalti.systems.lines import train_lines
+from smalti.tasks.line_files import LIKELIHOOD_SUFFIX, complete_file
+from smalti.tasks.lines import CompleteConfig, LineModel
 
 WAYS = {
     "sample, T 1.0": CompleteConfig(temperature=1.0),
@@ -84,7 +84,7 @@ class PictureJudge:
 
     def __init__(self, bundle: str, truth: np.ndarray):
         from smalti.evaluate.digits import load_digit_classifier
-        from smalti.pipeline import Pipeline
+        from smalti.tasks.images import Pipeline
 
         self.pipe, self.classifier = Pipeline.load(bundle), load_digit_classifier()
         self.true_digits = self.read(truth)[0]

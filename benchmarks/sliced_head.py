@@ -27,14 +27,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
-from smalti import train_model as module
 from smalti.data.captions import read_captions
 from smalti.data.tokens import TokenBatch
-from smalti.layout import Layout
-from smalti.models import token_nll
+from smalti.models.decoder_only import token_nll
+from smalti.models.transformer import preset_config
+from smalti.sequences.layout import Layout
 from smalti.text_tokenizer import END_OF_IMAGE, START_OF_IMAGE, BPEConfig, TextTokenizer
-from smalti.train_model import TrainConfig, pack_rows, train_model
-from smalti.transformer import preset_config
+from smalti.training import token_model as module
+from smalti.training.token_model import TrainConfig, pack_rows, train_model
 
 SHARED = Path(os.environ.get("SMALTI_SHARED", Path(__file__).parents[2] / "shared"))
 HEADS = {"sliced": False, "full": True}

@@ -93,12 +93,12 @@ def measure_training(path: Path) -> dict[str, float]:
     # here, so that the memory of the other measurements is their own
     import torch
 
-    from smalti.layout import Layout
-    from smalti.models import new_model
+    from smalti.models.decoder_only import new_model
     from smalti.precision import compute_precision
     from smalti.recipes import load_recipe
+    from smalti.sequences.layout import Layout
     from smalti.text_tokenizer import BPEConfig
-    from smalti.train_model import NextTokenLoss, make_optimizer, micro_batches, with_choices
+    from smalti.training.token_model import NextTokenLoss, make_optimizer, micro_batches, with_choices
 
     recipe = load_recipe("cc3m")
     vocabulary = BPEConfig(text_size=recipe.text_size, specials=recipe.layout.specials).vocabulary

@@ -19,9 +19,10 @@ from PIL import Image
 from tiny_bundle import tiny_bpe_pipeline
 from tiny_lines import random_codes, tiny_line_model, write_text
 
-from smalti import cli, line_files
+from smalti.cli import app as cli
 from smalti.data.lines import import_lines
 from smalti.data.tokens import TokenTable
+from smalti.tasks import line_files
 
 MAX_STARTS = 200
 

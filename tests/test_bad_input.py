@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from tiny_bundle import BPE_CAPTIONS, BPE_CONFIG, tiny_bpe_pipeline
 
-from smalti import cli
+from smalti.cli import app as cli
+from smalti.image_files import read_receipt
 from smalti.image_tokenizers import save_image_tokenizer
-from smalti.pictures import read_receipt
 from smalti.text_tokenizer import BPEConfig, TextTokenizer
 
 

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from tiny_bundle import BPE_CAPTIONS, BPE_CONFIG, tiny_bpe_pipeline
 from tokenizers import Tokenizer
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.data.captions import read_captions
 from smalti.errors import InputError, InputWarning
 from smalti.interop.huggingface import export_llama
-from smalti.layout import Layout
-from smalti.models import new_model
-from smalti.pipeline import Pipeline
+from smalti.models.decoder_only import new_model
+from smalti.models.transformer import TransformerConfig
+from smalti.sequences.layout import Layout
+from smalti.sequences.vocabulary import Vocabulary
+from smalti.tasks.images import Pipeline
+from smalti.tasks.tokens import save_token_model
 from smalti.text_tokenizer import SPECIALS, BPEConfig, TextTokenizer, image_token
-from smalti.token_model import save_token_model
-from smalti.transformer import TransformerConfig
-from smalti.vocabulary import Vocabulary
 
 LINE = "two cats<|startofimage|><|image:36|><|image:0|><|image:36|><|endofimage|>"
 

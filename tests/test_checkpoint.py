@@ -11,8 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from smalti import checkpoint
-from smalti.checkpoint import (
+from smalti.errors import InputError
+from smalti.training import checkpoint
+from smalti.training.checkpoint import (
     check_writable,
     latest_checkpoint,
     load_checkpoint,
@@ -20,7 +21,6 @@ from smalti.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
-from smalti.errors import InputError
 
 
 def names(directory):

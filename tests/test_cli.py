@@ -14,11 +14,11 @@ import typer
 from PIL import Image
 from tiny_bundle import save_tiny_bundle, tiny_pipeline
 
-from smalti import cli
 from smalti.bundle import shipped_bundles
+from smalti.cli import app as cli
 from smalti.data.tokens import TokenTable
 from smalti.evaluate.digits import DigitClassifier
-from smalti.pictures import read_receipt
+from smalti.image_files import read_receipt
 
 CAPTION = "dark green eight on bright cyan"
 
@@ -263,7 +263,7 @@ def test_every_command_has_help_with_an_example(smalti, command: tuple[str, ...]
 
 def test_help_names_what_ships(smalti, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    folder = Path(cli.__file__).parent
+    folder = Path(cli.__file__).parent.parent
     bundles = ", ".join(sorted(path.name for path in (folder / "bundles").iterdir() if path.is_dir()))
     recipes = ", ".join(sorted(path.stem for path in (folder / "recipes").glob("*.yaml")))
     out = smalti("--help")[1]
@@ -295,13 +295,13 @@ def test_info_is_whole_where_no_terminal_shows_it(smalti):
 def test_as_a_process(tiny: Path, tmp_path):
     """What a shell sees: exit codes, streams, and that drawing a picture loads no library it does not need."""
     script = (
-        "import sys; from smalti.cli import run; code = run(sys.argv[1:]); "
+        "import sys; from smalti.cli.app import run; code = run(sys.argv[1:]); "
         "heavy = {'matplotlib', 'sklearn', 'pyarrow', 'pandas', 'tensorboard'} & set(sys.modules); "
         "sys.exit(f'loaded {heavy}' if heavy else code)"
     )
     command = ["generate", CAPTION, "-o", str(tmp_path / "a.png"), "--bundle", str(tiny)]
     done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'a.png'}\n", "")
-    again = subprocess.run([sys.executable, "-m", "smalti.cli", *command], capture_output=True, text=True)
+    again = subprocess.run([sys.executable, "-m", "smalti.cli.app", *command], capture_output=True, text=True)
     assert again.returncode == 2
     assert again.stdout == "" and again.stderr.startswith("error: ") and again.stderr.count("\n") == 1

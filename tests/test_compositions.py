@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny_captions import BOTH, FIGURES, ONE, TONES, H, K, W, tiny
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.errors import InputError
 from smalti.evaluate import compositions as module
 from smalti.evaluate.compositions import (

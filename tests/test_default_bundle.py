@@ -3,10 +3,10 @@
 import pytest
 from PIL import Image
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.default_bundle import bundle_for_picture, bundle_for_prompt
 from smalti.errors import InputError
-from smalti.pictures import read_receipt
+from smalti.image_files import read_receipt
 
 DIGIT = "dark green eight on bright cyan"
 

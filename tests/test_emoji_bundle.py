@@ -5,9 +5,9 @@ import json
 import pytest
 
 from smalti.bundle import CARD, CONFIG, shipped_bundles
-from smalti.cli import run
-from smalti.pictures import read_picture, read_receipt
-from smalti.pipeline import Pipeline
+from smalti.cli.app import run
+from smalti.image_files import read_picture, read_receipt
+from smalti.tasks.images import Pipeline
 
 PROMPTS = ["woman astronaut, dark skin tone", "red heart", "man singer, dark skin tone"]
 

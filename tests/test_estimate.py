@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from smalti import estimate as module
-from smalti.estimate import AFTER_STEPS, Estimate, Length, why_slow
 from smalti.progress import Stage
 from smalti.recipes import load_recipe, shipped_recipes
+from smalti.training import estimate as module
+from smalti.training.estimate import AFTER_STEPS, Estimate, Length, why_slow
 
 MINUTES = {"image tokenizer": 1.0, "transformer": 2.0, "report": 0.5}
 

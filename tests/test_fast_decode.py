@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-import smalti.fast_decode
-from smalti.beam import beam_search
-from smalti.fast_decode import FEWEST_STEPS, FastDecoder, make_stepper
-from smalti.generate import Request, generate
-from smalti.layout import Layout, Slot
-from smalti.models import DecoderOnly, DecoderOnlyConfig, new_model
-from smalti.sampling import SampleConfig
-from smalti.transformer import TransformerConfig
-from smalti.vocabulary import Vocabulary
+import smalti.engine.packed
+from smalti.engine.beam import beam_search
+from smalti.engine.generate import Request, generate
+from smalti.engine.packed import FEWEST_STEPS, FastDecoder, make_stepper
+from smalti.engine.sampling import SampleConfig
+from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig, new_model
+from smalti.models.transformer import TransformerConfig
+from smalti.sequences.layout import Layout, Slot
+from smalti.sequences.vocabulary import Vocabulary
 
 B, V, MAX_LENGTH = 5, 29, 13
 LAYOUT = Layout.parse(
@@ -191,7 +191,7 @@ def test_generated_tokens_are_those_of_the_plain_path(kind, config, monkeypatch)
     for batch in (requests, captioned):
         ours = generate(model, LAYOUT, batch, config)
         with monkeypatch.context() as patch:
-            patch.setattr(smalti.fast_decode, "FEWEST_STEPS", 1000)
+            patch.setattr(smalti.engine.packed, "FEWEST_STEPS", 1000)
             plain = generate(model, LAYOUT, batch, config)
         for one, other in zip(ours, plain, strict=True):
             assert torch.equal(one.token_ids, other.token_ids)
@@ -201,7 +201,7 @@ def test_generated_tokens_are_those_of_the_plain_path(kind, config, monkeypatch)
 def test_beams_are_those_of_the_plain_path(monkeypatch):
     model, requests = layout_model(), [Request(order="text to image", seed=0), Request(order="image to text", seed=0)]
     ours = beam_search(model, LAYOUT, requests, 3)
-    monkeypatch.setattr(smalti.fast_decode, "FEWEST_STEPS", 1000)
+    monkeypatch.setattr(smalti.engine.packed, "FEWEST_STEPS", 1000)
     plain = beam_search(model, LAYOUT, requests, 3)
     found = [[beam.token_ids.tolist() for beam in beams] for beams in ours]
     assert found == [[beam.token_ids.tolist() for beam in beams] for beams in plain]

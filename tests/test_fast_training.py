@@ -9,15 +9,15 @@ import torch
 from training_runs import FIXED, OPEN, arrays
 
 from smalti import native
-from smalti import train_model as module
-from smalti.fast_training import make_native_loss, why_not
-from smalti.layout import Layout
-from smalti.models import new_model, slot_nll
+from smalti.models.decoder_only import new_model, slot_nll
+from smalti.models.transformer import TransformerConfig
 from smalti.precision import compute_precision
 from smalti.processor import LEVELS, instruction_set, multiplies_bfloat16
-from smalti.train_model import TrainConfig, make_loss, make_micro_batch, pack_rows, train_model, with_choices
-from smalti.transformer import TransformerConfig
-from smalti.vocabulary import Vocabulary
+from smalti.sequences.layout import Layout
+from smalti.sequences.vocabulary import Vocabulary
+from smalti.training import token_model as module
+from smalti.training.native_loss import make_native_loss, why_not
+from smalti.training.token_model import TrainConfig, make_loss, make_micro_batch, pack_rows, train_model, with_choices
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 

@@ -22,11 +22,10 @@ import yaml
 from tiny_bundle import save_tiny_bundle, tiny_bpe_pipeline, tiny_pipeline
 from tiny_lines import random_codes, tiny_line_model, write_text
 
-from smalti import bundle, cli
+from smalti import bundle
 from smalti.arrays import read_npz
 from smalti.bounds import MAX_CANDIDATES, MAX_PICTURES
-from smalti.checkpoint import load_checkpoint, run_lock, save_checkpoint
-from smalti.curves import read_csv_rows
+from smalti.cli import app as cli
 from smalti.data.lines import import_lines
 from smalti.data.tokenize_pairs import _claim
 from smalti.data.tokens import token_rows, write_token_table
@@ -36,13 +35,15 @@ from smalti.files import lock_of, locked, new_file, write_json
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.interop.commands import KINDS, export_weights
 from smalti.interop.reading import read_weights
-from smalti.line_files import complete_file, score_file
-from smalti.line_model import LineModel
-from smalti.models import DecoderOnlyConfig
-from smalti.pipeline import Pipeline
+from smalti.models.decoder_only import DecoderOnlyConfig
+from smalti.models.transformer import TransformerConfig
 from smalti.recipes import claim_folder, load_recipe
-from smalti.train_captions import _stored
-from smalti.transformer import TransformerConfig
+from smalti.systems.captions import _stored
+from smalti.tasks.images import Pipeline
+from smalti.tasks.line_files import complete_file, score_file
+from smalti.tasks.lines import LineModel
+from smalti.training.checkpoint import load_checkpoint, run_lock, save_checkpoint
+from smalti.training.curves import read_csv_rows
 
 RUNS = Path(__file__).with_name("fault_runs.py")
 
@@ -271,10 +272,10 @@ def test_a_damaged_state_is_named_with_what_to_remove_and_force_begins_anew(tmp_
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "lacking"])
 def test_a_damaged_part_is_named_and_made_again_by_force_or_when_removed(tmp_path, monkeypatch, damage: str):
-    monkeypatch.setattr("smalti.line_files.LINES_PER_PIECE", 2)
+    monkeypatch.setattr("smalti.tasks.line_files.LINES_PER_PIECE", 2)
     model, path = tiny_line_model(), write_text(tmp_path / "lines.txt", random_codes(5))
     complete_file(model, path, tmp_path / "whole.txt")
-    monkeypatch.setattr("smalti.line_files.write_lines", lambda *_, **__: 1 / 0)  # stopped before the result
+    monkeypatch.setattr("smalti.tasks.line_files.write_lines", lambda *_, **__: 1 / 0)  # stopped before the result
     part = tmp_path / ".c.txt.part" / "00000001.npz"
     for mend in ("force", "remove"):
         with pytest.raises(ZeroDivisionError):
@@ -289,7 +290,7 @@ def test_a_damaged_part_is_named_and_made_again_by_force_or_when_removed(tmp_pat
         if mend == "remove":
             part.unlink()
             monkeypatch.undo()
-            monkeypatch.setattr("smalti.line_files.LINES_PER_PIECE", 2)
+            monkeypatch.setattr("smalti.tasks.line_files.LINES_PER_PIECE", 2)
             complete_file(model, path, tmp_path / "c.txt")
         else:
             with pytest.raises(ZeroDivisionError):

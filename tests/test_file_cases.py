@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.data.captions import read_captions
 from smalti.data.pair_sources import open_pairs
 from smalti.data.pairs import PairTable, Record, decode_picture
 from smalti.data.picture_sets import PictureSet
 from smalti.errors import InputError, InputWarning
-from smalti.pictures import PictureConfig, read_picture, to_images
+from smalti.image_files import PictureConfig, read_picture, to_images
 
 CAPTIONS = ["a one", "a two", "a three"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.errors import InputError
 from smalti.files import new_file, new_folder, refuse_existing
 

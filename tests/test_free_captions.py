@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 from tiny_captions import BOTH, ONE, tiny
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.errors import InputError
-from smalti.layout import SpanValues
+from smalti.image_files import read_picture, read_receipt, save_picture
 from smalti.likelihood import score
-from smalti.pictures import read_picture, read_receipt, save_picture
-from smalti.pipeline import Pipeline
-from smalti.sample_table import SampleTable, SampleTableConfig, wrapped
+from smalti.sequences.layout import SpanValues
+from smalti.tasks.images import Pipeline
+from smalti.training.sample_table import SampleTable, SampleTableConfig, wrapped
 
 CAPTIONS = ["cook, dark skin tone", "a flag"]
 

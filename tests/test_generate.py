@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smalti.beam import beam_search
-from smalti.fast_decode import FastDecoder
-from smalti.generate import Generated, Request, best_of, generate, stream
-from smalti.layout import Layout, SpanValues
-from smalti.models import DecoderOnly, new_model, token_nll
-from smalti.sampling import SampleConfig
-from smalti.transformer import TransformerConfig
-from smalti.vocabulary import Vocabulary
+from smalti.engine.beam import beam_search
+from smalti.engine.generate import Generated, Request, best_of, generate, stream
+from smalti.engine.packed import FastDecoder
+from smalti.engine.sampling import SampleConfig
+from smalti.models.decoder_only import DecoderOnly, new_model, token_nll
+from smalti.models.transformer import TransformerConfig
+from smalti.sequences.layout import Layout, SpanValues
+from smalti.sequences.vocabulary import Vocabulary
 
 DIGITS = Layout.parse(
     Vocabulary({"special": ["<bos>", "<end of image>", "<end of text>"], "image": 13, "text": 7}),

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_bundle import tiny_pipeline
 
-from smalti.cli import run
+from smalti.cli.app import run
+from smalti.engine.generate import Request, generate
+from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
-from smalti.generate import Request, generate
 from smalti.interop.commands import import_weights, verify
 from smalti.interop.huggingface import (
     export_llama,
@@ -22,13 +23,12 @@ from smalti.interop.huggingface import (
     split,
     write_generation_config,
 )
-from smalti.layout import Layout
-from smalti.models import DecoderOnly, DecoderOnlyConfig
-from smalti.pipeline import Pipeline
-from smalti.sampling import SampleConfig
-from smalti.token_model import load_token_model, one_segment_layout, save_token_model
-from smalti.transformer import TransformerConfig
-from smalti.vocabulary import Vocabulary
+from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from smalti.models.transformer import TransformerConfig
+from smalti.sequences.layout import Layout
+from smalti.sequences.vocabulary import Vocabulary
+from smalti.tasks.images import Pipeline
+from smalti.tasks.tokens import load_token_model, one_segment_layout, save_token_model
 
 SETS = ("hf_llama", "hf_llama_gqa_tied")
 LLAMA = {

@@ -23,7 +23,7 @@ from original_networks import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.image_tokenizers import load_image_tokenizer
 from smalti.interop.commands import KINDS
 from smalti.interop.keys import export_foreign, import_foreign

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.errors import InputError
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.image_tokenizers.quantizer import FSQConfig, QuantizerConfig

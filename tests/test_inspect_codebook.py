@@ -10,11 +10,11 @@ from smalti.inspect import codebook
 from smalti.inspect.grid import Grid
 from smalti.inspect.patches import average_patches, decoded_lens, swap_picture
 from smalti.inspect.sequences import code_positions, pack_codes, picture_order
-from smalti.layout import Layout
-from smalti.line_presets import line_layout
-from smalti.models import new_model
-from smalti.transformer import TransformerConfig
-from smalti.vocabulary import Vocabulary
+from smalti.models.decoder_only import new_model
+from smalti.models.transformer import TransformerConfig
+from smalti.sequences.layout import Layout
+from smalti.sequences.vocabulary import Vocabulary
+from smalti.systems.line_presets import line_layout
 
 GRID = Grid(rows=5, columns=7)
 

@@ -21,7 +21,7 @@ from smalti.inspect.positions import (
     position_statistics,
     special_positions,
 )
-from smalti.pipeline import Pipeline
+from smalti.tasks.images import Pipeline
 
 
 def markov_field(num: int, rows: int, columns: int, num_codes: int, seed: int = 0) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from test_inspect_grid import as_lines, markov_field
 from tiny_bundle import CODEBOOK_SIZE, save_tiny_bundle
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.data.lines import DISTINCT, Lines, table_lines, write_lines
 from smalti.data.tokens import TokenTable, token_rows, write_token_table
 from smalti.errors import InputError
@@ -22,10 +22,10 @@ from smalti.inspect.grid import Grid
 from smalti.inspect.patches import average_patches
 from smalti.inspect.report import inspect_bundle
 from smalti.inspect.subject import load_subject
-from smalti.line_model import LineModel
-from smalti.line_presets import line_layout
-from smalti.models import new_model
-from smalti.transformer import TransformerConfig
+from smalti.models.decoder_only import new_model
+from smalti.models.transformer import TransformerConfig
+from smalti.systems.line_presets import line_layout
+from smalti.tasks.lines import LineModel
 
 SMALL = InspectConfig(num_lines=300, num_scored=20, num_halvings=1, num_pairs=2)
 

@@ -12,17 +12,17 @@ import test_generate
 import test_likelihood
 import torch
 
-import smalti.decoder
+import smalti.engine.decoder
 import smalti.likelihood
-from smalti.decoder import Decoder
-from smalti.models import DecoderOnly, token_nll
-from smalti.sequences import TokenSequence
+from smalti.engine.decoder import Decoder
+from smalti.models.decoder_only import DecoderOnly, token_nll
+from smalti.sequences.request import TokenSequence
 
 
 def test_a_guidance_scale_that_is_ignored_is_noticed(monkeypatch):
     """parti-pytorch always takes 3."""
-    guide = smalti.decoder.guide
-    monkeypatch.setattr(smalti.decoder, "guide", lambda cond, null, scale: guide(cond, null, 3.0))
+    guide = smalti.engine.decoder.guide
+    monkeypatch.setattr(smalti.engine.decoder, "guide", lambda cond, null, scale: guide(cond, null, 3.0))
     with pytest.raises(AssertionError):
         test_generate.test_guidance_of_one_is_the_conditional_model_and_of_zero_the_null()
     with pytest.raises(AssertionError):
@@ -30,8 +30,8 @@ def test_a_guidance_scale_that_is_ignored_is_noticed(monkeypatch):
 
 
 def test_guidance_with_its_arguments_swapped_is_noticed(monkeypatch):
-    guide = smalti.decoder.guide
-    monkeypatch.setattr(smalti.decoder, "guide", lambda cond, null, scale: guide(null, cond, scale))
+    guide = smalti.engine.decoder.guide
+    monkeypatch.setattr(smalti.engine.decoder, "guide", lambda cond, null, scale: guide(null, cond, scale))
     with pytest.raises(AssertionError):
         test_generate.test_guided_draws_follow_the_formula_at_every_step()
 
@@ -103,13 +103,13 @@ def test_scores_that_are_not_shifted_are_noticed(monkeypatch):
 
 def test_log_probs_of_the_unfiltered_distribution_are_noticed(monkeypatch):
     """A draw that is reported with the model's own log-probability although a filter reshaped it."""
-    sample = smalti.decoder.sample
+    sample = smalti.engine.decoder.sample
 
     def unfiltered(logits, uniforms, config):
         ids, _ = sample(logits, uniforms, config)
-        return ids, smalti.decoder.log_prob_of(logits, ids)
+        return ids, smalti.engine.decoder.log_prob_of(logits, ids)
 
-    monkeypatch.setattr(smalti.decoder, "sample", unfiltered)
+    monkeypatch.setattr(smalti.engine.decoder, "sample", unfiltered)
     with pytest.raises(AssertionError):
         test_generate.test_guided_draws_follow_the_formula_at_every_step()
 
@@ -121,7 +121,7 @@ def refuse(*args, **kwargs):
     raise OSError("an import opened a socket")
 socket.socket.connect = refuse
 state, threads = torch.random.get_rng_state(), torch.get_num_threads()
-import smalti.estimate, smalti.progress
+import smalti.training.estimate, smalti.progress
 assert threading.active_count() == 1
 for module in pkgutil.walk_packages(smalti.__path__, "smalti."):
     importlib.import_module(module.name)

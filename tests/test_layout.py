@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smalti.layout import NO_SLOT, Layout, Marker, Order, Slot, Span, SpanValues, parse_order
-from smalti.vocabulary import Vocabulary
+from smalti.sequences.layout import NO_SLOT, Layout, Marker, Order, Slot, Span, SpanValues, parse_order
+from smalti.sequences.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary({"special": ["<bos>", "<i>", "<t>"], "image": 3, "text": 2, "label": 5})
 LAYOUTS = {

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from smalti.generate import Request, generate
-from smalti.layout import Layout, SpanValues
+from smalti.engine.generate import Request, generate
 from smalti.likelihood import _likelihood, evaluate_nll, score
-from smalti.models import new_model
-from smalti.transformer import TransformerConfig
-from smalti.vocabulary import Vocabulary
+from smalti.models.decoder_only import new_model
+from smalti.models.transformer import TransformerConfig
+from smalti.sequences.layout import Layout, SpanValues
+from smalti.sequences.vocabulary import Vocabulary
 
 LAYOUT = Layout.parse(
     Vocabulary({"special": ["<bos>", "<i>", "<t>"], "image": 13, "text": 7}),

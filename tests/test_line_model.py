@@ -16,14 +16,14 @@ import torch
 from tiny_bundle import save_tiny_bundle
 from tiny_lines import LENGTH, VOCAB_SIZE, random_codes, tiny_line_model, write_text
 
-from smalti import line_files
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.errors import InputError
-from smalti.line_files import complete_file, score_file
-from smalti.line_model import STRATEGIES, CompleteConfig, LineModel, bundle_kind
-from smalti.line_presets import LINE_PRESETS, choose_preset, line_layout
-from smalti.models import new_model
-from smalti.pipeline import Pipeline
+from smalti.models.decoder_only import new_model
+from smalti.systems.line_presets import LINE_PRESETS, choose_preset, line_layout
+from smalti.tasks import line_files
+from smalti.tasks.images import Pipeline
+from smalti.tasks.line_files import complete_file, score_file
+from smalti.tasks.lines import STRATEGIES, CompleteConfig, LineModel, bundle_kind
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.data import lines as lines_module
 from smalti.data.lines import (
     LineFormat,

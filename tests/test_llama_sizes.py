@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny_bundle import tiny_bpe_pipeline
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.interop.huggingface import export_llama, greedy_ids, read_llama
-from smalti.pipeline import Pipeline
-from smalti.token_model import load_token_model
+from smalti.tasks.images import Pipeline
+from smalti.tasks.tokens import load_token_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

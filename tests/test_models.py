@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smalti.generate import Request, generate
-from smalti.layout import NO_SLOT, Layout, Packed, SpanValues
-from smalti.models import DecoderOnly, DecoderOnlyConfig, new_model, slot_nll, slot_targets, token_nll
-from smalti.sampling import SampleConfig
-from smalti.transformer import SLOT_BLOCK, TransformerConfig
-from smalti.vocabulary import Vocabulary
+from smalti.engine.generate import Request, generate
+from smalti.engine.sampling import SampleConfig
+from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig, new_model, slot_nll, slot_targets, token_nll
+from smalti.models.transformer import SLOT_BLOCK, TransformerConfig
+from smalti.sequences.layout import NO_SLOT, Layout, Packed, SpanValues
+from smalti.sequences.vocabulary import Vocabulary
 
 DIGITS = Layout.parse(
     Vocabulary({"special": ["<bos>", "<end of image>", "<end of text>"], "image": 13, "text": 7}),

@@ -7,12 +7,12 @@ import pytest
 import torch
 from training_runs import FIXED, SHAPE, arrays
 
-from smalti.checkpoint import latest_checkpoint, load_checkpoint
-from smalti.curves import Curves
 from smalti.errors import InputError
-from smalti.models import new_model
-from smalti.muon import Muon, orthogonalise
-from smalti.train_model import TrainConfig, describe_run, make_optimizer, train_model
+from smalti.models.decoder_only import new_model
+from smalti.training.checkpoint import latest_checkpoint, load_checkpoint
+from smalti.training.curves import Curves
+from smalti.training.muon import Muon, orthogonalise
+from smalti.training.token_model import TrainConfig, describe_run, make_optimizer, train_model
 
 
 @pytest.fixture(autouse=True)

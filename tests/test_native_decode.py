@@ -7,16 +7,16 @@ import pytest
 import torch
 from test_fast_decode import KINDS, LAYOUT, MAX_LENGTH, B, V, decoder_only, layout_model, tokens
 
-import smalti.fast_decode
-import smalti.native.decode
+import smalti.engine.native
+import smalti.engine.packed
 from smalti import native
-from smalti.beam import beam_search
-from smalti.fast_decode import FEWEST_STEPS, FastDecoder, choose_executor, make_stepper
-from smalti.generate import Request, generate
-from smalti.layout import Slot
-from smalti.models import DecoderOnly
-from smalti.native.decode import NativeDecoder
-from smalti.sampling import SampleConfig, guide, log_prob_of, sample
+from smalti.engine.beam import beam_search
+from smalti.engine.generate import Request, generate
+from smalti.engine.native import NativeDecoder
+from smalti.engine.packed import FEWEST_STEPS, FastDecoder, choose_executor, make_stepper
+from smalti.engine.sampling import SampleConfig, guide, log_prob_of, sample
+from smalti.models.decoder_only import DecoderOnly
+from smalti.sequences.layout import Slot
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 
@@ -92,7 +92,7 @@ def test_a_long_prefill_in_parts_is_the_same(monkeypatch):
     starts = torch.tensor([2, 0, 4, 1, 0])
     found = []
     for most_rows in (1024, 3, 4 * B):
-        monkeypatch.setattr(smalti.native.decode, "MOST_ROWS", most_rows)
+        monkeypatch.setattr(smalti.engine.native, "MOST_ROWS", most_rows)
         cache = model.new_cache(B, starts=starts)
         found.append((native_decoder(model).prefill(token_ids, cache), cache.keys[2], cache.values[2]))
         assert cache.length == 11
@@ -218,7 +218,7 @@ def test_generated_tokens_are_those_of_the_plain_path_in_any_batch(kind, config,
         for seed in range(13)
     ]
     found = {size: generate(model, LAYOUT, requests, config, batch_size=size) for size in (64, 7, 1)}
-    monkeypatch.setattr(smalti.fast_decode, "FEWEST_STEPS", 1000)
+    monkeypatch.setattr(smalti.engine.packed, "FEWEST_STEPS", 1000)
     plain = generate(model, LAYOUT, requests, config)
     for ours, one, other in zip(found[64], found[1], plain, strict=True):
         assert torch.equal(ours.token_ids, other.token_ids)
@@ -232,7 +232,7 @@ def test_generated_tokens_are_those_of_the_plain_path_in_any_batch(kind, config,
 def test_beams_are_those_of_the_plain_path(monkeypatch):
     model, requests = layout_model(), [Request(order="text to image", seed=0), Request(order="image to text", seed=0)]
     ours = beam_search(model, LAYOUT, requests, 3)
-    monkeypatch.setattr(smalti.fast_decode, "FEWEST_STEPS", 1000)
+    monkeypatch.setattr(smalti.engine.packed, "FEWEST_STEPS", 1000)
     plain = beam_search(model, LAYOUT, requests, 3)
     found = [[beam.token_ids.tolist() for beam in beams] for beams in ours]
     assert found == [[beam.token_ids.tolist() for beam in beams] for beams in plain]
@@ -263,7 +263,7 @@ def test_what_the_kernel_does_not_cover_stays_on_the_other_paths(monkeypatch):
     assert make_stepper(model.train(), FEWEST_STEPS) is model
     assert make_stepper(decoder_only(torch.bfloat16), FEWEST_STEPS) is not None
     model.eval()
-    monkeypatch.setattr(smalti.fast_decode, "MOST_PACKED_BYTES", 100)
+    monkeypatch.setattr(smalti.engine.packed, "MOST_PACKED_BYTES", 100)
     assert isinstance(make_stepper(model, FEWEST_STEPS), FastDecoder)
 
 
@@ -272,7 +272,7 @@ def test_a_job_compiles_if_it_is_long_enough_whatever_the_process_did_before(mon
     monkeypatch.delenv("SMALTI_NATIVE")
     monkeypatch.setattr(native, "_loaded", {})
     monkeypatch.setattr(native, "_absent", set())
-    monkeypatch.setattr(smalti.fast_decode, "STEPS_THAT_REPAY_COMPILING", 100)
+    monkeypatch.setattr(smalti.engine.packed, "STEPS_THAT_REPAY_COMPILING", 100)
     model = decoder_only(torch.float32)
     assert [choose_executor(model, steps) for steps in (60, 60, 60, 100, 60)] == ["packed"] * 3 + ["native"] * 2
 

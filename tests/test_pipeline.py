@@ -16,12 +16,12 @@ from PIL import Image
 from tiny_bundle import CODEBOOK_SIZE, save_tiny_bundle, tiny_pipeline
 
 from smalti import bundle
+from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
-from smalti.layout import SpanValues
+from smalti.image_files import PictureConfig, read_picture, read_receipt, save_picture, to_images, to_pictures
 from smalti.likelihood import score
-from smalti.pictures import PictureConfig, read_picture, read_receipt, save_picture, to_images, to_pictures
-from smalti.pipeline import RERANKERS, Pipeline
-from smalti.sampling import SampleConfig
+from smalti.sequences.layout import SpanValues
+from smalti.tasks.images import RERANKERS, Pipeline
 
 CAPTION = "dark green eight on bright cyan"
 OTHER = "plain red two on light gray"

@@ -16,12 +16,12 @@ from test_train_tokenizer import train as train_small
 from training_runs import FIXED, SHAPE, arrays
 
 from smalti import precision as module
-from smalti.checkpoint import CHECKSUMS_FILE, STATE_FILE, latest_checkpoint, load_run
 from smalti.errors import InputError, InputWarning
 from smalti.evaluate.digits import ClassifierConfig
 from smalti.precision import autocast, compute_precision, resolve_precision, with_precision
 from smalti.recipes import claim_folder, load_recipe, shipped_recipes
-from smalti.train_model import TrainConfig, train_model
+from smalti.training.checkpoint import CHECKSUMS_FILE, STATE_FILE, latest_checkpoint, load_run
+from smalti.training.token_model import TrainConfig, train_model
 
 CPU = torch.device("cpu")
 

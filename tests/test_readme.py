@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from smalti import cli
+from smalti.cli import app as cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -6,10 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 from test_train_captions import CAPTIONS, NUM, recipe  # noqa: F401 (a fixture)
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.data.ready_tokens import are_tokens
 from smalti.data.tokens import TokenTable, token_rows, write_token_table
-from smalti.pipeline import Pipeline
+from smalti.tasks.images import Pipeline
 from smalti.text_tokenizer import BPEConfig, TextTokenizer
 
 SHORT = "layout.orders={text to image: '(text{..3}) <|startofimage|> image{49} <|endofimage|>'}"

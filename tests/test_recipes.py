@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from smalti.errors import InputError
+from smalti.models.transformer import preset_config
 from smalti.recipes import Recipe, _keys, load_recipe, shipped_recipes
-from smalti.train_model import TrainConfig
-from smalti.transformer import preset_config
+from smalti.training.token_model import TrainConfig
 
 
 def test_the_recipes_that_ship_can_be_loaded_and_run_into_folders_of_their_own():

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from tiny_bundle import tiny_bpe_pipeline, tiny_pipeline
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.errors import InputError
-from smalti.pictures import GRID_GAP, RECEIPT, read_receipt, read_receipts, save_picture, to_grid, with_receipt
-from smalti.replay import replay
+from smalti.image_files import GRID_GAP, RECEIPT, read_receipt, read_receipts, save_picture, to_grid, with_receipt
+from smalti.tasks.replay import replay
 
 PROMPTS = {"tiny": "dark green eight on bright cyan", "words": "zwei Katzen <|endofimage|> \x07"}
 SETTINGS = {"temperature": 0.7, "top_k": 30, "guidance_scale": 2.5, "guidance_interval": (3, 40)}

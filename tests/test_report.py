@@ -20,6 +20,7 @@ from smalti.data.digits import (
     read_colours,
 )
 from smalti.data.pairs import PairTable
+from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
 from smalti.evaluate import report as report_module
 from smalti.evaluate.digits import DigitClassifier, classify_digits
@@ -35,8 +36,7 @@ from smalti.evaluate.report import (
     pairs_agree,
     read_held_out,
 )
-from smalti.pipeline import Pipeline
-from smalti.sampling import SampleConfig
+from smalti.tasks.images import Pipeline
 
 N = 13
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smalti.sampling import SampleConfig, draw, filter_logits, guide, log_prob_of, sample
+from smalti.engine.sampling import SampleConfig, draw, filter_logits, guide, log_prob_of, sample
 
 # Quarters make ties frequent and sums of probabilities that reach p exactly rare.
 tied_logits = st.lists(st.integers(-12, 12).map(lambda n: n / 4), min_size=1, max_size=17)

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from smalti import cli
-from smalti.cli_stop import Stopped, resuming, stoppable
+from smalti.cli import app as cli
+from smalti.cli.stop import Stopped, resuming, stoppable
 
 # The signal comes while the command loads its recipe or its table; a child of a background job ignores Ctrl-C.
 SCRIPT = """
@@ -21,7 +21,7 @@ def wait(*_, **__):
     while True:
         time.sleep(0.05)
 {module}.{name} = wait
-from smalti.cli import main
+from smalti.cli.app import main
 main(sys.argv[1:])
 """
 STAGES = {

@@ -18,9 +18,9 @@ from smalti.data.loader import step_rows
 from smalti.data.streams import TokenStream
 from smalti.data.tokens import TokenBatch
 from smalti.errors import InputError
-from smalti.layout import Layout
-from smalti.train_model import TrainConfig, micro_batches, train_model
-from smalti.vocabulary import Vocabulary
+from smalti.sequences.layout import Layout
+from smalti.sequences.vocabulary import Vocabulary
+from smalti.training.token_model import TrainConfig, micro_batches, train_model
 
 pytest.importorskip("datasets")
 

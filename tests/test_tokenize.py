@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.data import tokenize_pairs as tokenize_pairs_module
 from smalti.data.pair_sources import open_pairs
 from smalti.data.tokenize_pairs import (

@@ -12,16 +12,16 @@ import torch
 import yaml
 from PIL import Image
 
-from smalti.cli import run
+from smalti.cli.app import run
 from smalti.data.tokens import TokenTable
 from smalti.image_tokenizers import save_image_tokenizer
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqvae import VQVAE, VQVAEConfig
 from smalti.interop.huggingface import export_llama
-from smalti.layout import Layout
-from smalti.models import new_model
-from smalti.pipeline import Pipeline
+from smalti.models.decoder_only import new_model
 from smalti.recipes import load_recipe, shipped_recipes
+from smalti.sequences.layout import Layout
+from smalti.tasks.images import Pipeline
 from smalti.text_tokenizer import BPEConfig
 
 NUM = 17

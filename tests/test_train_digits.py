@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from smalti import cli
-from smalti import train_digits as system
-from smalti.checkpoint import load_checkpoint
+from smalti.cli import app as cli
 from smalti.data.digit_sources import scikit_learn_digits
 from smalti.data.digits import SourceDigits
 from smalti.errors import InputError
 from smalti.evaluate import report
 from smalti.evaluate.digits import DigitClassifier
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
-from smalti.pipeline import Pipeline
 from smalti.recipes import load_recipe
+from smalti.systems import digits as system
+from smalti.tasks.images import Pipeline
+from smalti.training.checkpoint import load_checkpoint
 
 SETTINGS = [
     "data.colouring.colourings=1",

@@ -15,9 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from smalti import cli
-from smalti import train_gan_tokenizer as module
-from smalti.checkpoint import latest_checkpoint, load_checkpoint
+from smalti.cli import app as cli
 from smalti.data.picture_sets import PicturesConfig, PictureSet
 from smalti.errors import InputError
 from smalti.evaluate.reconstruction import measure_reconstruction, to_images
@@ -30,14 +28,16 @@ from smalti.image_tokenizers.vit_vqgan import ViTConfig, ViTVQGAN, ViTVQGANConfi
 from smalti.image_tokenizers.vqgan import VQGAN, VQGANConfig
 from smalti.image_tokenizers.vqvae import DeepulVQVAEConfig, VQVAEConfig
 from smalti.recipes import TokenizerRecipe, load_recipe, shipped_recipes
-from smalti.train_gan_tokenizer import (
+from smalti.training import gan_tokenizer as module
+from smalti.training.checkpoint import latest_checkpoint, load_checkpoint
+from smalti.training.gan_tokenizer import (
     Adversary,
     TrainGANTokenizerConfig,
     last_weight,
     tokenizer_losses,
     train_gan_tokenizer,
 )
-from smalti.train_tokenizer import TrainTokenizerConfig, evaluate_reconstruction, train_tokenizer
+from smalti.training.image_tokenizer import TrainTokenizerConfig, evaluate_reconstruction, train_tokenizer
 
 SIZE = (16, 16)
 CODES = QuantizerConfig(codebook_size=64, code_dim=8, update="gradient", l2_normalised=True)
@@ -237,8 +237,8 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 import test_train_families as t
-from smalti import cli
-from smalti import train_gan_tokenizer as module
+from smalti.cli import app as cli
+from smalti.training import gan_tokenizer as module
 save = module.save_checkpoint
 def save_and_wait(*arguments):
     save(*arguments)

@@ -9,19 +9,19 @@ import pytest
 import torch
 from tiny_lines import random_codes, write_text
 
-from smalti import train_model as module
-from smalti.cli import run
-from smalti.curves import Curves
+from smalti.cli.app import run
 from smalti.data.line_rows import TableRows, rows_not_in
 from smalti.data.lines import import_lines
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
-from smalti.line_model import LineModel
-from smalti.line_presets import LINE_PRESETS, LinePreset, line_layout
+from smalti.models.transformer import TransformerConfig
 from smalti.recipes import LinesRecipe, load_recipe
-from smalti.train_lines import learning_rate_for, read_data
-from smalti.train_model import TokenArrays, TrainConfig, drop_tokens, micro_batches, train_model
-from smalti.transformer import TransformerConfig
+from smalti.systems.line_presets import LINE_PRESETS, LinePreset, line_layout
+from smalti.systems.lines import learning_rate_for, read_data
+from smalti.tasks.lines import LineModel
+from smalti.training import token_model as module
+from smalti.training.curves import Curves
+from smalti.training.token_model import TokenArrays, TrainConfig, drop_tokens, micro_batches, train_model
 
 LENGTH, VOCAB_SIZE = 5, 7
 LAYOUT = line_layout(LENGTH, VOCAB_SIZE)

@@ -21,14 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import FIXED, OPEN, SHAPE, VOCABULARY, arrays
 
 from smalti import precision
-from smalti import train_model as module
-from smalti.checkpoint import latest_checkpoint
-from smalti.curves import Curves
 from smalti.errors import InputError
-from smalti.layout import Layout
 from smalti.likelihood import evaluate_nll
-from smalti.models import new_model, slot_nll, slot_targets, token_nll
-from smalti.train_model import (
+from smalti.models.decoder_only import new_model, slot_nll, slot_targets, token_nll
+from smalti.models.transformer import TransformerConfig
+from smalti.sequences.layout import Layout
+from smalti.training import token_model as module
+from smalti.training.checkpoint import latest_checkpoint
+from smalti.training.curves import Curves
+from smalti.training.token_model import (
     TokenArrays,
     TrainConfig,
     draw_orders,
@@ -43,7 +44,6 @@ from smalti.train_model import (
     update_average,
     with_choices,
 )
-from smalti.transformer import TransformerConfig
 
 
 @pytest.fixture(autouse=True)

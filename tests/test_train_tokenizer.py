@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from smalti import train_tokenizer as module
-from smalti.checkpoint import latest_checkpoint, load_checkpoint
 from smalti.errors import InputError
 from smalti.image_tokenizers import load_image_tokenizer
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqvae import VQVAEConfig
-from smalti.train_tokenizer import (
+from smalti.training import image_tokenizer as module
+from smalti.training.checkpoint import latest_checkpoint, load_checkpoint
+from smalti.training.image_tokenizer import (
     TrainTokenizerConfig,
     draw_reconstructions,
     evaluate_reconstruction,

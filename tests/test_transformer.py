@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import smalti.transformer
-from smalti.models import DecoderOnly, DecoderOnlyConfig
-from smalti.transformer import (
+import smalti.models.transformer
+from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from smalti.models.transformer import (
     KVCache,
     Norm,
     Transformer,
@@ -347,7 +347,7 @@ def test_every_query_may_look_somewhere(past, num_tokens, starts):
 
 
 def check_masks(past: int, num_tokens: int, starts: list[int]) -> None:
-    mask = smalti.transformer.cache_mask(past, num_tokens, torch.tensor(starts), torch.device("cpu"))
+    mask = smalti.models.transformer.cache_mask(past, num_tokens, torch.tensor(starts), torch.device("cpu"))
     assert mask.shape == (len(starts), 1, num_tokens, past + num_tokens)
     for row, start in enumerate(starts):
         for t in range(num_tokens):
@@ -631,7 +631,7 @@ def test_positions_that_count_the_padding_are_noticed(monkeypatch):
 
 def test_padding_that_is_looked_at_is_noticed(monkeypatch):
     monkeypatch.setattr(
-        smalti.transformer,
+        smalti.models.transformer,
         "cache_mask",
         lambda past, num_tokens, starts, device: cache_mask(past, num_tokens, None, device),
     )
@@ -646,7 +646,7 @@ def test_rows_of_a_mask_with_nowhere_to_look_are_noticed(monkeypatch):
         keys = torch.arange(past + num_tokens)
         return (keys <= queries) & (keys >= starts[:, None, None, None])
 
-    monkeypatch.setattr(smalti.transformer, "cache_mask", strict)
+    monkeypatch.setattr(smalti.models.transformer, "cache_mask", strict)
     check_masks(4, 3, [3, 1, 0])
     with pytest.raises(AssertionError):
         check_masks(0, 7, [0, 2, 6])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smalti.vocabulary import Segment, Vocabulary
+from smalti.sequences.vocabulary import Segment, Vocabulary
 
 SIZES = {"image": 13, "special": ["<bos>", "<end of image>", "<end of text>"], "text": 7}
 

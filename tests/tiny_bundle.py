@@ -5,15 +5,15 @@ from pathlib import Path
 import torch
 
 from smalti.data.digits import words
+from smalti.image_files import PictureConfig
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqvae import VQVAE, VQVAEConfig
-from smalti.layout import Layout
-from smalti.models import new_model
-from smalti.pictures import PictureConfig
-from smalti.pipeline import Pipeline
+from smalti.models.decoder_only import new_model
+from smalti.models.transformer import TransformerConfig
+from smalti.sequences.layout import Layout
+from smalti.sequences.vocabulary import Vocabulary
+from smalti.tasks.images import Pipeline
 from smalti.text_tokenizer import BPEConfig, TextTokenizer
-from smalti.transformer import TransformerConfig
-from smalti.vocabulary import Vocabulary
 
 CODEBOOK_SIZE = 37
 ORDERS = {

@@ -2,14 +2,14 @@
 
 import torch
 
+from smalti.image_files import PictureConfig
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vit_vqgan import ViTConfig, ViTVQGAN, ViTVQGANConfig
-from smalti.layout import Layout
-from smalti.models import new_model
-from smalti.pictures import PictureConfig
-from smalti.pipeline import Pipeline
+from smalti.models.decoder_only import new_model
+from smalti.models.transformer import TransformerConfig
+from smalti.sequences.layout import Layout
+from smalti.tasks.images import Pipeline
 from smalti.text_tokenizer import BPEConfig, TextTokenizer
-from smalti.transformer import TransformerConfig
 
 SPECIALS = ("<|startoftext|>", "<|startofimage|>", "<|endofimage|>", "<|endoftext|>")
 TEXT_FIRST = "<|startoftext|> (text{..40}) <|startofimage|> image{6} <|endofimage|>"

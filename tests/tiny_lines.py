@@ -7,10 +7,10 @@ import pyarrow as pa
 import torch
 
 from smalti.data.lines import Lines, write_lines
-from smalti.line_model import LineModel
-from smalti.line_presets import line_layout
-from smalti.models import new_model
-from smalti.transformer import TransformerConfig
+from smalti.models.decoder_only import new_model
+from smalti.models.transformer import TransformerConfig
+from smalti.systems.line_presets import line_layout
+from smalti.tasks.lines import LineModel
 
 LENGTH, VOCAB_SIZE = 7, 11
 

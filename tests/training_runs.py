@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch._dynamo  # the first optimizer would import it, in every child anew
 
-from smalti.curves import Curves
-from smalti.layout import Layout
-from smalti.train_model import TokenArrays, TrainConfig, train_model
-from smalti.transformer import TransformerConfig
-from smalti.vocabulary import Vocabulary
+from smalti.models.transformer import TransformerConfig
+from smalti.sequences.layout import Layout
+from smalti.sequences.vocabulary import Vocabulary
+from smalti.training.curves import Curves
+from smalti.training.token_model import TokenArrays, TrainConfig, train_model
 
 SHAPE = TransformerConfig(num_layers=2, d_model=12, num_heads=3, d_ff=20, max_length=12, dropout=0.1)
 VOCABULARY = Vocabulary({"special": ["<bos>", "<image>", "<text>"], "image": 17, "text": 7})

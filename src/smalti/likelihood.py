@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.layout import NO_SLOT, PARTS, Layout, Packed, SpanValues
-from smalti.models import DecoderOnly, evaluating, token_nll
+from smalti.models.decoder_only import DecoderOnly, evaluating, token_nll
+from smalti.sequences.layout import NO_SLOT, PARTS, Layout, Packed, SpanValues
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from smalti.bounds import MAX_VOCABULARY
 from smalti.errors import InputError, InputWarning, first_line, shortened
 from smalti.file_kinds import kind_of
 from smalti.files import new_file
-from smalti.vocabulary import SPECIAL, Vocabulary
+from smalti.sequences.vocabulary import SPECIAL, Vocabulary
 
 START_OF_IMAGE, END_OF_IMAGE = "<|startofimage|>", "<|endofimage|>"
 START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"

@@ -27,9 +27,8 @@ from PIL import Image
 from tiny_bundle import BPE_CAPTIONS, BPE_CONFIG, tiny_bpe_pipeline, tiny_pipeline
 from tiny_lines import random_codes, tiny_line_model, write_text
 
-from smalti import bundle, cli
-from smalti.checkpoint import load_checkpoint, save_checkpoint
-from smalti.curves import Curves
+from smalti import bundle
+from smalti.cli import app as cli
 from smalti.data.captions import read_captions
 from smalti.data.digit_sources import read_coloured_pickle, read_idx
 from smalti.data.digits import source_of
@@ -40,20 +39,22 @@ from smalti.data.picture_sets import PictureSet
 from smalti.data.tokens import TokenTable, token_rows, write_token_table
 from smalti.errors import InputError
 from smalti.evaluate.report import ReportConfig, find_report
+from smalti.image_files import PictureConfig, read_picture, read_receipts, save_picture, to_images
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.interop.huggingface import export_llama, read_llama
 from smalti.interop.reading import read_config, read_weights
 from smalti.interop.verifying import read_arrays
-from smalti.layout import Layout, parse_order
-from smalti.line_files import _Parts
-from smalti.line_model import LineModel
-from smalti.pictures import PictureConfig, read_picture, read_receipts, save_picture, to_images
-from smalti.pipeline import Pipeline
 from smalti.recipes import claim_folder, load_recipe, shipped_recipes
-from smalti.replay import replay
+from smalti.sequences.layout import Layout, parse_order
+from smalti.tasks.images import Pipeline
+from smalti.tasks.line_files import _Parts
+from smalti.tasks.lines import LineModel
+from smalti.tasks.replay import replay
+from smalti.tasks.tokens import load_token_model
 from smalti.text_tokenizer import TextTokenizer
-from smalti.token_model import load_token_model
-from smalti.train_tokenizer import CsvLog, read_columns
+from smalti.training.checkpoint import load_checkpoint, save_checkpoint
+from smalti.training.curves import Curves
+from smalti.training.image_tokenizer import CsvLog, read_columns
 
 
 @dataclass(frozen=True, kw_only=True)

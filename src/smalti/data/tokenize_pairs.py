@@ -36,7 +36,7 @@ from smalti.data.tokens import SCHEMA, token_rows, write_token_table
 from smalti.documents import parse_json, read_json
 from smalti.errors import InputError
 from smalti.files import lock_of, locked, refuse_existing, write_json
-from smalti.pictures import MAX_SIDE
+from smalti.image_files import MAX_SIDE
 from smalti.progress import stage
 from smalti.text_tokenizer import TextTokenizer
 

@@ -33,13 +33,13 @@ from smalti.data import arrow_types
 from smalti.data.pairs import PairTable
 from smalti.data.parquet_files import ParquetReader
 from smalti.data.tokenize_pairs import fit
+from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
 from smalti.evaluate.digits import Rate, binomial_rate
 from smalti.files import new_file, refuse_existing
-from smalti.pipeline import Pipeline
 from smalti.progress import stage, track
-from smalti.sample_table import wrapped
-from smalti.sampling import SampleConfig
+from smalti.tasks.images import Pipeline
+from smalti.training.sample_table import wrapped
 
 REPORT_FILES = ("compositions.json", "compositions.md", "compositions.png")
 PIXELS, ENCODER = "pixels", "encoder"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from smalti.data.digits import LEVEL_STEP
 from smalti.files import new_file, refuse_existing
-from smalti.pipeline import Pipeline
+from smalti.tasks.images import Pipeline
 
 GALLERIES = ("text_conditioned.png", "image_conditioned.png", "unconditional.png")
 SIDE = 3

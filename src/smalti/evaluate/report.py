@@ -20,6 +20,7 @@ from torch import Tensor
 from smalti.data.digits import LEVEL_STEP, PICTURE_SIZE, images_to_levels, levels_to_images, parse_caption, source_of
 from smalti.data.pairs import PairTable
 from smalti.documents import read_json
+from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
 from smalti.evaluate.digits import (
     DigitClassifier,
@@ -32,11 +33,10 @@ from smalti.evaluate.digits import (
     shipped_classifier,
 )
 from smalti.files import new_file, refuse_existing
-from smalti.layout import Packed, SpanValues
 from smalti.likelihood import Likelihood, evaluate_nll
-from smalti.pipeline import RERANKERS, Pipeline
 from smalti.progress import stage
-from smalti.sampling import SampleConfig
+from smalti.sequences.layout import Packed, SpanValues
+from smalti.tasks.images import RERANKERS, Pipeline
 
 REPORT_FILES = ("report.json", "report.md")
 _PICTURES_AT_ONCE = 256

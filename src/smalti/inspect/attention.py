@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smalti.inspect.grid import OUTSIDE, Grid
-from smalti.layout import Layout, Packed
 from smalti.likelihood import to_device
-from smalti.models import DecoderOnly, token_nll
-from smalti.transformer import Attention, rotate
+from smalti.models.decoder_only import DecoderOnly, token_nll
+from smalti.models.transformer import Attention, rotate
+from smalti.sequences.layout import Layout, Packed
 
 DOMINANT = 1 / 3
 """A head is named for a pattern that gets at least this share of its attention..."""

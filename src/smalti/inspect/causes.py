@@ -17,9 +17,9 @@ from torch import Tensor
 
 from smalti.inspect.attention import nats_of
 from smalti.inspect.grid import Grid
-from smalti.layout import NO_SLOT, Layout, Packed, Slot
 from smalti.likelihood import to_device
-from smalti.models import DecoderOnly
+from smalti.models.decoder_only import DecoderOnly
+from smalti.sequences.layout import NO_SLOT, Layout, Packed, Slot
 
 ABLATIONS = ("mean", "zero")
 

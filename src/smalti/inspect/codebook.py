@@ -15,9 +15,9 @@ from sklearn.manifold import TSNE
 
 from smalti.inspect.grid import Grid
 from smalti.inspect.positions import check_codes, position_counts
-from smalti.layout import Layout, Packed
 from smalti.likelihood import to_device
-from smalti.models import DecoderOnly
+from smalti.models.decoder_only import DecoderOnly
+from smalti.sequences.layout import Layout, Packed
 
 PROJECTIONS = ("pca", "t-sne")
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Integer
 from numpy import ndarray
 
-from smalti.layout import Layout, Marker, Packed, SpanValues
+from smalti.sequences.layout import Layout, Marker, Packed, SpanValues
 
 
 def picture_order(layout: Layout) -> str:

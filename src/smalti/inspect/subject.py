@@ -19,10 +19,10 @@ from smalti.errors import InputError
 from smalti.image_tokenizers import load_image_tokenizer
 from smalti.inspect.grid import Grid
 from smalti.inspect.sequences import code_positions, pack_codes, picture_order
-from smalti.layout import Layout, Packed
-from smalti.line_model import LineModel, bundle_kind
-from smalti.models import DecoderOnly
-from smalti.pipeline import Pipeline
+from smalti.models.decoder_only import DecoderOnly
+from smalti.sequences.layout import Layout, Packed
+from smalti.tasks.images import Pipeline
+from smalti.tasks.lines import LineModel, bundle_kind
 
 
 @dataclass(frozen=True, kw_only=True)

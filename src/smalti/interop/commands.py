@@ -17,7 +17,7 @@ from smalti.interop import deepul, huggingface, llamagen_vq, maskgit_vq, taming,
 from smalti.interop.keys import ImportReport, Layout, export_foreign, import_foreign
 from smalti.interop.reading import read_config, read_weights
 from smalti.interop.verifying import ArrayError
-from smalti.token_model import save_token_model
+from smalti.tasks.tokens import save_token_model
 
 KINDS: Mapping[str, Layout] = {
     "llamagen-vq": llamagen_vq.LAYOUT,

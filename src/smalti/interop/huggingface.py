@@ -20,21 +20,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smalti.documents import read_json
+from smalti.engine.generate import Request, generate
+from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
 from smalti.file_kinds import GGUF, is_hidden
 from smalti.files import new_folder
-from smalti.generate import Request, generate
 from smalti.interop.fields import Fields
 from smalti.interop.keys import Foreign, ImportReport, Moved, misfit, shape_problems
 from smalti.interop.reading import ForeignWeights, read_config, read_weights, require_values
 from smalti.interop.verifying import ArrayError, ReferenceArrays, compare_outputs, read_arrays
-from smalti.layout import Layout, Marker, Order, Span
-from smalti.models import DecoderOnly, DecoderOnlyConfig
-from smalti.sampling import SampleConfig
+from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from smalti.models.transformer import TransformerConfig
+from smalti.sequences.layout import Layout, Marker, Order, Span
+from smalti.sequences.vocabulary import Vocabulary
+from smalti.tasks.tokens import ORDER, load_token_model, one_segment_layout
 from smalti.text_tokenizer import TextTokenizer
-from smalti.token_model import ORDER, load_token_model, one_segment_layout
-from smalti.transformer import TransformerConfig
-from smalti.vocabulary import Vocabulary
 
 KIND = "hf-llama"
 CONFIG = "config.json"

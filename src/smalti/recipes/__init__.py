@@ -29,18 +29,18 @@ from smalti.image_tokenizers.titok import TiTokConfig
 from smalti.image_tokenizers.vit_vqgan import ViTVQGANConfig
 from smalti.image_tokenizers.vqgan import VQGANConfig
 from smalti.image_tokenizers.vqvae import VQVAEConfig
-from smalti.layout import Layout, Order, parse_order
-from smalti.line_presets import AUTO, choose_preset
-from smalti.pipeline import Sampling
+from smalti.models.transformer import PRESETS, TransformerConfig
 from smalti.precision import AUTO as AUTO_PRECISION
 from smalti.precision import with_precision
-from smalti.sample_table import SampleTableConfig
+from smalti.sequences.layout import Layout, Order, parse_order
+from smalti.sequences.vocabulary import SPECIAL, Vocabulary
+from smalti.systems.line_presets import AUTO, choose_preset
+from smalti.tasks.images import Sampling
 from smalti.text_tokenizer import BPEConfig
-from smalti.train_gan_tokenizer import TrainGANTokenizerConfig
-from smalti.train_model import TrainConfig
-from smalti.train_tokenizer import TrainTokenizerConfig
-from smalti.transformer import PRESETS, TransformerConfig
-from smalti.vocabulary import SPECIAL, Vocabulary
+from smalti.training.gan_tokenizer import TrainGANTokenizerConfig
+from smalti.training.image_tokenizer import TrainTokenizerConfig
+from smalti.training.sample_table import SampleTableConfig
+from smalti.training.token_model import TrainConfig
 
 
 class Section(BaseModel):
@@ -77,7 +77,7 @@ class ImageTokenizer(Section):
 
 
 class Orders(Section):
-    """The specials, and the orders in which spans stand, in the notation of `smalti.layout`."""
+    """The specials, and the orders in which spans stand, in the notation of `smalti.sequences.layout`."""
 
     specials: tuple[str, ...]
     orders: dict[str, str | tuple[str, float]]

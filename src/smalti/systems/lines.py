@@ -21,22 +21,22 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Int64
 
-from smalti.checkpoint import run_lock
 from smalti.data.line_rows import TableRows, rows_not_in, write_rows
 from smalti.data.lines import MAX_UNTOLD_VOCAB_SIZE, split_rows
 from smalti.data.tokens import TokenTable
 from smalti.documents import read_json
 from smalti.errors import InputError
-from smalti.estimate import Estimate
 from smalti.evaluate.baselines import BaselineScore, score_baselines
 from smalti.files import write_json, write_text
-from smalti.line_model import LineModel
-from smalti.line_presets import LINE_PRESETS, choose_preset, line_layout
-from smalti.models import DecoderOnly
+from smalti.models.decoder_only import DecoderOnly
+from smalti.models.transformer import TransformerConfig
 from smalti.progress import stage
 from smalti.recipes import LinesRecipe, claim_folder
-from smalti.train_model import processes, train_model
-from smalti.transformer import TransformerConfig
+from smalti.systems.line_presets import LINE_PRESETS, choose_preset, line_layout
+from smalti.tasks.lines import LineModel
+from smalti.training.checkpoint import run_lock
+from smalti.training.estimate import Estimate
+from smalti.training.token_model import processes, train_model
 
 
 class LineData(NamedTuple):

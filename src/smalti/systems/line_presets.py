@@ -7,9 +7,9 @@ much as new ones (Muennighoff et al. 2023, arXiv:2305.16264): four or five passe
 
 from dataclasses import dataclass
 
-from smalti.layout import Layout
-from smalti.transformer import TransformerConfig
-from smalti.vocabulary import SPECIAL, Vocabulary
+from smalti.models.transformer import TransformerConfig
+from smalti.sequences.layout import Layout
+from smalti.sequences.vocabulary import SPECIAL, Vocabulary
 
 AUTO = "auto"
 ORDER = "lines"

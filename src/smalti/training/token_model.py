@@ -31,25 +31,13 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from smalti.checkpoint import (
-    check_writable,
-    latest_checkpoint,
-    load_checkpoint,
-    load_run,
-    run_lock,
-    save_checkpoint,
-)
-from smalti.curves import Curves
 from smalti.data.loader import prefetch, step_rows
 from smalti.data.tokens import TokenBatch
+from smalti.engine import native as native_decode
 from smalti.errors import InputError, require_finite
-from smalti.estimate import Estimate, Length, why_slow
-from smalti.fast_training import NativeLoss, make_native_loss, why_not
-from smalti.layout import NO_SLOT, PARTS, Layout, Marker, Order, Packed, Span, SpanValues
 from smalti.likelihood import Likelihood, evaluate_nll
-from smalti.models import DecoderOnly, SlotTargets, new_model, slot_nll, slot_targets
-from smalti.muon import Muon, Optimizers
-from smalti.native import decode as native_decode
+from smalti.models.decoder_only import DecoderOnly, SlotTargets, new_model, slot_nll, slot_targets
+from smalti.models.transformer import TransformerConfig
 from smalti.precision import (
     AUTO,
     FLOAT32,
@@ -59,8 +47,20 @@ from smalti.precision import (
     with_precision,
 )
 from smalti.progress import stage
-from smalti.transformer import TransformerConfig
-from smalti.vocabulary import SPECIAL, Vocabulary
+from smalti.sequences.layout import NO_SLOT, PARTS, Layout, Marker, Order, Packed, Span, SpanValues
+from smalti.sequences.vocabulary import SPECIAL, Vocabulary
+from smalti.training.checkpoint import (
+    check_writable,
+    latest_checkpoint,
+    load_checkpoint,
+    load_run,
+    run_lock,
+    save_checkpoint,
+)
+from smalti.training.curves import Curves
+from smalti.training.estimate import Estimate, Length, why_slow
+from smalti.training.muon import Muon, Optimizers
+from smalti.training.native_loss import NativeLoss, make_native_loss, why_not
 
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon")
@@ -122,8 +122,8 @@ class TrainConfig:
     num_micro_batches: int = 1
     """Pieces in which each process takes its share of a batch, to save memory; gradients are accumulated."""
     optimizer: str = "adamw"
-    """`adamw`, or `muon`: Muon (`smalti.muon`) for the matrices of the blocks, AdamW for embeddings, head, norms and
-    biases, both at `learning_rate` and `weight_decay`."""
+    """`adamw`, or `muon`: Muon (`smalti.training.muon`) for the matrices of the blocks, AdamW for embeddings, head,
+    norms and biases, both at `learning_rate` and `weight_decay`."""
     learning_rate: float = 1e-3
     schedule: str = "constant"
     """After the warm-up: "constant", or "cosine" down to `final_share` of the learning rate at the last step."""

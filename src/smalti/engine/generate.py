@@ -19,12 +19,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from smalti.decoder import Decoder
-from smalti.fast_decode import choose_executor
-from smalti.layout import NO_SLOT, Layout, Slot
-from smalti.models import DecoderOnly, evaluating
-from smalti.sampling import SampleConfig
-from smalti.sequences import Generated, Request, TokenSequence
+from smalti.engine.decoder import Decoder
+from smalti.engine.packed import choose_executor
+from smalti.engine.sampling import SampleConfig
+from smalti.models.decoder_only import DecoderOnly, evaluating
+from smalti.sequences.layout import NO_SLOT, Layout, Slot
+from smalti.sequences.request import Generated, Request, TokenSequence
 
 
 class Step(NamedTuple):

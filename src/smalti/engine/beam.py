@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from smalti.decoder import Decoder
-from smalti.generate import job_executor
-from smalti.layout import Layout
-from smalti.models import DecoderOnly, evaluating
-from smalti.sequences import Generated, Request, TokenSequence
+from smalti.engine.decoder import Decoder
+from smalti.engine.generate import job_executor
+from smalti.models.decoder_only import DecoderOnly, evaluating
+from smalti.sequences.layout import Layout
+from smalti.sequences.request import Generated, Request, TokenSequence
 
 
 @torch.no_grad()

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from smalti import bundle
 from smalti.documents import config_of
+from smalti.engine.generate import Generated, Request, generate, job_executor, stream
+from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, InputWarning, shortened
-from smalti.generate import Generated, Request, generate, job_executor, stream
+from smalti.image_files import Picture, PictureConfig, checked_scale, listed, to_images, to_pictures, with_receipt
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
-from smalti.layout import Layout, SpanValues
 from smalti.likelihood import score
-from smalti.models import DecoderOnly, DecoderOnlyConfig
-from smalti.pictures import Picture, PictureConfig, checked_scale, listed, to_images, to_pictures, with_receipt
-from smalti.sampling import SampleConfig
+from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from smalti.sequences.layout import Layout, SpanValues
 from smalti.text_tokenizer import TextTokenizer
 
 RERANKERS = ("picture", "caption", "pmi")
@@ -679,7 +679,7 @@ Pictures are {size} pixels. Its sequences:
 ## Use
 
 ```python
-from smalti.pipeline import Pipeline
+from smalti.tasks.images import Pipeline
 
 pipe = Pipeline.load("PATH OR NAME OF THIS BUNDLE")
 [picture] = pipe.generate("A CAPTION", seed=3)

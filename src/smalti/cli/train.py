@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from smalti.cli_stop import resuming
+from smalti.cli.stop import resuming
 
-_RECIPES = sorted((Path(__file__).parent / "recipes").glob("*.yaml"), key=lambda path: path.stem)
+_RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"), key=lambda path: path.stem)
 RECIPE_NAMES = ", ".join(path.stem for path in _RECIPES)
 TOKENIZER_RECIPE_NAMES = ", ".join(
     path.stem for path in _RECIPES if "\nsystem: image tokenizer\n" in path.read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
         _train_tokenizer(checked, quiet)
         return
     if isinstance(checked, CaptionsRecipe):
-        from smalti.train_captions import train_captions
+        from smalti.systems.captions import train_captions
 
         bundle = train_captions(checked, command=command, show_progress=not quiet)
         table = f", {checked.output}/samples/table.png (the same prompts on the way)" if checked.watch.prompts else ""
@@ -72,7 +72,7 @@ def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
         return
     output = checked.output
     if isinstance(checked, LinesRecipe):
-        from smalti.train_lines import train_lines
+        from smalti.systems.lines import train_lines
 
         bundle = train_lines(checked, command=command, show_progress=not quiet)
         typer.echo(
@@ -82,7 +82,7 @@ def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
             f"  smalti complete PREFIXES.txt --bundle {bundle} -o completed.txt"
         )
         return
-    from smalti.train_digits import train_digits
+    from smalti.systems.digits import train_digits
 
     bundle = train_digits(checked, command=command, show_progress=not quiet)
     typer.echo(
@@ -120,8 +120,8 @@ def tokenizer(
 
 def _train_tokenizer(recipe: Any, quiet: bool) -> None:
     from smalti.data.picture_sets import PictureSet
-    from smalti.estimate import Estimate, Length
-    from smalti.train_gan_tokenizer import train_gan_tokenizer
+    from smalti.training.estimate import Estimate, Length
+    from smalti.training.gan_tokenizer import train_gan_tokenizer
 
     if recipe.pictures is None:
         raise ValueError("no pictures are given; add pictures=FOLDER, or pictures=TABLE.parquet.")

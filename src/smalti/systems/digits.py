@@ -18,27 +18,27 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from smalti.checkpoint import run_lock
 from smalti.data.digit_sources import read_coloured_pickle, read_mnist, scikit_learn_digits
 from smalti.data.digits import PICTURE_SIZE, SPLITS, ColouredDigits, SourceDigits, words, write_digits
 from smalti.data.pairs import PairTable
 from smalti.data.tokenize_pairs import require_tokenizers, tokenize_pairs, tokenizer_metadata
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
-from smalti.estimate import Estimate, Length
 from smalti.evaluate.galleries import draw_galleries
 from smalti.evaluate.report import evaluate_digits, find_report, read_held_out
 from smalti.files import made_again
+from smalti.image_files import PictureConfig
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
-from smalti.layout import Layout
-from smalti.models import DecoderOnly
-from smalti.pictures import PictureConfig
-from smalti.pipeline import Pipeline
+from smalti.models.decoder_only import DecoderOnly
 from smalti.progress import stage
 from smalti.recipes import DigitsData, ImageTokenizer, Recipe, claim_folder
+from smalti.sequences.layout import Layout
+from smalti.tasks.images import Pipeline
 from smalti.text_tokenizer import TextTokenizer
-from smalti.train_model import processes, train_model
-from smalti.train_tokenizer import train_tokenizer
+from smalti.training.checkpoint import run_lock
+from smalti.training.estimate import Estimate, Length
+from smalti.training.image_tokenizer import train_tokenizer
+from smalti.training.token_model import processes, train_model
 
 PICTURES = PictureConfig(height=PICTURE_SIZE, width=PICTURE_SIZE, levels=4, scale=8)
 
@@ -141,7 +141,7 @@ def _about(recipe: Recipe, command: str) -> dict[str, str]:
     return {
         "data": DATA_NOTES[recipe.data.source],
         "licence of the weights": "Apache-2.0, as the package",
-        "made by": f"`{command}`" if command else "`smalti.train_digits.train_digits`",
+        "made by": f"`{command}`" if command else "`smalti.systems.digits.train_digits`",
         "seeds": f"data {recipe.data.colouring.seed}, image tokenizer {recipe.image_tokenizer.train.seed}, "
         f"model {recipe.train.seed}",
         "intended for": "study and demonstration: small coloured digits, nothing else",

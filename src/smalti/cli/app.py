@@ -14,11 +14,11 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from smalti.bounds import MAX_CANDIDATES, MAX_PICTURES
-from smalti.cli_evaluate import app as evaluate_app
-from smalti.cli_interop import app as interop_app
-from smalti.cli_stop import Stopped, resuming, stoppable
-from smalti.cli_train import RECIPE_NAMES
-from smalti.cli_train import app as train_app
+from smalti.cli.evaluate import app as evaluate_app
+from smalti.cli.interop import app as interop_app
+from smalti.cli.stop import Stopped, resuming, stoppable
+from smalti.cli.train import RECIPE_NAMES
+from smalti.cli.train import app as train_app
 from smalti.default_bundle import DEFAULT_BUNDLE, SHIPPED, bundle_for_picture, bundle_for_prompt
 from smalti.errors import InputError, InputWarning
 from smalti.tables import print_table
@@ -135,7 +135,7 @@ def generate(
     _refuse_existing(outputs, force)
     if rerank and best_of == 1:
         raise InputError(f"--rerank {rerank} has one picture to choose from; give --best-of 2 or more as well.")
-    from smalti.pipeline import Pipeline
+    from smalti.tasks.images import Pipeline
 
     chosen = None
     if bundle is None:
@@ -143,7 +143,7 @@ def generate(
         bundle = chosen.name
     pipe = Pipeline.load(bundle)
     if grid:
-        from smalti.pictures import grid_size
+        from smalti.image_files import grid_size
 
         grid_size(
             n,
@@ -168,7 +168,7 @@ def generate(
         ),
     )
     if grid:
-        from smalti.pictures import to_grid
+        from smalti.image_files import to_grid
 
         pictures = [to_grid(pictures)]
     _save(pictures, outputs, force)
@@ -193,7 +193,7 @@ def replay(
     """
     if output is not None:
         _refuse_existing(_output_names(output, 1), force)
-    from smalti.replay import replay as draw_again
+    from smalti.tasks.replay import replay as draw_again
 
     found = draw_again(picture, bundle)
     if output is not None:
@@ -218,7 +218,7 @@ def caption(
     as_json: Annotated[bool, typer.Option("--json", help="Print picture, bundle and caption as JSON.")] = False,
 ) -> None:
     """Print a caption for each picture; without --bundle each by the bundle of its size."""
-    from smalti.pipeline import Pipeline
+    from smalti.tasks.images import Pipeline
 
     given = _given(temperature=temperature, guidance_scale=guidance_scale)
     by_bundle: dict[str, list[int]] = {}
@@ -310,7 +310,7 @@ def complete(
     With a bundle of lines every prefix of a text file is completed: same tags, same order, the prefix untouched; OUTPUT
     .log_probs.csv gets each line's own log-likelihood, and a run that was stopped goes on when it is started again.
     """
-    from smalti.line_model import KIND, bundle_kind
+    from smalti.tasks.lines import KIND, bundle_kind
 
     bundle = _bundle_for_picture(bundle, picture)
     of_pictures = _given(picture=picture, rows=rows, n=n, scale=scale, guidance_scale=guidance_scale)
@@ -333,7 +333,7 @@ def complete(
                 f"{beginning} is a file, and {bundle} a bundle of pictures: give a picture with --picture, or --bundle "
                 "with a bundle of lines."
             )
-        from smalti.pipeline import Pipeline
+        from smalti.tasks.images import Pipeline
 
         for line in Pipeline.load(bundle).complete_caption(beginning or "", seed=seed, n=n or 1, **given):
             typer.echo(line)
@@ -342,7 +342,7 @@ def complete(
         raise ValueError("a completed picture needs a file to go to: add -o FILE.png.")
     outputs = _output_names(output, n or 1)
     _refuse_existing(outputs, force)
-    from smalti.pipeline import Pipeline
+    from smalti.tasks.images import Pipeline
 
     kept = 3 if rows is None else rows
     pipe = Pipeline.load(bundle)
@@ -370,8 +370,8 @@ def _refuse_options(options: dict[str, Any], bundle: str, kind: str) -> None:
 def _complete_lines(
     prefixes: Path, output: Path, bundle: str, force: bool, quiet: bool, *, batch_size: int = 256, **settings: Any
 ) -> None:
-    from smalti.line_files import LIKELIHOOD_SUFFIX, complete_file
-    from smalti.line_model import CompleteConfig, LineModel
+    from smalti.tasks.line_files import LIKELIHOOD_SUFFIX, complete_file
+    from smalti.tasks.lines import CompleteConfig, LineModel
 
     config = CompleteConfig(**settings)
     drawing = {"temperature", "top_k", "top_p"}
@@ -408,7 +408,7 @@ def score(
     With a bundle of lines: nats per token of each line of a file (text, or a token table) and of all, with standard
     error, and by position. A run that was stopped goes on when it is started again.
     """
-    from smalti.line_model import KIND, bundle_kind
+    from smalti.tasks.lines import KIND, bundle_kind
 
     bundle = _bundle_for_picture(bundle, source)
     if bundle_kind(bundle) == KIND:
@@ -422,7 +422,7 @@ def score(
     _refuse_options(_given(output=output, batch_size=batch_size, force=force or None), bundle, "pictures")
     if not captions:
         raise ValueError("which captions? Give one or more behind the picture.")
-    from smalti.pipeline import Pipeline
+    from smalti.tasks.images import Pipeline
 
     scores = Pipeline.load(bundle).score([source] * len(captions), captions)
     columns = [[None] * len(captions) if column is None else column.tolist() for column in scores]
@@ -443,8 +443,8 @@ def score(
 def _score_lines(
     lines: Path, output: Path, bundle: str, batch_size: int, force: bool, as_json: bool, quiet: bool
 ) -> None:
-    from smalti.line_files import SCORE_FILES, score_file
-    from smalti.line_model import LineModel
+    from smalti.tasks.line_files import SCORE_FILES, score_file
+    from smalti.tasks.lines import LineModel
 
     how = {"batch_size": batch_size, "force": force, "show_progress": not quiet}
     found = score_file(LineModel.load(bundle), lines, output, **how)
@@ -469,8 +469,8 @@ def baselines(
     quiet: Quiet = False,
 ) -> None:
     """What lines cost without a network, in nats per token: uniform, unigrams, n-grams, a compressor."""
-    from smalti.line_model import LineModel
-    from smalti.train_lines import compare_with_baselines, error_text
+    from smalti.systems.lines import compare_with_baselines, error_text
+    from smalti.tasks.lines import LineModel
 
     table = Table("", "nats per token", "standard error", box=None)
     model = LineModel.load(bundle) if bundle else None
@@ -495,12 +495,12 @@ def info(
             num_bytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
             typer.echo(f"{name}  {num_bytes / 1e6:.1f} MB  {' · '.join(read_config(directory)['layout']['orders'])}")
         return
-    from smalti.line_model import KIND, bundle_kind
+    from smalti.tasks.lines import KIND, bundle_kind
 
     if bundle_kind(bundle) == KIND:
         _info_lines(bundle, as_json)
         return
-    from smalti.pipeline import Pipeline
+    from smalti.tasks.images import Pipeline
 
     pipe = Pipeline.load(bundle)
     rows: list[tuple[str, str]] = []
@@ -533,7 +533,7 @@ def _print_rows(rows: list[tuple[str, str]], as_json: bool) -> None:
 
 
 def _info_lines(bundle: str, as_json: bool) -> None:
-    from smalti.line_model import LineModel
+    from smalti.tasks.lines import LineModel
 
     model = LineModel.load(bundle)
     rows: list[tuple[str, str]] = []
@@ -733,7 +733,7 @@ def tokenize(
 def _tokenizers(bundle: str | None, image_tokenizer: Path | None, text_tokenizer: Path | None) -> tuple[Any, Any]:
     """The image tokenizer and the text tokenizer, or None for no text."""
     if image_tokenizer is None:
-        from smalti.pipeline import Pipeline
+        from smalti.tasks.images import Pipeline
 
         if text_tokenizer is not None:
             raise ValueError("--text-tokenizer goes with --image-tokenizer; a bundle has its own.")
@@ -775,8 +775,8 @@ def evaluate(
     from smalti.evaluate.galleries import GALLERIES, draw_galleries
     from smalti.evaluate.report import REPORT_FILES, ReportConfig, evaluate_digits, read_held_out
     from smalti.files import refuse_existing
-    from smalti.pipeline import Pipeline
     from smalti.progress import stage
+    from smalti.tasks.images import Pipeline
 
     config = ReportConfig(
         num_prompts=num, num_captions=num, num_pairs=num, best_of=_numbers("best_of", best_of), seed=seed
@@ -923,7 +923,7 @@ def _refuse_existing(outputs: Sequence[Path], force: bool) -> None:
 
 
 def _save(pictures: Sequence[Any], outputs: Sequence[Path], force: bool) -> None:
-    from smalti.pictures import save_picture
+    from smalti.image_files import save_picture
 
     for picture, output in zip(pictures, outputs, strict=True):
         save_picture(picture, output, force=force)

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from smalti.bounds import check_sizes
-from smalti.vocabulary import SPECIAL, Vocabulary
+from smalti.sequences.vocabulary import SPECIAL, Vocabulary
 
 PARTS = {"image": "picture", "text": "caption", SPECIAL: "markers", "label": "label"}
 """What the nats of a segment's tokens are called in reports."""

@@ -19,15 +19,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smalti import bundle
-from smalti.beam import beam_search
 from smalti.bounds import MAX_CANDIDATES
+from smalti.engine.beam import beam_search
+from smalti.engine.generate import Generated, Request, best_of, generate
+from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
-from smalti.generate import Generated, Request, best_of, generate
-from smalti.layout import Layout, SpanValues
 from smalti.likelihood import to_device
-from smalti.line_presets import ORDER
-from smalti.models import DecoderOnly, DecoderOnlyConfig, token_nll
-from smalti.sampling import SampleConfig
+from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig, token_nll
+from smalti.sequences.layout import Layout, SpanValues
+from smalti.systems.line_presets import ORDER
 
 KIND = "lines"
 """What the `config.json` of a bundle of lines has under "kind"."""

@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from smalti.engine.native import NativeDecoder, load
 from smalti.errors import InputError
-from smalti.layout import Slot
-from smalti.models import DecoderOnly
-from smalti.native.decode import NativeDecoder, load
-from smalti.transformer import SLOT_BLOCK, Block, KVCache, Norm
+from smalti.models.decoder_only import DecoderOnly
+from smalti.models.transformer import SLOT_BLOCK, Block, KVCache, Norm
+from smalti.sequences.layout import Slot
 
 EXECUTORS = ("native", "packed", "eager")
 """What generates: `NativeDecoder`, `FastDecoder`, or the model itself. They agree within rounding, so that a draw may

@@ -13,9 +13,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from smalti.files import new_file
-from smalti.models import DecoderOnly, evaluating
-from smalti.pictures import read_picture, save_picture
-from smalti.pipeline import Pipeline
+from smalti.image_files import read_picture, save_picture
+from smalti.models.decoder_only import DecoderOnly, evaluating
+from smalti.tasks.images import Pipeline
 
 TABLE_PNG, TABLE_MD = "table.png", "table.md"
 

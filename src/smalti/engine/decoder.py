@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from smalti.fast_decode import Stepper, make_stepper
-from smalti.layout import Slot
-from smalti.models import DecoderOnly
-from smalti.native.decode import NativeDecoder
-from smalti.sampling import SampleConfig, guide, log_prob_of, sample
-from smalti.transformer import KVCache
+from smalti.engine.native import NativeDecoder
+from smalti.engine.packed import Stepper, make_stepper
+from smalti.engine.sampling import SampleConfig, guide, log_prob_of, sample
+from smalti.models.decoder_only import DecoderOnly
+from smalti.models.transformer import KVCache
+from smalti.sequences.layout import Slot
 
 
 class Decoder:

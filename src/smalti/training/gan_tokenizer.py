@@ -29,19 +29,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
-from smalti.checkpoint import (
-    check_writable,
-    latest_checkpoint,
-    load_checkpoint,
-    load_run,
-    one_run_at_a_time,
-    random_state,
-    save_checkpoint,
-    set_random_state,
-)
 from smalti.data.picture_sets import PicturesConfig, PictureSet, training_batches
 from smalti.errors import InputError, require_finite
-from smalti.estimate import Estimate, why_slow
 from smalti.evaluate.reconstruction import (
     ReconstructionReport,
     find_image_tokenizer,
@@ -71,7 +60,18 @@ from smalti.image_tokenizers.vit_vqgan import ViTVQGAN, ViTVQGANConfig
 from smalti.image_tokenizers.vqgan import VQGAN, VQGANConfig
 from smalti.precision import AUTO, autocast, check_precision
 from smalti.progress import stage
-from smalti.train_tokenizer import (
+from smalti.training.checkpoint import (
+    check_writable,
+    latest_checkpoint,
+    load_checkpoint,
+    load_run,
+    one_run_at_a_time,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from smalti.training.estimate import Estimate, why_slow
+from smalti.training.image_tokenizer import (
     STAGE,
     CsvLog,
     as_described_now,

@@ -19,26 +19,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from smalti.checkpoint import run_lock
 from smalti.data.pair_sources import open_pairs
 from smalti.data.ready_tokens import are_tokens, open_tokens
 from smalti.data.tokenize_pairs import TokenizeConfig, require_tokenizers, tokenize_pairs, tokenizer_metadata
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
-from smalti.estimate import Estimate
 from smalti.evaluate.compositions import evaluate_compositions
 from smalti.evaluate.reconstruction import find_image_tokenizer
 from smalti.files import made_again
+from smalti.image_files import PictureConfig
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
-from smalti.layout import Layout
-from smalti.models import DecoderOnly
-from smalti.pictures import PictureConfig
-from smalti.pipeline import Pipeline
+from smalti.models.decoder_only import DecoderOnly
 from smalti.progress import stage, track
 from smalti.recipes import CaptionsRecipe, claim_folder
-from smalti.sample_table import SampleTable
+from smalti.sequences.layout import Layout
+from smalti.tasks.images import Pipeline
 from smalti.text_tokenizer import BPEConfig, TextTokenizer
-from smalti.train_model import Pairs, nats_by_order, processes, train_model
+from smalti.training.checkpoint import run_lock
+from smalti.training.estimate import Estimate
+from smalti.training.sample_table import SampleTable
+from smalti.training.token_model import Pairs, nats_by_order, processes, train_model
 
 
 def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: bool = True) -> Path:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from smalti.layout import Layout, Marker, Order, Span
+from smalti.sequences.layout import Layout, Marker, Order, Span
 
 
 @dataclass(frozen=True, kw_only=True)

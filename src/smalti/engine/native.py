@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti import native
-from smalti.layout import Slot
-from smalti.models import DecoderOnly
-from smalti.transformer import FEED_FORWARDS, Block, KVCache, Norm
+from smalti.models.decoder_only import DecoderOnly
+from smalti.models.transformer import FEED_FORWARDS, Block, KVCache, Norm
+from smalti.sequences.layout import Slot
 
 FEED_FORWARD_CODES = {name: code for code, name in enumerate(FEED_FORWARDS)}
 MOST_ROWS = 1024

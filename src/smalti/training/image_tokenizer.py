@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
-from smalti.checkpoint import (
+from smalti.data.loader import batches
+from smalti.errors import InputError, require_finite
+from smalti.files import named_failure, new_file
+from smalti.image_tokenizers import FAMILIES, save_image_tokenizer
+from smalti.image_tokenizers.quantizer import CodebookHealth
+from smalti.precision import AUTO, autocast, check_precision, resolve_precision, with_precision
+from smalti.progress import stage
+from smalti.training.checkpoint import (
     check_writable,
     latest_checkpoint,
     load_checkpoint,
@@ -35,15 +42,8 @@ from smalti.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
-from smalti.curves import read_csv_rows
-from smalti.data.loader import batches
-from smalti.errors import InputError, require_finite
-from smalti.estimate import Estimate, why_slow
-from smalti.files import named_failure, new_file
-from smalti.image_tokenizers import FAMILIES, save_image_tokenizer
-from smalti.image_tokenizers.quantizer import CodebookHealth
-from smalti.precision import AUTO, autocast, check_precision, resolve_precision, with_precision
-from smalti.progress import stage
+from smalti.training.curves import read_csv_rows
+from smalti.training.estimate import Estimate, why_slow
 
 STAGE = "image tokenizer"
 _LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "entropy_loss", "gradient_norm")

@@ -104,7 +104,7 @@ def compositions(
 
     from smalti.evaluate.compositions import REPORT_FILES, CompositionsConfig, evaluate_compositions
     from smalti.files import refuse_existing
-    from smalti.pipeline import Pipeline
+    from smalti.tasks.images import Pipeline
 
     try:
         scales = tuple(float(scale) for scale in guidance.split(","))
@@ -127,7 +127,7 @@ def compositions(
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    from smalti.pictures import MAX_SIDE
+    from smalti.image_files import MAX_SIDE
 
     rows, cross, columns = text.partition("x")
     if not (cross and rows.isdecimal() and columns.isdecimal() and len(text) <= 20):

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smalti import native
-from smalti.layout import Slot
-from smalti.models import DecoderOnly, SlotTargets
+from smalti.models.decoder_only import DecoderOnly, SlotTargets
+from smalti.models.transformer import FEED_FORWARDS, Block
 from smalti.processor import multiplies_bfloat16
-from smalti.transformer import FEED_FORWARDS, Block
+from smalti.sequences.layout import Slot
 
 LONGEST = 512
 """Tokens of a sequence up to which attention, whose scores of one head are held at once, stays in the cache."""

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.documents import config_of
+from smalti.engine.native import load
+from smalti.engine.packed import EXECUTORS
+from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, first_line, shortened
-from smalti.fast_decode import EXECUTORS
-from smalti.native.decode import load
-from smalti.pictures import GRID_GAP, grid_columns, read_picture, read_receipts, to_grid, with_receipt
-from smalti.pipeline import Pipeline
-from smalti.sampling import SampleConfig
+from smalti.image_files import GRID_GAP, grid_columns, read_picture, read_receipts, to_grid, with_receipt
+from smalti.tasks.images import Pipeline
 
 ENTRIES = {"task": str, "seed": int, "sampling": dict, "weights_sha256": str, "codes": list, "bundle": str}
 """What a receipt must hold, whatever the picture is."""

@@ -28,8 +28,8 @@ from smalti.data.tokens import TokenTable
 from smalti.documents import read_json
 from smalti.errors import InputError
 from smalti.files import lock_of, locked, new_file, refuse_existing, write_json
-from smalti.line_model import CompleteConfig, LineModel
 from smalti.progress import stage
+from smalti.tasks.lines import CompleteConfig, LineModel
 
 SCORE_FILES = ("lines.csv", "positions.csv", "positions.png", "summary.json")
 LIKELIHOOD_SUFFIX = ".log_probs.csv"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smalti import bundle
-from smalti.layout import Layout
-from smalti.models import DecoderOnly, DecoderOnlyConfig
-from smalti.vocabulary import Vocabulary
+from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from smalti.sequences.layout import Layout
+from smalti.sequences.vocabulary import Vocabulary
 
 KIND = "tokens"
 """What the `config.json` of such a bundle has under "kind"."""

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from smalti.bounds import check_sizes
 from smalti.documents import config_of
-from smalti.layout import NO_SLOT, Layout, Packed, Slot
-from smalti.transformer import KVCache, Transformer, TransformerConfig, at_least_float32
+from smalti.models.transformer import KVCache, Transformer, TransformerConfig, at_least_float32
+from smalti.sequences.layout import NO_SLOT, Layout, Packed, Slot
 
 
 @dataclass(frozen=True, kw_only=True)
