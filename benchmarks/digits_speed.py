@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from smalti.engine import packed as fast_decode
 from smalti.engine.generate import generate
 from smalti.engine.native import NativeDecoder
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, new_model
-from smalti.models.transformer import TransformerConfig
 from smalti.processor import instruction_set, multiplies_bfloat16, torch_capability
 from smalti.sequences.layout import Layout
 from smalti.sequences.request import Request

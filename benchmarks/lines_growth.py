@@ -35,8 +35,8 @@ def random_lines(num_lines: int, num_codes: int) -> Iterator:
 
 
 def save_tiny_model(bundle: Path, num_codes: int) -> None:
+    from smalti.models.config import TransformerConfig
     from smalti.models.decoder_only import new_model
-    from smalti.models.transformer import TransformerConfig
     from smalti.systems.line_presets import line_layout
     from smalti.tasks.lines import LineModel
 

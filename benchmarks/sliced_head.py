@@ -29,8 +29,8 @@ from jaxtyping import Float, Int64
 
 from smalti.data.captions import read_captions
 from smalti.data.tokens import TokenBatch
-from smalti.models.decoder_only import token_nll
-from smalti.models.transformer import preset_config
+from smalti.models.config import preset_config
+from smalti.models.loss import token_nll
 from smalti.sequences.layout import Layout
 from smalti.text_tokenizer import END_OF_IMAGE, START_OF_IMAGE, BPEConfig, TextTokenizer
 from smalti.training import token_model as module

@@ -15,8 +15,8 @@ from smalti.cli.app import run
 from smalti.data.captions import read_captions
 from smalti.errors import InputError, InputWarning
 from smalti.interop.huggingface import export_llama
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
-from smalti.models.transformer import TransformerConfig
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import Vocabulary
 from smalti.tasks.images import Pipeline

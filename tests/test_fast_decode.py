@@ -10,8 +10,8 @@ from smalti.engine.beam import beam_search
 from smalti.engine.generate import Request, generate
 from smalti.engine.packed import FEWEST_STEPS, FastDecoder, make_stepper
 from smalti.engine.sampling import SampleConfig
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig, new_model
-from smalti.models.transformer import TransformerConfig
 from smalti.sequences.layout import Layout, Slot
 from smalti.sequences.vocabulary import Vocabulary
 

@@ -9,8 +9,9 @@ import torch
 from training_runs import FIXED, OPEN, arrays
 
 from smalti import native
-from smalti.models.decoder_only import new_model, slot_nll
-from smalti.models.transformer import TransformerConfig
+from smalti.models.config import TransformerConfig
+from smalti.models.decoder_only import new_model
+from smalti.models.loss import slot_nll
 from smalti.precision import compute_precision
 from smalti.processor import LEVELS, instruction_set, multiplies_bfloat16
 from smalti.sequences.layout import Layout

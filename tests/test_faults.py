@@ -35,8 +35,8 @@ from smalti.files import lock_of, locked, new_file, write_json
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.interop.commands import KINDS, export_weights
 from smalti.interop.reading import read_weights
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnlyConfig
-from smalti.models.transformer import TransformerConfig
 from smalti.recipes import claim_folder, load_recipe
 from smalti.systems.captions import _stored
 from smalti.tasks.images import Pipeline

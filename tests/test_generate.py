@@ -13,8 +13,9 @@ from smalti.engine.beam import beam_search
 from smalti.engine.generate import Generated, Request, best_of, generate, stream
 from smalti.engine.packed import FastDecoder
 from smalti.engine.sampling import SampleConfig
-from smalti.models.decoder_only import DecoderOnly, new_model, token_nll
-from smalti.models.transformer import TransformerConfig
+from smalti.models.config import TransformerConfig
+from smalti.models.decoder_only import DecoderOnly, new_model
+from smalti.models.loss import token_nll
 from smalti.sequences.layout import Layout, SpanValues
 from smalti.sequences.vocabulary import Vocabulary
 

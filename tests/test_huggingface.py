@@ -23,8 +23,8 @@ from smalti.interop.huggingface import (
     split,
     write_generation_config,
 )
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
-from smalti.models.transformer import TransformerConfig
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import Vocabulary
 from smalti.tasks.images import Pipeline

@@ -10,8 +10,8 @@ from smalti.inspect import codebook
 from smalti.inspect.grid import Grid
 from smalti.inspect.patches import average_patches, decoded_lens, swap_picture
 from smalti.inspect.sequences import code_positions, pack_codes, picture_order
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
-from smalti.models.transformer import TransformerConfig
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import Vocabulary
 from smalti.systems.line_presets import line_layout

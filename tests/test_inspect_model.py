@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from smalti.inspect import attention, causes
 from smalti.inspect.grid import Grid
 from smalti.inspect.sequences import pack_codes
-from smalti.models.decoder_only import new_model, token_nll
-from smalti.models.transformer import TransformerConfig
+from smalti.models.config import TransformerConfig
+from smalti.models.decoder_only import new_model
+from smalti.models.loss import token_nll
 from smalti.systems.line_presets import line_layout
 
 GRID = Grid(rows=3, columns=5)

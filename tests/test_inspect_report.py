@@ -22,8 +22,8 @@ from smalti.inspect.grid import Grid
 from smalti.inspect.patches import average_patches
 from smalti.inspect.report import inspect_bundle
 from smalti.inspect.subject import load_subject
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
-from smalti.models.transformer import TransformerConfig
 from smalti.systems.line_presets import line_layout
 from smalti.tasks.lines import LineModel
 

@@ -15,7 +15,8 @@ import torch
 import smalti.engine.decoder
 import smalti.likelihood
 from smalti.engine.decoder import Decoder
-from smalti.models.decoder_only import DecoderOnly, token_nll
+from smalti.models.decoder_only import DecoderOnly
+from smalti.models.loss import token_nll
 from smalti.sequences.request import TokenSequence
 
 

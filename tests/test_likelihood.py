@@ -7,8 +7,8 @@ import torch
 
 from smalti.engine.generate import Request, generate
 from smalti.likelihood import _likelihood, evaluate_nll, score
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
-from smalti.models.transformer import TransformerConfig
 from smalti.sequences.layout import Layout, SpanValues
 from smalti.sequences.vocabulary import Vocabulary
 

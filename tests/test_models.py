@@ -10,8 +10,10 @@ from torch import Tensor
 
 from smalti.engine.generate import Request, generate
 from smalti.engine.sampling import SampleConfig
-from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig, new_model, slot_nll, slot_targets, token_nll
-from smalti.models.transformer import SLOT_BLOCK, TransformerConfig
+from smalti.models.config import TransformerConfig
+from smalti.models.decode_state import SLOT_BLOCK
+from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig, new_model
+from smalti.models.loss import slot_nll, slot_targets, token_nll
 from smalti.sequences.layout import NO_SLOT, Layout, Packed, SpanValues
 from smalti.sequences.vocabulary import Vocabulary
 

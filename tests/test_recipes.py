@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from smalti.errors import InputError
-from smalti.models.transformer import preset_config
+from smalti.models.config import preset_config
 from smalti.recipes import Recipe, _keys, load_recipe, shipped_recipes
 from smalti.training.token_model import TrainConfig
 

@@ -14,7 +14,7 @@ from smalti.data.line_rows import TableRows, rows_not_in
 from smalti.data.lines import import_lines
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
-from smalti.models.transformer import TransformerConfig
+from smalti.models.config import TransformerConfig
 from smalti.recipes import LinesRecipe, load_recipe
 from smalti.systems.line_presets import LINE_PRESETS, LinePreset, line_layout
 from smalti.systems.lines import learning_rate_for, read_data

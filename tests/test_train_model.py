@@ -23,8 +23,9 @@ from training_runs import FIXED, OPEN, SHAPE, VOCABULARY, arrays
 from smalti import precision
 from smalti.errors import InputError
 from smalti.likelihood import evaluate_nll
-from smalti.models.decoder_only import new_model, slot_nll, slot_targets, token_nll
-from smalti.models.transformer import TransformerConfig
+from smalti.models.config import TransformerConfig
+from smalti.models.decoder_only import new_model
+from smalti.models.loss import slot_nll, slot_targets, token_nll
 from smalti.sequences.layout import Layout
 from smalti.training import token_model as module
 from smalti.training.checkpoint import latest_checkpoint

@@ -15,19 +15,10 @@ import torch
 from torch import Tensor
 
 import smalti.models.transformer
+from smalti.models.config import TransformerConfig, preset_config
+from smalti.models.decode_state import KVCache
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
-from smalti.models.transformer import (
-    KVCache,
-    Norm,
-    Transformer,
-    TransformerConfig,
-    cache_mask,
-    preset_config,
-    rotary_table,
-    rotary_table_2d,
-    rotate,
-    sinusoids,
-)
+from smalti.models.transformer import Norm, Transformer, cache_mask, rotary_table, rotary_table_2d, rotate, sinusoids
 
 B, T, S = 3, 7, 5
 

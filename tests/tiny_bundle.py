@@ -8,8 +8,8 @@ from smalti.data.digits import words
 from smalti.image_files import PictureConfig
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqvae import VQVAE, VQVAEConfig
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
-from smalti.models.transformer import TransformerConfig
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import Vocabulary
 from smalti.tasks.images import Pipeline

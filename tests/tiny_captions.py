@@ -5,8 +5,8 @@ import torch
 from smalti.image_files import PictureConfig
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vit_vqgan import ViTConfig, ViTVQGAN, ViTVQGANConfig
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
-from smalti.models.transformer import TransformerConfig
 from smalti.sequences.layout import Layout
 from smalti.tasks.images import Pipeline
 from smalti.text_tokenizer import BPEConfig, TextTokenizer

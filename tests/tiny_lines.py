@@ -7,8 +7,8 @@ import pyarrow as pa
 import torch
 
 from smalti.data.lines import Lines, write_lines
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
-from smalti.models.transformer import TransformerConfig
 from smalti.systems.line_presets import line_layout
 from smalti.tasks.lines import LineModel
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch._dynamo  # the first optimizer would import it, in every child anew
 
-from smalti.models.transformer import TransformerConfig
+from smalti.models.config import TransformerConfig
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import Vocabulary
 from smalti.training.curves import Curves

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.models.decoder_only import DecoderOnly, evaluating, token_nll
+from smalti.models.decoder_only import DecoderOnly, evaluating
+from smalti.models.loss import token_nll
 from smalti.sequences.layout import NO_SLOT, PARTS, Layout, Packed, SpanValues
 
 

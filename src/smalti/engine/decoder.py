@@ -10,8 +10,8 @@ from torch import Tensor
 from smalti.engine.native import NativeDecoder
 from smalti.engine.packed import Stepper, make_stepper
 from smalti.engine.sampling import SampleConfig, guide, log_prob_of, sample
+from smalti.models.decode_state import KVCache
 from smalti.models.decoder_only import DecoderOnly
-from smalti.models.transformer import KVCache
 from smalti.sequences.layout import Slot
 
 

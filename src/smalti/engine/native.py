@@ -12,8 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti import native
+from smalti.models.config import FEED_FORWARDS
+from smalti.models.decode_state import KVCache
 from smalti.models.decoder_only import DecoderOnly
-from smalti.models.transformer import FEED_FORWARDS, Block, KVCache, Norm
+from smalti.models.transformer import Block, Norm
 from smalti.sequences.layout import Slot
 
 FEED_FORWARD_CODES = {name: code for code, name in enumerate(FEED_FORWARDS)}

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 from smalti.engine.native import NativeDecoder, load
 from smalti.errors import InputError
+from smalti.models.decode_state import SLOT_BLOCK, KVCache
 from smalti.models.decoder_only import DecoderOnly
-from smalti.models.transformer import SLOT_BLOCK, Block, KVCache, Norm
+from smalti.models.transformer import Block, Norm
 from smalti.sequences.layout import Slot
 
 EXECUTORS = ("native", "packed", "eager")

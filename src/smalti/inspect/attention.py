@@ -15,7 +15,8 @@ from torch import Tensor
 
 from smalti.inspect.grid import OUTSIDE, Grid
 from smalti.likelihood import to_device
-from smalti.models.decoder_only import DecoderOnly, token_nll
+from smalti.models.decoder_only import DecoderOnly
+from smalti.models.loss import token_nll
 from smalti.models.transformer import Attention, rotate
 from smalti.sequences.layout import Layout, Packed
 

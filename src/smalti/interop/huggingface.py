@@ -29,8 +29,8 @@ from smalti.interop.fields import Fields
 from smalti.interop.keys import Foreign, ImportReport, Moved, misfit, shape_problems
 from smalti.interop.reading import ForeignWeights, read_config, read_weights, require_values
 from smalti.interop.verifying import ArrayError, ReferenceArrays, compare_outputs, read_arrays
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
-from smalti.models.transformer import TransformerConfig
 from smalti.sequences.layout import Layout, Marker, Order, Span
 from smalti.sequences.vocabulary import Vocabulary
 from smalti.tasks.tokens import ORDER, load_token_model, one_segment_layout

@@ -5,11 +5,10 @@ What generates and what scores sees a model only through `prefill`, `decode_step
 Letters: B batch, T tokens, V vocabulary, D model width, n the ids of a slot.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 
 from smalti.bounds import check_sizes
 from smalti.documents import config_of
-from smalti.models.transformer import KVCache, Transformer, TransformerConfig, at_least_float32
-from smalti.sequences.layout import NO_SLOT, Layout, Packed, Slot
+from smalti.models.config import TransformerConfig
+from smalti.models.decode_state import KVCache
+from smalti.models.transformer import Transformer
+from smalti.sequences.layout import Layout, Slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,73 +126,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def token_nll(
-    model: DecoderOnly, packed: Packed, slots: Sequence[Slot], *, full_softmax: bool = False
-) -> Float[Tensor, "B T"]:
-    """−ln p(token t | tokens < t), in nats, from one teacher-forced pass; 0 where nothing was predicted.
-
-    The softmax runs over the position's slot; `full_softmax` takes all V ids instead, for comparison. A slot of one
-    id costs exactly 0 nats and no arithmetic. Positions of one slot are gathered, so the head computes only rows
-    and columns that are wanted.
-    """
-    hidden = model.hidden(packed.token_ids[:, :-1]).flatten(0, 1)  # (B * (T - 1), D)
-    targets = packed.token_ids[:, 1:].flatten()
-    target_slots = packed.slot_ids[:, 1:].flatten()
-    nll = hidden.new_zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for index, slot in enumerate(slots):
-        if slot.size == 1 and not full_softmax:
-            continue
-        rows = (target_slots == index).nonzero()[:, 0]
-        if not len(rows):
-            continue
-        logits = model.logits(hidden[rows], None if full_softmax else slot)
-        local = targets[rows] if full_softmax else slot.local(targets[rows])
-        nll = nll.index_copy(0, rows, F.cross_entropy(logits.to(nll.dtype), local, reduction="none"))
-    return F.pad(nll.view(len(packed.token_ids), -1), (1, 0))
-
-
-class SlotTargets(NamedTuple):
-    """The predicted positions of a batch whose tokens were drawn from one slot."""
-
-    slot: int | None
-    """Index into `Layout.slots`; None: all V ids."""
-    rows: Int[Tensor, " n"]
-    """Where they stand among the B · (T − 1) hidden states that predict something."""
-    local: Int[Tensor, " n"]
-    """The true token of each, in the slot's own numbering."""
-
-
-def slot_targets(packed: Packed, slots: Sequence[Slot], *, full_softmax: bool = False) -> list[SlotTargets]:
-    """The counted positions of a batch by slot, without those where there is nothing to predict: a slot of one id.
-
-    This is the part of `token_nll` that depends on the data alone. A loader does it ahead, so that a training step
-    never waits to learn how many rows a slot has.
-    """
-    targets = packed.token_ids[:, 1:].flatten()
-    target_slots = torch.where(packed.counted, packed.slot_ids, NO_SLOT)[:, 1:].flatten()
-    if full_softmax:
-        rows = (target_slots != NO_SLOT).nonzero()[:, 0]
-        return [SlotTargets(None, rows, targets[rows])]
-    found = []
-    for index, slot in enumerate(slots):
-        rows = (target_slots == index).nonzero()[:, 0]
-        if slot.size > 1 and len(rows):
-            found.append(SlotTargets(index, rows, slot.local(targets[rows])))
-    return found
-
-
-def slot_nll(
-    model: DecoderOnly, token_ids: Int[Tensor, "B T"], targets: Sequence[SlotTargets], slots: Sequence[Slot]
-) -> Float[Tensor, " n"]:
-    """The values of `token_nll` at the targets alone, one after the other: what training minimises the sum of."""
-    hidden = model.hidden(token_ids[:, :-1]).flatten(0, 1)  # (B * (T - 1), D)
-    found = []
-    for target in targets:
-        logits = model.logits(hidden.index_select(0, target.rows), None if target.slot is None else slots[target.slot])
-        found.append(F.cross_entropy(at_least_float32(logits), target.local, reduction="none"))
-    return torch.cat(found)
 
 
 def new_model(layout: Layout, transformer: TransformerConfig, *, tie_embeddings: bool = False) -> DecoderOnly:

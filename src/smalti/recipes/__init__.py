@@ -29,7 +29,7 @@ from smalti.image_tokenizers.titok import TiTokConfig
 from smalti.image_tokenizers.vit_vqgan import ViTVQGANConfig
 from smalti.image_tokenizers.vqgan import VQGANConfig
 from smalti.image_tokenizers.vqvae import VQVAEConfig
-from smalti.models.transformer import PRESETS, TransformerConfig
+from smalti.models.config import PRESETS, TransformerConfig
 from smalti.precision import AUTO as AUTO_PRECISION
 from smalti.precision import with_precision
 from smalti.sequences.layout import Layout, Order, parse_order

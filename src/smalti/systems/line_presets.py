@@ -7,7 +7,7 @@ much as new ones (Muennighoff et al. 2023, arXiv:2305.16264): four or five passe
 
 from dataclasses import dataclass
 
-from smalti.models.transformer import TransformerConfig
+from smalti.models.config import TransformerConfig
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import SPECIAL, Vocabulary
 

@@ -28,8 +28,8 @@ from smalti.documents import read_json
 from smalti.errors import InputError
 from smalti.evaluate.baselines import BaselineScore, score_baselines
 from smalti.files import write_json, write_text
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnly
-from smalti.models.transformer import TransformerConfig
 from smalti.progress import stage
 from smalti.recipes import LinesRecipe, claim_folder
 from smalti.systems.line_presets import LINE_PRESETS, choose_preset, line_layout

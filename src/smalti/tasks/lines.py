@@ -25,7 +25,8 @@ from smalti.engine.generate import Generated, Request, best_of, generate
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
 from smalti.likelihood import to_device
-from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig, token_nll
+from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from smalti.models.loss import token_nll
 from smalti.sequences.layout import Layout, SpanValues
 from smalti.systems.line_presets import ORDER
 

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smalti import native
-from smalti.models.decoder_only import DecoderOnly, SlotTargets
-from smalti.models.transformer import FEED_FORWARDS, Block
+from smalti.models.config import FEED_FORWARDS
+from smalti.models.decoder_only import DecoderOnly
+from smalti.models.loss import SlotTargets
+from smalti.models.transformer import Block
 from smalti.processor import multiplies_bfloat16
 from smalti.sequences.layout import Slot
 

@@ -36,8 +36,9 @@ from smalti.data.tokens import TokenBatch
 from smalti.engine import native as native_decode
 from smalti.errors import InputError, require_finite
 from smalti.likelihood import Likelihood, evaluate_nll
-from smalti.models.decoder_only import DecoderOnly, SlotTargets, new_model, slot_nll, slot_targets
-from smalti.models.transformer import TransformerConfig
+from smalti.models.config import TransformerConfig
+from smalti.models.decoder_only import DecoderOnly, new_model
+from smalti.models.loss import SlotTargets, slot_nll, slot_targets
 from smalti.precision import (
     AUTO,
     FLOAT32,
