@@ -34,9 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smalti.engine import packed as fast_decode
+from smalti.engine.executors import make_executor
 from smalti.engine.generate import generate
-from smalti.engine.native import NativeDecoder
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, new_model
 from smalti.processor import instruction_set, multiplies_bfloat16, torch_capability
@@ -322,21 +321,16 @@ def sample_ours(device: torch.device, batch_size: int, path: str) -> Callable[[]
     """Captions with their pictures, as anybody calls `generate`; or without kernels, or without any fast path."""
     model = ours(device).eval()
     requests = [Request(order="text to image", seed=seed) for seed in range(batch_size)]
-    fewest_steps = LENGTH if path == "plain" else fast_decode.FEWEST_STEPS
-    if path == "native" and not isinstance(_stepper(model), NativeDecoder):
-        raise RuntimeError("the native library cannot be compiled")
+    executor = {"native": "native", "torch": "packed", "plain": "eager"}[path]
+    if executor == "native":
+        with patch.dict(os.environ, {"SMALTI_NATIVE": "1"}):
+            make_executor(model, "native")  # compiled before it is timed
 
     def run() -> None:
-        switch = {"SMALTI_NATIVE": "1" if path == "native" else "0"}
-        with patch.dict(os.environ, switch), patch.object(fast_decode, "FEWEST_STEPS", fewest_steps):
-            generate(model, LAYOUT, requests, batch_size=batch_size)
+        with patch.dict(os.environ, {"SMALTI_NATIVE": "1" if path == "native" else "0"}):
+            generate(model, LAYOUT, requests, batch_size=batch_size, executor=executor)
 
     return run
-
-
-def _stepper(model: DecoderOnly) -> fast_decode.Stepper:
-    with patch.dict(os.environ, {"SMALTI_NATIVE": "1"}):
-        return fast_decode.make_stepper(model, LENGTH)
 
 
 def sample_gpt2(device: torch.device, batch_size: int, dtype: torch.dtype, compiled: bool) -> Callable[[], object]:

@@ -9,9 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+import smalti.engine.beam
+import smalti.engine.generate
 from smalti.engine.beam import beam_search
+from smalti.engine.engine import Engine
+from smalti.engine.executors import EXECUTORS
 from smalti.engine.generate import Generated, Request, best_of, generate, stream
-from smalti.engine.packed import FastDecoder
 from smalti.engine.sampling import SampleConfig
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, new_model
@@ -30,6 +33,19 @@ CAPTIONS = Layout.parse(
     Vocabulary({"image": 11, "special": ["<start>", "<end>", "<bos>"], "text": 5}),
     {"text to image": "<bos> text{..4} <start> image{3} <end>"},
 )
+
+
+@pytest.fixture(params=EXECUTORS, autouse=True)
+def each_executor(request, monkeypatch) -> None:
+    """Everything below holds on every executor that takes the model."""
+    if request.param == "native":
+        request.getfixturevalue("native_kernels")
+
+    def chosen(model, *_) -> str:
+        return "eager" if EXECUTORS[request.param].why_not(model.eval()) else request.param
+
+    for module in (smalti.engine.generate, smalti.engine.beam):
+        monkeypatch.setattr(module, "job_executor", chosen)
 
 
 def tiny_model(layout: Layout, seed: int = 0, **options) -> DecoderOnly:
@@ -187,25 +203,16 @@ def test_an_interval_skips_the_null_pass_and_changes_nothing_else(interval, monk
     request = with_null(Request(order="text to image", given={"text": torch.tensor([1, 1, 4])}, seed=3))
     config = SampleConfig(guidance_scale=3.0, guidance_interval=interval)
     rows_run = []
-    prefill = DecoderOnly.prefill
+    run = Engine._run
 
-    def counting(self, token_ids, kv_cache):
-        rows_run.append(token_ids.shape)
-        return prefill(self, token_ids, kv_cache)
+    def counting(self, rows, tokens):
+        rows_run.append(len(tokens) * max(map(len, tokens)))
+        run(self, rows, tokens)
 
-    decode_step = FastDecoder.decode_step
-
-    def counting_step(self, token_ids, kv_cache):
-        rows_run.append((len(token_ids), 1))
-        return decode_step(self, token_ids, kv_cache)
-
-    monkeypatch.setattr(DecoderOnly, "prefill", counting)
-    monkeypatch.setattr(FastDecoder, "decode_step", counting_step)
+    monkeypatch.setattr(Engine, "_run", counting)
     (found,) = generate(model, DIGITS, [request], config)
     end = 5 if interval[1] is None else interval[1]
-    doubled_or_caught_up = [shape for shape in rows_run[1:] if shape != (1, 1)]
-    assert len(doubled_or_caught_up) <= end - interval[0]
-    monkeypatch.undo()
+    assert len([count for count in rows_run[1:] if count > 1]) <= end - interval[0]
     (again,) = generate(model, DIGITS, [request], replace(config, guidance_interval=(0, None)))
     if interval[0] == 0:  # the first guided tokens are those of full guidance
         assert found.spans["image"][: interval[1]].tolist() == again.spans["image"][: interval[1]].tolist()
@@ -250,9 +257,8 @@ def test_streamed_tokens_are_the_offline_ones():
             requests += requests_of_all_kinds()
         offline = generate(model, layout, requests, batch_size=4)
         streamed = {
-            (row, at): (token, lp)
-            for step in stream(model, layout, requests, batch_size=4)
-            for row, at, token, lp in zip(*(v.tolist() for v in step[:4]), strict=True)
+            (event.ticket, event.position): (event.token_id, event.log_prob)
+            for event in stream(model, layout, requests, batch_size=4)
         }
         for row, found in enumerate(offline):
             for at, (token, lp) in enumerate(zip(found.token_ids.tolist(), found.log_probs.tolist(), strict=True)):

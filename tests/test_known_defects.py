@@ -12,9 +12,9 @@ import test_generate
 import test_likelihood
 import torch
 
-import smalti.engine.decoder
+import smalti.engine.executors.base
 import smalti.likelihood
-from smalti.engine.decoder import Decoder
+from smalti.engine.engine import Engine, _Running
 from smalti.models.decoder_only import DecoderOnly
 from smalti.models.loss import token_nll
 from smalti.sequences.request import TokenSequence
@@ -22,8 +22,8 @@ from smalti.sequences.request import TokenSequence
 
 def test_a_guidance_scale_that_is_ignored_is_noticed(monkeypatch):
     """parti-pytorch always takes 3."""
-    guide = smalti.engine.decoder.guide
-    monkeypatch.setattr(smalti.engine.decoder, "guide", lambda cond, null, scale: guide(cond, null, 3.0))
+    guide = smalti.engine.executors.base.guide
+    monkeypatch.setattr(smalti.engine.executors.base, "guide", lambda cond, null, scale: guide(cond, null, 3.0))
     with pytest.raises(AssertionError):
         test_generate.test_guidance_of_one_is_the_conditional_model_and_of_zero_the_null()
     with pytest.raises(AssertionError):
@@ -31,44 +31,46 @@ def test_a_guidance_scale_that_is_ignored_is_noticed(monkeypatch):
 
 
 def test_guidance_with_its_arguments_swapped_is_noticed(monkeypatch):
-    guide = smalti.engine.decoder.guide
-    monkeypatch.setattr(smalti.engine.decoder, "guide", lambda cond, null, scale: guide(null, cond, scale))
+    guide = smalti.engine.executors.base.guide
+    monkeypatch.setattr(smalti.engine.executors.base, "guide", lambda cond, null, scale: guide(null, cond, scale))
     with pytest.raises(AssertionError):
         test_generate.test_guided_draws_follow_the_formula_at_every_step()
 
 
 def test_a_prompt_that_is_lost_after_the_first_step_is_noticed(monkeypatch):
     """DALLE-pytorch zeroes the text in place when it makes the null condition."""
-    step = Decoder.step
+    run = Engine._run
 
-    def forgetful(self, token_ids, *, guided):
-        for values in self.cache.values if guided else ():
-            values[: self.num_rows, :, : self.cache.length] = 0
-        step(self, token_ids, guided=guided)
+    def forgetful(self, rows, tokens):
+        for running in self.guided:
+            for both in self.state.both:
+                both[:, running.row, :, : self.state.lengths[running.row]] = 0
+        run(self, rows, tokens)
 
-    monkeypatch.setattr(Decoder, "step", forgetful)
+    monkeypatch.setattr(Engine, "_run", forgetful)
     test_generate.test_temperature_zero_is_greedy()
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="comparison failed"):
         test_generate.test_guided_draws_follow_the_formula_at_every_step()
 
 
 def test_a_second_pass_outside_the_guidance_interval_is_noticed(monkeypatch):
     """LlamaGen computes both halves at every step."""
-    step = Decoder.step
-    monkeypatch.setattr(Decoder, "step", lambda self, token_ids, *, guided: step(self, token_ids, guided=True))
+    extend = Engine._extend
+
+    def both_halves(self):
+        for running in self.guided:
+            running.scales = [running.config.guidance_scale] * len(running.scales)
+        extend(self)
+
+    monkeypatch.setattr(Engine, "_extend", both_halves)
     with monkeypatch.context() as inner, pytest.raises(AssertionError):
         test_generate.test_an_interval_skips_the_null_pass_and_changes_nothing_else((0, 2), inner)
 
 
 def test_null_rows_that_do_not_catch_up_are_noticed(monkeypatch):
-    step = Decoder.step
-
-    def late(self, token_ids, *, guided):
-        self.behind = self.behind[-1:] if guided else self.behind
-        step(self, token_ids, guided=guided)
-
-    monkeypatch.setattr(Decoder, "step", late)
-    with monkeypatch.context() as inner, pytest.raises(AssertionError):
+    pending = _Running.null_pending
+    monkeypatch.setattr(_Running, "null_pending", lambda self, num_seen: pending(self, num_seen)[-1:])
+    with monkeypatch.context() as inner, pytest.raises(AssertionError, match="comparison failed"):
         test_generate.test_an_interval_skips_the_null_pass_and_changes_nothing_else((3, None), inner)
 
 
@@ -78,7 +80,7 @@ def test_randomness_that_belongs_to_the_batch_is_noticed(monkeypatch):
 
     def drawing_in_turn(self, layout, request):
         init(self, layout, request)
-        self.uniforms = torch.rand(layout.max_length, generator=shared, dtype=torch.float64)
+        self.__dict__["uniforms"] = torch.rand(layout.max_length, generator=shared, dtype=torch.float64)
 
     monkeypatch.setattr(TokenSequence, "__init__", drawing_in_turn)
     with pytest.raises(AssertionError):
@@ -104,13 +106,13 @@ def test_scores_that_are_not_shifted_are_noticed(monkeypatch):
 
 def test_log_probs_of_the_unfiltered_distribution_are_noticed(monkeypatch):
     """A draw that is reported with the model's own log-probability although a filter reshaped it."""
-    sample = smalti.engine.decoder.sample
+    sample = smalti.engine.executors.base.sample
 
     def unfiltered(logits, uniforms, config):
         ids, _ = sample(logits, uniforms, config)
-        return ids, smalti.engine.decoder.log_prob_of(logits, ids)
+        return ids, smalti.engine.executors.base.log_prob_of(logits, ids)
 
-    monkeypatch.setattr(smalti.engine.decoder, "sample", unfiltered)
+    monkeypatch.setattr(smalti.engine.executors.base, "sample", unfiltered)
     with pytest.raises(AssertionError):
         test_generate.test_guided_draws_follow_the_formula_at_every_step()
 

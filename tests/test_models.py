@@ -177,20 +177,20 @@ def test_a_model_scores_the_same_in_training_as_in_evaluation():
 def test_prefill_and_decode_steps_are_the_hidden_states_of_one_pass(positions):
     model, token_ids = tiny_model(DIGITS, positions=positions), all_orders(DIGITS).token_ids
     expected = model.hidden(token_ids)
-    cache = model.new_cache(len(token_ids))
-    assert torch.allclose(model.prefill(token_ids[:, :4], cache), expected[:, 3], atol=1e-10)
+    state, rows = model.new_state(len(token_ids)), slice(0, len(token_ids))
+    assert torch.allclose(model.extend(state, rows, token_ids[:, :4]), expected[:, 3], atol=1e-10)
     for t in range(4, token_ids.shape[1]):
-        assert cache.length == t
-        assert torch.allclose(model.decode_step(token_ids[:, t], cache), expected[:, t], atol=1e-10)
+        assert state.lengths == [t] * len(token_ids)
+        assert torch.allclose(model.extend(state, rows, token_ids[:, t : t + 1]), expected[:, t], atol=1e-10)
 
 
-def test_a_cache_is_as_long_and_as_precise_as_asked():
+def test_a_state_is_as_long_and_as_precise_as_asked():
     model = tiny_model(DIGITS, num_heads=10, num_kv_heads=2)
-    cache = model.new_cache(3)
-    assert cache.keys[0].shape == (3, 2, SLOT_BLOCK, 2) and cache.max_length == DIGITS.max_length <= SLOT_BLOCK
-    assert cache.keys[0].dtype == torch.float64
-    assert model.bfloat16().new_cache(3, 4).values[1].dtype == torch.bfloat16
-    assert model.new_cache(3, 4).max_length == 4
+    state = model.new_state(3)
+    assert state.keys(0).shape == (3, 2, SLOT_BLOCK, 2) and state.max_length == DIGITS.max_length <= SLOT_BLOCK
+    assert state.keys(0).dtype == torch.float64
+    assert model.bfloat16().new_state(3, 4).values(1).dtype == torch.bfloat16
+    assert model.new_state(3, 4).max_length == 4
 
 
 def test_tied_embeddings_are_one_tensor():

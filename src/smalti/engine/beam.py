@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from smalti.engine.decoder import Decoder
+from smalti.engine.executors import make_executor
 from smalti.engine.generate import job_executor
 from smalti.models.decoder_only import DecoderOnly, evaluating
 from smalti.sequences.layout import Layout
@@ -49,10 +49,14 @@ def _beam(
 ) -> list[list[Generated]]:
     """Beams of sequences that have the same plan. Rows b·width .. b·width + width − 1 are sequence b's beam."""
     plan, B = batch[0].plan(), len(batch)
-    prefixes = [sequence.token_ids for sequence in batch for _ in range(width)]
-    decoder = Decoder(model, prefixes, [], len(plan.slot_ids), executor)
+    runner = make_executor(model, executor)
+    state, rows = runner.new_state(B * width, layout.max_length), slice(0, B * width)
+    firsts = range(0, B * width, width)
+    hidden = runner.extend(state, list(firsts), [sequence.token_ids for sequence in batch])
+    hidden = hidden.repeat_interleave(width, 0)  # all of a beam starts as one sequence
+    state.copy([first for first in firsts for _ in range(width - 1)], [row for row in range(B * width) if row % width])
     scores = torch.full((B, width), -torch.inf, dtype=torch.float64)
-    scores[:, 0] = 0  # all of a beam starts as one sequence
+    scores[:, 0] = 0
     tokens = torch.zeros(B * width, 0, dtype=torch.long)
     log_probs = torch.zeros(B * width, 0)
     for step, (slot_id, forced) in enumerate(zip(plan.slot_ids, plan.forced, strict=True)):
@@ -60,17 +64,17 @@ def _beam(
         added, new = torch.zeros(B * width), torch.full((B * width,), forced)
         if forced < 0:
             slot = layout.slots[slot_id]
-            step_log_probs = decoder.model.logits(decoder.hidden, slot).float().log_softmax(-1).cpu()  # (B * width, n)
+            step_log_probs = runner.logits(hidden, slot).float().log_softmax(-1).cpu()  # (B * width, n)
             total = scores[:, :, None] + step_log_probs.view(B, width, -1).double()
             scores, best = total.flatten(1).topk(width, dim=-1)
             parents = (best // slot.size + torch.arange(B)[:, None] * width).flatten()
             local = (best % slot.size).flatten()
             new, added = slot.token_ids(local), step_log_probs[parents, local]
-            decoder.select(parents)
+            state.copy(parents.tolist(), range(B * width))
         tokens = torch.cat((tokens[parents], new[:, None]), dim=1)
         log_probs = torch.cat((log_probs[parents], added[:, None]), dim=1)
         if step + 1 < len(plan.slot_ids):
-            decoder.step(new.to(model.device), guided=False)
+            hidden = runner.extend(state, rows, new[:, None].tolist())
     possible = torch.isfinite(scores).flatten()  # a beam wider than the sequences there are holds impossible ones
     return [
         [

@@ -109,11 +109,11 @@ def filter_logits(
 
 
 def draw(probs: Float[Tensor, "B n"], uniforms: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """The id at which the cumulative distribution passes the row's uniform number in [0, 1)."""
+    """The id at which the cumulative distribution passes the row's uniform number in [0, 1); NaN draws the last id."""
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     # The sum is 1 only up to rounding; staying a hair below it keeps the last id from being drawn at probability 0.
     passed = uniforms[:, None] * (cumulative[:, -1:] * (1 - 2**-52))
-    return torch.searchsorted(cumulative, passed, right=True)[:, 0]
+    return torch.searchsorted(cumulative, passed, right=True)[:, 0].clamp(max=probs.shape[1] - 1)
 
 
 def sample(

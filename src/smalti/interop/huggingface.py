@@ -622,8 +622,9 @@ def greedy_ids(model: DecoderOnly, prompt_ids: Int[Tensor, "B P"], length: int) 
 
 def cached_logits(model: DecoderOnly, token_ids: Int[Tensor, "B T"], num_given: int) -> Float[Tensor, "B new V"]:
     """The logits behind `num_given` tokens and behind each later one but the last, through the cache."""
-    cache = model.new_cache(len(token_ids))
-    hidden = [model.prefill(token_ids[:, :num_given], cache)]
+    rows = slice(0, len(token_ids))
+    state = model.new_state(len(token_ids))
+    hidden = [model.extend(state, rows, token_ids[:, :num_given])]
     for column in token_ids[:, num_given:-1].T:
-        hidden.append(model.decode_step(column, cache))
+        hidden.append(model.extend(state, rows, column[:, None]))
     return model.logits(torch.stack(hidden, dim=1))

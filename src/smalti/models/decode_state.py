@@ -1,67 +1,140 @@
-"""Keys and values of the tokens so far."""
+"""Keys and values of the tokens so far, for rows that come and go one by one.
+
+Letters: C rows there is room for, R rows of a call, T new tokens, M key-value heads, Dh head width, S slots of a row.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smalti.models.config import TransformerConfig
 
 SLOT_BLOCK = 64
-"""Slots of a cache are allocated in whole blocks: `fast_decode` attends to a block at a time."""
+"""Slots are allocated in whole blocks: the executor `packed` attends to a block at a time."""
+
+Rows: TypeAlias = "slice | list[int]"
+"""Rows of a state: side by side, which is faster, or in any places."""
 
 
-class KVCache:
-    """Keys and values of the tokens so far, allocated once: per layer (B, M, max_length in whole blocks, Dh).
+class DecodeState:
+    """Keys and values, allocated once: per layer (capacity, M, max_length in whole blocks, Dh).
 
-    `length` slots are filled, the same in all rows; only the loop that owns the cache advances it, through
-    `advance`. Rows whose sequence is shorter are padded on the left: row b's first token is in slot `starts[b]`.
+    Row r holds `lengths[r]` tokens, in its slots from 0 on. What lies behind them is left from before, finite, and
+    nobody looks at it.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
-        batch_size: int,
+        capacity: int,
         max_length: int,
         *,
-        starts: Int[Tensor, " B"] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
         num_slots = -(-max_length // SLOT_BLOCK) * SLOT_BLOCK
-        shape = (batch_size, config.kv_heads, num_slots, config.head_dim)
-        self.max_length = max_length
-        self._set([torch.zeros(2, *shape, device=device, dtype=dtype) for _ in range(config.num_layers)])
-        self.length = 0
-        self.starts = starts if starts is not None and bool(starts.any()) else None
-
-    def _set(self, both: list[Float[Tensor, "2 B M S Dh"]]) -> None:
-        self.both = both
+        shape = (2, capacity, config.kv_heads, num_slots, config.head_dim)
+        self.capacity, self.max_length = capacity, max_length
+        self.both = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         """Keys and values of each layer in one tensor, so that one copy can write both."""
-        self.keys, self.values = [layer[0] for layer in both], [layer[1] for layer in both]
+        self.lengths = [0] * capacity
+        """On the host: whoever drives the rows knows them, and nothing waits for the device."""
 
-    def advance(self, num_tokens: int) -> None:
-        self.length += num_tokens
+    def keys(self, layer: int) -> Float[Tensor, "C M S Dh"]:
+        return self.both[layer][0]
 
-    def rows(self, start: int, end: int) -> "KVCache":
-        """Rows [start, end) as a cache of their own that shares this one's memory."""
-        view = object.__new__(KVCache)
-        view._set([layer[:, start:end] for layer in self.both])
-        view.length, view.max_length = self.length, self.max_length
-        view.starts = None if self.starts is None else self.starts[start:end]
-        return view
+    def values(self, layer: int) -> Float[Tensor, "C M S Dh"]:
+        return self.both[layer][1]
 
-    def select(self, rows: Int[Tensor, " R"]) -> None:
-        """Row i becomes what row rows[i] was: a beam follows its parent."""
-        for held in (*self.keys, *self.values):
-            held[:, :, : self.length] = held[rows, :, : self.length]
-        if self.starts is not None:
-            self.starts = self.starts[rows]
+    def indices(self, rows: Rows) -> Sequence[int]:
+        return range(rows.start, rows.stop) if isinstance(rows, slice) else rows
+
+    def advance(self, rows: Rows, counts: int | Sequence[int]) -> None:
+        """The rows are so many tokens longer now."""
+        indices = self.indices(rows)
+        if isinstance(counts, int):
+            for row in indices:
+                self.lengths[row] += counts
+        else:
+            for row, count in zip(indices, counts, strict=True):
+                self.lengths[row] += count
+
+    def check_room(self, rows: Rows, counts: int | Sequence[int], most: int) -> None:
+        """Raises ValueError if a row has no room for so many tokens more, or they would be more than `most`."""
+        indices = self.indices(rows)
+        each = [counts] * len(indices) if isinstance(counts, int) else counts
+        longest = max((self.lengths[row] + count for row, count in zip(indices, each, strict=True)), default=0)
+        self.check_length(longest, most)
+
+    def check_length(self, num_tokens: int, most: int) -> None:
+        """Raises ValueError if a row has no room for so many tokens, or they are more than `most`."""
+        limit = min(most, self.max_length)
+        if num_tokens > limit:
+            raise ValueError(f"{num_tokens} tokens exceed the limit of {limit} (max_length).")
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Row targets[i] becomes what row sources[i] was: candidates of one prompt, a beam that follows its parent."""
+        if not sources:
+            return
+        width = max(self.lengths[source] for source in sources)
+        into, taken = torch.tensor(targets), torch.tensor(sources)
+        for both in self.both:
+            both[:, into, :, :width] = both[:, taken, :, :width]
+        lengths = [self.lengths[source] for source in sources]
+        for target, length in zip(targets, lengths, strict=True):
+            self.lengths[target] = length
+
+    def clear(self, row: int) -> None:
+        """Empties a row; what it held may not have been finite."""
+        for both in self.both:
+            both[:, row] = 0
+        self.lengths[row] = 0
+
+
+class Places:
+    """Where T new tokens of some rows go, and what each of them sees. `counts` tells how many of each row are real."""
+
+    def __init__(self, state: DecodeState, rows: Rows, num_tokens: int, counts: Sequence[int] | None = None):
+        self.state, self.rows = state, rows
+        self.device = state.both[0].device
+        lengths = [state.lengths[row] for row in state.indices(rows)]
+        self.past, longest = min(lengths), max(lengths)
+        self.num_tokens, self.width = num_tokens, longest + num_tokens
+        self.are_level = self.past == longest and counts is None
+        """Whether all rows are equally long, before and behind: then nothing needs to be looked up."""
+        places = torch.arange(num_tokens, device=self.device)
+        if self.are_level:
+            self.slots: Int[Tensor, ...] = self.past + places  # (T,)
+            return
+        self.width = min(self.width, state.both[0].shape[3])
+        self.slots = torch.tensor(lengths, device=self.device)[:, None] + places  # (R, T)
+        real = (
+            places
+            < torch.tensor(counts if counts is not None else [num_tokens] * len(lengths), device=self.device)[:, None]
+        )
+        self.real = real.nonzero(as_tuple=True)
+        index = torch.tensor(list(state.indices(rows)), device=self.device)
+        self.real_rows, self.real_slots = index[self.real[0]], self.slots[self.real]
 
     def write(
-        self, layer: int, keys: Float[Tensor, "B M T Dh"], values: Float[Tensor, "B M T Dh"]
-    ) -> tuple[Float[Tensor, "B M S Dh"], Float[Tensor, "B M S Dh"]]:
-        """Puts new keys and values behind the filled slots; returns all of the layer so far, S = length + T."""
-        end = self.length + keys.shape[2]
-        self.keys[layer][:, :, self.length : end] = keys
-        self.values[layer][:, :, self.length : end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        self, layer: int, keys: Float[Tensor, "R M T Dh"], values: Float[Tensor, "R M T Dh"]
+    ) -> tuple[Float[Tensor, "R M S Dh"], Float[Tensor, "R M S Dh"]]:
+        """Puts new keys and values into the state; returns the rows' so far, S = `width`."""
+        found = []
+        for held, new in ((self.state.keys(layer), keys), (self.state.values(layer), values)):
+            if self.are_level:
+                held[self.rows, :, self.past : self.width] = new
+            else:
+                held.transpose(1, 2)[self.real_rows, self.real_slots] = new.transpose(1, 2)[self.real]
+            found.append(held[self.rows, :, : self.width])
+        return found[0], found[1]
+
+    def mask(self) -> Bool[Tensor, "..."] | None:
+        """True at the slots each new token may look at; None where plain causal attention is the same."""
+        if self.are_level and (self.num_tokens == 1 or self.past == 0):
+            return None
+        seen = torch.arange(self.width, device=self.device) <= self.slots[..., None]  # (…, T, S)
+        return seen if seen.ndim == 2 else seen[:, None]

@@ -1,11 +1,11 @@
 """Models: token embeddings, the transformer, and a head of which any slice can be computed alone.
 
-What generates and what scores sees a model only through `prefill`, `decode_step`, `hidden` and `logits`.
+What generates and what scores sees a model only through `hidden`, `new_state`, `extend` and `logits`.
 
 Letters: B batch, T tokens, V vocabulary, D model width, n the ids of a slot.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from smalti.bounds import check_sizes
 from smalti.documents import config_of
 from smalti.models.config import TransformerConfig
-from smalti.models.decode_state import KVCache
+from smalti.models.decode_state import DecodeState, Rows
 from smalti.models.transformer import Transformer
 from smalti.sequences.layout import Layout, Slot
 
@@ -82,19 +82,32 @@ class DecoderOnly(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def hidden(self, token_ids: Int[Tensor, "B T"], kv_cache: KVCache | None = None) -> Float[Tensor, "B T D"]:
-        """Hidden states; the one at position t predicts token t + 1. Does not advance the cache."""
-        return self.transformer(self.embed_tokens(token_ids), kv_cache)
+    def hidden(self, token_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """Hidden states of whole sequences; the one at position t predicts token t + 1."""
+        return self.transformer(self.embed_tokens(token_ids))
 
-    def prefill(self, token_ids: Int[Tensor, "B T"], kv_cache: KVCache) -> Float[Tensor, "B D"]:
-        """Runs a whole prompt into the cache; returns what predicts the token behind it."""
-        hidden = self.hidden(token_ids, kv_cache)
-        kv_cache.advance(token_ids.shape[1])
-        return hidden[:, -1]
+    def new_state(self, capacity: int, max_length: int | None = None) -> DecodeState:
+        """Room for the keys and values of so many rows."""
+        return DecodeState(
+            self.config.transformer,
+            capacity,
+            max_length or self.config.transformer.max_length,
+            device=self.device,
+            dtype=self.embed_tokens.weight.dtype,
+        )
 
-    def decode_step(self, token_ids: Int[Tensor, " B"], kv_cache: KVCache) -> Float[Tensor, "B D"]:
-        """Runs one new token of each row; returns what predicts the next."""
-        return self.prefill(token_ids[:, None], kv_cache)
+    def extend(
+        self, state: DecodeState, rows: Rows, token_ids: Int[Tensor, "R T"], counts: Sequence[int] | None = None
+    ) -> Float[Tensor, "R D"]:
+        """Runs new tokens of rows, a whole prompt or one token; returns what predicts the token behind each row's last.
+
+        Rows with fewer tokens than T are filled up on the right; `counts` tells how many are real. Raises ValueError
+        where a row would get too long.
+        """
+        hidden = self.transformer.extend(self.embed_tokens(token_ids), state, rows, counts)
+        if counts is None:
+            return hidden[:, -1]
+        return hidden[range(len(hidden)), [count - 1 for count in counts]]
 
     def logits(self, hidden: Float[Tensor, "... D"], slot: Slot | None = None) -> Float[Tensor, "... n"]:
         """Scores of a slot's ids alone, in the slot's own numbering; None: of all V ids."""
@@ -103,18 +116,6 @@ class DecoderOnly(nn.Module):
             pieces = [weight[start:end] for start, end in slot.ranges]
             weight = pieces[0] if len(pieces) == 1 else torch.cat(pieces)  # one range is a view: nothing is copied
         return F.linear(hidden, weight.to(hidden.dtype))
-
-    def new_cache(
-        self, batch_size: int, max_length: int | None = None, starts: Int[Tensor, " B"] | None = None
-    ) -> KVCache:
-        return KVCache(
-            self.config.transformer,
-            batch_size,
-            max_length or self.config.transformer.max_length,
-            starts=starts,
-            device=self.device,
-            dtype=self.embed_tokens.weight.dtype,
-        )
 
 
 @contextmanager

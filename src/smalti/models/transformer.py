@@ -8,6 +8,8 @@ Letters: B batch, T query tokens, S key tokens, D model width, N heads, M key-va
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from smalti.models.config import TransformerConfig
-from smalti.models.decode_state import KVCache
+from smalti.models.decode_state import DecodeState, Places, Rows
 
 
 def at_least_float32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -54,7 +56,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "B T D"],
         rotation: Float[Tensor, "... T half 2"] | None,
         mask: Bool[Tensor, "..."] | None,
-        kv_cache: KVCache | None,
+        places: Places | None,
         layer: int,
     ) -> Float[Tensor, "B T D"]:
         """`mask` is true where a query may look; None: causal among the T tokens if the config is causal."""
@@ -68,8 +70,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        if kv_cache is not None:
-            k, v = kv_cache.write(layer, k, v)  # (B, M, S, Dh)
+        if places is not None:
+            k, v = places.write(layer, k, v)  # (B, M, S, Dh)
         attended = F.scaled_dot_product_attention(
             q,
             k,
@@ -82,6 +84,15 @@ class Attention(nn.Module):
         return self.out(attended.transpose(1, 2).reshape(B, T, config.q_width))
 
 
+class Context(NamedTuple):
+    """What an encoder said, as the layers of a decoder look at it: computed once, for all tokens that follow."""
+
+    keys: list[Float[Tensor, "B N S Dh"]]
+    values: list[Float[Tensor, "B N S Dh"]]
+    mask: Bool[Tensor, "B S"] | None
+    """True at the real tokens; None: all are."""
+
+
 class CrossAttention(nn.Module):
     """Attention of the decoder's tokens to an encoder's output."""
 
@@ -92,17 +103,18 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(config.d_model, 2 * config.q_width, bias=config.bias)
         self.out = nn.Linear(config.q_width, config.d_model, bias=config.bias)
 
-    def forward(
-        self, x: Float[Tensor, "B T D"], context: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"] | None
-    ) -> Float[Tensor, "B T D"]:
-        """`mask` is true at the real tokens of the context."""
+    def keys_and_values(self, encoded: Float[Tensor, "B S D"]) -> Float[Tensor, "2 B N S Dh"]:
+        kv = self.kv(encoded).view(*encoded.shape[:2], 2, self.config.num_heads, self.config.head_dim)
+        return kv.permute(2, 0, 3, 1, 4)
+
+    def forward(self, x: Float[Tensor, "B T D"], context: Context, layer: int) -> Float[Tensor, "B T D"]:
         B, T, _ = x.shape
-        heads = (self.config.num_heads, self.config.head_dim)
-        q = self.q(x).view(B, T, *heads).transpose(1, 2)
-        k, v = self.kv(context).view(B, context.shape[1], 2, *heads).permute(2, 0, 3, 1, 4)  # (B, N, S, Dh) each
+        q = self.q(x).view(B, T, self.config.num_heads, self.config.head_dim).transpose(1, 2)
         dropout = self.config.attention_dropout if self.training else 0.0
-        allowed = None if mask is None else mask[:, None, None]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+        allowed = None if context.mask is None else context.mask[:, None, None]
+        attended = F.scaled_dot_product_attention(
+            q, context.keys[layer], context.values[layer], attn_mask=allowed, dropout_p=dropout
+        )
         return self.out(attended.transpose(1, 2).reshape(B, T, self.config.q_width))
 
 
@@ -149,13 +161,13 @@ class Block(nn.Module):
         x: Float[Tensor, "B T D"],
         rotation: Float[Tensor, "... T half 2"] | None,
         mask: Bool[Tensor, "..."] | None,
-        context: tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"] | None] | None,
-        kv_cache: KVCache | None,
+        context: "Context | None",
+        places: Places | None,
         layer: int,
     ) -> Float[Tensor, "B T D"]:
-        x = x + self._drop(self.attention(self.attention_norm(x), rotation, mask, kv_cache, layer))
+        x = x + self._drop(self.attention(self.attention_norm(x), rotation, mask, places, layer))
         if context is not None:
-            x = x + self._drop(self.cross_attention(self.cross_norm(x), *context))
+            x = x + self._drop(self.cross_attention(self.cross_norm(x), context, layer))
         return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
 
     def _drop(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
@@ -187,74 +199,65 @@ class Transformer(nn.Module):
             if name.endswith(("out.weight", "down.weight")):  # GPT-2: the residual sum keeps its size with depth
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_layers))
 
+    def context(self, encoded: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"] | None = None) -> Context:
+        """An encoder's output, ready for every layer; `mask` is true at its real tokens. Raises ValueError without
+        cross-attention."""
+        if not self.config.cross_attention:
+            raise ValueError("this transformer has no cross-attention; its config says cross_attention=False.")
+        both = [block.cross_attention.keys_and_values(encoded) for block in self.blocks]  # type: ignore[union-attr]
+        return Context([keys for keys, _ in both], [values for _, values in both], mask)
+
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        kv_cache: KVCache | None = None,
-        context: Float[Tensor, "B S D"] | None = None,
-        context_mask: Bool[Tensor, "B S"] | None = None,
+        *,
+        positions: Int[Tensor, "..."] | None = None,
+        places: Places | None = None,
+        context: Context | None = None,
         mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Hidden states of T new tokens. With a cache they follow the tokens in it; the caller then advances it.
+        """Hidden states of T new tokens. With `places` they stand behind the tokens of a state; the caller then
+        advances it.
 
-        `mask` (true where a query may look) replaces the causal one. Raises ValueError beyond max_length.
+        `positions`, (T,) or (B, T), by default count a sequence's tokens. `mask` (true where a query may look) replaces
+        the causal one. Raises ValueError beyond max_length.
         """
         config, T = self.config, x.shape[1]
-        past = 0 if kv_cache is None else kv_cache.length
-        self.check_length(past + T, kv_cache)
-        positions = self._positions(past, T, kv_cache, x.device)
+        if positions is None:
+            positions = torch.arange(T, device=x.device) if places is None else places.slots
+            if places is None and config.max_length < T:
+                raise ValueError(f"{T} tokens exceed the limit of {config.max_length} (max_length).")
+            if positions.ndim == 2:  # what fills a row up on the right needs some position too
+                positions = positions.clamp(max=config.max_length - 1)
         rotation = None
         if config.positions == "learned":
             x = x + self.positions(positions)
         elif config.positions == "sinusoidal":
             x = x + self.table[positions].to(x.dtype)
         elif config.positions != "none":
-            rotation = self.table[positions]  # (T, Dh/2, 2), or (B, T, Dh/2, 2) where rows start at their own slots
+            rotation = self.table[positions]  # (T, Dh/2, 2), or (B, T, Dh/2, 2) where rows have their own
             rotation = rotation[:, None] if rotation.ndim == 4 else rotation
         x = F.dropout(x, config.dropout, self.training)
-        if mask is None and kv_cache is not None and config.causal:
-            mask = cache_mask(past, T, kv_cache.starts, x.device)
-        context_and_mask = None if context is None else (context, context_mask)
+        if mask is None and places is not None and config.causal:
+            mask = places.mask()
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, mask, context_and_mask, kv_cache, layer)
+            x = block(x, rotation, mask, context, places, layer)
         return self.norm(x)
 
-    def check_length(self, num_tokens: int, kv_cache: KVCache | None) -> None:
-        """Raises ValueError if there is no room for this many tokens, those in the cache included."""
-        limit = self.config.max_length
-        if kv_cache is not None:  # padding on the left may take slots beyond max_length, a sequence itself may not
-            limit = kv_cache.max_length if kv_cache.starts is not None else min(limit, kv_cache.max_length)
-        if num_tokens > limit:
-            raise ValueError(f"{num_tokens} tokens exceed the limit of {limit} (max_length).")
-
-    def _positions(
-        self, past: int, num_tokens: int, kv_cache: KVCache | None, device: torch.device
-    ) -> Int[Tensor, "..."]:
-        """Positions of the new tokens: (T,), or (B, T) counted from each row's own start."""
-        slots = torch.arange(past, past + num_tokens, device=device)
-        if kv_cache is None or kv_cache.starts is None:
-            return slots
-        # padding before a start, and rows that are done while others go on, need some position: nobody reads them
-        return (slots - kv_cache.starts[:, None]).clamp(0, self.config.max_length - 1)
-
-
-def cache_mask(
-    past: int, num_tokens: int, starts: Int[Tensor, " B"] | None, device: torch.device
-) -> Bool[Tensor, "..."] | None:
-    """Which of the `past + num_tokens` slots each new token may look at; None where plain attention is the same.
-
-    Slots before a row's start hold padding: no real token looks there. A padded query keeps itself, so that no
-    row of the softmax is empty; what it computes is never read.
-    """
-    if starts is None and (num_tokens == 1 or past == 0):
-        return None
-    queries = torch.arange(past, past + num_tokens, device=device)[:, None]
-    keys = torch.arange(past + num_tokens, device=device)
-    causal = keys <= queries  # (T, S)
-    if starts is None:
-        return causal
-    real = keys >= starts[:, None, None, None]
-    return (causal & real) | (keys == queries)  # (B, 1, T, S)
+    def extend(
+        self,
+        x: Float[Tensor, "R T D"],
+        state: DecodeState,
+        rows: Rows,
+        counts: Sequence[int] | None = None,
+        context: Context | None = None,
+    ) -> Float[Tensor, "R T D"]:
+        """Runs T new tokens of rows of a state, of which the first `counts[i]` of row i are real (None: all), and
+        advances it. Raises ValueError beyond max_length, and where the state is full."""
+        state.check_room(rows, x.shape[1] if counts is None else counts, self.config.max_length)
+        hidden = self(x, places=Places(state, rows, x.shape[1], counts), context=context)
+        state.advance(rows, x.shape[1] if counts is None else counts)
+        return hidden
 
 
 def rotate(x: Float[Tensor, "B N T Dh"], rotation: Float[Tensor, "... T half 2"]) -> Float[Tensor, "B N T Dh"]:

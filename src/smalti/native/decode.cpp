@@ -1,9 +1,10 @@
-// A transformer's pass over a few new tokens of each row of a batch, behind a cache of keys and values; float32.
+// A transformer's pass over a few new tokens of each row of a batch, behind the keys and values of a state; float32.
 //
-// Reads top to bottom: the arithmetic of a vector, the matrix product, attention, the pass, the head. `decode.py` is
-// the other side of the C functions at the end and mirrors the structures, field by field.
+// Reads top to bottom: the arithmetic of a vector, the matrix product, attention, the pass, the head.
+// `engine/executors/native.py` is the other side of the C functions at the end and mirrors the structures, field by
+// field.
 //
-// Letters: R rows (batch x new tokens), D width, n outputs and k inputs of a matrix, S slots of the cache.
+// Letters: R rows (all new tokens), D width, n outputs and k inputs of a matrix, S slots of the state.
 
 #include <math.h>
 #include <string.h>
@@ -145,23 +146,28 @@ enum FeedForward : long { GELU, GELU_TANH, RELU, TANH, SWIGLU };  // in the orde
 enum Positions : long { NONE, ADDED, ROTARY };
 
 struct Model {
-    long vocab_size, num_layers, width, num_heads, kv_heads, head_width, wide, max_length, feed_forward, positions;
+    long vocab_size, num_layers, width, num_heads, kv_heads, head_width, wide, feed_forward, positions;
     const float* embedding;  // (V, D)
     const float* table;      // (max_length, D), or (max_length, head_width / 2, 2) cosines and sines
     Norm norm;
     const Layer* layers;
 };
 
+// New tokens of some rows of a state, those of one row after those of another; rows may have any numbers of them.
 struct Batch {
-    long size, new_tokens;
-    const long* token_ids;  // (size, new_tokens)
-    const long* starts;     // (size): each row's first slot of the cache; null: 0
-    long length;            // slots filled before
-    float* const* keys;     // for each layer (size, kv_heads, S, head_width), contiguous but for the first axis
+    long size, num_tokens;
+    const long* token_ids;  // (num_tokens)
+    const long* slots;      // (num_tokens): where each goes in its row of the state, and which position it has
+    const long* firsts;     // (size + 1): each row's first token, and num_tokens; null: one token each
+    const long* rows;       // (size): which rows of the state they are
+    long most_slots;        // filled in any of the rows, the new tokens included
+    float* const* keys;     // for each layer (capacity, kv_heads, S, head_width), contiguous but for the first axis
     float* const* values;
     long row_stride, head_stride;
     float* hidden;  // (size, D), of the last token of each row
     float* workspace;
+
+    long first(long row) const { return firsts ? firsts[row] : row; }
 };
 
 long padded(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
@@ -248,26 +254,19 @@ void in_crews(long batch_size, int num_threads, const Work& work) {
     });
 }
 
-long position_of(const Model& model, const Batch& batch, long row, long slot) {
-    if (!batch.starts) return slot;
-    const long position = slot - batch.starts[row];  // padding, and rows that are done, need some position too
-    return position < 0 ? 0 : position < model.max_length ? position : model.max_length - 1;
-}
-
-smalti::Share rows_of(const Batch& batch, const Crew& crew) {
-    smalti::Share rows = crew.batch;
-    rows.begin *= batch.new_tokens, rows.end *= batch.new_tokens;
-    return rows;
+smalti::Share tokens_of(const Batch& batch, const Crew& crew) {
+    smalti::Share tokens = crew.batch;
+    tokens.begin = batch.first(tokens.begin), tokens.end = batch.first(tokens.end);
+    return tokens;
 }
 
 void embed(const Model& model, const Batch& batch, const Workspace& space, const Crew& crew) {
-    const smalti::Share share = crew.part(rows_of(batch, crew));
-    for (long r = share.begin; r < share.end; ++r) {
-        float* x = space.x + r * space.width;
-        memcpy(x, model.embedding + batch.token_ids[r] * model.width, sizeof(float) * model.width);
+    const smalti::Share share = crew.part(tokens_of(batch, crew));
+    for (long t = share.begin; t < share.end; ++t) {
+        float* x = space.x + t * space.width;
+        memcpy(x, model.embedding + batch.token_ids[t] * model.width, sizeof(float) * model.width);
         if (model.positions == ADDED) {
-            const long slot = batch.length + r % batch.new_tokens;
-            const float* added = model.table + position_of(model, batch, r / batch.new_tokens, slot) * model.width;
+            const float* added = model.table + batch.slots[t] * model.width;
             for (long i = 0; i < model.width; ++i) x[i] += added[i];
         }
     }
@@ -323,30 +322,28 @@ void attend(const float* q, const float* keys, const float* values, long count, 
     }
 }
 
-// One key-value head of one row of the batch: its new keys and values enter the cache, its query heads attend.
+// One key-value head of one row of the batch: its new keys and values enter the state, its query heads attend.
 void attend_head(const Model& model, const Batch& batch, const Workspace& space, long layer, long b, long head,
                  float* scores) {
     const Norm &q_norm = model.layers[layer].q_norm, &k_norm = model.layers[layer].k_norm;
-    const long width = model.head_width, group = model.num_heads / model.kv_heads, T = batch.new_tokens;
-    float* keys = batch.keys[layer] + b * batch.row_stride + head * batch.head_stride;
-    float* values = batch.values[layer] + b * batch.row_stride + head * batch.head_stride;
-    for (long t = 0; t < T; ++t) {
-        float *row = space.qkv + (b * T + t) * space.qkv_width, *q = row + head * group * width;
+    const long width = model.head_width, group = model.num_heads / model.kv_heads;
+    float* keys = batch.keys[layer] + batch.rows[b] * batch.row_stride + head * batch.head_stride;
+    float* values = batch.values[layer] + batch.rows[b] * batch.row_stride + head * batch.head_stride;
+    for (long t = batch.first(b); t < batch.first(b + 1); ++t) {
+        float *row = space.qkv + t * space.qkv_width, *q = row + head * group * width;
         float *k = row + (model.num_heads + head) * width, *v = k + model.kv_heads * width;
-        const long slot = batch.length + t;
+        const long slot = batch.slots[t];
         for (long i = 0; i <= group; ++i) {
             float* x = i < group ? q + i * width : k;
             const Norm& norm = i < group ? q_norm : k_norm;
             if (norm.weight) norm.apply(x, x, width);
-            if (model.positions == ROTARY) rotate(x, model.table + position_of(model, batch, b, slot) * width, width);
+            if (model.positions == ROTARY) rotate(x, model.table + slot * width, width);
         }
         memcpy(keys + slot * width, k, sizeof(float) * width);
         memcpy(values + slot * width, v, sizeof(float) * width);
-        const long start = batch.starts && batch.starts[b] < slot ? batch.starts[b] : batch.starts ? slot : 0;
-        float* out = space.attended + (b * T + t) * space.attended_width + head * group * width;
+        float* out = space.attended + t * space.attended_width + head * group * width;
         for (long i = 0; i < group; ++i)
-            attend(q + i * width, keys + start * width, values + start * width, slot + 1 - start, width,
-                   batch.head_stride, scores, out + i * width);
+            attend(q + i * width, keys, values, slot + 1, width, batch.head_stride, scores, out + i * width);
     }
 }
 
@@ -373,8 +370,8 @@ void activate(long kind, const float* sums, float* y) {
 void run_layer(const Model& model, const Batch& batch, const Workspace& space, const Crew& crew, float* own,
                long index) {
     const Layer& layer = model.layers[index];
-    const smalti::Share rows = rows_of(batch, crew);
-    float *normed = own, *scores = own + batch.size * batch.new_tokens * space.width;
+    const smalti::Share rows = tokens_of(batch, crew);
+    float *normed = own, *scores = own + batch.num_tokens * space.width;
     auto normalise = [&](const Norm& norm) {  // each thread all rows: cheaper than to wait for one another
         for (long r = rows.begin; r < rows.end; ++r)
             norm.apply(space.x + r * space.width, normed + r * space.width, model.width);
@@ -515,13 +512,12 @@ long workspace_floats(const Model* model, long rows, long slots, int threads) {
     return Workspace(*model, rows, slots, nullptr).floats(threads);
 }
 
-// New tokens behind the cache: writes their keys and values, and the hidden states that predict the next ones.
+// New tokens of rows of a state: writes their keys and values, and the hidden states that predict the next ones.
 // Returns 0, or 1 without having done anything if a token id is out of range.
 int decode(const Model* model, const Batch* batch, int num_threads) {
-    const long T = batch->new_tokens;
-    for (long r = 0; r < batch->size * T; ++r)
-        if (batch->token_ids[r] < 0 || batch->token_ids[r] >= model->vocab_size) return 1;
-    const Workspace space(*model, batch->size * T, batch->length + T, batch->workspace);
+    for (long t = 0; t < batch->num_tokens; ++t)
+        if (batch->token_ids[t] < 0 || batch->token_ids[t] >= model->vocab_size) return 1;
+    const Workspace space(*model, batch->num_tokens, batch->most_slots, batch->workspace);
     in_crews(batch->size, num_threads, [&](const Crew& crew, int rank) {
         embed(*model, *batch, space, crew);
         crew.wait();
@@ -529,7 +525,8 @@ int decode(const Model* model, const Batch* batch, int num_threads) {
             run_layer(*model, *batch, space, crew, space.owned + rank * space.own, layer);
         const smalti::Share share = crew.part(crew.batch);
         for (long b = share.begin; b < share.end; ++b)
-            model->norm.apply(space.x + (b * T + T - 1) * space.width, batch->hidden + b * model->width, model->width);
+            model->norm.apply(space.x + (batch->first(b + 1) - 1) * space.width, batch->hidden + b * model->width,
+                              model->width);
     });
     return 0;
 }

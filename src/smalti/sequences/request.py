@@ -1,6 +1,6 @@
 """One sequence on its way: what was asked for, what it holds so far, and what may come next.
 
-Nothing here knows a model. `generate.py` and `beam.py` carry out the plans.
+Nothing here knows a model; the engine carries out the plans.
 
 Letters: L tokens of a span, T tokens of a sequence.
 """
@@ -8,6 +8,7 @@ Letters: L tokens of a span, T tokens of a sequence.
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -71,8 +72,7 @@ class TokenSequence:
             raise ValueError("a request that gives something names its order.")
         if not 0 <= request.seed < 2**63:
             raise ValueError(f"seed {request.seed} is out of range; expected 0 <= seed < 2^63.")
-        generator = torch.Generator().manual_seed(request.seed)
-        self.uniforms = torch.rand(layout.max_length, generator=generator, dtype=torch.float64)
+        self.seed = request.seed
         self.token_ids: list[int] = []
         self.log_probs: list[float] = []
         self.draw_log_probs: list[float] = []
@@ -82,6 +82,12 @@ class TokenSequence:
         self._give(dict(request.given))
         if request.null is not None:
             self.null = TokenSequence(layout, request.null)
+
+    @cached_property
+    def uniforms(self) -> Float[Tensor, " T"]:
+        """One number in [0, 1) for each position: what is drawn there hangs on it alone."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.rand(self.layout.max_length, generator=generator, dtype=torch.float64)
 
     @property
     def order(self) -> Order:
@@ -121,15 +127,13 @@ class TokenSequence:
         return plan
 
     def push(self, token: int, log_prob: float = 0.0, draw_log_prob: float = 0.0) -> None:
-        """Appends a token and moves on to the next part where this one is full or ended. The null follows."""
+        """Appends a token and moves on to the next part where this one is full or ended."""
         if len(self.orders) > 1 and self.chooses_order:
             special = self.layout.vocabulary.special
             self.orders = [o for o in self.orders if special(str(o.parts[self.part])) == token]
         self.token_ids.append(token)
         self.log_probs.append(log_prob)
         self.draw_log_probs.append(draw_log_prob)
-        if self.null is not None:
-            self.null.push(token)
         part = self.orders[0].parts[self.part]
         self.filled += 1
         if isinstance(part, Marker):
@@ -142,15 +146,15 @@ class TokenSequence:
             self.part, self.filled = self.part + 1, 0
 
     def finished(self) -> Generated:
-        token_ids = torch.tensor(self.token_ids, dtype=torch.long)
         spans = {}
         for span in self.order.spans:
             segment = self.layout.vocabulary[span.segment]
-            inside = (token_ids >= segment.offset) & (token_ids < segment.end)
-            spans[span.segment] = token_ids[inside] - segment.offset
+            start, end = segment.offset, segment.end
+            numbers = [token - start for token in self.token_ids if start <= token < end]
+            spans[span.segment] = torch.tensor(numbers, dtype=torch.long)
         return Generated(
             order=self.order.name,
-            token_ids=token_ids,
+            token_ids=torch.tensor(self.token_ids, dtype=torch.long),
             spans=spans,
             log_probs=torch.tensor(self.log_probs),
             draw_log_probs=torch.tensor(self.draw_log_probs),

@@ -275,7 +275,7 @@ class Pipeline:
         executor: str | None = None,
         **sampling: Any,
     ) -> Codes:
-        """The codes of what `generate` draws. `executor` is one of `fast_decode.EXECUTORS`; by default as there."""
+        """The codes of what `generate` draws. `executor` is one of `EXECUTORS`; by default as there."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         config = self._sample_config(self.sampling.picture, sampling)
         drawn = self._draw_pictures(prompts, config, seed, n, best_of, rerank, negative_prompt, batch_size, executor)
@@ -295,7 +295,7 @@ class Pipeline:
         request = self._picture_request(self._whole(prompt), seed, negative_prompt, config)
         offset, found = self.layout.vocabulary["image"].offset, []
         for step in stream(self.model, self.layout, [request], config):
-            found.append(int(step.token_ids[0]) - offset)
+            found.append(step.token_id - offset)
             yield Partial(torch.tensor(found), self._partial_picture(found, scale))
 
     def _partial_picture(self, found: list[int], scale: int | None) -> Image.Image:

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.documents import config_of
-from smalti.engine.native import load
-from smalti.engine.packed import EXECUTORS
+from smalti.engine.executors import EXECUTORS
+from smalti.engine.executors.native import load
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, first_line, shortened
 from smalti.image_files import GRID_GAP, grid_columns, read_picture, read_receipts, to_grid, with_receipt

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smalti.data.loader import prefetch, step_rows
 from smalti.data.tokens import TokenBatch
-from smalti.engine import native as native_decode
+from smalti.engine.executors import native as native_decode
 from smalti.errors import InputError, require_finite
 from smalti.likelihood import Likelihood, evaluate_nll
 from smalti.models.config import TransformerConfig

@@ -1,19 +1,27 @@
 """Decode steps on a CPU in one call: `decode.cpp` from Python. The structures here mirror those there, field by field.
 
-Letters: B batch, T new tokens, D model width, R rows, n the ids of a slot.
+Letters: R rows, D model width, n the ids of a slot.
 """
 
 import ctypes
+from array import array
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int, c_long, c_void_p
-from typing import NamedTuple
+from itertools import accumulate, chain
+from operator import add
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti import native
+from smalti.engine.executors.base import Draws, Eager
+from smalti.engine.executors.packed import MOST_PACKED_BYTES, why_no_copy
+from smalti.engine.sampling import SampleConfig
+from smalti.errors import InputError
 from smalti.models.config import FEED_FORWARDS
-from smalti.models.decode_state import KVCache
+from smalti.models.decode_state import DecodeState, Rows
 from smalti.models.decoder_only import DecoderOnly
 from smalti.models.transformer import Block, Norm
 from smalti.sequences.layout import Slot
@@ -21,6 +29,11 @@ from smalti.sequences.layout import Slot
 FEED_FORWARD_CODES = {name: code for code, name in enumerate(FEED_FORWARDS)}
 MOST_ROWS = 1024
 """Tokens of all rows together that run at once: more need memory and gain nothing."""
+STEPS_THAT_REPAY_COMPILING = 1000
+"""Decode steps of one job from which the library is compiled for it: they take about as long without."""
+MISSING = (
+    "the native library is not there: it needs a C++ compiler, a job of many steps, and SMALTI_NATIVE other than 0"
+)
 POSITION_CODES = {"none": 0, "learned": 1, "sinusoidal": 1, "rotary": 2, "rotary_2d": 2}
 
 
@@ -39,13 +52,14 @@ class _Layer(Structure):
 
 class _Model(Structure):
     _fields_ = [(name, c_long) for name in ("vocab_size", "num_layers", "width", "num_heads", "kv_heads")]
-    _fields_ += [(name, c_long) for name in ("head_width", "wide", "max_length", "feed_forward", "positions")]
+    _fields_ += [(name, c_long) for name in ("head_width", "wide", "feed_forward", "positions")]
     _fields_ += [("embedding", c_void_p), ("table", c_void_p), ("norm", _Norm), ("layers", POINTER(_Layer))]
 
 
 class _Batch(Structure):
-    _fields_ = [("size", c_long), ("new_tokens", c_long), ("token_ids", c_void_p), ("starts", c_void_p)]
-    _fields_ += [("length", c_long), ("keys", c_void_p), ("values", c_void_p), ("row_stride", c_long)]
+    _fields_ = [("size", c_long), ("num_tokens", c_long)]
+    _fields_ += [(name, c_void_p) for name in ("token_ids", "slots", "firsts", "rows")]
+    _fields_ += [("most_slots", c_long), ("keys", c_void_p), ("values", c_void_p), ("row_stride", c_long)]
     _fields_ += [("head_stride", c_long), ("hidden", c_void_p), ("workspace", c_void_p)]
 
 
@@ -70,14 +84,30 @@ def load(*, build: bool = True) -> ctypes.CDLL | None:
     return library
 
 
-class NativeDecoder:
-    """Prefills and decodes in a model's place, through the same cache; draws too, where nothing filters the ids.
+class Native(Eager):
+    """Runs a model's steps in one call each; draws too, where nothing filters the ids.
 
     What a row computes is the same to the last bit whatever rows stand beside it. Holds a packed copy of the weights.
     """
 
-    def __init__(self, library: ctypes.CDLL, model: DecoderOnly):
-        self.model, self.device, self.library = model, model.device, library
+    name: ClassVar[str] = "native"
+
+    @classmethod
+    def why_not(cls, model: DecoderOnly, num_steps: int | None = None) -> list[str]:
+        reasons = why_no_copy(model, {torch.float32})
+        if 4 * model.num_parameters > MOST_PACKED_BYTES:
+            reasons.append(f"the weights take more than {MOST_PACKED_BYTES} bytes")
+        build = num_steps is None or num_steps >= STEPS_THAT_REPAY_COMPILING
+        if not reasons and load(build=build) is None:
+            reasons.append(MISSING)
+        return reasons
+
+    def __init__(self, model: DecoderOnly):
+        super().__init__(model)
+        library = load()
+        if library is None:
+            raise InputError(MISSING)
+        self.library = library
         self.kept: list[Tensor] = []  # what the structures point to
         transformer, config = model.transformer, model.config.transformer
         table = transformer.positions.weight if config.positions == "learned" else getattr(transformer, "table", None)
@@ -89,7 +119,6 @@ class NativeDecoder:
             kv_heads=config.kv_heads,
             head_width=config.head_dim,
             wide=config.d_ff,
-            max_length=config.max_length,
             feed_forward=FEED_FORWARD_CODES[config.feed_forward],
             positions=POSITION_CODES[config.positions],
             embedding=self._address(model.embed_tokens.weight),
@@ -98,25 +127,26 @@ class NativeDecoder:
             layers=(_Layer * config.num_layers)(*map(self._layer, transformer.blocks)),  # type: ignore[arg-type]
         )
         self.heads: dict[Slot | None, _Head] = {}
-        self.cache: _BoundCache | None = None
+        self.bound: _BoundState | None = None
         self.workspace = self.draw_workspace = torch.empty(0)
 
-    def prefill(self, token_ids: Int[Tensor, "B T"], kv_cache: KVCache) -> Float[Tensor, "B D"]:
-        """`DecoderOnly.prefill`, within rounding. Raises ValueError where the cache has no room."""
-        B, T = token_ids.shape
-        self.model.transformer.check_length(kv_cache.length + T, kv_cache)
-        hidden = torch.empty(B, self.fields.width)
-        columns = max(1, MOST_ROWS // B)
-        for start in range(0, T, columns):
-            self._run(token_ids[:, start : start + columns].contiguous(), kv_cache, hidden)
+    def extend(self, state: DecodeState, rows: Rows, tokens: Sequence[Sequence[int]]) -> Float[Tensor, "R D"]:
+        indices = state.indices(rows)
+        if self.bound is None or self.bound.state is not state:
+            self.bound = _BoundState(state)
+        counts = list(map(len, tokens))
+        columns = max(1, MOST_ROWS // len(indices))
+        if max(counts) <= columns:
+            return self._run(state, indices, tokens, counts)
+        hidden = torch.empty(len(indices), self.fields.width)
+        for start in range(0, max(counts), columns):
+            left = [i for i, count in enumerate(counts) if count > start]
+            part = [tokens[i][start : start + columns] for i in left]
+            hidden[left] = self._run(state, [indices[i] for i in left], part, list(map(len, part)))
         return hidden
 
-    def decode_step(self, token_ids: Int[Tensor, " B"], kv_cache: KVCache) -> Float[Tensor, "B D"]:
-        """`DecoderOnly.decode_step`, within rounding. Raises ValueError where the cache is full."""
-        return self.prefill(token_ids[:, None], kv_cache)
-
     def logits(self, hidden: Float[Tensor, "R D"], slot: Slot | None = None) -> Float[Tensor, "R n"]:
-        """`DecoderOnly.logits`; what they take of the head is packed once."""
+        """What they take of the head is packed once."""
         matrix, hidden = self._head(slot).matrix, hidden.contiguous()
         R, D = hidden.shape
         logits = torch.empty(R, matrix.outputs)
@@ -130,13 +160,10 @@ class NativeDecoder:
         slot: Slot,
         uniforms: Float[Tensor, " R"],
         scales: Float[Tensor, " R"] | None,
-        temperature: float,
-    ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
-        """An id per row, its ln p under the model, and under what it was drawn from.
-
-        As `sampling.guide` and `sampling.sample` would have it of the slot's logits, with a `temperature` above 0 and
-        no filter; `null_hidden` and `scales` are given together.
-        """
+        config: SampleConfig,
+    ) -> Draws:
+        if config.is_filtered or config.temperature == 0:
+            return super().draw(hidden, null_hidden, slot, uniforms, scales, config)
         head, hidden, R = self._head(slot), hidden.contiguous(), len(hidden)
         if len(self.draw_workspace) < 3 * R * head.matrix.outputs:
             self.draw_workspace = torch.empty(3 * R * head.matrix.outputs)
@@ -152,31 +179,44 @@ class NativeDecoder:
             scale_stride=0 if scales is None else scales.stride(0),
             uniform_stride=uniforms.stride(0),
             ids=head.ids.data_ptr(),
-            temperature=temperature,
+            temperature=config.temperature,
             token_ids=token_ids.data_ptr(),
             log_probs=log_probs.data_ptr(),
             draw_log_probs=log_probs[1].data_ptr(),
             workspace=self.draw_workspace.data_ptr(),
         )
         self.library.draw(byref(head.matrix), byref(fields), torch.get_num_threads())
-        return token_ids, log_probs[0], log_probs[1]
+        return Draws(token_ids, log_probs[0], log_probs[1])
 
-    def _run(self, token_ids: Int[Tensor, "B T"], kv_cache: KVCache, hidden: Float[Tensor, "B D"]) -> None:
-        """Runs new tokens into the cache; fills `hidden` with what predicts the token behind them."""
-        B, T = token_ids.shape
-        if self.cache is None or not self.cache.is_of(kv_cache):
-            self.cache = _BoundCache(kv_cache)
-        threads, slots = torch.get_num_threads(), kv_cache.length + T
-        needed = self.library.workspace_floats(byref(self.fields), B * T, slots, threads)
+    def _run(
+        self, state: DecodeState, indices: Sequence[int], tokens: Sequence[Sequence[int]], counts: list[int]
+    ) -> Float[Tensor, "R D"]:
+        """Runs new tokens into the state; returns what predicts the token behind each row's last."""
+        assert self.bound is not None
+        lengths = [state.lengths[row] for row in indices]
+        ends = list(map(add, lengths, counts))
+        most = max(ends)
+        state.check_length(most, self.model.config.transformer.max_length)
+        token_ids = array("q", chain.from_iterable(tokens))
+        slots, firsts = array("q", lengths), None
+        if len(token_ids) > len(counts):
+            slots = array("q", chain.from_iterable(map(range, lengths, ends)))
+            firsts = array("q", accumulate(counts, initial=0))
+        rows, threads = array("q", indices), torch.get_num_threads()
+        needed = self.library.workspace_floats(byref(self.fields), len(token_ids), most, threads)
         if len(self.workspace) < needed:
             self.workspace = torch.empty(needed)
-        batch = self.cache.batch
-        batch.size, batch.new_tokens, batch.length = B, T, kv_cache.length
-        batch.token_ids, batch.hidden = token_ids.data_ptr(), hidden.data_ptr()
-        batch.workspace = self.workspace.data_ptr()
+        hidden = torch.empty(len(counts), self.fields.width)
+        batch = self.bound.batch
+        batch.size, batch.num_tokens, batch.most_slots = len(counts), len(token_ids), most
+        batch.token_ids, batch.slots, batch.rows = map(_address, (token_ids, slots, rows))
+        batch.firsts = None if firsts is None else _address(firsts)
+        batch.hidden, batch.workspace = hidden.data_ptr(), self.workspace.data_ptr()
         if self.library.decode(byref(self.fields), byref(batch), threads):
             raise IndexError(f"a token id is outside 0..{self.fields.vocab_size - 1}.")
-        kv_cache.advance(T)
+        for row, end in zip(indices, ends, strict=True):
+            state.lengths[row] = end
+        return hidden
 
     def _head(self, slot: Slot | None) -> "_Head":
         if slot not in self.heads:
@@ -231,24 +271,21 @@ class _Head(NamedTuple):
     ids: Int[Tensor, " n"]
 
 
-class _BoundCache:
-    """Where the keys and values of a cache lie."""
+def _address(numbers: array) -> int:
+    return numbers.buffer_info()[0]
 
-    def __init__(self, kv_cache: KVCache):
-        self.kv_cache, self.starts = kv_cache, kv_cache.starts
-        self.addresses = [
-            (c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
-            for layers in (kv_cache.keys, kv_cache.values)
-        ]
-        row_stride, head_stride, slot_stride, channel_stride = kv_cache.keys[0].stride()
-        assert (slot_stride, channel_stride) == (kv_cache.keys[0].shape[3], 1)
+
+class _BoundState:
+    """Where the keys and values of a state lie."""
+
+    def __init__(self, state: DecodeState):
+        self.state = state
+        self.addresses = [(c_void_p * len(state.both))(*(both[i].data_ptr() for both in state.both)) for i in range(2)]
+        row_stride, head_stride, slot_stride, channel_stride = state.keys(0).stride()
+        assert (slot_stride, channel_stride) == (state.keys(0).shape[3], 1)
         self.batch = _Batch(
-            starts=None if self.starts is None else self.starts.data_ptr(),
             keys=ctypes.addressof(self.addresses[0]),
             values=ctypes.addressof(self.addresses[1]),
             row_stride=row_stride,
             head_stride=head_stride,
         )
-
-    def is_of(self, kv_cache: KVCache) -> bool:
-        return self.kv_cache is kv_cache and self.starts is kv_cache.starts

@@ -1,0 +1,313 @@
+"""The engine: requests come and go, and every step draws one token of each that is open.
+
+A request is carried out alone, whatever else runs: its seed gives one uniform number a position, drawn up front, its
+settings are its own, and an executor computes a row to the same bits in any company. A guided picture is one request of
+two linked rows, the second under the null condition: they enter and leave together. Where a step is not guided the null
+row stays behind; when it is wanted again it catches up in one pass.
+
+Letters: C requests there is room for, D model width, n rows drawn together.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from smalti.engine.executors import make_executor
+from smalti.engine.sampling import SampleConfig
+from smalti.models.decode_state import Rows
+from smalti.models.decoder_only import DecoderOnly
+from smalti.sequences.layout import Layout
+from smalti.sequences.request import Generated, Request, TokenSequence
+
+
+class Event(NamedTuple):
+    """A token that was drawn, or that is certain behind one that was."""
+
+    ticket: int
+    """Which request: they are numbered from 0 in the order of `submit`."""
+    position: int
+    """Where in its sequence the token stands."""
+    token_id: int
+    log_prob: float
+    """The model's own ln p of the token: temperature 1, no filter, no guidance."""
+    draw_log_prob: float
+    """ln p under the distribution it was drawn from; equal to `log_prob` where nothing reshapes it."""
+
+
+class Engine:
+    """Carries out requests on rows of one state.
+
+    `capacity` requests run at once, of which `guided_capacity` (by default all) may be guided; more wait their turn.
+    `executor` names one of `EXECUTORS`; by default the first that takes a job of `num_steps` steps (None: as many as
+    may be). Raises InputError if the executor cannot take the model, ValueError for a model in training mode.
+    """
+
+    def __init__(
+        self,
+        model: DecoderOnly,
+        layout: Layout,
+        *,
+        capacity: int = 64,
+        guided_capacity: int | None = None,
+        executor: str | None = None,
+        num_steps: int | None = None,
+    ):
+        if capacity < 1:
+            raise ValueError(f"capacity is {capacity}; an engine has room for at least one request.")
+        if model.training:
+            raise ValueError("the model is in training mode; call its eval() first.")
+        model.check_layout(layout)
+        self.layout, self.capacity = layout, capacity
+        self.executor = make_executor(model, executor, num_steps)
+        # The rows of the requests stand from `first` on, upwards, their null rows before it, downwards: together, and
+        # each by themselves, they are side by side.
+        self.first = capacity if guided_capacity is None else min(guided_capacity, capacity)
+        with torch.inference_mode():
+            self.state = self.executor.new_state(self.first + capacity, layout.max_length)
+            self.hidden: Float[Tensor, "rows D"] = torch.zeros(0)
+        self.active: list[_Running] = []  # number i is in row first + i
+        self.guided: list[_Running] = []  # the null row of number j is first − 1 − j
+        self.waiting: deque[_Running] = deque()
+        self.finished: dict[int, TokenSequence] = {}
+        self.configs: dict[SampleConfig, int] = {}
+        self.num_tickets = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.active and not self.waiting
+
+    def submit(self, request: Request, config: SampleConfig = SampleConfig()) -> int:  # noqa: B008 (frozen)
+        """Takes a request in; returns its ticket. Raises ValueError for one that does not fit the layout, or lacks the
+        null condition that guidance needs."""
+        number = self.configs.setdefault(config, len(self.configs))
+        running = _Running(self.num_tickets, TokenSequence(self.layout, request), config, number)
+        if running.is_guided and not self.first:
+            raise ValueError("this engine was made without room for guided requests (guided_capacity=0).")
+        self.num_tickets += 1
+        if running.sequence.is_finished:
+            self.finished[running.ticket] = running.sequence
+        else:
+            self.waiting.append(running)
+        return running.ticket
+
+    @torch.inference_mode()
+    def cancel(self, ticket: int) -> None:
+        """Forgets a request, finished or not; its rows are free at once. Raises KeyError for a ticket there is not."""
+        for running in self.waiting:
+            if running.ticket == ticket:
+                self.waiting.remove(running)
+                return
+        for running in self.active:
+            if running.ticket == ticket:
+                self._leave([running])
+                return
+        del self.finished[ticket]
+
+    def take(self, ticket: int) -> Generated:
+        """A finished sequence, which the engine then forgets. Raises KeyError if it is not finished."""
+        return self.finished.pop(ticket).finished()
+
+    def step(self) -> list[Event]:
+        """Draws a token of every open request, and what is certain behind it."""
+        return [event for running, start in self._step() for event in running.events(start)]
+
+    def run(self) -> None:
+        """Carries out everything that was submitted."""
+        while not self.is_idle:
+            self._step()
+
+    @torch.inference_mode()
+    def _step(self) -> list[tuple["_Running", int]]:
+        """Every open request, with how many tokens had been drawn of it."""
+        self._enter()
+        self._extend()
+        before = [(running, len(running.drawn)) for running in self.active]
+        leaving: list[_Running] = []
+        for group in self._groups():
+            leaving += self._draw(group)
+        if leaving:
+            self._leave([running for running in self.active if running.sequence.is_finished])
+        return before
+
+    def _enter(self) -> None:
+        while self.waiting and len(self.active) < self.capacity:
+            running = self.waiting[0]
+            if running.is_guided:
+                if len(self.guided) == self.first:
+                    return
+                running.null_row = self.first - 1 - len(self.guided)
+                self.state.lengths[running.null_row] = 0
+                self.guided.append(running)
+            running.row = self.first + len(self.active)
+            self.state.lengths[running.row] = 0
+            self.active.append(self.waiting.popleft())
+
+    def _leave(self, leaving: Sequence["_Running"]) -> None:
+        """Takes requests out; the last ones take the rows that get free."""
+        for running in reversed(leaving):
+            for row in (running.row, running.null_row):
+                if row >= 0 and not running.is_finite:
+                    self.state.clear(row)
+            if running.is_guided:
+                self._fill(self.guided, running, "null_row")
+            self._fill(self.active, running, "row")
+            if running.sequence.is_finished:
+                self.finished[running.ticket] = running.sequence
+
+    def _fill(self, held: list["_Running"], leaving: "_Running", row: str) -> None:
+        last = held.pop()
+        if last is leaving:
+            return
+        source, target = getattr(last, row), getattr(leaving, row)
+        self.state.copy([source], [target])
+        if len(self.hidden):
+            self.hidden[target] = self.hidden[source]
+        setattr(last, row, target)
+        held[held.index(leaving)] = last
+
+    def _extend(self) -> None:
+        """Runs what the rows have not seen, where it is needed for what is drawn next."""
+        nulls = [running for running in reversed(self.guided) if running.scales[running.at] != 1]
+        lengths = self.state.lengths
+        pending = [(running.null_row, running.null_pending(lengths[running.null_row])) for running in nulls]
+        pending += [(running.row, running.token_ids[lengths[running.row] :]) for running in self.active]
+        one = [(row, tokens) for row, tokens in pending if len(tokens) == 1]
+        more = [(row, tokens) for row, tokens in pending if len(tokens) > 1]
+        if one:
+            whole = len(one) == len(pending) and len(nulls) in (0, len(self.guided))
+            rows = slice(one[0][0], one[-1][0] + 1) if whole else [row for row, _ in one]
+            self._run(rows, [tokens for _, tokens in one])
+        if more:
+            self._run_once(more)
+
+    def _run(self, rows: Rows, tokens: list[list[int]]) -> None:
+        hidden = self.executor.extend(self.state, rows, tokens)
+        if not len(self.hidden):
+            self.hidden = hidden.new_zeros(self.state.capacity, hidden.shape[1])
+        self.hidden[rows] = hidden
+
+    def _run_once(self, pending: list[tuple[int, list[int]]]) -> None:
+        """Runs several tokens of rows; a beginning that several share, as the candidates of a prompt do, once."""
+        same: dict[tuple[int, ...], int] = {}
+        rows, tokens, copies = [], [], []
+        for row, new in pending:
+            if self.state.lengths[row] == 0:
+                source = same.setdefault(tuple(new), row)
+                if source != row:
+                    copies.append((source, row))
+                    continue
+            rows.append(row)
+            tokens.append(new)
+        self._run(rows, tokens)
+        if copies:
+            sources, targets = map(list, zip(*copies, strict=True))
+            self.state.copy(sources, targets)
+            self.hidden[targets] = self.hidden[sources]
+
+    def _groups(self) -> list[list["_Running"]]:
+        """Requests that draw from one slot with the same settings, guided or not."""
+        groups: dict[int, list[_Running]] = {}
+        for running in self.active:
+            groups.setdefault(running.keys[running.at], []).append(running)
+        return list(groups.values())
+
+    def _draw(self, group: list["_Running"]) -> list["_Running"]:
+        """Draws a token of each; returns those that are finished."""
+        first = group[0]
+        slot = self.layout.slots[first.slot_ids[first.at]]
+        hidden, null_hidden, scales = self.hidden[self._rows_of(group)], None, None
+        if first.scales[first.at] != 1:
+            null_hidden = self.hidden[[running.null_row for running in group]]
+            scales = torch.tensor([running.scales[running.at] for running in group], device=hidden.device)
+        uniforms = torch.tensor([running.uniforms[running.at] for running in group], dtype=torch.float64)
+        drawn = self.executor.draw(hidden, null_hidden, slot, uniforms, scales, first.config)
+        tokens = zip(*(values.tolist() for values in drawn), strict=True)
+        return [running for running, token in zip(group, tokens, strict=True) if running.push(token)]
+
+    def _rows_of(self, group: list["_Running"]) -> Rows:
+        if len(group) == len(self.active):
+            return slice(self.first, self.first + len(group))
+        return [running.row for running in group]
+
+
+class _Running:
+    """A request on its way through the engine."""
+
+    def __init__(self, ticket: int, sequence: TokenSequence, config: SampleConfig, number: int):
+        self.ticket, self.sequence, self.config, self.number = ticket, sequence, config, number
+        self.row = self.null_row = -1
+        self.token_ids: list[int] = list(sequence.token_ids)
+        self.num_given = len(self.token_ids)
+        self.drawn: list[tuple[int, float, float]] = []
+        """What was added, with its ln p under the model and under what it was drawn from."""
+        self.num_settled = 0
+        self.null_ids: list[int] = []
+        self.is_guided = not sequence.is_finished and config.guidance_scale != 1
+        if self.is_guided:
+            self.null_ids = _null_of(sequence).token_ids
+        if not sequence.is_finished:
+            self._plan()
+
+    @property
+    def is_finite(self) -> bool:
+        return all(log_prob == log_prob for _, log_prob, _ in self.drawn)
+
+    def null_pending(self, num_seen: int) -> list[int]:
+        """What the null row has not seen: behind its own beginning, the same tokens."""
+        given = len(self.null_ids)
+        if num_seen >= given:
+            return self.token_ids[self.num_given + num_seen - given :]
+        return self.null_ids + self.token_ids[self.num_given :]
+
+    def events(self, start: int) -> list[Event]:
+        return [
+            Event(self.ticket, self.num_given + number, *self.drawn[number]) for number in range(start, len(self.drawn))
+        ]
+
+    def _plan(self) -> None:
+        """Reads what the sequence generates next."""
+        plan = self.sequence.plan()
+        self.forced, self.slot_ids, self.stop = plan.forced, plan.slot_ids, plan.stop
+        self.at, self.end = 0, len(plan.forced)
+        self.uniforms: list[float] = self.sequence.uniforms[len(self.token_ids) :].tolist()
+        self.scales = [1.0] * self.end
+        if self.is_guided:
+            self.scales = [
+                1.0 if forced >= 0 else self.config.guidance_at(*step)
+                for forced, step in zip(plan.forced, plan.steps, strict=True)
+            ]
+        most = len(self.sequence.layout.slots)
+        self.keys = [
+            2 * (self.number * most + slot_id) + (scale != 1)
+            for slot_id, scale in zip(plan.slot_ids, self.scales, strict=True)
+        ]
+
+    def push(self, token: tuple[int, float, float]) -> bool:
+        """Adds a token, and all that is certain behind it; whether the sequence is finished."""
+        while True:
+            self.drawn.append(token)
+            self.token_ids.append(token[0])
+            self.at += 1
+            if self.at == self.end or token[0] == self.stop:
+                for settled in self.drawn[self.num_settled :]:
+                    self.sequence.push(*settled)
+                self.num_settled = len(self.drawn)
+                if self.sequence.is_finished:
+                    return True
+                self._plan()
+            if self.forced[self.at] < 0:
+                return False
+            token = (self.forced[self.at], 0.0, 0.0)
+
+
+def _null_of(sequence: TokenSequence) -> TokenSequence:
+    if sequence.null is None:
+        raise ValueError("guidance needs a null condition in every request (Request.null).")
+    ahead = sequence.plan().slot_ids
+    if sequence.null.plan().slot_ids[: len(ahead)] != ahead:
+        raise ValueError(f"the null condition leaves other spans: {sequence.null.order}, not {sequence.order}.")
+    return sequence.null

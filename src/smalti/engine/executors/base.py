@@ -1,0 +1,85 @@
+"""What every executor of a model's steps does, and the plain one, which is the oracle of the others.
+
+Letters: R rows, T tokens, D model width, n the ids of a slot.
+"""
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from smalti.engine.sampling import SampleConfig, guide, log_prob_of, sample
+from smalti.models.decode_state import DecodeState, Rows
+from smalti.models.decoder_only import DecoderOnly
+from smalti.sequences.layout import Slot
+
+
+class Draws(NamedTuple):
+    """A token of each of R rows."""
+
+    token_ids: Int[Tensor, " R"]
+    log_probs: Float[Tensor, " R"]
+    """The model's own ln p of the token: temperature 1, no filter, no guidance."""
+    draw_log_probs: Float[Tensor, " R"]
+    """ln p under the distribution it was drawn from; equal to `log_probs` where nothing reshapes it."""
+
+
+class Eager:
+    """The model itself, operator by operator. The weights must not change meanwhile, and no gradient passes through."""
+
+    name: ClassVar[str] = "eager"
+
+    @classmethod
+    def why_not(cls, model: DecoderOnly, num_steps: int | None = None) -> list[str]:
+        """Everything that keeps this executor from a job of so many decode steps (None: as many as may be), in words.
+
+        It depends on the model, the machine and the job alone, never on what the process did before.
+        """
+        return []
+
+    def __init__(self, model: DecoderOnly):
+        self.model = model
+
+    def new_state(self, capacity: int, max_length: int | None = None) -> DecodeState:
+        return self.model.new_state(capacity, max_length)
+
+    def extend(self, state: DecodeState, rows: Rows, tokens: Sequence[Sequence[int]]) -> Float[Tensor, "R D"]:
+        """Runs each row's new tokens, one or more; returns what predicts the token behind its last.
+
+        Raises ValueError where a row would get too long.
+        """
+        token_ids, counts = filled_up_on_the_right(tokens)
+        return self.model.extend(state, rows, token_ids.to(self.model.device), counts)
+
+    def logits(self, hidden: Float[Tensor, "R D"], slot: Slot | None = None) -> Float[Tensor, "R n"]:
+        """Scores of a slot's ids, in the slot's own numbering; None: of all ids."""
+        return self.model.logits(hidden, slot)
+
+    def draw(
+        self,
+        hidden: Float[Tensor, "R D"],
+        null_hidden: Float[Tensor, "R D"] | None,
+        slot: Slot,
+        uniforms: Float[Tensor, " R"],
+        scales: Float[Tensor, " R"] | None,
+        config: SampleConfig,
+    ) -> Draws:
+        """A token of each row at its uniform number. `null_hidden` and `scales` guide, and are given together."""
+        cond = self.logits(hidden, slot).float()
+        logits = cond
+        if null_hidden is not None and scales is not None:
+            logits = guide(cond, self.logits(null_hidden, slot).float(), scales[:, None])
+        local, draw_log_probs = sample(logits, uniforms.to(logits.device), config)
+        log_probs = draw_log_probs if config.is_plain else log_prob_of(cond, local)
+        return Draws(slot.token_ids(local), log_probs, draw_log_probs)
+
+
+def filled_up_on_the_right(tokens: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "R T"], list[int] | None]:
+    """Rows of tokens as a table, with how many of each row are real; None: all."""
+    counts = [len(row) for row in tokens]
+    if min(counts) == max(counts):
+        return torch.tensor(tokens), None
+    return torch.tensor(list(zip_longest(*tokens, fillvalue=0))).t().contiguous(), counts
