@@ -8,7 +8,7 @@ import torch
 from smalti.engine.generate import Request, generate
 from smalti.likelihood import _likelihood, evaluate_nll, score
 from smalti.models.config import TransformerConfig
-from smalti.models.decoder_only import new_model
+from smalti.models.decoder_only import DecoderOnly, new_model
 from smalti.sequences.layout import Layout, SpanValues
 from smalti.sequences.vocabulary import Vocabulary
 
@@ -60,6 +60,21 @@ def test_scores_equal_a_plain_loop_and_do_not_depend_on_the_batch(order):
     again = score(model, LAYOUT, order, spans, batch_size=1)
     for name in found:
         assert torch.allclose(found[name], again[name], atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_head_computes_only_the_segments_that_are_asked_for(monkeypatch):
+    model, spans = model_and_spans()
+    whole, logits, computed = score(model, LAYOUT, "text first", spans), DecoderOnly.logits, []
+
+    def counting(self, hidden, slot=None):
+        computed.append((len(hidden), slot.size))
+        return logits(self, hidden, slot)
+
+    monkeypatch.setattr(DecoderOnly, "logits", counting)
+    found = score(model, LAYOUT, "text first", spans, segments=["image"])
+    assert list(found) == ["image"] and torch.equal(found["image"], whole["image"])
+    assert computed == [(11 * 5, 13)]  # no word, no marker
 
 
 def test_scores_equal_the_generators_log_probs():

@@ -8,7 +8,7 @@ Letters: N sequences, B batch, T tokens.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +43,20 @@ class Likelihood:
 
 
 @torch.no_grad()
-def segment_nats(model: DecoderOnly, layout: Layout, packed: Packed) -> dict[str, Float[Tensor, " B"]]:
-    """Each row's nats by the segment of the predicted tokens ("image", "text", "special", ...)."""
+def segment_nats(
+    model: DecoderOnly, layout: Layout, packed: Packed, segments: Collection[str] | None = None
+) -> dict[str, Float[Tensor, " B"]]:
+    """Each row's nats by the segment of the predicted tokens ("image", "text", "special", ...).
+
+    With `segments` only theirs: the head then computes nothing else.
+    """
+    masks = _segment_masks(layout, packed)
+    if segments is not None:
+        masks = {name: masks[name] for name in segments}
+        wanted = torch.stack(list(masks.values())).any(0)
+        packed = packed._replace(slot_ids=packed.slot_ids.where(wanted, NO_SLOT))
     nll = token_nll(model, packed, layout.slots).double()
-    return {name: (nll * inside).sum(1) for name, inside in _segment_masks(layout, packed).items()}
+    return {name: (nll * inside).sum(1) for name, inside in masks.items()}
 
 
 def _segment_masks(layout: Layout, packed: Packed) -> dict[str, Tensor]:
@@ -60,17 +70,24 @@ def _segment_masks(layout: Layout, packed: Packed) -> dict[str, Tensor]:
 
 
 def score(
-    model: DecoderOnly, layout: Layout, order: str, spans: Mapping[str, SpanValues], *, batch_size: int = 256
+    model: DecoderOnly,
+    layout: Layout,
+    order: str,
+    spans: Mapping[str, SpanValues],
+    *,
+    segments: Collection[str] | None = None,
+    batch_size: int = 256,
 ) -> dict[str, Float[Tensor, " N"]]:
-    """Nats of N sequences in one order, by segment.
+    """Nats of N sequences in one order, by segment: all of them, or those asked for and no others computed.
 
     In an order with the caption first, "image" is −ln p(picture | caption) and "text" is −ln p(caption); in one with
     the picture first, "text" is −ln p(caption | picture) and "image" is −ln p(picture).
     """
     batches = _packed(layout, order, spans, batch_size)
     with evaluating(model):
-        found = [segment_nats(model, layout, to_device(packed, model.device)) for packed in batches]
-    return {name: torch.cat([part[name] for part in found]).cpu() for name in layout.vocabulary.segments}
+        found = [segment_nats(model, layout, to_device(packed, model.device), segments) for packed in batches]
+    names = layout.vocabulary.segments if segments is None else segments
+    return {name: torch.cat([part[name] for part in found]).cpu() for name in names}
 
 
 def _packed(layout: Layout, order: str, spans: Mapping[str, SpanValues], batch_size: int) -> Iterator[Packed]:

@@ -508,18 +508,18 @@ class Pipeline:
             "text": SpanValues(nn.utils.rnn.pad_sequence(list(words), batch_first=True), lengths),
         }
 
-        def nats(order: str) -> dict[str, Float[Tensor, " B"]]:
-            return score(self.model, self.layout, order, spans, batch_size=batch_size)
+        def nats(order: str, *segments: str) -> dict[str, Float[Tensor, " B"]]:
+            return score(self.model, self.layout, order, spans, segments=segments, batch_size=batch_size)
 
-        text_first, empty = nats(self._order("text", "image")), self._empty_caption_order()
+        text_first, empty = nats(self._order("text", "image"), "image"), self._empty_caption_order()
         image_first = None
         if empty is None or self._has_order("image", "text"):
-            image_first = nats(self._order("image", "text"))
+            image_first = nats(self._order("image", "text"), "image", "text")
         caption_nll_nats = None if image_first is None else image_first["text"]
         alone = image_first
         if empty is not None:
             spans["text"] = SpanValues(torch.zeros(len(codes), 0, dtype=torch.long), torch.zeros_like(lengths))
-            alone = nats(empty)
+            alone = nats(empty, "image")
         assert alone is not None
         return Scores(text_first["image"], caption_nll_nats, alone["image"] - text_first["image"])
 
