@@ -35,7 +35,7 @@ CAPTIONS = Layout.parse(
 )
 
 
-@pytest.fixture(params=EXECUTORS, autouse=True)
+@pytest.fixture(params=["native", "packed", "eager"], autouse=True)
 def each_executor(request, monkeypatch) -> None:
     """Everything below holds on every executor that takes the model."""
     if request.param == "native":

@@ -225,8 +225,7 @@ class Engine:
             scales = torch.tensor([running.scales[running.at] for running in group], device=hidden.device)
         uniforms = torch.tensor([running.uniforms[running.at] for running in group], dtype=torch.float64)
         drawn = self.executor.draw(hidden, null_hidden, slot, uniforms, scales, first.config)
-        tokens = zip(*(values.tolist() for values in drawn), strict=True)
-        return [running for running, token in zip(group, tokens, strict=True) if running.push(token)]
+        return [running for running, token in zip(group, drawn.rows(), strict=True) if running.push(token)]
 
     def _rows_of(self, group: list["_Running"]) -> Rows:
         if len(group) == len(self.active):

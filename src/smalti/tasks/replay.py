@@ -139,7 +139,7 @@ def _draw_codes(pipe: Pipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "
     for executor in EXECUTORS:
         if _code_difference(codes, receipts) is None:
             break
-        if executor != "native" or load() is not None:
+        if not EXECUTORS[executor].why_not(pipe.model):
             other = _drawn_by_named(pipe, [{"executor": executor, **receipt} for receipt in receipts])
             codes = other if _code_difference(other, receipts) is None else codes
     return codes

@@ -2,12 +2,13 @@
 them; with one of them, the same seed gives the same tokens."""
 
 from smalti.engine.executors.base import Draws, Eager
+from smalti.engine.executors.cuda_graph import CudaGraph
 from smalti.engine.executors.native import Native
 from smalti.engine.executors.packed import Packed
 from smalti.errors import InputError
 from smalti.models.decoder_only import DecoderOnly
 
-EXECUTORS: dict[str, type[Eager]] = {executor.name: executor for executor in (Native, Packed, Eager)}
+EXECUTORS: dict[str, type[Eager]] = {executor.name: executor for executor in (CudaGraph, Native, Packed, Eager)}
 """In the order in which they are preferred."""
 
 

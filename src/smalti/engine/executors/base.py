@@ -26,6 +26,13 @@ class Draws(NamedTuple):
     draw_log_probs: Float[Tensor, " R"]
     """ln p under the distribution it was drawn from; equal to `log_probs` where nothing reshapes it."""
 
+    def rows(self) -> list[tuple[int, float, float]]:
+        """Row by row, on the host. A device is waited for once."""
+        if self.token_ids.device.type == "cpu":
+            return list(zip(*(values.tolist() for values in self), strict=True))
+        together = torch.stack([values.double() for values in self]).tolist()
+        return [(int(token_id), *log_probs) for token_id, *log_probs in zip(*together, strict=True)]
+
 
 class Eager:
     """The model itself, operator by operator. The weights must not change meanwhile, and no gradient passes through."""
