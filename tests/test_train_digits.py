@@ -25,7 +25,7 @@ SETTINGS = [
     "image_tokenizer.model.width=8",
     "image_tokenizer.model.num_heads=2",
     "image_tokenizer.model.quantizer.codebook_size=23",
-    "image_tokenizer.train.steps=5",
+    "image_tokenizer.train.num_steps=5",
     "image_tokenizer.train.batch_size=8",
     "model.num_layers=1",
     "model.d_model=12",
@@ -101,7 +101,7 @@ def test_a_run_stopped_at_any_stage_ends_as_if_it_had_not_been(tmp_path, monkeyp
 
 
 def test_another_recipe_in_the_same_folder_is_refused(copied: Path):
-    with pytest.raises(InputError, match=r"holds a run with other settings in the section 'model'"):
+    with pytest.raises(InputError, match=r"a run with other settings \(model.num_layers is 1 there, 2 here; see "):
         train(copied, "model.num_layers=2")
     assert load_checkpoint(sorted((copied / "model" / "checkpoints").glob("step_*"))[-1]).step == 6
 

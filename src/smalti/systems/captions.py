@@ -36,9 +36,10 @@ from smalti.sequences.layout import Layout
 from smalti.tasks.images import Pipeline
 from smalti.text_tokenizer import BPEConfig, TextTokenizer
 from smalti.training.checkpoint import run_lock
+from smalti.training.distributed import processes
 from smalti.training.estimate import Estimate
 from smalti.training.sample_table import SampleTable
-from smalti.training.token_model import Pairs, nats_by_order, processes, train_model
+from smalti.training.token_model import Pairs, nats_by_order, train_model
 
 
 def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: bool = True) -> Path:

@@ -36,9 +36,10 @@ from smalti.sequences.layout import Layout
 from smalti.tasks.images import Pipeline
 from smalti.text_tokenizer import TextTokenizer
 from smalti.training.checkpoint import run_lock
+from smalti.training.distributed import processes
 from smalti.training.estimate import Estimate, Length
 from smalti.training.image_tokenizer import train_tokenizer
-from smalti.training.token_model import processes, train_model
+from smalti.training.token_model import train_model
 
 PICTURES = PictureConfig(height=PICTURE_SIZE, width=PICTURE_SIZE, levels=4, scale=8)
 
@@ -51,7 +52,7 @@ def train_digits(recipe: Recipe, *, command: str = "", show_progress: bool = Tru
     """
     output = recipe.output
     text_tokenizer = TextTokenizer.from_words(words(), spellings={"eigth": "eight"})
-    of_tokenizer = Length("image_tokenizer.train.steps", recipe.image_tokenizer.train.steps)
+    of_tokenizer = Length("image_tokenizer.train.num_steps", recipe.image_tokenizer.train.num_steps)
     estimate = Estimate(recipe.minutes, {"image tokenizer": of_tokenizer, "transformer": recipe.train.length})
     with processes() as (rank, world_size), run_lock(output, rank):
         if rank == 0:

@@ -35,8 +35,9 @@ from smalti.recipes import LinesRecipe, claim_folder
 from smalti.systems.line_presets import LINE_PRESETS, choose_preset, line_layout
 from smalti.tasks.lines import LineModel
 from smalti.training.checkpoint import run_lock
+from smalti.training.distributed import processes
 from smalti.training.estimate import Estimate
-from smalti.training.token_model import processes, train_model
+from smalti.training.token_model import train_model
 
 
 class LineData(NamedTuple):
