@@ -17,6 +17,7 @@ from smalti.evaluate.digits import DigitClassifier
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.recipes import load_recipe
 from smalti.systems import digits as system
+from smalti.systems import stages
 from smalti.tasks.images import Pipeline
 from smalti.training.checkpoint import load_checkpoint
 
@@ -93,7 +94,7 @@ def test_a_run_stopped_at_any_stage_ends_as_if_it_had_not_been(tmp_path, monkeyp
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(system, stage, stop)
+        patch.setattr(system if hasattr(system, stage) else stages, stage, stop)
         with pytest.raises(Stopped):
             train(tmp_path / "stopped")
     resumed = Pipeline.load(train(tmp_path / "stopped"))
