@@ -39,7 +39,7 @@ NANOGPT = [
 def best_evaluation(curves: Path) -> tuple[float, float]:
     """Lowest validation nats per token of a run, and the epoch."""
     with curves.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+        rows = [row for row in csv.DictReader(file) if row["split"] == "validation"]
     best = min(rows, key=lambda row: float(row["nats_per_token"]))
     return float(best["nats_per_token"]), float(best["epoch"])
 

@@ -48,7 +48,10 @@ def test_short_stages_are_not_estimated():
 
 
 def test_reasons_and_what_to_set_come_only_beyond_twice_the_stated_time():
-    lengths = {"image tokenizer": Length("image_tokenizer.train.steps", 100), "transformer": Length("num_epochs", 4.0)}
+    lengths = {
+        "image tokenizer": Length("image_tokenizer.train.num_steps", 100),
+        "transformer": Length("num_epochs", 4.0),
+    }
     asked = []
 
     def why():
@@ -60,7 +63,7 @@ def test_reasons_and_what_to_set_come_only_beyond_twice_the_stated_time():
     beyond = said(Estimate(MINUTES, lengths), "image tokenizer", first_s=1.0, pace_s=2.4, why=why)
     assert beyond[20].endswith(
         ". The recipe states 3 min 30 s. Why: it is old: buy another; it is busy. In the time that it states you can "
-        "have a shorter training: image_tokenizer.train.steps=25 num_epochs=1."
+        "have a shorter training: image_tokenizer.train.num_steps=25 num_epochs=1."
     )
     unknown = said(Estimate(MINUTES), "image tokenizer", first_s=1.0, pace_s=2.4)
     assert "Why: nothing that can be told from here" in unknown[20]
@@ -107,7 +110,7 @@ def test_recipes_state_minutes_until_what_is_trained_changes():
     assert set(stated) == {"image tokenizer", "transformer", "report"}
     for setting in ("output=elsewhere", "precision=float32", "train.seed=3", "evaluate.num_pairs=3"):
         assert load_recipe("demo", [setting]).minutes == stated
-    for setting in ("num_epochs=9", "image_tokenizer.train.steps=9", "d_model=64", "colourings=3"):
+    for setting in ("num_epochs=9", "image_tokenizer.train.num_steps=9", "d_model=64", "colourings=3"):
         assert load_recipe("demo", [setting]).minutes == {}
     assert load_recipe("emoji", ["data.train=a.parquet", "image_tokenizer=b"]).minutes == load_recipe("emoji").minutes
     assert load_recipe("vqgan").minutes == {} and load_recipe("titok").minutes["image tokenizer"] > 30

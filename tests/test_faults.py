@@ -38,7 +38,7 @@ from smalti.interop.reading import read_weights
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnlyConfig
 from smalti.recipes import claim_folder, load_recipe
-from smalti.systems.captions import _stored
+from smalti.systems.stages import stored_image_tokenizer
 from smalti.tasks.images import Pipeline
 from smalti.tasks.line_files import complete_file, score_file
 from smalti.tasks.lines import LineModel
@@ -310,9 +310,12 @@ def test_what_a_run_made_and_cannot_read_may_be_removed(tmp_path):
     save_image_tokenizer(tiny_pipeline().image_tokenizer, folder)
     (folder / "config.json").write_text("")
     with pytest.raises(InputError, match=r"config\.json is not JSON: it is empty.*remove .*image_tokenizer: the next"):
-        _stored(tiny_pipeline().image_tokenizer, folder)
+        stored_image_tokenizer(folder, lambda: tiny_pipeline().image_tokenizer)
     shutil.rmtree(folder)
-    assert _stored(tiny_pipeline().image_tokenizer, folder).config == tiny_pipeline().image_tokenizer.config
+    assert (
+        stored_image_tokenizer(folder, lambda: tiny_pipeline().image_tokenizer).config
+        == tiny_pipeline().image_tokenizer.config
+    )
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"source": 1, "tokenizers": {}}'])

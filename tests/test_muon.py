@@ -9,10 +9,11 @@ from training_runs import FIXED, SHAPE, arrays
 
 from smalti.errors import InputError
 from smalti.models.decoder_only import new_model
-from smalti.training.checkpoint import latest_checkpoint, load_checkpoint
+from smalti.training import run
+from smalti.training.checkpoint import latest_checkpoint, load_checkpoint, load_run
 from smalti.training.curves import Curves
 from smalti.training.muon import Muon, orthogonalise
-from smalti.training.token_model import TrainConfig, describe_run, make_optimizer, train_model
+from smalti.training.token_model import TrainConfig, make_optimizer, train_model
 
 
 @pytest.fixture(autouse=True)
@@ -125,9 +126,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
     assert torch.equal(run("cut", train), whole)
 
 
-def test_runs_from_before_there_was_a_choice_go_on_with_adamw_alone(tmp_path):
+def test_runs_from_before_there_was_a_choice_go_on_with_adamw_alone(tmp_path, monkeypatch):
     train, validation, adamw = arrays(29), arrays(5, seed=1), replace(RUN, optimizer="adamw")
-    assert "optimizer" not in describe_run(new_model(FIXED, SHAPE), FIXED, adamw, 29)
     train_model(SHAPE, FIXED, train, validation, adamw, tmp_path, show_progress=False)
-    with pytest.raises(InputError, match="holds a run with optimizer None, not 'muon'"):
+    begun = load_run(sorted((tmp_path / "checkpoints").glob("step_*"))[-1])
+    del begun["training"]["optimizer"]
+    monkeypatch.setattr(run, "load_run", lambda path: begun)
+    train_model(SHAPE, FIXED, train, validation, adamw, tmp_path, show_progress=False)
+    with pytest.raises(InputError, match=r"other settings \(training.optimizer is None there, muon here\)"):
         train_model(SHAPE, FIXED, train, validation, RUN, tmp_path, show_progress=False)

@@ -21,6 +21,7 @@ from smalti.evaluate.digits import ClassifierConfig
 from smalti.precision import autocast, compute_precision, resolve_precision, with_precision
 from smalti.recipes import claim_folder, load_recipe, shipped_recipes
 from smalti.training.checkpoint import CHECKSUMS_FILE, STATE_FILE, latest_checkpoint, load_run
+from smalti.training.settings import FREE, OLD_NAMES
 from smalti.training.token_model import TrainConfig, train_model
 
 CPU = torch.device("cpu")
@@ -124,7 +125,7 @@ def test_a_folder_of_before_goes_on_by_its_recipe(tmp_path):
     path.write_text(json.dumps(found))
     claim_folder(recipe, tmp_path, free=())
     claim_folder(load_recipe("demo", ["image_tokenizer.train.precision=bfloat16"]), tmp_path, free=())
-    with pytest.raises(InputError, match="other settings in the section 'image_tokenizer'"):
+    with pytest.raises(InputError, match=r"image_tokenizer.train.precision is bfloat16 there, float32 here"):
         claim_folder(load_recipe("demo", ["image_tokenizer.train.precision=float32"]), tmp_path, free=())
 
 
@@ -142,34 +143,32 @@ def token_model(directory, scenes, precision):
 
 
 def small_tokenizer(directory, scenes, precision):
-    return train_small(directory, config=replace(SMALL, steps=4, save_every=2, precision=precision))
+    return train_small(directory, config=replace(SMALL, num_steps=4, checkpoint_every=2, precision=precision))
 
 
 def gan_tokenizer(directory, scenes, precision):
-    config = replace(GAN, steps=4, save_every=2, evaluate_every=0, precision=precision)
+    config = replace(GAN, num_steps=4, checkpoint_every=2, evaluate_every=0, precision=precision)
     return train_gan(directory, scenes, None, config)
 
 
 @pytest.mark.parametrize(
-    ("training", "folder", "section", "older"),
+    ("training", "folder", "older"),
     [
-        (token_model, "checkpoints", None, False),
-        (token_model, "checkpoints", None, True),
-        (small_tokenizer, ".", "training", True),
-        (gan_tokenizer, ".", "training", True),
+        (token_model, "checkpoints", False),
+        (token_model, "checkpoints", True),
+        (small_tokenizer, ".", True),
+        (gan_tokenizer, ".", True),
     ],
 )
-def test_a_run_keeps_the_precision_it_began_with(tmp_path, monkeypatch, scenes, training, folder, section, older):
+def test_a_run_keeps_the_precision_it_began_with(tmp_path, monkeypatch, scenes, training, folder, older):
     """Begun where bfloat16 is multiplied, perhaps by an earlier version, and resumed where it is emulated."""
     on_a_processor(monkeypatch, "amx", with_bf16=True)
     whole = training(tmp_path / "run", scenes, "auto").state_dict()
     shutil.rmtree(latest_checkpoint(tmp_path / "run" / folder))
     left = latest_checkpoint(tmp_path / "run" / folder)
-    run = load_run(left)
-    assert (run[section] if section else run)["precision"] == "bfloat16"
+    assert load_run(left)["training"]["precision"] == "bfloat16"
     if older:
-        in_old_words(left, section)
-
+        in_old_words(left, OLD_WORDS[training])
     on_a_processor(monkeypatch, "avx2", with_bf16=False)
     with pytest.raises(InputError, match=r"precision.*bfloat16.*float32"):
         training(tmp_path / "run", scenes, "float32")
@@ -180,12 +179,33 @@ def test_a_run_keeps_the_precision_it_began_with(tmp_path, monkeypatch, scenes, 
     assert not all(torch.equal(tensor, afresh[name]) for name, tensor in whole.items())
 
 
-def in_old_words(checkpoint, section):
+def of_token_model(run):
+    """All settings in one row, model and layout as text, and none of those that change nothing."""
+    later = ("optimizer", "token_dropout", "caption_dropout", "patience", "evaluation_rows")
+    settings = {name: value for name, value in run["training"].items() if name not in (*later, *FREE)}
+    texts = {name: json.dumps(run[name], sort_keys=True) for name in ("model", "layout")}
+    return settings | texts | run["data"] | {"betas": tuple(settings["betas"])}
+
+
+def of_tokenizer(run):
+    training = {old: run["training"].pop(new) for old, new in OLD_NAMES.items()} | run["training"]
+    if "data" in run:
+        run["pictures"]["num_training"] = run.pop("data")["num_rows"]
+    else:
+        del training["betas"], training["final_share"]
+    sections = (run | {"training": training}).items()
+    return {name: {key: value for key, value in part.items() if value is not None} for name, part in sections}
+
+
+OLD_WORDS = {token_model: of_token_model, small_tokenizer: of_tokenizer, gan_tokenizer: of_tokenizer}
+
+
+def in_old_words(checkpoint, translate):
     """Turns what a checkpoint says of its run into what earlier versions wrote."""
     path = checkpoint / STATE_FILE
     state = torch.load(path, weights_only=True)
-    settings = state["run"][section] if section else state["run"]
-    settings["bf16"] = settings.pop("precision") == "bfloat16"
+    state["run"]["training"]["bf16"] = state["run"]["training"].pop("precision") == "bfloat16"
+    state["run"] = translate(state["run"])
     torch.save(state, path)
     (checkpoint / CHECKSUMS_FILE).unlink()
-    assert "precision" not in json.dumps(load_run(checkpoint))
+    assert not {"precision", "num_rows", "ema_decay"} & set(state["run"].get("training", {}))

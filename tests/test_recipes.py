@@ -8,7 +8,8 @@ import yaml
 
 from smalti.errors import InputError
 from smalti.models.config import preset_config
-from smalti.recipes import Recipe, _keys, load_recipe, shipped_recipes
+from smalti.recipes import Recipe, load_recipe, shipped_recipes
+from smalti.recipes.load import _keys
 from smalti.training.token_model import TrainConfig
 
 
@@ -53,7 +54,7 @@ def test_every_setting_of_the_training_can_be_changed():
     ("override", "read"),
     [
         ("train.learning_rate=2e-3", lambda r: r.train.learning_rate == 0.002),
-        ("final_share=.5E-3", lambda r: r.train.final_share == 0.0005),
+        ("train.final_share=.5E-3", lambda r: r.train.final_share == 0.0005),
         ("num_micro_batches=4", lambda r: r.train.num_micro_batches == 4),
         ("train.betas=[0.9, 0.95]", lambda r: r.train.betas == (0.9, 0.95)),
         ("full_softmax=true", lambda r: r.train.full_softmax is True),
@@ -74,7 +75,9 @@ def test_a_change_reaches_its_place(override, read):
 
 
 def test_later_changes_win_and_null_takes_a_setting_back():
-    recipe = load_recipe("digits", ["train.batch_size=8", "num_epochs=null", "num_steps=10", "train.batch_size=16"])
+    recipe = load_recipe(
+        "digits", ["train.batch_size=8", "num_epochs=null", "train.num_steps=10", "train.batch_size=16"]
+    )
     assert (recipe.train.num_epochs, recipe.train.num_steps, recipe.train.batch_size) == (None, 10, 16)
 
 
@@ -97,13 +100,15 @@ def test_later_changes_win_and_null_takes_a_setting_back():
         (["train.betas=3"], "recipe digits: train.betas is 3; expected a list."),
         (["train.betas=[0.9]"], "recipe digits: train.betas.1 is missing; add it."),
         (["train=3"], "recipe digits: train is 3; expected a section"),
-        (["train=3", "train.seed=1"], "'train.seed=1': the recipe's train is not a section but 3."),
         (
             ["train.seed=[1"],
             "'train.seed=[1', line 1: not YAML: ",
         ),
         (["train.learning_rate=-1"], "recipe digits: train: learning_rate is -1.0; it must be more than 0."),
-        (["num_steps=3"], "recipe digits: train: num_epochs is 30.0 and num_steps 3; give one of them and not both"),
+        (
+            ["train.num_steps=3"],
+            "recipe digits: train: num_epochs is 30.0 and num_steps 3; give one of them and not",
+        ),
         (["d_model=130"], "recipe digits: model: d_model 130 is not divisible by num_heads 4."),
         (["data.source=cifar"], "recipe digits: data.source is 'cifar'; expected 'scikit-learn', 'mnist' or 'pickle'."),
         (["data.path=null"], 'recipe digits: data: path is None, and source "mnist" needs a path.'),
@@ -119,6 +124,42 @@ def test_a_wrong_setting_is_named_with_its_mend_in_one_line(overrides, message):
         load_recipe("digits", overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    overrides = ["lerning_rate=2", "train=3", "train.seed=1", "num_layers=x", "data.source=cifar", "codebook_size=-1"]
+    with pytest.raises(InputError) as error:
+        load_recipe("digits", overrides)
+    assert [line.strip() for line in str(error.value).splitlines()] == [
+        "6 settings are not as expected:",
+        "there is no setting lerning_rate; did you mean train.learning_rate?",
+        "'train.seed=1': the recipe's train is not a section but 3.",
+        "recipe digits: data.source is 'cifar'; expected 'scikit-learn', 'mnist' or 'pickle'.",
+        "recipe digits: image_tokenizer.model.quantizer: codebook_size is -1; it must be at least 1.",
+        "recipe digits: model.num_layers is 'x'; expected a whole number.",
+        "recipe digits: train is 3; expected a section.",
+    ]
+    with pytest.raises(InputError, match=r"train: batch_size is 0; it must be more than 0\. betas is 1\.0; expected"):
+        load_recipe("digits", ["train.batch_size=0", "train.betas=[0.9, 1.0]"])
+
+
+def test_old_names_of_settings_are_read_everywhere(tmp_path):
+    """In recipes, on the command line by their place or alone, and in the folders of runs."""
+    content = yaml.safe_load(shipped_recipes()["vqgan"].read_text())
+    content["train"] = {"steps": 7, "weight_ema_decay": 0.5, "gradient_clip": 2.0, "save_every": 3}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(content))
+    overrides = ["train.steps=7", "weight_ema_decay=0.5", "gradient_clip=2", "train.save_every=3"]
+    for train in (
+        load_recipe(tmp_path / "old.yaml").train,
+        load_recipe("vqgan", overrides).train,
+        load_recipe(
+            "digits", [f"image_tokenizer.{overrides[0]}", *overrides[1:3], "save_every=3"]
+        ).image_tokenizer.train,
+    ):
+        assert (train.num_steps, train.ema_decay, train.max_grad_norm, train.checkpoint_every) == (7, 0.5, 2.0, 3)
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(content | {"train": {"steps": 7, "num_steps": 7}}))
+    with pytest.raises(InputError, match=r"old.yaml: train: steps is the old name of num_steps; give one of them"):
+        load_recipe(tmp_path / "old.yaml")
 
 
 def test_a_trained_image_tokenizer_may_have_another_grid():

@@ -87,7 +87,7 @@ def test_the_whole_system_from_pairs_to_pictures_and_to_a_llama(recipe, tmp_path
     assert run(["train", str(recipe), "--quiet"]) == 0  # nothing is left to do
     assert (out / "tokens" / "train.parquet").stat().st_mtime_ns == made
     assert run(["train", str(recipe), "--quiet", "caption_dropout=0.3"]) == 2
-    assert "other settings in the section 'train'" in capsys.readouterr().err
+    assert "other settings (train.caption_dropout is 0.1 there, 0.3 here; see" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_the_joint_recipe_learns_pictures_and_captions_apart_and_measures_compos
     out = tmp_path / "out"
     with (out / "model" / "curves.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
-    assert last["split"] == "test" and float(last["caption"]) > 0 and float(last["picture"]) > 0
+    assert last["split"] == "validation" and float(last["caption"]) > 0 and float(last["picture"]) > 0
     pipe = Pipeline.load(out / "bundle")
     captions = [name for name in pipe.figures if "per caption token" in name]
     assert captions == ["validation nats per caption token, image to text"]

@@ -17,6 +17,7 @@ from smalti.evaluate.digits import DigitClassifier
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.recipes import load_recipe
 from smalti.systems import digits as system
+from smalti.systems import stages
 from smalti.tasks.images import Pipeline
 from smalti.training.checkpoint import load_checkpoint
 
@@ -25,7 +26,7 @@ SETTINGS = [
     "image_tokenizer.model.width=8",
     "image_tokenizer.model.num_heads=2",
     "image_tokenizer.model.quantizer.codebook_size=23",
-    "image_tokenizer.train.steps=5",
+    "image_tokenizer.train.num_steps=5",
     "image_tokenizer.train.batch_size=8",
     "model.num_layers=1",
     "model.d_model=12",
@@ -93,7 +94,7 @@ def test_a_run_stopped_at_any_stage_ends_as_if_it_had_not_been(tmp_path, monkeyp
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(system, stage, stop)
+        patch.setattr(system if hasattr(system, stage) else stages, stage, stop)
         with pytest.raises(Stopped):
             train(tmp_path / "stopped")
     resumed = Pipeline.load(train(tmp_path / "stopped"))
@@ -101,7 +102,7 @@ def test_a_run_stopped_at_any_stage_ends_as_if_it_had_not_been(tmp_path, monkeyp
 
 
 def test_another_recipe_in_the_same_folder_is_refused(copied: Path):
-    with pytest.raises(InputError, match=r"holds a run with other settings in the section 'model'"):
+    with pytest.raises(InputError, match=r"a run with other settings \(model.num_layers is 1 there, 2 here; see "):
         train(copied, "model.num_layers=2")
     assert load_checkpoint(sorted((copied / "model" / "checkpoints").glob("step_*"))[-1]).step == 6
 

@@ -57,8 +57,8 @@ PROXY_CONFIG = VQGANConfig(
     decoder_attention_levels=(), num_res_blocks=1, latent_channels=32, form="maskgit",
 )  # fmt: skip
 SHORT = TrainGANTokenizerConfig(
-    steps=11, batch_size=3, learning_rate=1e-3, warmup_steps=2, weight_ema_decay=0.5, precision="float32",
-    evaluate_every=4, sample_every=0, save_every=3, log_every=2,
+    num_steps=11, batch_size=3, learning_rate=1e-3, warmup_steps=2, ema_decay=0.5, precision="float32",
+    evaluate_every=4, sample_every=0, checkpoint_every=3, log_every=2,
 )  # fmt: skip
 GAN = AdversarialConfig(
     weight=0.1, network="stylegan2", start=2, warmup_steps=2, ramp_steps=3, channels=4, adaptive=True, r1=1.0,
@@ -114,8 +114,8 @@ def state_of(directory):
 # Every family overfits eight pictures
 
 OVERFIT = TrainGANTokenizerConfig(
-    steps=200, batch_size=8, learning_rate=3e-3, warmup_steps=30, weight_ema_decay=0.0, weight_decay=0.0,
-    precision="float32", betas=(0.9, 0.95), final_share=0.0, evaluate_every=0, sample_every=0, save_every=0,
+    num_steps=200, batch_size=8, learning_rate=3e-3, warmup_steps=30, ema_decay=0.0, weight_decay=0.0,
+    precision="float32", betas=(0.9, 0.95), final_share=0.0, evaluate_every=0, sample_every=0, checkpoint_every=0,
     log_every=100,
 )  # fmt: skip
 # Without k-means and restarts a ViT-VQGAN or TiTok of this size gives all patches one code: 13 dB at best.
@@ -162,8 +162,8 @@ def test_every_family_overfits_eight_pictures(tmp_path, model_config, steps):
 )  # fmt: skip
 def test_the_small_families_overfit_eight_pictures(tmp_path, model_config):
     config = TrainTokenizerConfig(
-        steps=600, batch_size=8, learning_rate=5e-3, weight_ema_decay=0.0, precision="float32", evaluate_every=0,
-        sample_every=0, save_every=0, log_every=0, weight_decay=0.0,
+        num_steps=600, batch_size=8, learning_rate=5e-3, ema_decay=0.0, precision="float32", evaluate_every=0,
+        sample_every=0, checkpoint_every=0, log_every=0, weight_decay=0.0,
     )  # fmt: skip
     trained = train_tokenizer(scenes(8), scenes(8), model_config, config, tmp_path, show_progress=False)
     assert evaluate_reconstruction(trained, torch.from_numpy(scenes(8)), 255).psnr_db >= 35
@@ -238,7 +238,7 @@ import torch
 torch.set_num_threads(1)
 import test_train_families as t
 from smalti.cli import app as cli
-from smalti.training import gan_tokenizer as module
+from smalti.training import run as module
 save = module.save_checkpoint
 def save_and_wait(*arguments):
     save(*arguments)
@@ -266,7 +266,7 @@ def test_a_killed_run_ends_as_one_that_never_stopped(tmp_path, finished, picture
     process.stdout.close()
     train(tmp_path, pictures, held_out, replace(SHORT, sample_every=8), GAN_VQGAN)
     one, other = state_of(tmp_path), state_of(finished)
-    assert one.step == other.step == SHORT.steps
+    assert one.step == other.step == SHORT.num_steps
     assert all(torch.equal(one.weights[name], tensor) for name, tensor in other.weights.items())
     for part in ("model", "adversary"):
         ours, theirs = one.training_state[part], other.training_state[part]
@@ -279,7 +279,7 @@ def test_a_killed_run_ends_as_one_that_never_stopped(tmp_path, finished, picture
 
 
 def test_workers_change_nothing(tmp_path, pictures, held_out):
-    config = replace(SHORT, steps=4, evaluate_every=0)
+    config = replace(SHORT, num_steps=4, evaluate_every=0)
     for name, workers in (("none", 0), ("one", 1)):
         train_gan_tokenizer(
             pictures, held_out, VIT_CONFIG, config, tmp_path / name, losses=LossConfig(),
@@ -355,7 +355,7 @@ def test_the_discriminator_learns_to_tell():
 
 def test_a_run_says_when_the_discriminator_hurts(tmp_path, pictures, held_out):
     harmful = replace(GAN, weight=300.0, adaptive=False, start=0, warmup_steps=8, ramp_steps=0, loss="hinge")
-    config = replace(SHORT, steps=24, evaluate_every=4, learning_rate=3e-3)
+    config = replace(SHORT, num_steps=24, evaluate_every=4, learning_rate=3e-3)
     train(tmp_path, pictures, held_out, config, adversarial=harmful)
     (warning,) = rows(tmp_path / "warnings.csv")
     assert int(warning["step"]) > 8
@@ -383,7 +383,9 @@ TWO_STAGE = replace(TITOK_CONFIG, target="proxy_codes", proxy=PROXY_CONFIG)
 @pytest.fixture(scope="module")
 def first_stage(tmp_path_factory, pictures, held_out, proxy):
     directory = tmp_path_factory.mktemp("first")
-    config = replace(SHORT, steps=40, stage="proxy_codes", proxy=proxy, best_by="last", evaluate_every=0, log_every=10)
+    config = replace(
+        SHORT, num_steps=40, stage="proxy_codes", proxy=proxy, best_by="last", evaluate_every=0, log_every=10
+    )
     train(directory, pictures, held_out, config, TWO_STAGE, adversarial=AdversarialConfig())
     return directory
 
@@ -431,9 +433,9 @@ def test_an_enlarged_decoder_is_trained_over_codes_that_stay(tmp_path, pictures,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "steps is 0; it must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
-        ({"final_share": 2.0}, r"final_share is 2.0; it must lie in \[0, 1\]"),
+        ({"num_steps": 0}, "num_steps is 0; it must be more than 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be more than 0"),
+        ({"final_share": 2.0}, r"final_share is 2.0; expected a share in \[0, 1\]"),
         ({"stage": "proxy_codes"}, 'stage is "proxy_codes" and proxy is None; a proxy belongs to "proxy_codes"'),
         ({"stage": "decoder"}, 'stage "decoder" keeps an encoder that was trained before; name its folder'),
     ],
@@ -449,7 +451,7 @@ def test_runs_that_cannot_be_are_refused(tmp_path, pictures, held_out, finished,
             train(given.pop("directory", tmp_path), pictures, held_out, **given)
 
     refused(
-        r"holds a run with other settings \(training learning_rate is 0.001 there, 0.5 here\)",
+        r"holds a run with other settings \(training.learning_rate is 0.001 there, 0.5 here\)",
         directory=finished, config=replace(SHORT, sample_every=8, learning_rate=0.5), model=GAN_VQGAN,
     )  # fmt: skip
     refused('best_by is "lpips", but no LPIPS weights are given', config=replace(SHORT, best_by="lpips"))
@@ -472,8 +474,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, pictures, held_out, m
         train(tmp_path, pictures, held_out, losses=LossConfig(), adversarial=AdversarialConfig())
 
 
+@pytest.mark.parametrize("learning_rate", [1e4, 1e12, 1e30])
+def test_a_training_that_diverges_is_told_in_words(tmp_path, pictures, held_out, learning_rate):
+    """Whatever fails first: the loss, the quantizer, or a figure that is measured."""
+    config = replace(SHORT, learning_rate=learning_rate, warmup_steps=0, max_grad_norm=None, log_every=0)
+    with pytest.raises(InputError, match=r"training went astray.*lower learning_rate"):
+        train(tmp_path, pictures, held_out, replace(config, evaluate_every=5), GAN_VQGAN)
+
+
 def test_the_learning_rate_rises_and_falls():
-    config = replace(SHORT, steps=12, warmup_steps=2, learning_rate=1.0, final_share=0.1)
+    config = replace(SHORT, num_steps=12, warmup_steps=2, learning_rate=1.0, final_share=0.1)
     assert [config.learning_rate_at(step) for step in (0, 1, 2, 7, 12)] == pytest.approx([0.5, 1, 1, 0.55, 0.1])
 
 
@@ -489,7 +499,7 @@ def test_every_parameter_gets_a_gradient():
 
 def test_a_folder_of_pictures_becomes_a_tokenizer_and_a_table(tmp_path, pictures, held_out, capsys):
     settings = [
-        f"pictures={pictures.path}", f"held_out={held_out.path}", f"output={tmp_path / 'run'}", "steps=3",
+        f"pictures={pictures.path}", f"held_out={held_out.path}", f"output={tmp_path / 'run'}", "num_steps=3",
         "train.batch_size=2", "image_tokenizer.model.image_size=[16, 16]", "reading.workers=0",
     ]  # fmt: skip
     assert cli.run(["train", "tokenizer", "vqgan", *settings, "--quiet"]) == 0

@@ -186,7 +186,7 @@ def test_a_checkpoint_knows_whether_tokens_were_dropped(tmp_path):
     train, validation = arrays(8), arrays(3, 1)
     config = replace(SHORT, num_epochs=1, token_dropout=0.2)
     train_model(SHAPE, LAYOUT, train, validation, config, tmp_path, show_progress=False)
-    with pytest.raises(InputError, match=r"holds a run with token_dropout 0\.2, not None"):
+    with pytest.raises(InputError, match=r"other settings \(training.token_dropout is 0\.2 there, 0\.0 here\)"):
         train_model(SHAPE, LAYOUT, train, validation, replace(config, token_dropout=0.0), tmp_path, show_progress=False)
 
 
@@ -228,7 +228,7 @@ def test_lines_become_a_bundle_and_a_report(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out/report.json").stat().st_mtime_ns == written
     assert LineModel.load(tmp_path / "out/bundle").figures == model.figures
     assert run([*arguments, "seed=1"]) == 2
-    assert "holds a run with other settings in the section 'train'" in capsys.readouterr().err
+    assert "holds a run with other settings (train.seed is 0 there, 1 here; see" in capsys.readouterr().err
     held_out, bundle = str(tmp_path / "out/validation.parquet"), str(tmp_path / "out/bundle")
     capsys.readouterr()
     assert run(["baselines", str(tmp_path / "lines.parquet"), held_out, "--bundle", bundle]) == 0

@@ -30,6 +30,7 @@ from smalti.sequences.layout import Layout
 from smalti.training import token_model as module
 from smalti.training.checkpoint import latest_checkpoint
 from smalti.training.curves import Curves
+from smalti.training.run import update_average
 from smalti.training.token_model import (
     TokenArrays,
     TrainConfig,
@@ -42,7 +43,6 @@ from smalti.training.token_model import (
     pack_rows,
     part_names,
     train_model,
-    update_average,
     with_choices,
 )
 
@@ -296,9 +296,9 @@ def test_curves_state_what_they_count_and_start_before_training(tmp_path):
     run(tmp_path, TrainConfig(num_epochs=2, batch_size=6, ema_decay=0.9, **PLAINLY), layout=digits)
     rows = rows_of(tmp_path)
     assert list(rows[0]) == ["split", "step", "epoch", "nats_per_token", "markers", "picture", "caption"]
-    steps = {split: [int(row["step"]) for row in rows if row["split"] == split] for split in ("train", "test")}
+    steps = {split: [int(row["step"]) for row in rows if row["split"] == split] for split in ("train", "validation")}
     # Two epochs of 29 rows are 58 rows, so 10 batches of 6; the first epoch ends in the fifth.
-    assert steps == {"train": list(range(10)), "test": [0, 5, 10]}
+    assert steps == {"train": list(range(10)), "validation": [0, 5, 10]}
     for row in rows:
         parts = 2 * float(row["markers"]) + 5 * float(row["picture"]) + 3 * float(row["caption"])
         assert float(row["nats_per_token"]) == pytest.approx(parts / 10, rel=1e-5)
@@ -309,8 +309,10 @@ def test_curves_state_what_they_count_and_start_before_training(tmp_path):
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    logged = [event.value for event in events.Scalars("nats_per_token/test")]
-    assert logged == pytest.approx([float(row["nats_per_token"]) for row in rows if row["split"] == "test"], rel=1e-6)
+    logged = [event.value for event in events.Scalars("nats_per_token/validation")]
+    assert logged == pytest.approx(
+        [float(row["nats_per_token"]) for row in rows if row["split"] == "validation"], rel=1e-6
+    )
 
 
 def test_eight_examples_are_memorised(tmp_path):
@@ -390,7 +392,7 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory):
-    """What a run leaves: final weights, number of forward passes, compilations, test losses, checkpoints."""
+    """What a run leaves: final weights, number of forward passes, compilations, validation losses, checkpoints."""
 
     def observe(config, monkeypatch, layout):
         directory = tmp_path_factory.mktemp("run")
@@ -399,7 +401,7 @@ def observed(tmp_path_factory):
         monkeypatch.setattr(module.NextTokenLoss, "forward", lambda *a: forwards.append(1) or forward(*a))
         monkeypatch.setattr(torch, "compile", lambda loss: compiled.append(1) or loss)
         model = run(directory, config, layout=layout)
-        losses = [row["nats_per_token"] for row in rows_of(directory) if row["split"] == "test"]
+        losses = [row["nats_per_token"] for row in rows_of(directory) if row["split"] == "validation"]
         saved = sorted(path.name for path in (directory / "checkpoints").iterdir())
         return {
             "weights": weights_of(model).tolist(),
@@ -523,9 +525,12 @@ def test_the_checkpoint_holds_the_weights_that_are_returned(tmp_path, ema_decay)
 
 def test_going_on_with_other_settings_is_refused(tmp_path):
     run(tmp_path)
-    with pytest.raises(InputError, match=r"holds a run with learning_rate 0.001, not 0.1: go on with the same"):
+    with pytest.raises(
+        InputError,
+        match=r"a run with other settings \(training.learning_rate is 0.001 there, 0.1 here\): go on with the same",
+    ):
         run(tmp_path, replace(SHORT, learning_rate=0.1))
-    with pytest.raises(InputError, match=r"holds a run with num_rows 29, not 30"):
+    with pytest.raises(InputError, match=r"other settings \(data.num_rows is 29 there, 30 here\)"):
         run(tmp_path, train=arrays(30))
     with pytest.raises(InputError, match=r"holds a run already: resume it, or give a new folder"):
         run(tmp_path, resume=False)

@@ -20,13 +20,12 @@ from smalti.errors import InputError
 from smalti.image_tokenizers import load_image_tokenizer
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqvae import VQVAEConfig
-from smalti.training import image_tokenizer as module
-from smalti.training.checkpoint import latest_checkpoint, load_checkpoint
+from smalti.training import run
+from smalti.training.checkpoint import latest_checkpoint, load_checkpoint, load_run
 from smalti.training.image_tokenizer import (
     TrainTokenizerConfig,
     draw_reconstructions,
     evaluate_reconstruction,
-    learning_rate_at,
     train_tokenizer,
 )
 
@@ -40,14 +39,14 @@ MODEL = VQVAEConfig(
     quantizer=QuantizerConfig(codebook_size=13, code_dim=3, kmeans_rounds=2, restart_below=1.0, ema_decay=0.9),
 )
 TRAINING = TrainTokenizerConfig(
-    steps=23,
+    num_steps=23,
     batch_size=7,
     warmup_steps=3,
     max_value=3,
     held_out_pictures=11,
     evaluate_every=10,
     sample_every=15,
-    save_every=5,
+    checkpoint_every=5,
     log_every=3,
 )
 
@@ -82,7 +81,7 @@ def state_of(directory):
 
 def assert_same_end(one, other):
     one, other = state_of(one), state_of(other)
-    assert one.step == other.step == TRAINING.steps
+    assert one.step == other.step == TRAINING.num_steps
     for ours, theirs in ((one.weights, other.weights), (one.training_state["model"], other.training_state["model"])):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -110,7 +109,7 @@ def test_a_run_writes_its_logs_pictures_checkpoints_and_image_tokenizer(finished
 
 
 def test_the_seed_decides_the_weights(finished, tmp_path):
-    short = replace(TRAINING, steps=2, log_every=0, evaluate_every=0, sample_every=0)
+    short = replace(TRAINING, num_steps=2, log_every=0, evaluate_every=0, sample_every=0)
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         train(tmp_path / name, config=replace(short, seed=seed))
     a, b, c = (state_of(tmp_path / name).weights for name in "abc")
@@ -146,12 +145,14 @@ def test_killed_and_started_again_ends_with_the_same_weights_bit_for_bit(finishe
 
 @pytest.mark.parametrize("stop_before_step", [6, 22])
 def test_stopped_anywhere_and_started_again_ends_the_same(finished, tmp_path, monkeypatch, stop_before_step):
-    def stopping(step, config):
+    learning_rate_at = TrainTokenizerConfig.learning_rate_at
+
+    def stopping(config, step):
         if step == stop_before_step:
             raise KeyboardInterrupt
-        return learning_rate_at(step, config)
+        return learning_rate_at(config, step)
 
-    monkeypatch.setattr(module, "learning_rate_at", stopping)
+    monkeypatch.setattr(TrainTokenizerConfig, "learning_rate_at", stopping)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path)
     monkeypatch.undo()
@@ -173,10 +174,10 @@ def test_a_run_begun_before_a_setting_was_known_is_the_same_run(finished, monkey
     before = rows(finished / "evaluation.csv")
     latest = latest_checkpoint(finished)
     assert latest is not None
-    earlier = module.load_run(latest)
+    earlier = load_run(latest)
     earlier["model"]["quantizer"].pop("new_entries", None)
     earlier["model"]["quantizer"]["later_removed"] = None
-    monkeypatch.setattr(module, "load_run", lambda path: earlier)
+    monkeypatch.setattr(run, "load_run", lambda path: earlier)
     train(finished)
     assert rows(finished / "evaluation.csv") == before
     with pytest.raises(InputError, match=r"other settings.*new_entries"):
@@ -184,21 +185,23 @@ def test_a_run_begun_before_a_setting_was_known_is_the_same_run(finished, monkey
 
 
 def test_another_run_in_the_same_folder_is_refused(finished):
-    with pytest.raises(InputError, match=r"holds a run with other settings \(training steps is 23 there, 29 here\)"):
-        train(finished, config=replace(TRAINING, steps=29))
-    with pytest.raises(InputError, match="model width is 8 there, 16 here"):
+    with pytest.raises(
+        InputError, match=r"holds a run with other settings \(training.num_steps is 23 there, 29 here\)"
+    ):
+        train(finished, config=replace(TRAINING, num_steps=29))
+    with pytest.raises(InputError, match=r"model.width is 8 there, 16 here"):
         train(finished, model=replace(MODEL, width=16))
 
 
 def test_an_unwritable_folder_is_refused_before_the_first_step(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(module, "learning_rate_at", lambda step, config: pytest.fail("a step was made"))
+    monkeypatch.setattr(TrainTokenizerConfig, "learning_rate_at", lambda *_: pytest.fail("a step was made"))
     with pytest.raises(InputError, match=r"cannot be written: .* is a file, not a folder"):
         train(tmp_path / "file" / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "learning_rate_at", lambda step, config: math.nan)
+    monkeypatch.setattr(TrainTokenizerConfig, "learning_rate_at", lambda *_: math.nan)
     with pytest.raises(InputError, match=r"the loss of step 3 is nan: .* lower learning_rate \(0\.003\)"):
         train(tmp_path)
 
@@ -262,17 +265,17 @@ def test_reconstruction_sheet_has_pictures_above_their_reconstructions(tmp_path)
 
 
 def test_learning_rate_rises_evenly_and_falls_by_a_cosine():
-    config = TrainTokenizerConfig(steps=110, warmup_steps=10, learning_rate=2.0)
-    assert learning_rate_at(0, config) == pytest.approx(0.2)
-    assert learning_rate_at(9, config) == pytest.approx(2.0)
-    assert learning_rate_at(10, config) == pytest.approx(2.0)
-    assert learning_rate_at(60, config) == pytest.approx(1.0)
-    assert learning_rate_at(109, config) == pytest.approx(1 + math.cos(math.pi * 0.99))
+    config = TrainTokenizerConfig(num_steps=110, warmup_steps=10, learning_rate=2.0)
+    assert config.learning_rate_at(0) == pytest.approx(0.2)
+    assert config.learning_rate_at(9) == pytest.approx(2.0)
+    assert config.learning_rate_at(10) == pytest.approx(2.0)
+    assert config.learning_rate_at(60) == pytest.approx(1.0)
+    assert config.learning_rate_at(109) == pytest.approx(1 + math.cos(math.pi * 0.99))
 
 
 def test_averaged_weights_are_the_running_mean(tmp_path):
     """Decay min(0.5, (1 + n) / (10 + n)) at update n; the first update copies."""
-    config = replace(TRAINING, steps=3, save_every=1, keep_checkpoints=3, weight_ema_decay=0.5, evaluate_every=0)
+    config = replace(TRAINING, num_steps=3, checkpoint_every=1, keep_checkpoints=3, ema_decay=0.5, evaluate_every=0)
     train(tmp_path, config=config)
     states = [load_checkpoint(tmp_path / f"step_{step:08d}") for step in (1, 2, 3)]
     mean = states[0].training_state["model"]["palette.weight"]
@@ -282,7 +285,9 @@ def test_averaged_weights_are_the_running_mean(tmp_path):
 
 
 def test_training_lowers_the_loss_without_bf16_too(tmp_path):
-    config = replace(TRAINING, steps=40, precision="float32", learning_rate=1e-2, save_every=0, evaluate_every=0)
+    config = replace(
+        TRAINING, num_steps=40, precision="float32", learning_rate=1e-2, checkpoint_every=0, evaluate_every=0
+    )
     train(tmp_path, config=config)
     losses = [float(row[2]) for row in rows(tmp_path / "training.csv")[1:]]
     assert losses[-1] < 0.6 * losses[0]
@@ -296,10 +301,10 @@ def test_settings_survive_json():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "steps is 0; it must be at least 1"),
-        ({"log_every": -1}, "log_every is -1; it must not be negative"),
-        ({"learning_rate": 0.0}, r"learning_rate is 0\.0; it must be above 0"),
-        ({"weight_ema_decay": 1.0}, r"weight_ema_decay is 1\.0; it must lie in \[0, 1\)"),
+        ({"num_steps": 0}, "num_steps is 0; it must be more than 0"),
+        ({"log_every": -1}, "log_every is -1; it must be at least 0"),
+        ({"learning_rate": 0.0}, r"learning_rate is 0\.0; it must be more than 0"),
+        ({"ema_decay": 1.0}, r"ema_decay is 1\.0; expected a number in \[0, 1\)"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):

@@ -469,7 +469,7 @@ def baselines(
     quiet: Quiet = False,
 ) -> None:
     """What lines cost without a network, in nats per token: uniform, unigrams, n-grams, a compressor."""
-    from smalti.systems.lines import compare_with_baselines, error_text
+    from smalti.evaluate.lines import compare_with_baselines, error_text
     from smalti.tasks.lines import LineModel
 
     table = Table("", "nats per token", "standard error", box=None)

@@ -26,7 +26,7 @@ class RecipeGroup(TyperGroup):
 
 app = typer.Typer(
     cls=RecipeGroup,
-    help="Train a whole system from a recipe (smalti train digits), or one part of one.",
+    help=f"Train a whole system from a recipe (smalti train digits), or one part of one.\n\nRecipes: {RECIPE_NAMES}.",
     no_args_is_help=True,
 )
 
@@ -97,7 +97,7 @@ def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
 @app.command(
     "tokenizer",
     epilog="Examples: smalti train tokenizer vqgan pictures=photos output=out/photos · "
-    "smalti train tokenizer titok pictures=train.parquet held_out=test.parquet train.steps=5000",
+    "smalti train tokenizer titok pictures=train.parquet held_out=test.parquet train.num_steps=5000",
 )
 def tokenizer(
     family: Annotated[
@@ -125,7 +125,7 @@ def _train_tokenizer(recipe: Any, quiet: bool) -> None:
 
     if recipe.pictures is None:
         raise ValueError("no pictures are given; add pictures=FOLDER, or pictures=TABLE.parquet.")
-    estimate = Estimate(recipe.minutes, {"image tokenizer": Length("train.steps", recipe.train.steps)})
+    estimate = Estimate(recipe.minutes, {"image tokenizer": Length("train.num_steps", recipe.train.num_steps)})
     train_gan_tokenizer(
         PictureSet(recipe.pictures),
         None if recipe.held_out is None else PictureSet(recipe.held_out),

@@ -1,7 +1,6 @@
 """Pictures from free captions, from top to bottom: text tokenizer, tokens, transformer, bundle.
 
-Everything lies in one folder, each stage in a place of its own, written whole or not at all. A run that was stopped,
-or killed, goes on from what is there; run again when it is done, it finds nothing left to do.
+The folder of a run (see stages.py):
 
     image_tokenizer/      the image tokenizer, in half precision
     text_tokenizer.json   pieces of words, learned from the training captions
@@ -16,29 +15,26 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from smalti.data.pair_sources import open_pairs
 from smalti.data.ready_tokens import are_tokens, open_tokens
-from smalti.data.tokenize_pairs import TokenizeConfig, require_tokenizers, tokenize_pairs, tokenizer_metadata
+from smalti.data.tokenize_pairs import TokenizeConfig
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
 from smalti.evaluate.compositions import evaluate_compositions
 from smalti.evaluate.reconstruction import find_image_tokenizer
 from smalti.files import made_again
 from smalti.image_files import PictureConfig
-from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
+from smalti.image_tokenizers import load_image_tokenizer
 from smalti.models.decoder_only import DecoderOnly
 from smalti.progress import stage, track
 from smalti.recipes import CaptionsRecipe, claim_folder
 from smalti.sequences.layout import Layout
+from smalti.systems.stages import check_grid, finish, stored_image_tokenizer, stored_tokens, team
 from smalti.tasks.images import Pipeline
 from smalti.text_tokenizer import BPEConfig, TextTokenizer
-from smalti.training.checkpoint import run_lock
 from smalti.training.estimate import Estimate
 from smalti.training.sample_table import SampleTable
-from smalti.training.token_model import Pairs, nats_by_order, processes, train_model
+from smalti.training.token_model import Pairs, nats_by_order, train_model
 
 
 def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: bool = True) -> Path:
@@ -49,65 +45,45 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
     """
     if recipe.data.train is None or recipe.data.validation is None or recipe.image_tokenizer is None:
         raise InputError("give data.train and data.validation, pictures with captions, and image_tokenizer, a folder.")
-    output = recipe.output
+    output, watch = recipe.output, recipe.watch
     image_tokenizer: Any = load_image_tokenizer(find_image_tokenizer(recipe.image_tokenizer)).eval()
-    config = BPEConfig(
+    words = BPEConfig(
         image_size=image_tokenizer.config.codebook_size,
         text_size=recipe.text_size,
         specials=recipe.layout.specials,
         order=recipe.segments,
     )
-    layout = Layout.parse(config.vocabulary, recipe.layout.orders)
-    max_text_length = _check_spans(layout, image_tokenizer)
+    layout = Layout.parse(words.vocabulary, recipe.layout.orders)
+    check_grid(layout, image_tokenizer)
+    max_text_length = _most_text(layout)
     size = recipe.data.size or _picture_size(image_tokenizer)
     sources = {"train": recipe.data.train, "validation": recipe.data.validation}
-    given = None if recipe.text_tokenizer is None else TextTokenizer.load(recipe.text_tokenizer)
-    if given is not None:
-        given.check_vocabulary(layout.vocabulary)
-    elif tokens := [str(source) for source in sources.values() if are_tokens(source)]:
-        raise InputError(f"{tokens[0]} is tokens: give the text_tokenizer that goes with them, a file.")
-    with processes() as (rank, world_size), run_lock(output, rank):
-        # tokens that are there are of the image tokenizer as it was given, not of its copy in half precision
-        opened = {
-            split: open_tokens(
-                source,
-                split,
-                image_tokenizer,
-                given,
-                max_text_length=max_text_length,
-                seed=recipe.train.seed,
-            )
-            for split, source in sources.items()
-            if given is not None and are_tokens(source)
-        }
-        if rank == 0:
+    ready = {split: source for split, source in sources.items() if are_tokens(source)}
+    given = _given_text_tokenizer(recipe, layout, ready)
+    with team(output) as processes:
+        # Tokens that are there are of the image tokenizer as it was given, not of its copy in half precision.
+        lengths: Any = {"max_text_length": max_text_length, "seed": recipe.train.seed}
+        opened: dict[str, Pairs] = {}
+        if given is not None:
+            opened |= {split: open_tokens(ready[split], split, image_tokenizer, given, **lengths) for split in ready}
+        if processes.is_first:
             claim_folder(recipe, output, free=("sample", "evaluate", "about"))
-            image_tokenizer = _stored(image_tokenizer, output / "image_tokenizer")
+            image_tokenizer = stored_image_tokenizer(output / "image_tokenizer", lambda: image_tokenizer)
             if not (output / "text_tokenizer.json").exists():
-                if given is None:
-                    records = open_pairs(recipe.data.train)
-                    shown = track(
-                        records.records(), "reading captions", unit="pair", show=show_progress, total=len(records)
-                    )
-                    captions = [pair.caption for pair in shown if pair.caption]
-                    with stage("learning words", show=show_progress):
-                        given, _ = TextTokenizer.train(captions, config)
-                given.save(output / "text_tokenizer.json")
-        if world_size > 1:
-            dist.barrier()
+                learned = given or _learn_words(recipe.data.train, words, show_progress)
+                learned.save(output / "text_tokenizer.json")
+        processes.wait()
         with made_again(output / "text_tokenizer.json"):
             text_tokenizer = TextTokenizer.load(output / "text_tokenizer.json")
-        if rank == 0:
-            tokenizing = TokenizeConfig(size=size, max_text_length=max_text_length, on_error=recipe.data.on_error)
-            for split in (split for split in sources if split not in opened):
-                tokens = output / "tokens" / f"{split}.parquet"
-                _tokenize(sources[split], tokens, image_tokenizer, text_tokenizer, tokenizing, show_progress)
-        if world_size > 1:
-            dist.barrier()
-        train, validation = (
-            opened[split] if split in opened else TokenTable.open(output / "tokens" / f"{split}.parquet")
-            for split in sources
-        )
+        tables = {split: output / "tokens" / f"{split}.parquet" for split in sources if split not in opened}
+        if processes.is_first:
+            config = TokenizeConfig(size=size, max_text_length=max_text_length, on_error=recipe.data.on_error)
+            for split, tokens in tables.items():
+                pairs = sources[split]
+                stored_tokens(pairs, tokens, image_tokenizer, text_tokenizer, config, show_progress=show_progress)
+        processes.wait()
+        opened |= {split: TokenTable.open(tokens) for split, tokens in tables.items()}
+        train, validation = opened["train"], opened["validation"]
 
         def make_pipeline(model: DecoderOnly, **described: Any) -> Pipeline:
             return Pipeline(
@@ -121,7 +97,6 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
                 **described,
             )
 
-        watch = recipe.watch
         model = train_model(
             recipe.model,
             layout,
@@ -134,44 +109,47 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
             show_progress=show_progress,
             estimate=Estimate(recipe.minutes, {"transformer": recipe.train.length}),
         )
-        if rank == 0:
-            _finish(recipe, make_pipeline(model.cpu()), validation, command, show_progress)
+        if processes.is_first:
+            about = {**recipe.about, "Trained by": f"`{command}`", "Seed": str(recipe.train.seed)}
+            trained = make_pipeline(model.cpu(), about=about)
+            finish(trained, output / "bundle", lambda pipe: _figures(pipe, recipe, validation, show_progress))
     return output / "bundle"
 
 
-def _stored(image_tokenizer: Any, folder: Path) -> Any:
-    """The image tokenizer as the bundle holds it, in half precision, and read back: so that the tables have the codes
-    that the bundle gives."""
-    if not (folder / "config.json").exists():
-        save_image_tokenizer(image_tokenizer, folder, dtype=torch.float16)
-    with made_again(folder):
-        return load_image_tokenizer(folder).eval()
+def _given_text_tokenizer(recipe: CaptionsRecipe, layout: Layout, ready: dict[str, Path]) -> TextTokenizer | None:
+    """The recipe's own, if it names one, which tokens that are `ready` need."""
+    if recipe.text_tokenizer is not None:
+        given = TextTokenizer.load(recipe.text_tokenizer)
+        given.check_vocabulary(layout.vocabulary)
+        return given
+    if ready:
+        raise InputError(
+            f"{next(iter(ready.values()))} is tokens: give the text_tokenizer that goes with them, a file."
+        )
+    return None
 
 
-def _finish(recipe: CaptionsRecipe, trained: Pipeline, validation: Pairs, command: str, show_progress: bool) -> None:
-    """The bundle, with what is measured of it: of the model as the bundle holds it, in half precision."""
-    folder = recipe.output / "bundle"
-    trained.about = {**recipe.about, "Trained by": f"`{command}`", "Seed": str(recipe.train.seed)}
-    trained.save(folder, half=True, force=True)
-    pipe = Pipeline.load(folder)
+def _learn_words(pairs: Path, config: BPEConfig, show_progress: bool) -> TextTokenizer:
+    records = open_pairs(pairs)
+    shown = track(records.records(), "reading captions", unit="pair", show=show_progress, total=len(records))
+    captions = [pair.caption for pair in shown if pair.caption]
+    with stage("learning words", show=show_progress):
+        return TextTokenizer.train(captions, config)[0]
+
+
+def _figures(pipe: Pipeline, recipe: CaptionsRecipe, validation: Pairs, show_progress: bool) -> dict[str, str]:
     num_rows = min(len(validation), recipe.train.evaluation_rows or len(validation))
     with stage("measuring likelihood", show=show_progress):
         figures = _likelihood_figures(pipe, validation, num_rows)
     if recipe.evaluate is not None:
-        assert recipe.data.train is not None and recipe.data.validation is not None
-        measure = shlex.join(["smalti", "evaluate", "compositions", str(folder)])
-        report = evaluate_compositions(
-            pipe,
-            recipe.data.validation,
-            recipe.data.train,
-            recipe.evaluate,
-            command=f"{measure} --test {recipe.data.validation} --train {recipe.data.train}",
-            show_progress=show_progress,
-        )
+        train, test = recipe.data.train, recipe.data.validation
+        assert train is not None and test is not None
+        bundle = str(recipe.output / "bundle")
+        command = shlex.join(["smalti", "evaluate", "compositions", bundle]) + f" --test {test} --train {train}"
+        report = evaluate_compositions(pipe, test, train, recipe.evaluate, command=command, show_progress=show_progress)
         report.write(recipe.output, force=True)
         figures |= report.figures()
-    pipe.figures = figures
-    pipe.save(folder, half=True, force=True)
+    return figures
 
 
 def _likelihood_figures(pipe: Pipeline, validation: Pairs, num_rows: int) -> dict[str, str]:
@@ -193,45 +171,13 @@ def _picture_size(image_tokenizer: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _check_spans(layout: Layout, image_tokenizer: Any) -> int:
-    """How many tokens of a caption fit every order. Raises InputError if the pictures' spans have other lengths than
-    the image tokenizer's grid, or a caption's is not of open length."""
-    rows, columns = image_tokenizer.config.grid
-    lengths = []
-    for order in layout.orders.values():
-        if order.span("image").length != rows * columns:
+def _most_text(layout: Layout) -> int:
+    """How many tokens of a caption fit every order. Raises InputError if a caption's span is not of open length."""
+    spans = {name: order.span("text") for name, order in layout.orders.items()}
+    for name, span in spans.items():
+        if span.end is None:
             raise InputError(
-                f"the image tokenizer gives {rows} × {columns} codes, but the order {order.name!r} has "
-                f"{order.span('image')}; write image{{{rows * columns}}}."
+                f"the order {name!r} has {span}, but free captions have any length; write text{{..{span.length}}} with "
+                "a marker behind it."
             )
-        if order.span("text").end is None:
-            raise InputError(
-                f"the order {order.name!r} has {order.span('text')}, but free captions have any length; write "
-                f"text{{..{order.span('text').length}}} with a marker behind it."
-            )
-        lengths.append(order.span("text").length)
-    return min(lengths)
-
-
-def _tokenize(
-    pairs: Path,
-    tokens: Path,
-    image_tokenizer: Any,
-    text_tokenizer: TextTokenizer,
-    config: TokenizeConfig,
-    show_progress: bool,
-) -> None:
-    if tokens.exists():
-        with made_again(tokens):
-            found, wanted = TokenTable.open(tokens).metadata, tokenizer_metadata(image_tokenizer, text_tokenizer)
-        require_tokenizers(found, wanted, tokens, f"Remove {tokens.parent} to make it anew.")
-        return
-    report = tokenize_pairs(pairs, tokens, image_tokenizer, text_tokenizer, config, show_progress=show_progress)
-    if report.skipped:
-        name, fault = report.skipped[0]
-        print(f"{tokens}: {len(report.skipped)} broken pairs were skipped, the first: {name}: {fault}", flush=True)
-    if report.num_cut:
-        print(
-            f"{tokens}: {report.num_cut} of {report.num_rows} captions were cut to {config.max_text_length} tokens",
-            flush=True,
-        )
+    return min(span.length for span in spans.values())

@@ -5,11 +5,12 @@ measured, and all rows below a step are known when a checkpoint of that step is 
 """
 
 import csv
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
 from torch.utils.tensorboard.writer import SummaryWriter
@@ -27,14 +28,15 @@ Row = tuple[int, float, dict[str, float | None]]
 
 
 class Curves:
-    """Rows of named values by split ("train", "test"). Rows from `start_step` on that a killed run left are dropped.
+    """Rows of named values by split ("train", "validation"). Rows from `start_step` on, of a run that was killed, are
+    dropped.
 
     The first of `columns` is the one drawn large. `label` names the unit on the picture's axis.
     """
 
     def __init__(self, directory: Path, columns: Sequence[str], *, start_step: int = 0, label: str):
         self.columns, self.label = tuple(columns), label
-        self.rows: dict[str, list[Row]] = {"train": [], "test": []}
+        self.rows: dict[str, list[Row]] = {"train": [], "validation": []}
         self._path, self._png = directory / CSV_NAME, directory / PNG_NAME
         kept = _read_rows(self._path, self.columns) if start_step else []
         temporary = self._path.with_suffix(".part")
@@ -73,11 +75,13 @@ class Curves:
         steps, values = _series(self.rows["train"], self.columns[0])
         axes[0].plot(steps, values, color="0.75", linewidth=0.6, label="training, each minibatch")
         axes[0].plot(steps, _smoothed(values), color="C0", linewidth=1.2, label="training, running mean")
-        axes[0].plot(*_series(self.rows["test"], self.columns[0]), "o-", color="C3", markersize=3, label="test")
+        axes[0].plot(
+            *_series(self.rows["validation"], self.columns[0]), "o-", color="C3", markersize=3, label="validation"
+        )
         axes[0].set(xlabel="step", ylabel=self.label)
         for index, name in enumerate(self.columns[1:]):
-            steps, values = _series(self.rows["test"], name)
-            axes[1].plot(steps, values, "o-", color=f"C{index + 1}", markersize=3, label=f"test, {name}")
+            steps, values = _series(self.rows["validation"], name)
+            axes[1].plot(steps, values, "o-", color=f"C{index + 1}", markersize=3, label=f"validation, {name}")
         axes[1].set(xlabel="step", ylabel="nats per token of the part")
         for ax in axes:
             ax.grid(alpha=0.3)
@@ -97,10 +101,11 @@ def _written(value: float | None) -> str:
 def _read_rows(path: Path, columns: Sequence[str]) -> list[tuple[str, Row]]:
     def parsed(split: str, step: str, epoch: str, *values: str) -> tuple[str, Row]:
         named = {name: float(value) if value else None for name, value in zip(columns, values, strict=True)}
+        split = "validation" if split == "test" else split  # as earlier versions called it
         return split, (int(step), float(epoch), named)
 
     rows = read_csv_rows(path, ("split", "step", "epoch", *columns), parsed)
-    return [row for row in rows if row[0] in ("train", "test")]
+    return [row for row in rows if row[0] in ("train", "validation")]
 
 
 def read_csv_rows(path: Path, header: Sequence[str], parsed: Callable[..., Parsed]) -> list[Parsed]:
@@ -143,3 +148,38 @@ def _smoothed(values: Sequence[float], share: float = 0.02) -> list[float]:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
         means.append(total / weight)
     return means
+
+
+class CsvLog:
+    """A CSV file of rows by step; rows after step `keep_to`, of an earlier start of the run, are dropped."""
+
+    def __init__(self, path: Path, columns: list[str], *, keep_to: int):
+        kept = [row for row in read_csv_rows(path, columns, _row) if int(row[0]) <= keep_to]
+        with new_file(path, force=True) as temporary, temporary.open("w", newline="") as file:
+            csv.writer(file).writerows([columns, *kept])
+        self.path, self.columns = path, columns
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """A row of the values that are there, by column; others are left empty, or out."""
+        row = [values.get(name) for name in self.columns[1:]]
+        with named_failure(self.path), open(self.path, "a", newline="") as file:
+            csv.writer(file).writerow([step, *("" if value is None else value for value in row)])
+
+
+def _row(step: str, *values: str) -> list[str]:
+    int(step)  # the first column of every table of a run
+    return [step, *values]
+
+
+def read_columns(path: Path) -> dict[str, list[float]]:
+    """The columns of a `CsvLog` file by name; an empty field is NaN."""
+    with open(path, newline="") as file:
+        header, *rows = csv.reader(file)
+    return {name: [_number(row[i]) for row in rows if i < len(row)] for i, name in enumerate(header)}
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:  # a warning, or a damaged value
+        return math.nan

@@ -1,18 +1,22 @@
-"""Training an image tokenizer on pictures in memory: one loop, read top to bottom.
+"""Training an image tokenizer: one loop for all families, read top to bottom.
 
-The run's directory gets `training.csv`, `evaluation.csv`, `curves.png`, tensorboard events,
-`reconstructions/` (pictures above, reconstructions below), checkpoints, and at the end `image_tokenizer/`.
-Starting the same run again goes on from its last checkpoint, and ends with the same weights to the last bit
-as a run that never stopped (on one machine).
+What a step learns from is a `Learner`'s: `PlainLearner` here, for digits and other small pictures in memory, and
+`GANLearner` in gan_tokenizer.py, with perceptual losses and a discriminator, for pictures from files.
 
-Letters: N pictures, C H W image.
+The run's directory gets `training.csv`, `evaluation.csv`, `warnings.csv`, `curves.png`, tensorboard events,
+`reconstructions/` (pictures above, reconstructions below), checkpoints, and `image_tokenizer/`, the averaged weights of
+the best evaluation so far. Starting the same run again goes on from its last checkpoint, and ends with the same weights
+to the last bit as a run that never stopped (on one machine). Only the logged window of codes that tells the codebook's
+health begins anew.
+
+Letters: B batch, N pictures, C H W image.
 """
 
-import csv
-import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,74 +26,179 @@ from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
 from smalti.data.loader import batches
 from smalti.errors import InputError, require_finite
-from smalti.files import named_failure, new_file
-from smalti.image_tokenizers import FAMILIES, save_image_tokenizer
-from smalti.image_tokenizers.quantizer import CodebookHealth
-from smalti.precision import AUTO, autocast, check_precision, resolve_precision, with_precision
-from smalti.progress import stage
-from smalti.training.checkpoint import (
-    check_writable,
-    latest_checkpoint,
-    load_checkpoint,
-    load_run,
-    one_run_at_a_time,
-    random_state,
-    save_checkpoint,
-    set_random_state,
-)
-from smalti.training.curves import read_csv_rows
+from smalti.files import new_file
+from smalti.image_tokenizers import FAMILIES, load_image_tokenizer, save_image_tokenizer
+from smalti.image_tokenizers.quantizer import CodebookHealth, Quantized
+from smalti.precision import AUTO, autocast, check_precision, resolve_precision
+from smalti.training.checkpoint import check_writable, one_run_at_a_time, random_state, set_random_state
+from smalti.training.curves import CsvLog, read_columns
 from smalti.training.estimate import Estimate, why_slow
+from smalti.training.run import (
+    Run,
+    going_astray,
+    is_due,
+    require_finite_weights,
+    scheduled,
+    set_learning_rate,
+    training_stage,
+    update_average,
+)
+from smalti.training.settings import check_ranges
 
 STAGE = "image tokenizer"
-_LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "entropy_loss", "gradient_norm")
+NO_LOSSES = ("step", "learning_rate", "gradient_norm", "usage", "perplexity", "dead_codes")
+"""Columns of training.csv that are no losses of the tokenizer; nor are those of a discriminator."""
+DISCRIMINATOR = ("generator", "adversarial_weight", "discriminator", "real_logit", "fake_logit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTokenizerConfig:
-    """How to train. `max_value` is the channel value that stands for 1.0 (3 for digits of levels 0..3).
+class LoopConfig:
+    """What the loop is told, the same for all families, which differ in some defaults.
 
-    The learning rate rises over `warmup_steps` and falls to 0 by a cosine. What is evaluated and returned is
-    a running mean of the weights with `weight_ema_decay` (0: the weights themselves). "Every" counts steps; 0
+    The learning rate rises over `warmup_steps` and falls by a cosine to `final_share` of its peak. What is evaluated
+    and returned is a running mean of the weights with `ema_decay` (0: the weights themselves). "Every" counts steps; 0
     is never. Products are taken in `precision`: "float32", "bfloat16", or "auto", bfloat16 where the hardware
     multiplies in it.
     """
 
-    steps: int = 1000
-    batch_size: int = 64
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.01
-    gradient_clip: float = 1.0
-    weight_ema_decay: float = 0.99
-    max_value: int = 255
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    final_share: float
+    betas: tuple[float, float]
+    weight_decay: float
+    max_grad_norm: float | None = 1.0
+    """Gradients of a larger norm are scaled down to it; None: never."""
+    ema_decay: float
     precision: str = AUTO
     seed: int = 0
     device: str = "cpu"
-    held_out_pictures: int = 1000
-    evaluate_every: int = 200
+    evaluate_every: int
     sample_every: int = 500
-    save_every: int = 500
+    checkpoint_every: int = 500
     log_every: int = 20
     keep_checkpoints: int = 2
 
     def __post_init__(self):
+        object.__setattr__(self, "betas", tuple(self.betas))  # JSON has lists
         check_precision(self.precision)
-        for name in ("steps", "batch_size", "max_value", "held_out_pictures", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("warmup_steps", "weight_decay", "evaluate_every", "sample_every", "save_every", "log_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
-        for name in ("learning_rate", "gradient_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        if not 0 <= self.weight_ema_decay < 1:
-            raise ValueError(f"weight_ema_decay is {self.weight_ema_decay}; it must lie in [0, 1).")
+        check_ranges(
+            self,
+            positive="num_steps batch_size learning_rate max_grad_norm keep_checkpoints",
+            not_negative="warmup_steps weight_decay evaluate_every sample_every checkpoint_every log_every",
+            below_one="ema_decay betas",
+            shares="final_share",
+        )
+
+    def learning_rate_at(self, step: int) -> float:
+        return scheduled(
+            step,
+            peak=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            final_share=self.final_share,
+            lowest_at=self.num_steps,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerConfig(LoopConfig):
+    """How to train on small pictures in memory. `max_value` is the channel value that stands for 1.0 (3 for digits of
+    levels 0..3)."""
+
+    num_steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    final_share: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    ema_decay: float = 0.99
+    max_value: int = 255
+    held_out_pictures: int = 1000
+    evaluate_every: int = 200
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, positive="max_value held_out_pictures")
+
+
+class Losses(NamedTuple):
+    """`total` is what the tokenizer's optimiser sees; `parts` are losses by their names in `Learner.parts`, the first
+    the one that is shown. `rebuilt` is None where codes alone are learned."""
+
+    total: Float[Tensor, ""]
+    parts: dict[str, Tensor]
+    rebuilt: Float[Tensor, "B C H W"] | None
+    quantized: Quantized
+
+
+Figures = Mapping[str, float | None]
+
+
+class Learner:
+    """What the loop trains, and how one step learns. Abstract."""
+
+    model: nn.Module
+    held_out: UInt8[Tensor, "N H W C"]
+    """Pictures to measure on, and to draw."""
+    max_value: int
+    """The channel value of theirs that stands for 1.0."""
+    parts: tuple[str, ...]
+    """What a step gives, in the order of the log."""
+    columns: tuple[str, ...]
+    """Of training.csv, besides step and learning rate."""
+    figures: tuple[str, ...]
+    """Of an evaluation."""
+
+    def losses(self, images: Float[Tensor, "B C H W"], step: int, precision: str) -> Losses:
+        raise NotImplementedError
+
+    def learn_besides(
+        self, images: Float[Tensor, "B C H W"], found: Losses, step: int, precision: str
+    ) -> dict[str, Tensor]:
+        """What else learns after the tokenizer; more parts."""
+        return {}
+
+    def measure(self, averaged: nn.Module) -> Figures:
+        raise NotImplementedError
+
+    def is_best(self, figures: Figures) -> bool:
+        """Whether the image tokenizer of an evaluation is to be kept."""
+        return True
+
+    def warning(self, figures: Figures, step: int) -> str | None:
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the tokenizer's own state."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class PlainLearner(Learner):
+    """A family's own reconstruction loss, and its quantizer's."""
+
+    parts = columns = ("reconstruction_loss", "codebook_loss", "commitment_loss", "entropy_loss", "gradient_norm")
+
+    def __init__(self, model: nn.Module, held_out: UInt8[Tensor, "N H W C"], max_value: int):
+        self.model, self.held_out, self.max_value = model, held_out, max_value
+        self.figures = ReconstructionReport._fields
+
+    def losses(self, images: Float[Tensor, "B C H W"], step: int, precision: str) -> Losses:
+        with autocast(images.device, precision):
+            loss, quantized = self.model(images)
+        values = (loss, quantized.codebook_loss, quantized.commitment_loss, quantized.entropy_loss)
+        return Losses(loss + quantized.loss, dict(zip(self.parts, values, strict=False)), None, quantized)
+
+    def measure(self, averaged: nn.Module) -> Figures:
+        return evaluate_reconstruction(averaged, self.held_out, self.max_value)._asdict()
 
 
 @one_run_at_a_time
@@ -109,123 +218,148 @@ def train_tokenizer(
     other settings; and if the loss stops being finite. `estimate` says early how long a recipe takes in all, if
     progress is shown.
     """
-    # Pictures, network, optimiser
-    directory = Path(directory)
     images = _checked("training", images, config.max_value)
     held_out = _checked("held-out", held_out, config.max_value)[: config.held_out_pictures]
     torch.manual_seed(config.seed)
-    model = _family_of(model_config)(model_config).to(config.device)
-    averaged = AveragedModel(model, multi_avg_fn=running_mean(config.weight_ema_decay))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True
+    learner = PlainLearner(_family_of(model_config)(model_config).to(config.device), held_out, config.max_value)
+
+    def stream(start: int) -> Iterator[Float[Tensor, "B C H W"]]:
+        for rows in batches(len(images), config.batch_size, config.seed, start):
+            yield _to_images(images[torch.from_numpy(rows)], config.max_value, config.device)
+
+    settings = {"model": model_config}
+    return train_loop(
+        learner, stream, config, Path(directory), settings, show_progress=show_progress, estimate=estimate
     )
+
+
+def train_loop(
+    learner: Learner,
+    stream: Callable[[int], Iterator[Float[Tensor, "B C H W"]]],
+    config: LoopConfig,
+    directory: Path,
+    settings: dict[str, Any],
+    *,
+    show_progress: bool,
+    estimate: Estimate | None,
+) -> nn.Module:
+    """The image tokenizer of the best evaluation, as `directory` has it. `stream` gives the batches from a step on,
+    `settings` are all that decides the weights besides `config`."""
+    model = learner.model
+    averaged = deepcopy(model)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        learning, lr=config.learning_rate, weight_decay=config.weight_decay, betas=config.betas, fused=True
+    )
+    model_config: Any = model.config
     window = CodebookHealth(model_config.codebook_size)
+    mend = how_to_mend(config)
 
     # Where to write, and what an earlier start of this run has left there
     weights_bytes = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     check_writable(directory, expected_bytes=(config.keep_checkpoints + 1) * 4 * weights_bytes)
-    latest = latest_checkpoint(directory)
-    begun = as_described_now(load_run(latest)) if latest else None
-    config = with_resolved_precision(config, begun)
-    run = described({"model": asdict(model_config), "training": asdict(config)})
+    run = Run(directory)
+    config = replace(config, precision=resolve_precision(config.precision, config.device, begun=run.precision))
     start, pending = 0, []
-    if latest:
-        start, weights, state = load_checkpoint(latest)
-        if begun is not None and begun != run:
-            raise InputError(
-                f"{directory} holds a run with other settings ({settings_difference(begun, run)}); "
-                "choose another folder, or remove that one."
-            )
-        averaged.module.load_state_dict(weights)
-        averaged.n_averaged.copy_(state["n_averaged"])
+    if (checkpoint := run.claim({**settings, "training": config})) is not None:
+        start, weights, state = checkpoint
+        averaged.load_state_dict(weights)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        pending = list(state["pending"])
+        learner.load_state(state)
+        pending = [row.to(config.device) for row in state["pending"]]
         set_random_state(state["random"])
-    kept_to = start if latest else -1  # a run killed before its first checkpoint begins its tables anew
-    training_log = CsvLog(directory / "training.csv", ["step", "learning_rate", *_LOSSES], keep_to=kept_to)
-    evaluation_log = CsvLog(directory / "evaluation.csv", ["step", *ReconstructionReport._fields], keep_to=kept_to)
+    kept_to = start if checkpoint else -1  # a run killed before its first checkpoint begins its tables anew
+    training_log = CsvLog(directory / "training.csv", ["step", "learning_rate", *learner.columns], keep_to=kept_to)
+    evaluation_log = CsvLog(directory / "evaluation.csv", ["step", *learner.figures], keep_to=kept_to)
+    warnings_log = CsvLog(directory / "warnings.csv", ["step", "warning"], keep_to=kept_to)
     board = SummaryWriter(str(directory), purge_step=start)
 
-    watch = None if estimate is None else estimate.watch(lambda: why_slow(config.precision, config.device))
-    with stage(STAGE, config.steps, completed=start, show=show_progress, watch=watch) as progress, board:
-        rows = batches(len(images), config.batch_size, config.seed, start)
-        for step in range(start, config.steps + 1):
-            last = step == config.steps
-            resumed_here = step == start and latest is not None
+    why = partial(why_slow, config.precision, config.device)
+    shown = training_stage(STAGE, config.num_steps, completed=start, show=show_progress, estimate=estimate, why=why)
+    with shown as progress, board:
+        images_from_start = stream(start)
+        for step in range(start, config.num_steps + 1):
+            last = step == config.num_steps
+            resumed_here = step == start > 0
+            evaluates = (is_due(config.evaluate_every, step) or last) and not resumed_here
+            saves = (is_due(config.checkpoint_every, step) and step > start) or last
+            if evaluates or saves:  # weights that are not finite are neither measured nor saved
+                if pending:
+                    require_finite(float(torch.stack(pending)[:, 0].mean()), step, mend)
+                require_finite_weights(model, step, mend)
 
-            # Evaluate
-            if (is_due(config.evaluate_every, step) or last) and not resumed_here:
-                report = evaluate_reconstruction(averaged.module, held_out, config.max_value)
-                evaluation_log.write(step, report)
-                for name, value in report._asdict().items():
-                    board.add_scalar(f"held_out/{name}", value, step)
+            # Evaluate, and keep the best
+            if evaluates:
+                with going_astray(averaged, step, mend):
+                    figures = learner.measure(averaged)
+                evaluation_log.write(step, figures)
+                for name, value in figures.items():
+                    if value is not None:
+                        board.add_scalar(f"held_out/{name}", value, step)
+                if learner.is_best(figures):
+                    save_image_tokenizer(averaged, directory / "image_tokenizer")
+                if (warning := learner.warning(figures, step)) is not None:
+                    warnings_log.write(step, {"warning": warning})
+                    progress.say(f"step {step}: {warning}")
                 draw_curves(directory)
-                progress.update(step, report.brief())
+                progress.update(step, f"{figures['psnr_db']:.1f} dB, usage {figures['codebook_usage']:.0%}")
 
             # Sample
             if (is_due(config.sample_every, step) or last) and not resumed_here:
                 path = directory / "reconstructions" / f"step_{step:08d}.png"
-                draw_reconstructions(averaged.module, held_out[:16], config.max_value, path)
+                with going_astray(averaged, step, mend):
+                    draw_reconstructions(averaged, learner.held_out[:16], learner.max_value, path)
 
             # Save
-            if (is_due(config.save_every, step) and step > start) or last:
-                if pending:  # weights that are not finite are not saved
-                    require_finite(float(torch.stack(pending)[:, 0].mean()), step, how_to_mend(config))
+            if saves:
                 state = {
-                    "run": run,
                     "model": model.state_dict(),
-                    "n_averaged": averaged.n_averaged,
                     "optimizer": optimizer.state_dict(),
                     "pending": pending,
                     "random": random_state(),
+                    **learner.state(),
                 }
-                weights = averaged.module.state_dict()
-                save_checkpoint(directory, step, weights, state, config.keep_checkpoints)
+                run.save(step, averaged.state_dict(), state, keep=config.keep_checkpoints)
             if last:
                 break
 
             # Step
             note = None
             model.train()
-            learning_rate = learning_rate_at(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            batch = _to_images(images[torch.from_numpy(next(rows))], config.max_value, config.device)
-            with autocast(config.device, config.precision):
-                reconstruction_loss, quantized = model(batch)
-            optimizer.zero_grad(set_to_none=True)
-            (reconstruction_loss + quantized.loss).backward()
-            gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-            optimizer.step()
-            averaged.update_parameters(model)
+            learning_rate = config.learning_rate_at(step)
+            set_learning_rate(optimizer, learning_rate)
+            images = next(images_from_start)
+            with going_astray(model, step, mend):
+                found = learner.losses(images, step, config.precision)
+                optimizer.zero_grad(set_to_none=True)
+                found.total.backward()
+                norm = nn.utils.clip_grad_norm_(learning, config.max_grad_norm or math.inf)
+                optimizer.step()
+                # The first average is a copy.
+                update_average(averaged, model, step, config.ema_decay if step else 0.0)
+                parts = {**found.parts, "gradient_norm": norm}
+                parts |= learner.learn_besides(images, found, step, config.precision)
 
             # Log. The losses stay on the device until a row is due: reading them makes the host wait.
-            window.update(quantized.codes)
-            pending.append(torch.stack([reconstruction_loss.detach(), *_parts(quantized), gradient_norm.detach()]))
+            window.update(found.quantized.codes)
+            nothing = torch.tensor(math.nan, device=images.device)
+            pending.append(torch.stack([parts.get(name, nothing).detach().float() for name in learner.parts]))
             if is_due(config.log_every, step + 1):
-                means = torch.stack(pending).mean(0).tolist()
-                pending = []
-                require_finite(means[0], step + 1, how_to_mend(config))
+                logged, pending = torch.stack(pending), []
+                require_finite(float(logged[:, 0].mean()), step + 1, mend)
+                means = logged.nanmean(0).tolist()
                 note = f"loss {means[0]:.4g}"
-                training_log.write(step + 1, [learning_rate, *means])
-                for name, value in zip(_LOSSES, means, strict=True):
+                row = {name: value for name, value in zip(learner.parts, means, strict=True) if not math.isnan(value)}
+                row |= {"learning_rate": learning_rate, **window.report()._asdict()}
+                training_log.write(step + 1, row)
+                for name, value in row.items():
                     board.add_scalar(f"training/{name}", value, step + 1)
-                for name, value in window.report()._asdict().items():
-                    board.add_scalar(f"codebook/{name}", value, step + 1)
             progress.update(step + 1, note)
 
-    image_tokenizer = averaged.module.eval()
-    save_image_tokenizer(image_tokenizer, directory / "image_tokenizer")
-    return image_tokenizer
-
-
-def learning_rate_at(step: int, config: TrainTokenizerConfig) -> float:
-    """Linear from 0 (not included) over the warm-up, then half a cosine down to 0 at the last step."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+    if not (directory / "image_tokenizer").exists():  # a run that ended before there was one from every evaluation
+        save_image_tokenizer(averaged, directory / "image_tokenizer")
+    return load_image_tokenizer(directory / "image_tokenizer")
 
 
 class ReconstructionReport(NamedTuple):
@@ -238,9 +372,6 @@ class ReconstructionReport(NamedTuple):
     codebook_usage: float
     perplexity: float
     dead_codes: int
-
-    def brief(self) -> str:
-        return f"{self.psnr_db:.1f} dB, exact {self.exact_pixels:.2%}, usage {self.codebook_usage:.0%}"
 
 
 @torch.inference_mode()
@@ -295,76 +426,39 @@ def draw_reconstructions(image_tokenizer: Any, pictures: UInt8[Tensor, "N H W C"
 
 
 def draw_curves(directory: Path) -> None:
-    """Writes `curves.png` from the run's two CSV files."""
+    """Writes `curves.png` from the run's CSV files."""
     training, evaluation = (read_columns(directory / f"{name}.csv") for name in ("training", "evaluation"))
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    loss, exact, codebook = figure.subplots(1, 3)
-    loss.plot(training["step"], training["reconstruction_loss"])
-    loss.set(title="training: reconstruction loss", xlabel="step", yscale="log" if training["step"] else "linear")
-    exact.plot(evaluation["step"], [1 - share for share in evaluation["exact_pixels"]], marker=".")
-    exact.set(title="held out: share of pixels not exact", xlabel="step", ylim=(0, None))
-    codebook.plot(evaluation["step"], evaluation["codebook_usage"], marker=".", label="usage")
-    codebook.set(title="held out: codebook", xlabel="step", ylabel="share of codes used", ylim=(0, 1))
+    measured = [name for name, values in training.items() if not all(map(math.isnan, values))]
+    losses = [name for name in measured if name not in (*NO_LOSSES, *DISCRIMINATOR)]
+    verdicts = [name for name in ("real_logit", "fake_logit", "generator") if name in training]
+    figure = Figure(figsize=(4 * (4 if verdicts else 3), 3.5), layout="constrained")
+    loss, quality, codebook, *others = figure.subplots(1, 4 if verdicts else 3)
+    for name in losses:
+        loss.plot(training["step"], training[name], label=name)
+    positive = all(value > 0 for name in losses for value in training[name] if not math.isnan(value))
+    loss.set(title="training: losses", xlabel="step", yscale="log" if losses and positive else "linear")
+    quality.plot(evaluation["step"], evaluation["psnr_db"], marker=".")
+    quality.set(title="held out: reconstruction", xlabel="step", ylabel="PSNR, dB")
+    second = "ssim" if "ssim" in evaluation else "exact_pixels"
+    similarity = quality.twinx()
+    similarity.plot(evaluation["step"], evaluation[second], marker=".", color="C1")
+    similarity.set(ylabel=f"{second.replace('_', ' ')} (orange)")
+    if "usage" in training:
+        codebook.plot(training["step"], training["usage"], label="training, last 65,536 codes")
+    codebook.plot(evaluation["step"], evaluation["codebook_usage"], marker=".", label="held out")
+    codebook.set(title="codebook", xlabel="step", ylabel="share of codes used", ylim=(0, 1))
     perplexity = codebook.twinx()
-    perplexity.plot(evaluation["step"], evaluation["perplexity"], marker=".", color="C1")
-    perplexity.set(ylabel="perplexity (orange)", ylim=(0, None))
+    perplexity.plot(evaluation["step"], evaluation["perplexity"], marker=".", color="C2")
+    perplexity.set(ylabel="held-out perplexity (green)", ylim=(0, None))
+    for adversary in others:
+        for name in (name for name in verdicts if name in measured):
+            adversary.plot(training["step"], training[name], label=name)
+        adversary.set(title="training: discriminator", xlabel="step")
+    for axes in (loss, codebook, *others):
+        if axes.get_lines():
+            axes.legend(fontsize="small")
     with new_file(directory / "curves.png", force=True) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
-
-
-def _row(step: str, *values: str) -> list[str]:
-    int(step)  # the first column of every table of a run
-    return [step, *values]
-
-
-class CsvLog:
-    """A CSV file of rows by step; rows after step `keep_to`, of an earlier start of the run, are dropped."""
-
-    def __init__(self, path: Path, columns: list[str], *, keep_to: int):
-        kept = [row for row in read_csv_rows(path, columns, _row) if int(row[0]) <= keep_to]
-        with new_file(path, force=True) as temporary, temporary.open("w", newline="") as file:
-            csv.writer(file).writerows([columns, *kept])
-        self.path = path
-
-    def write(self, step: int, values) -> None:
-        with named_failure(self.path), open(self.path, "a", newline="") as file:
-            csv.writer(file).writerow([step, *values])
-
-
-def read_columns(path: Path) -> dict[str, list[float]]:
-    """The columns of a `CsvLog` file by name; an empty field is NaN."""
-    with open(path, newline="") as file:
-        header, *rows = csv.reader(file)
-    return {name: [_number(row[i]) for row in rows if i < len(row)] for i, name in enumerate(header)}
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text or "nan")
-    except ValueError:  # a warning, or a damaged value
-        return math.nan
-
-
-def is_due(interval: int, step: int) -> bool:
-    """Whether what is done every `interval` steps (0: never) is done at this one."""
-    return interval > 0 and step % interval == 0
-
-
-def _parts(quantized) -> Iterator[Tensor]:
-    return (part.detach() for part in (quantized.codebook_loss, quantized.commitment_loss, quantized.entropy_loss))
-
-
-def running_mean(decay: float):
-    """An update for AveragedModel whose decay grows to `decay`, so that the first, random weights are soon
-    forgotten."""
-
-    def update(averages, values, num_averaged) -> None:
-        step = float(num_averaged)
-        share = 1 - min(decay, (1 + step) / (10 + step))
-        for average, value in zip(averages, values, strict=True):
-            average.lerp_(value, share)
-
-    return update
 
 
 def _family_of(model_config: Any) -> type[nn.Module]:
@@ -400,44 +494,9 @@ def _to_images(
     return pictures.to(device).permute(0, 3, 1, 2).float() / max_value
 
 
-def how_to_mend(config: Any) -> str:
-    """What helps a training whose loss is not finite."""
+def how_to_mend(config: LoopConfig) -> str:
+    """What helps a training that went astray."""
     return (
-        f"Start anew in another folder with a lower learning_rate ({config.learning_rate}) or gradient_clip "
-        f"({config.gradient_clip}), or with precision=float32."
+        f"Start anew in another folder with a lower learning_rate ({config.learning_rate}) or max_grad_norm "
+        f"({config.max_grad_norm}), or with precision=float32."
     )
-
-
-def as_described_now(run: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its run, in today's names."""
-    return described({**run, "training": with_precision(run["training"])})
-
-
-def described(run: dict[str, Any]) -> dict[str, Any]:
-    """Settings as a checkpoint holds them. One that is None is left out, and so the same as one that an earlier version
-    did not have."""
-    return _without_none(json.loads(json.dumps(run, default=str)))
-
-
-def _without_none(settings: Any) -> Any:
-    if isinstance(settings, list):
-        return [_without_none(part) for part in settings]
-    if not isinstance(settings, dict):
-        return settings
-    return {name: _without_none(value) for name, value in settings.items() if value is not None}
-
-
-def with_resolved_precision(config: Any, begun: dict[str, Any] | None) -> Any:
-    """The training's config with its precision decided, by an earlier start of the run if there was one."""
-    earlier = None if begun is None else begun["training"]["precision"]
-    return replace(config, precision=resolve_precision(config.precision, config.device, begun=earlier))
-
-
-def settings_difference(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """The first setting in which two runs differ."""
-    for part in one | other:
-        there, here = one.get(part, {}), other.get(part, {})
-        for name in there | here:
-            if there.get(name) != here.get(name):
-                return f"{part} {name} is {there.get(name)} there, {here.get(name)} here"
-    return "settings that are not known here"

@@ -10,23 +10,21 @@ drops. So a step number, the weights and the optimizer are all that a run needs 
 Letters: B batch, T tokens, n counted positions that cost something, P parts.
 """
 
-import json
 import logging
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -45,23 +43,31 @@ from smalti.precision import (
     check_precision,
     compute_precision,
     resolve_precision,
-    with_precision,
 )
-from smalti.progress import stage
 from smalti.sequences.layout import NO_SLOT, PARTS, Layout, Marker, Order, Packed, Span, SpanValues
 from smalti.sequences.vocabulary import SPECIAL, Vocabulary
 from smalti.training.checkpoint import (
+    Checkpoint,
     check_writable,
     latest_checkpoint,
     load_checkpoint,
-    load_run,
     run_lock,
     save_checkpoint,
 )
 from smalti.training.curves import Curves
+from smalti.training.distributed import gradients_kept_back, own_device, processes, summed, wait_for_all
 from smalti.training.estimate import Estimate, Length, why_slow
 from smalti.training.muon import Muon, Optimizers
 from smalti.training.native_loss import NativeLoss, make_native_loss, why_not
+from smalti.training.run import (
+    Run,
+    require_finite_weights,
+    scheduled,
+    set_learning_rate,
+    training_stage,
+    update_average,
+)
+from smalti.training.settings import check_ranges
 
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon")
@@ -170,19 +176,14 @@ class TrainConfig:
         for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}.")
-        positive = "num_epochs num_steps batch_size num_micro_batches learning_rate max_grad_norm patience"
-        for name in (*positive.split(), "evaluation_rows", "checkpoint_every", "keep_checkpoints"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be more than 0.")
-        for name in ("warmup_steps", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0.")
-        shares = [(name, getattr(self, name)) for name in ("ema_decay", "token_dropout", "caption_dropout")]
-        for name, value in (*shares, *(("betas", beta) for beta in self.betas)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}; expected a number in [0, 1).")
-        if not 0 <= self.final_share <= 1:
-            raise ValueError(f"final_share is {self.final_share}; expected a share in [0, 1].")
+        check_ranges(
+            self,
+            positive="num_epochs num_steps batch_size num_micro_batches learning_rate max_grad_norm patience "
+            "evaluation_rows checkpoint_every keep_checkpoints",
+            not_negative="warmup_steps weight_decay seed",
+            below_one="ema_decay token_dropout caption_dropout betas",
+            shares="final_share",
+        )
 
     @property
     def length(self) -> Length:
@@ -201,14 +202,14 @@ class TrainConfig:
 
 
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
-    """Of the update after `step` updates: a linear rise over the warm-up, then the schedule."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps)
-    share = config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.learning_rate * share
+    """Of the update after `step` updates, the last of which has the lowest."""
+    return scheduled(
+        step,
+        peak=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        final_share=1.0 if config.schedule == "constant" else config.final_share,
+        lowest_at=num_steps - 1,
+    )
 
 
 # ---- batches ----
@@ -392,40 +393,19 @@ class TrainState:
         """About the size of a checkpoint: weights, Adam's two moments, perhaps the average, each in 4 bytes."""
         return self.model.num_parameters * 4 * (4 if self.averaged else 3)
 
-    def save(self, directory: Path, run: dict[str, Any], keep: int) -> None:
-        state = {"run": run, "optimizer": self.optimizer.state_dict(), "evaluations": self.evaluations}
+    def save(self, run: Run, keep: int) -> None:
+        state = {"optimizer": self.optimizer.state_dict(), "evaluations": self.evaluations}
         if self.averaged:
             state["model"] = self.model.state_dict()
-        save_checkpoint(directory, self.step, self.trained.state_dict(), state, keep=keep)
+        run.save(self.step, self.trained.state_dict(), state, keep=keep)
 
-    def load(self, path: Path, run: dict[str, Any]) -> None:
-        """Raises InputError if the checkpoint is of another run than the one that goes on here."""
-        step, weights, state = load_checkpoint(path)
-        begun = with_precision(state["run"])
-        for name in run | begun:
-            if begun.get(name) != run.get(name):
-                raise InputError(
-                    f"{path.parent} holds a run with {name} {begun.get(name)!r}, not {run.get(name)!r}: "
-                    "go on with the same settings, or give a new folder."
-                )
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.step, weights, state = checkpoint
         self.trained.load_state_dict(weights)
         if self.averaged:
             self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.evaluations = state.get("evaluations", {})
-        self.step = step
-
-
-def describe_run(model: DecoderOnly, layout: Layout, config: TrainConfig, num_rows: int) -> dict[str, Any]:
-    """All that decides the weights, for a checkpoint to be compared with."""
-    irrelevant = ("evaluation_rows", "checkpoint_every", "keep_checkpoints", "patience")
-    settings = {name: value for name, value in asdict(config).items() if name not in irrelevant}
-    # Left out where they are as before there were such settings, so that runs from then go on.
-    for name, before in (("token_dropout", 0), ("caption_dropout", 0), ("optimizer", "adamw")):
-        if settings[name] == before:
-            del settings[name]
-    shape = json.dumps(model.config.to_dict(), sort_keys=True)
-    return settings | {"num_rows": num_rows, "model": shape, "layout": json.dumps(layout.to_dict(), sort_keys=True)}
 
 
 def make_optimizer(model: DecoderOnly, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer | Optimizers:
@@ -494,48 +474,6 @@ def make_loss(
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Sets torch's generators, which dropout draws from, by the step alone."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, 1, rank]).generate_state(1, np.uint64)[0]))
-
-
-@torch.no_grad()
-def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """averaged ← d · averaged + (1 − d) · model with d = min(decay, (1 + step) / (10 + step))."""
-    share = 1 - min(decay, (1 + step) / (10 + step))
-    lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
-    lerp_(list(averaged.parameters()), list(model.parameters()), share)
-
-
-# ---- several processes ----
-
-
-@contextmanager
-def processes() -> Iterator[tuple[int, int]]:
-    """Rank and number of the processes that `torchrun` started; (0, 1), and nothing set up, for a single one."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
-        yield 0, 1
-        return
-    ours = not dist.is_initialized()
-    if ours:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield dist.get_rank(), world_size
-    finally:
-        if ours:
-            dist.destroy_process_group()
-
-
-def _gradients_kept_back(loss_module: nn.Module, keep: bool) -> AbstractContextManager:
-    """Of a batch's micro-batches only the last has the processes exchange gradients."""
-    if keep and isinstance(loss_module, DistributedDataParallel):
-        return loss_module.no_sync()
-    return nullcontext()
-
-
-def summed(values: Tensor, world_size: int) -> Tensor:
-    """The sum over all processes."""
-    if world_size > 1:
-        dist.all_reduce(values)
-    return values
 
 
 # ---- evaluation ----
@@ -670,7 +608,7 @@ def train_model(
         evaluation_steps = _evaluation_steps(len(train), num_steps, config)
 
         # The model, wrapped for the loss.
-        device = _device(device)
+        device = own_device(device)
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         if isinstance(model, TransformerConfig):
             torch.manual_seed(config.seed)
@@ -678,10 +616,9 @@ def train_model(
         model.to(device).train()
         asked = config
         stack.enter_context(run_lock(directory, rank))
-        found = latest_checkpoint(directory / CHECKPOINTS)
-        begun = None if found is None else with_precision(load_run(found)).get("precision")
+        run = Run(directory / CHECKPOINTS)
         dtype = model.embed_tokens.weight.dtype
-        config = with_choices(config, layout, num_steps, device, parameters_dtype=dtype, begun=begun)
+        config = with_choices(config, layout, num_steps, device, parameters_dtype=dtype, begun=run.precision)
         loss_module = make_loss(model, layout, asked, config, num_steps)
         why = partial(_why_slow, model, asked, config, loss_module)
         if world_size > 1:
@@ -690,23 +627,24 @@ def train_model(
         state = TrainState(step=0, model=model, averaged=averaged, optimizer=make_optimizer(model, config, device))
 
         # Where it goes on, and where it is written down.
-        checkpoints = directory / CHECKPOINTS
-        run = describe_run(model, layout, config, len(train))
-        if found is not None:
-            if not resume:
-                raise InputError(f"{directory} holds a run already: resume it, or give a new folder.")
-            state.load(found, run)
+        if run.found is not None and not resume:
+            raise InputError(f"{directory} holds a run already: resume it, or give a new folder.")
+        data = {"num_rows": len(train)}
+        settings = {"model": model.config, "layout": layout.to_dict(), "training": config, "data": data}
+        if (checkpoint := run.claim(settings)) is not None:
+            state.load(checkpoint)
         if state.step == num_steps or state.has_stalled(config.patience):
             return _result(state, config, directory)
         curves = None
         if rank == 0:
-            check_writable(checkpoints, state.num_bytes * (config.keep_checkpoints + 1))
+            check_writable(run.directory, state.num_bytes * (config.keep_checkpoints + 1))
             curves = Curves(directory, curve_columns(layout), start_step=state.step, label=_label(layout))
             stack.callback(curves.close)
         log = LossLog(layout, len(train), config, world_size)
         shown = show_progress and rank == 0
-        watch = None if estimate is None else estimate.watch(why)
-        progress = stack.enter_context(stage(STAGE, num_steps, completed=state.step, show=shown, watch=watch))
+        progress = stack.enter_context(
+            training_stage(STAGE, num_steps, completed=state.step, show=shown, estimate=estimate, why=why)
+        )
         stream = prefetch(micro_batches(layout, train, config, start_step=state.step, rank=rank, world_size=world_size))
         stack.callback(stream.close)
 
@@ -718,7 +656,7 @@ def train_model(
                 nats = evaluate(state.trained, layout, validation, evaluation_rows, rank=rank, world_size=world_size)
                 state.evaluations[step] = cast(float, nats["nats_per_token"])
                 if curves is not None:
-                    curves.add("test", step, step * config.batch_size / len(train), nats)
+                    curves.add("validation", step, step * config.batch_size / len(train), nats)
                     curves.draw()
                     if config.patience is not None and state.best_step == step:
                         save_checkpoint(directory / BEST, step, state.trained.state_dict(), {}, keep=1)
@@ -731,23 +669,22 @@ def train_model(
 
             if step > first_step and (step % config.checkpoint_every == 0 or ends_here):
                 log.fetch(step, curves)
-                _require_finite(model, step)
+                require_finite_weights(model, step, MEND)
                 if curves is not None:
                     curves.flush()
-                    state.save(checkpoints, run, config.keep_checkpoints)
+                    state.save(run, config.keep_checkpoints)
             if ends_here:
                 break
 
             seed_step(config.seed, step, rank)
-            for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate(step, num_steps, config)
+            set_learning_rate(state.optimizer, learning_rate(step, num_steps, config))
             pieces = [piece.to(device) for piece in next(stream)]
             counts = torch.stack([piece.counts for piece in pieces]).sum(0)
             total = summed(counts.sum().to(device), world_size) if world_size > 1 else counts.sum()
             nats = torch.zeros(len(counts), dtype=torch.float32, device=device)
             for piece in pieces:
                 with (
-                    _gradients_kept_back(loss_module, piece is not pieces[-1]),
+                    gradients_kept_back(loss_module, piece is not pieces[-1]),
                     compute_precision(device, config.precision),
                 ):
                     nll = loss_module(piece.token_ids, piece.targets)
@@ -769,8 +706,7 @@ def train_model(
                 loss = log.fetch(step + 1, curves)
                 speed = num_tokens / (time.perf_counter() - started_at)
                 progress.update(step + 1, f"loss {loss:.4f} nats/token, {speed:,.0f} tokens/s")
-        if world_size > 1:
-            dist.barrier()  # the first process has written the best weights
+        wait_for_all(world_size)  # the first process has written the best weights
         return _result(state, config, directory)
 
 
@@ -814,21 +750,6 @@ def _evaluation_steps(num_rows: int, num_steps: int, config: TrainConfig) -> set
     num_epochs = num_steps * config.batch_size // num_rows
     ends = {math.ceil(epoch * num_rows / config.batch_size) for epoch in range(num_epochs + 1)}
     return {step for step in ends if step <= num_steps} | {num_steps}
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-
-
-def _require_finite(model: nn.Module, step: int) -> None:
-    if not bool(nn.utils.get_total_norm(list(model.parameters())).isfinite()):
-        raise InputError(f"the weights after step {step} are not finite, so they are not saved. {MEND}")
 
 
 def _why_slow(model: DecoderOnly, asked: TrainConfig, chosen: TrainConfig, loss: NextTokenLoss) -> list[str]:

@@ -1,0 +1,252 @@
+"""What a recipe says: its sections are the config dataclasses themselves, so their fields, ranges and defaults are
+written down once, where they are used; this file only says which sections there are."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from smalti.data.digits import ColouringConfig
+from smalti.data.picture_sets import PicturesConfig
+from smalti.evaluate.compositions import CompositionsConfig
+from smalti.evaluate.report import ReportConfig
+from smalti.image_tokenizers.losses import AdversarialConfig, LossConfig
+from smalti.image_tokenizers.titok import TiTokConfig
+from smalti.image_tokenizers.vit_vqgan import ViTVQGANConfig
+from smalti.image_tokenizers.vqgan import VQGANConfig
+from smalti.image_tokenizers.vqvae import VQVAEConfig
+from smalti.models.config import TransformerConfig
+from smalti.sequences.layout import Layout
+from smalti.sequences.vocabulary import SPECIAL, Vocabulary
+from smalti.systems.line_presets import AUTO, choose_preset
+from smalti.tasks.images import Sampling
+from smalti.text_tokenizer import BPEConfig
+from smalti.training.gan_tokenizer import TrainGANTokenizerConfig
+from smalti.training.image_tokenizer import TrainTokenizerConfig
+from smalti.training.sample_table import SampleTableConfig
+from smalti.training.token_model import TrainConfig
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Minutes = dict[Literal["image tokenizer", "transformer", "report"], Annotated[float, Field(gt=0)]]
+"""What the stages of a recipe take on the machine that `expects` was measured on, two cores. They hold for the recipe
+as it is: a change to what is trained, or for how long, takes them back."""
+
+
+class DigitsData(Section):
+    """Coloured, captioned digits, made from uncoloured ones, or read from the original pickle."""
+
+    source: Literal["scikit-learn", "mnist", "pickle"]
+    path: Path | None = None
+    """MNIST's folder with the four idx files, or the pickle file; scikit-learn's digits need none."""
+    colouring: ColouringConfig = ColouringConfig()
+
+    @model_validator(mode="after")
+    def _has_path(self) -> "DigitsData":
+        if (self.path is None) == (self.source != "scikit-learn"):
+            rule = "has no path" if self.source == "scikit-learn" else "needs a path"
+            raise ValueError(f'path is {self.path}, and source "{self.source}" {rule}.')
+        return self
+
+
+class ImageTokenizer(Section):
+    family: Literal["vqvae"]
+    model: VQVAEConfig = VQVAEConfig()
+    train: TrainTokenizerConfig = TrainTokenizerConfig()
+    path: Path | None = None
+    """Folder of a trained image tokenizer to use as it is, instead of training one."""
+
+
+class Orders(Section):
+    """The specials, and the orders in which spans stand, in the notation of `smalti.sequences.layout`."""
+
+    specials: tuple[str, ...]
+    orders: dict[str, str | tuple[str, float]]
+    """The line of each order, or the line and its weight."""
+
+    def make(self, *, codebook_size: int, text_vocab_size: int) -> Layout:
+        sizes = {SPECIAL: self.specials, "image": codebook_size, "text": text_vocab_size}
+        return Layout.parse(Vocabulary(sizes), self.orders)
+
+
+class Recipe(Section):
+    """A checked recipe. `load_recipe` reads one."""
+
+    system: Literal["digits"]
+    description: str
+    expects: str
+    """What a run gives and takes: figures with the data and machine they were measured on."""
+    minutes: Minutes = {}
+    data: DigitsData
+    image_tokenizer: ImageTokenizer
+    layout: Orders
+    model: TransformerConfig
+    """Without `max_length`, which is that of the layout's longest sequence; `preset` names one of `PRESETS` to start
+    from."""
+    train: TrainConfig
+    sample: Sampling = Sampling()
+    evaluate: ReportConfig = ReportConfig()
+    output: Path
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        tokenizer = self.image_tokenizer.model
+        layout = self.layout.make(codebook_size=tokenizer.codebook_size, text_vocab_size=1)
+        if self.image_tokenizer.path is not None:
+            return self  # its grid is known when it is loaded
+        rows, columns = tokenizer.grid
+        for order in layout.orders.values():
+            for span in order.spans:
+                if span.segment == "image" and span.length != rows * columns:
+                    raise ValueError(
+                        f'layout order "{order.name}" has {span}, but the image tokenizer gives {rows} × {columns} '
+                        f"codes; write image{{{rows * columns}}} or change image_tokenizer.model."
+                    )
+        return self
+
+
+class LinesModel(Section):
+    preset: str = AUTO
+    """A shape of `LINE_PRESETS`; "auto" picks the one that suits the number of training tokens."""
+    dropout: float = 0.0
+
+    @model_validator(mode="after")
+    def _is_known(self) -> "LinesModel":
+        choose_preset(self.preset, 0)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; expected a share in [0, 1).")
+        return self
+
+
+class LinesRecipe(Section):
+    """A checked recipe of the system `lines`: pre-tokenized pictures, without captions or an image tokenizer."""
+
+    system: Literal["lines"]
+    description: str
+    expects: str
+    minutes: Minutes = {}
+    data: Path | None = None
+    """Token table of `smalti data import-lines`."""
+    validation: Path | None = None
+    """A second token table; training rows with the codes of one of its rows are left out. None: hold rows out."""
+    held_out: float | int = 0.05
+    """Rows of `data` held out where no `validation` is given: a share, or a number."""
+    split_seed: int = 0
+    vocab_size: int | None = None
+    """Codes are below it; None: as the table says."""
+    model: LinesModel = LinesModel()
+    learning_rate_width: int | None = None
+    """`train.learning_rate` is for models of this width; for others it is multiplied by this width over theirs, as
+    muP scales it for matrices (Yang et al. 2022, arXiv:2203.03466). None: it is the same for all."""
+    train: TrainConfig
+    baseline_rows: int = 200_000
+    """Training rows that the report's baselines are fitted to at most; they are held in memory."""
+    report_rows: int = 10_000
+    """Validation rows that the report measures at most."""
+    output: Path
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "LinesRecipe":
+        for name in ("held_out", "vocab_size", "learning_rate_width", "baseline_rows", "report_rows"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be more than 0.")
+        return self
+
+
+class VQGANFamily(Section):
+    family: Literal["vqgan"]
+    model: VQGANConfig = VQGANConfig()
+
+
+class ViTVQGANFamily(Section):
+    family: Literal["vit_vqgan"]
+    model: ViTVQGANConfig = ViTVQGANConfig()
+
+
+class TiTokFamily(Section):
+    family: Literal["titok"]
+    model: TiTokConfig = TiTokConfig()
+
+
+class TokenizerRecipe(Section):
+    """A checked recipe of the system `image tokenizer`: an image tokenizer alone, trained on real pictures."""
+
+    system: Literal["image tokenizer"]
+    description: str
+    expects: str
+    minutes: Minutes = {}
+    pictures: Path | None = None
+    """Folder of pictures, or parquet table with a column `image`."""
+    held_out: Path | None = None
+    """Pictures of their own to measure on. None: some of `pictures` are kept back."""
+    reading: PicturesConfig = PicturesConfig()
+    image_tokenizer: Annotated[VQGANFamily | ViTVQGANFamily | TiTokFamily, Field(discriminator="family")]
+    losses: LossConfig = LossConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
+    train: TrainGANTokenizerConfig = TrainGANTokenizerConfig()
+    output: Path
+
+
+class CaptionedPictures(Section):
+    """Pictures with captions, as `open_pairs` finds them: parquet, webdataset shards, or a folder. Or what is tokens
+    already: a table of `smalti tokenize`, or "hub:owner/name", a data set of the hub, read as a stream."""
+
+    train: Path | None = None
+    validation: Path | None = None
+    size: tuple[int, int] | None = None
+    """Rows and columns to which pictures are cropped and resized; None: those the image tokenizer was trained on."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do about a broken picture."""
+    scale: int = 1
+    """Drawn pictures are enlarged this many times."""
+
+
+class CaptionsRecipe(Section):
+    """A checked recipe of the system `captions`: pictures from free captions in one vocabulary."""
+
+    system: Literal["captions"]
+    description: str
+    expects: str
+    minutes: Minutes = {}
+    data: CaptionedPictures
+    image_tokenizer: Path | None = None
+    """Folder of a trained image tokenizer."""
+    text_tokenizer: Path | None = None
+    """File of a text tokenizer, which tokens need. None: one is trained on the captions of the training pictures."""
+    text_size: int
+    """Pieces of words."""
+    segments: tuple[str, ...]
+    """Which ids come first: image, special and text in some order."""
+    layout: Orders
+    model: TransformerConfig
+    """Without `max_length`, which is that of the layout's longest sequence; `preset` names one of `PRESETS` to start
+    from."""
+    train: TrainConfig
+    watch: SampleTableConfig = SampleTableConfig()
+    sample: Sampling = Sampling()
+    evaluate: CompositionsConfig | None = None
+    """Draw the compositions of `data.validation` and look for each among all true pictures; None: do not."""
+    about: dict[str, str] = {}
+    """What the model card says of data and licence."""
+    output: Path
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "CaptionsRecipe":
+        # the codebook's size is known when the image tokenizer is loaded
+        BPEConfig(image_size=1, text_size=self.text_size, specials=self.layout.specials, order=self.segments)
+        self.layout.make(codebook_size=1, text_vocab_size=1)
+        return self
+
+
+AnyRecipe = Recipe | LinesRecipe | TokenizerRecipe | CaptionsRecipe
+System = type[Recipe] | type[LinesRecipe] | type[TokenizerRecipe] | type[CaptionsRecipe]
+SYSTEMS: dict[str, System] = {
+    "digits": Recipe,
+    "lines": LinesRecipe,
+    "image tokenizer": TokenizerRecipe,
+    "captions": CaptionsRecipe,
+}
+"""Kinds of recipes, by their entry `system`."""
