@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from smalti.bundle import Sampling
 from smalti.data.digits import ColouringConfig
 from smalti.data.picture_sets import PicturesConfig
 from smalti.documents import parse_yaml, read_json, read_yaml
@@ -35,7 +36,6 @@ from smalti.precision import with_precision
 from smalti.sequences.layout import Layout, Order, parse_order
 from smalti.sequences.vocabulary import SPECIAL, Vocabulary
 from smalti.systems.line_presets import AUTO, choose_preset
-from smalti.tasks.images import Sampling
 from smalti.text_tokenizer import BPEConfig
 from smalti.training.gan_tokenizer import TrainGANTokenizerConfig
 from smalti.training.image_tokenizer import TrainTokenizerConfig

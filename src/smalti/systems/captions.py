@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from smalti.bundle import Bundle
 from smalti.data.pair_sources import open_pairs
 from smalti.data.ready_tokens import are_tokens, open_tokens
 from smalti.data.tokenize_pairs import TokenizeConfig, require_tokenizers, tokenize_pairs, tokenizer_metadata
@@ -110,7 +111,7 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
         )
 
         def make_pipeline(model: DecoderOnly, **described: Any) -> Pipeline:
-            return Pipeline(
+            bundle = Bundle(
                 model=model,
                 layout=layout,
                 image_tokenizer=image_tokenizer,
@@ -120,6 +121,7 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
                 name=output.name,
                 **described,
             )
+            return Pipeline(bundle)
 
         watch = recipe.watch
         model = train_model(
@@ -151,7 +153,7 @@ def _stored(image_tokenizer: Any, folder: Path) -> Any:
 def _finish(recipe: CaptionsRecipe, trained: Pipeline, validation: Pairs, command: str, show_progress: bool) -> None:
     """The bundle, with what is measured of it: of the model as the bundle holds it, in half precision."""
     folder = recipe.output / "bundle"
-    trained.about = {**recipe.about, "Trained by": f"`{command}`", "Seed": str(recipe.train.seed)}
+    trained.bundle.about = {**recipe.about, "Trained by": f"`{command}`", "Seed": str(recipe.train.seed)}
     trained.save(folder, half=True, force=True)
     pipe = Pipeline.load(folder)
     num_rows = min(len(validation), recipe.train.evaluation_rows or len(validation))
@@ -170,7 +172,7 @@ def _finish(recipe: CaptionsRecipe, trained: Pipeline, validation: Pairs, comman
         )
         report.write(recipe.output, force=True)
         figures |= report.figures()
-    pipe.figures = figures
+    pipe.bundle.figures = figures
     pipe.save(folder, half=True, force=True)
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from smalti.bundle import Bundle
 from smalti.data.digit_sources import read_coloured_pickle, read_mnist, scikit_learn_digits
 from smalti.data.digits import PICTURE_SIZE, SPLITS, ColouredDigits, SourceDigits, words, write_digits
 from smalti.data.pairs import PairTable
@@ -158,7 +159,7 @@ def _finish(
 ) -> None:
     """Bundles, then measures the bundle as a user will load it, rounded to half precision."""
     output, bundle = recipe.output, recipe.output / "bundle"
-    Pipeline(
+    Bundle(
         model=model.cpu(),
         layout=layout,
         image_tokenizer=load_image_tokenizer(output / "image_tokenizer"),
@@ -176,5 +177,5 @@ def _finish(
         with stage("drawing galleries", show=show_progress):
             draw_galleries(pipe, held_out.pictures, held_out.captions, output, seed=recipe.evaluate.seed, force=True)
         report.write(output, force=True)
-    pipe.figures = report.figures()
+    pipe.bundle.figures = report.figures()
     pipe.save(bundle, half=True, force=True)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Int64
 
+from smalti.bundle import Bundle
 from smalti.data.line_rows import TableRows, rows_not_in, write_rows
 from smalti.data.lines import MAX_UNTOLD_VOCAB_SIZE, split_rows
 from smalti.data.tokens import TokenTable
@@ -149,17 +150,17 @@ def _finish(
     """Bundles, then measures the bundle as a user will load it, rounded to half precision."""
     output, bundle = recipe.output, recipe.output / "bundle"
     layout = line_layout(data.length, data.vocab_size)
-    LineModel(model=model.cpu(), layout=layout, name=output.name).save(bundle, half=True, force=True)
+    Bundle(model=model.cpu(), layout=layout, name=output.name).save(bundle, half=True, force=True)
     loaded = LineModel.load(bundle)
     path = output / "report.json"
     if (figures := _figures_of(path, loaded)) is not None:
-        loaded.figures = figures
+        loaded.bundle.figures = figures
         loaded.save(bundle, half=True, force=True)
         return
     num_rows = recipe.baseline_rows, recipe.report_rows
     rows = score_with_baselines(loaded, data.train, data.validation, *num_rows, show_progress=show_progress)
     best = rows[-1]
-    loaded.figures = {
+    loaded.bundle.figures = {
         "validation nats per token": f"{best.nats_per_token:.4f} ± {best.standard_error:.4f}",
         "validation bits per token": f"{best.nats_per_token / math.log(2):.4f}",
         "validation perplexity": f"{math.exp(best.nats_per_token):.3f}",
@@ -170,7 +171,7 @@ def _finish(
     content = {
         "command": command,
         "weights_sha256": loaded.weights_sha256,
-        "figures": loaded.figures,
+        "figures": loaded.bundle.figures,
         "rows": [row._replace(standard_error=_or_none(row.standard_error))._asdict() for row in rows],
     }
     write_text(output / "report.md", _markdown(rows, loaded, command), force=True)
