@@ -35,14 +35,14 @@ def random_lines(num_lines: int, num_codes: int) -> Iterator:
 
 
 def save_tiny_model(bundle: Path, num_codes: int) -> None:
+    from smalti.bundle import Bundle
     from smalti.models.config import TransformerConfig
     from smalti.models.decoder_only import new_model
     from smalti.systems.line_presets import line_layout
-    from smalti.tasks.lines import LineModel
 
     layout = line_layout(num_codes, VOCAB_SIZE)
     shape = TransformerConfig(num_layers=1, d_model=32, num_heads=2, d_ff=64, max_length=layout.max_length)
-    LineModel(model=new_model(layout, shape), layout=layout, name="tiny").save(bundle)
+    Bundle(model=new_model(layout, shape), layout=layout, name="tiny").save(bundle)
 
 
 def measure(job: str, path: Path, bundle: Path) -> dict[str, float]:

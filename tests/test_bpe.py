@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_bundle import BPE_CAPTIONS, BPE_CONFIG, tiny_bpe_pipeline
 from tokenizers import Tokenizer
 
+from smalti.bundle import Bundle
 from smalti.cli.app import run
 from smalti.data.captions import read_captions
 from smalti.errors import InputError, InputWarning
@@ -20,7 +21,6 @@ from smalti.models.decoder_only import new_model
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import Vocabulary
 from smalti.tasks.images import Pipeline
-from smalti.tasks.tokens import save_token_model
 from smalti.text_tokenizer import SPECIALS, BPEConfig, TextTokenizer, image_token
 
 LINE = "two cats<|startofimage|><|image:36|><|image:0|><|image:36|><|endofimage|>"
@@ -209,9 +209,8 @@ def test_transformers_reads_an_exported_tokenizer(small: TextTokenizer, tmp_path
     )  # fmt: skip
     torch.manual_seed(0)
     small.save(tmp_path / "text.json")
-    save_token_model(
-        new_model(layout, transformer), layout, tmp_path / "bundle", name="t", text_tokenizer=tmp_path / "text.json"
-    )
+    model = new_model(layout, transformer)
+    Bundle(model=model, layout=layout, name="t", text_tokenizer=tmp_path / "text.json").save(tmp_path / "bundle")
     files, notes = export_llama(tmp_path / "bundle", tmp_path / "llama")
     assert notes == ()
     assert {"tokenizer.json", "tokenizer_config.json"} <= {file.name for file in files}
@@ -283,7 +282,7 @@ def test_another_tokenizer_in_a_bundle_is_refused_with_both_layouts(pipe: Pipeli
     with pytest.raises(
         ValueError, match=r"segments are Vocabulary\(text 0\.\.289.*the model's Vocabulary\(image 0\.\.36"
     ):
-        Pipeline(
+        Bundle(
             model=pipe.model,
             layout=pipe.layout,
             image_tokenizer=pipe.image_tokenizer,

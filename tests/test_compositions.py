@@ -174,7 +174,7 @@ def test_a_bundle_that_draws_the_truth_is_right_throughout(tables, monkeypatch):
         ),
     )
     monkeypatch.setattr(
-        module, "_encode", lambda pipe, images: torch.arange(len(images)).view(-1, 1, 1).expand(-1, 2, 3)
+        pipe, "encode_images", lambda images, **_: torch.arange(len(images)).view(-1, 1, 1).expand(-1, 2, 3)
     )
     monkeypatch.setattr(pipe, "caption_codes", lambda codes, **_: ["cook, light skin tone", "cook, dark skin tone"])
     config = CompositionsConfig(guidance_scales=(1.0,), best_of=2)

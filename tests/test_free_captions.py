@@ -1,6 +1,7 @@
 """Bundles of captions of any length: reranking by what they have, and pictures drawn while a model is trained."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,13 +101,7 @@ def test_the_table_grows_by_a_row_for_each_iteration_and_draws_none_twice(one, t
             return super().generate(*arguments, **options)
 
     def make_pipeline(model):
-        return Counted(
-            model=model,
-            layout=one.layout,
-            image_tokenizer=one.image_tokenizer,
-            text_tokenizer=one.text_tokenizer,
-            pictures=one.pictures,
-        )
+        return Counted(replace(one.bundle, model=model))
 
     table = SampleTable(tmp_path, SampleTableConfig(prompts=prompts, every=10, seed=7), make_pipeline)
     one.model.train()

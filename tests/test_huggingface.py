@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_bundle import tiny_pipeline
 
+from smalti.bundle import Bundle
 from smalti.cli.app import run
 from smalti.engine.generate import Request, generate
 from smalti.engine.sampling import SampleConfig
@@ -17,6 +18,7 @@ from smalti.interop.commands import import_weights, verify
 from smalti.interop.huggingface import (
     export_llama,
     halves_to_pairs,
+    one_segment_layout,
     pairs_to_halves,
     read_llama,
     read_llama_config,
@@ -28,7 +30,6 @@ from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import Vocabulary
 from smalti.tasks.images import Pipeline
-from smalti.tasks.tokens import load_token_model, one_segment_layout, save_token_model
 
 SETS = ("hf_llama", "hf_llama_gqa_tied")
 LLAMA = {
@@ -97,7 +98,7 @@ def test_import_through_the_command_line(shared_dir, tmp_path, capsys, name):
     printed = capsys.readouterr().out
     assert "model.layers.1.self_attn.k_proj.weight -> transformer.blocks.1.attention.qkv.weight" in printed
     assert printed.count("holds") == 4
-    assert load_token_model(bundle).model.config.tie_embeddings == (name == SETS[1])
+    assert Bundle.load(bundle).model.config.tie_embeddings == (name == SETS[1])
     assert run(command) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert run([*command, "--force"]) == 0
@@ -140,7 +141,7 @@ def test_an_imported_model_is_exported_bit_for_bit(shared_dir, tmp_path, name):
 def test_transformers_computes_the_same_from_an_export(tmp_path, changes, tied):
     layout = one_segment_layout(23, 19)
     model = random_model(DecoderOnlyConfig(vocab_size=23, transformer=transformer(**changes), tie_embeddings=tied))
-    save_token_model(model, layout, tmp_path / "bundle", name="random")
+    Bundle(model=model, layout=layout, name="random").save(tmp_path / "bundle")
     files, _ = export_llama(tmp_path / "bundle", tmp_path / "llama")
     assert [file.name for file in files] == ["config.json", "generation_config.json", "model.safetensors"]
     theirs = transformers_model(tmp_path / "llama")
@@ -160,7 +161,7 @@ def test_transformers_computes_the_same_from_an_export(tmp_path, changes, tied):
 def test_transformers_draws_whole_pictures_from_an_export(tmp_path):
     layout = picture_layout()
     model = random_model(DecoderOnlyConfig(vocab_size=19, transformer=transformer()))
-    save_token_model(model, layout, tmp_path / "bundle", name="pictures")
+    Bundle(model=model, layout=layout, name="pictures").save(tmp_path / "bundle")
     export_llama(tmp_path / "bundle", tmp_path / "llama")
     theirs = transformers_model(tmp_path / "llama")
     words = torch.tensor([[4, 0], [1, 3]])
@@ -193,10 +194,10 @@ def test_generation_config_says_what_may_follow_a_prompt():
 def test_an_export_comes_back_with_its_layout(tmp_path):
     layout = picture_layout()
     model = random_model(DecoderOnlyConfig(vocab_size=19, transformer=transformer(num_kv_heads=1)))
-    save_token_model(model, layout, tmp_path / "bundle", name="pictures")
+    Bundle(model=model, layout=layout, name="pictures").save(tmp_path / "bundle")
     assert run(["export", "hf", str(tmp_path / "bundle"), str(tmp_path / "llama")]) == 0
     assert run(["import", "hf-llama", str(tmp_path / "llama"), "-o", str(tmp_path / "back"), "--quiet"]) == 0
-    back = load_token_model(tmp_path / "back")
+    back = Bundle.load(tmp_path / "back")
     assert back.layout.to_dict() == layout.to_dict()
     assert back.model.config == model.config
     assert all(torch.equal(back.model.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
@@ -215,7 +216,7 @@ def test_an_export_comes_back_with_its_layout(tmp_path):
 def test_what_a_llama_cannot_be_is_refused(tmp_path, changes, reason):
     changes = {"d_model": 24} | changes
     model = random_model(DecoderOnlyConfig(vocab_size=23, transformer=transformer(**changes)))
-    save_token_model(model, one_segment_layout(23, 19), tmp_path / "bundle", name="other")
+    Bundle(model=model, layout=one_segment_layout(23, 19), name="other").save(tmp_path / "bundle")
     with pytest.raises(InputError, match=f"cannot be written as a Llama.*{reason}"):
         export_llama(tmp_path / "bundle", tmp_path / "llama")
     assert not (tmp_path / "llama").exists()
@@ -225,7 +226,7 @@ def test_a_bundle_of_pictures_is_read_too(tmp_path):
     tiny_pipeline().save(tmp_path / "bundle")
     with pytest.raises(InputError, match="LayerNorm"):
         export_llama(tmp_path / "bundle", tmp_path / "llama")
-    found = load_token_model(tmp_path / "bundle")
+    found = Bundle.load(tmp_path / "bundle")
     assert found.layout.to_dict() == Pipeline.load(tmp_path / "bundle").layout.to_dict()
 
 
@@ -381,7 +382,7 @@ def test_a_folder_without_weights_and_an_export_in_the_way(foreign, tmp_path, ca
     with pytest.raises(InputError, match=r"holds no weights: expected model\.safetensors"):
         read_llama(folder)
     model = random_model(read_llama_config(LLAMA).ours)
-    save_token_model(model, one_segment_layout(23, 41), tmp_path / "bundle", name="small")
+    Bundle(model=model, layout=one_segment_layout(23, 41), name="small").save(tmp_path / "bundle")
     out = tmp_path / "precious"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")

@@ -12,6 +12,7 @@ import torch
 from test_inspect_grid import as_lines, markov_field
 from tiny_bundle import CODEBOOK_SIZE, save_tiny_bundle
 
+from smalti.bundle import Bundle
 from smalti.cli.app import run
 from smalti.data.lines import DISTINCT, Lines, table_lines, write_lines
 from smalti.data.tokens import TokenTable, token_rows, write_token_table
@@ -25,7 +26,6 @@ from smalti.inspect.subject import load_subject
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
 from smalti.systems.line_presets import line_layout
-from smalti.tasks.lines import LineModel
 
 SMALL = InspectConfig(num_lines=300, num_scored=20, num_halvings=1, num_pairs=2)
 
@@ -80,7 +80,7 @@ def lines_and_bundle(tmp_path_factory):
     layout = line_layout(38, 14)
     torch.manual_seed(0)
     config = TransformerConfig(num_layers=1, d_model=12, num_heads=2, d_ff=13, max_length=layout.max_length)
-    LineModel(model=new_model(layout, config), layout=layout).save(folder / "bundle")
+    Bundle(model=new_model(layout, config), layout=layout).save(folder / "bundle")
     return folder
 
 
@@ -151,7 +151,7 @@ def test_codes_are_named_as_in_the_lines_where_they_are_raised(tmp_path):
     write_lines(tmp_path / "lines.txt", dressed)
     layout = line_layout(52, end + 1)
     config = TransformerConfig(num_layers=1, d_model=12, num_heads=2, d_ff=13, max_length=layout.max_length)
-    LineModel(model=new_model(layout, config), layout=layout).save(tmp_path / "lines")
+    Bundle(model=new_model(layout, config), layout=layout).save(tmp_path / "lines")
     image_tokenizer = bundle / "image_tokenizer"
     arguments = {"image_tokenizer": image_tokenizer, "code_offset": 1}
     sections = inspect_bundle(tmp_path / "lines", tmp_path / "lines.txt", tmp_path / "report", SMALL, **arguments)

@@ -23,7 +23,7 @@ from smalti.systems.line_presets import LINE_PRESETS, choose_preset, line_layout
 from smalti.tasks import line_files
 from smalti.tasks.images import Pipeline
 from smalti.tasks.line_files import complete_file, score_file
-from smalti.tasks.lines import STRATEGIES, CompleteConfig, LineModel, bundle_kind
+from smalti.tasks.lines import STRATEGIES, CompleteConfig, LineModel
 
 
 @pytest.fixture(scope="module")
@@ -152,14 +152,14 @@ def test_settings_that_cannot_be_are_explained(settings, message):
 
 def test_a_bundle_comes_back_as_it_was(model, saved, capsys):
     loaded = LineModel.load(saved)
-    assert (loaded.weights_sha256, loaded.figures, loaded.length, loaded.vocab_size) == (
+    assert (loaded.weights_sha256, loaded.bundle.figures, loaded.length, loaded.vocab_size) == (
         model.weights_sha256,
-        model.figures,
+        model.bundle.figures,
         LENGTH,
         VOCAB_SIZE,
     )
     assert sorted(path.name for path in saved.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    assert bundle_kind(saved) == "lines"
+    assert loaded.bundle.is_lines and not loaded.bundle.can_draw and not loaded.bundle.can_caption
     assert run(["info", str(saved)]) == 0
     shown = capsys.readouterr().out
     assert "7 codes in 0..10" in shown and "2.5 ± 0.1" in shown and model.weights_sha256[:40] in shown

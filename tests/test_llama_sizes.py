@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny_bundle import tiny_bpe_pipeline
 
+from smalti.bundle import Bundle
 from smalti.cli.app import run
 from smalti.interop.huggingface import export_llama, greedy_ids, read_llama
 from smalti.tasks.images import Pipeline
-from smalti.tasks.tokens import load_token_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -150,7 +150,7 @@ def test_what_transformers_saves_again_comes_back_with_its_layout_and_ids(tmp_pa
     for part in (tuned, words):
         part.save_pretrained(tmp_path / "tuned")  # which sorts the keys of the config
     assert run(["import", "hf-llama", str(tmp_path / "tuned"), "-o", str(tmp_path / "back"), "--quiet"]) == 0
-    vocabulary = load_token_model(tmp_path / "back").layout.vocabulary
+    vocabulary = Bundle.load(tmp_path / "back").layout.vocabulary
     size = pipe.layout.vocabulary.size
     assert vocabulary.to_dict() == pipe.layout.vocabulary.to_dict() | {"padding": 64 - size % 64}
     assert repr(vocabulary).startswith(repr(pipe.layout.vocabulary).rstrip(")"))  # the segments in their order

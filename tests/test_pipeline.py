@@ -22,6 +22,7 @@ from smalti.image_files import PictureConfig, read_picture, read_receipt, save_p
 from smalti.likelihood import score
 from smalti.sequences.layout import SpanValues
 from smalti.tasks.images import RERANKERS, Pipeline
+from smalti.weights import load_module, save_weights
 
 CAPTION = "dark green eight on bright cyan"
 OTHER = "plain red two on light gray"
@@ -117,7 +118,11 @@ def test_a_saved_bundle_loads_as_the_same_one(pipe: Pipeline, saved: Path):
     ]
     assert loaded.weights_sha256 == pipe.weights_sha256
     assert loaded.layout.to_dict() == pipe.layout.to_dict()
-    assert loaded.pictures == pipe.pictures and loaded.sampling == pipe.sampling and loaded.figures == pipe.figures
+    assert (
+        loaded.pictures == pipe.pictures
+        and loaded.sampling == pipe.sampling
+        and loaded.bundle.figures == pipe.bundle.figures
+    )
     assert torch.equal(loaded.generate_codes(CAPTION, seed=5), pipe.generate_codes(CAPTION, seed=5))
     assert "| test nats per token | 3.25 |" in (saved / "README.md").read_text()
     assert [p.name for p in saved.parent.iterdir()] == ["tiny"]
@@ -136,8 +141,9 @@ def test_half_precision_on_disk_is_float32_in_memory(pipe: Pipeline, tmp_path):
 
 
 def test_values_beyond_float16_stay_float32(tmp_path):
-    bundle.save_weights({"a": torch.tensor([1e6]), "b": torch.tensor([2.0])}, tmp_path / "w", half=True)
-    loaded = bundle.load_weights(tmp_path / "w")
+    weights = torch.nn.ParameterDict({"a": torch.tensor([1e6]), "b": torch.tensor([2.0])})
+    save_weights(weights.state_dict(), tmp_path / "w", half=True)
+    loaded = load_module(lambda: torch.nn.ParameterDict({name: torch.empty(1) for name in "ab"}), tmp_path / "w")
     assert loaded["a"].item() == 1e6 and loaded["b"].item() == 2.0
 
 
@@ -207,11 +213,12 @@ def test_a_bundle_without_a_checksum_is_refused(saved: Path):
     "change, message",
     [
         ({"format": "other"}, 'expected the entry "format"'),
-        ({"format_version": 2}, "format version 2, this smalti reads version 1; upgrade smalti"),
+        ({"format_version": 3}, "format version 3, this smalti reads versions 1 and 2; upgrade smalti"),
         ({"format_version": 0}, "save the bundle again with this smalti"),
         ({"pictures": {"height": 28}}, "config.json: pictures: width: Field required"),
         ({"layout": None}, "does not describe a bundle"),
         ({"sampling": "warm"}, "does not describe a bundle"),
+        ({"model": {"family": "diffusion"}}, "config.json: model: unknown family 'diffusion'"),
         ({"sha256": "0123"}, "the entry sha256 is no list of files"),
     ],
 )
@@ -239,7 +246,7 @@ def test_a_config_without_an_entry_or_not_json_is_refused(saved: Path):
 def test_parts_that_do_not_fit_together_are_refused(pipe: Pipeline):
     other = tiny_pipeline()
     with pytest.raises(ValueError, match=r"text tokenizer's size is 1, the layout says 31"):
-        Pipeline(
+        bundle.Bundle(
             model=pipe.model,
             layout=pipe.layout,
             image_tokenizer=pipe.image_tokenizer,

@@ -71,11 +71,11 @@ def test_the_whole_system_from_pairs_to_pictures_and_to_a_llama(recipe, tmp_path
         "00000002-2.png",
         "00000003-2.png",
     ]
-    assert set(pipe.figures) == {
+    assert set(pipe.bundle.figures) == {
         "validation nats per picture token, text to image",
         "validation nats per picture token, text to image, captions empty",
     }
-    assert pipe.about["Trained by"] == f"`smalti train {recipe} --quiet`".replace(" --quiet", "")
+    assert pipe.bundle.about["Trained by"] == f"`smalti train {recipe} --quiet`".replace(" --quiet", "")
     assert pipe.layout.vocabulary == pipe.text_tokenizer.vocabulary
     [picture] = pipe.generate("a 🎉", seed=1)
     assert picture.size == (28, 28)
@@ -135,10 +135,10 @@ def test_the_joint_recipe_learns_pictures_and_captions_apart_and_measures_compos
         last = list(csv.DictReader(file))[-1]
     assert last["split"] == "validation" and float(last["caption"]) > 0 and float(last["picture"]) > 0
     pipe = Pipeline.load(out / "bundle")
-    captions = [name for name in pipe.figures if "per caption token" in name]
+    captions = [name for name in pipe.bundle.figures if "per caption token" in name]
     assert captions == ["validation nats per caption token, image to text"]
-    assert float(pipe.figures[captions[0]].split()[0]) == pytest.approx(float(last["caption"]), abs=0.02)
-    assert "held-out compositions, pixels: greedy, guidance 1" in pipe.figures
+    assert float(pipe.bundle.figures[captions[0]].split()[0]) == pytest.approx(float(last["caption"]), abs=0.02)
+    assert "held-out compositions, pixels: greedy, guidance 1" in pipe.bundle.figures
     assert "captions of true pictures" in (out / "bundle" / "README.md").read_text()
     assert json.loads((out / "compositions.json").read_text())["num"] == 3
     assert not (out / "samples").exists()

@@ -76,13 +76,13 @@ def test_a_run_has_everything_and_running_again_changes_nothing(whole: Path):
     assert pipe.name == "run"
     found = json.loads((whole / "report.json").read_text())
     assert found["weights_sha256"] == pipe.weights_sha256 and found["command"] == "smalti train demo"
-    assert len(pipe.figures) == len(found["rows"])
+    assert len(pipe.bundle.figures) == len(found["rows"])
     watched = [path for path in whole.rglob("*") if path.is_file() and "bundle" not in path.parts]
     before = {path: path.stat().st_mtime_ns for path in watched}
     train(whole)
     assert {path: path.stat().st_mtime_ns for path in watched} == before
     again = Pipeline.load(bundle)
-    assert again.weights_sha256 == pipe.weights_sha256 and again.figures == pipe.figures
+    assert again.weights_sha256 == pipe.weights_sha256 and again.bundle.figures == pipe.bundle.figures
 
 
 @pytest.mark.parametrize("stage", ["tokenize_pairs", "train_model", "draw_galleries"])

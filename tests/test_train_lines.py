@@ -220,13 +220,13 @@ def test_lines_become_a_bundle_and_a_report(tmp_path, capsys, monkeypatch):
     assert ours == pytest.approx(best, abs=0.1)
     assert rows["bigram (Kneser-Ney)"] > best + 0.15 and rows["uniform"] == pytest.approx(math.log(7))
     model = LineModel.load(tmp_path / "out/bundle")
-    assert model.figures["validation nats per token"].startswith(f"{ours:.4f}")
+    assert model.bundle.figures["validation nats per token"].startswith(f"{ours:.4f}")
     assert "| uniform | 1.9459 |" in (tmp_path / "out/report.md").read_text()
     capsys.readouterr()
     written = (tmp_path / "out/report.json").stat().st_mtime_ns
     assert run(arguments) == 0  # nothing is left to do
     assert (tmp_path / "out/report.json").stat().st_mtime_ns == written
-    assert LineModel.load(tmp_path / "out/bundle").figures == model.figures
+    assert LineModel.load(tmp_path / "out/bundle").bundle.figures == model.bundle.figures
     assert run([*arguments, "seed=1"]) == 2
     assert "holds a run with other settings (train.seed is 0 there, 1 here; see" in capsys.readouterr().err
     held_out, bundle = str(tmp_path / "out/validation.parquet"), str(tmp_path / "out/bundle")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from smalti.bundle import Bundle
 from smalti.data.digits import words
 from smalti.image_files import PictureConfig
 from smalti.image_tokenizers.quantizer import QuantizerConfig
@@ -37,7 +38,7 @@ def tiny_pipeline(seed: int = 0) -> Pipeline:
         image_tokenizer = VQVAE(
             VQVAEConfig(width=8, num_heads=2, encoder_blocks=1, decoder_blocks=1, quantizer=quantizer)
         )
-        return Pipeline(
+        bundle = Bundle(
             model=model,
             layout=layout,
             image_tokenizer=image_tokenizer,
@@ -46,6 +47,7 @@ def tiny_pipeline(seed: int = 0) -> Pipeline:
             figures={"test nats per token": 3.25},
             name="tiny",
         )
+        return Pipeline(bundle)
 
 
 def save_tiny_bundle(directory: Path) -> Path:
@@ -78,7 +80,7 @@ def tiny_bpe_pipeline() -> Pipeline:
             torch.nn.init.normal_(parameter, std=0.3)
         quantizer = QuantizerConfig(codebook_size=CODEBOOK_SIZE, code_dim=5, update="gradient")
         config = VQVAEConfig(width=8, num_heads=2, encoder_blocks=1, decoder_blocks=1, quantizer=quantizer)
-        return Pipeline(
+        bundle = Bundle(
             model=model,
             layout=layout,
             image_tokenizer=VQVAE(config),
@@ -86,3 +88,4 @@ def tiny_bpe_pipeline() -> Pipeline:
             pictures=PictureConfig(height=28, width=28, levels=4, scale=1),
             name="words",
         )
+        return Pipeline(bundle)

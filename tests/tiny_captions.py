@@ -2,6 +2,7 @@
 
 import torch
 
+from smalti.bundle import Bundle
 from smalti.image_files import PictureConfig
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vit_vqgan import ViTConfig, ViTVQGAN, ViTVQGANConfig
@@ -35,7 +36,7 @@ def tiny(orders) -> Pipeline:
         image_tokenizer = ViTVQGAN(
             ViTVQGANConfig(image_size=(H, W), patch_size=8, encoder=side, decoder=side, quantizer=quantizer)
         )
-        return Pipeline(
+        bundle = Bundle(
             model=new_model(layout, shape),
             layout=layout,
             image_tokenizer=image_tokenizer,
@@ -43,3 +44,4 @@ def tiny(orders) -> Pipeline:
             pictures=PictureConfig(height=H, width=W),
             name="tiny",
         )
+        return Pipeline(bundle)

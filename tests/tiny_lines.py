@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from smalti.bundle import Bundle
 from smalti.data.lines import Lines, write_lines
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
@@ -23,7 +24,8 @@ def tiny_line_model(seed: int = 0, *, length: int = LENGTH, vocab_size: int = VO
         model = new_model(layout, shape)
         for parameter in model.parameters():  # far from even odds, so that what is likely shows
             torch.nn.init.normal_(parameter, std=0.5)
-    return LineModel(model=model, layout=layout, name="tiny", figures={"validation nats per token": "2.5 ± 0.1"})
+    figures = {"validation nats per token": "2.5 ± 0.1"}
+    return LineModel(Bundle(model=model, layout=layout, name="tiny", figures=figures))
 
 
 def random_codes(num_lines: int, *, length: int = LENGTH, vocab_size: int = VOCAB_SIZE, seed: int = 0):

@@ -1,46 +1,308 @@
-"""The directory a user loads: what is in it, how it is written whole, how it is checked when read.
+"""The one loaded thing: a model, the layout of its sequences, and the tokenizers it has; and the folder it lies in.
 
 config.json             format version, layout, model, pictures, sampling defaults, measured figures, checksums
 model.safetensors       the transformer's weights; may be in half precision
-text_tokenizer.json     the words, as the `tokenizers` library saves them
-image_tokenizer/        config.json and model.safetensors of the image tokenizer
+text_tokenizer.json     the words, as the `tokenizers` library saves them, if there are any
+image_tokenizer/        config.json and model.safetensors of the image tokenizer, if there is one
 README.md               the model card
+
+What a bundle can do follows from its layout and its parts, and is asked of it: `can_draw`, `can_caption`, `is_lines`.
 """
 
-import hashlib
 import json
-import math
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from smalti.documents import read_json
+from smalti.documents import config_of, read_json
+from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, first_line, shortened
 from smalti.files import new_folder
+from smalti.image_files import PictureConfig
+from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
+from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from smalti.sequences.layout import Layout, Marker, Span
+from smalti.text_tokenizer import TextTokenizer
+from smalti.weights import (
+    ANEW,
+    BUILD_ERRORS,
+    CONFIG,
+    WEIGHTS,
+    check_sha256,
+    file_sha256,
+    load_module,
+    save_weights,
+    weights_sha256,
+)
 
 FORMAT = "smalti bundle"
-FORMAT_VERSION = 1
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
+FORMAT_VERSION = 2
 TEXT_TOKENIZER = "text_tokenizer.json"
 IMAGE_TOKENIZER = "image_tokenizer"
 CARD = "README.md"
 PARTS = (WEIGHTS, TEXT_TOKENIZER, f"{IMAGE_TOKENIZER}/config.json", f"{IMAGE_TOKENIZER}/model.safetensors")
 """Files of which a bundle's config must know the checksum, where they are there."""
-ANEW = "fetch or save the bundle again"
-FREE_NUMBERS = 2**26
-"""That a network may ask for beside its weights: tables of positions, and what its initialisation takes."""
-BUILD_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
-"""What building a network of odd numbers raises, in Python and in torch."""
-Module = TypeVar("Module", bound=nn.Module)
+MODEL_FAMILY = "decoder_only"
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What a bundle draws with unless told otherwise."""
+
+    picture: SampleConfig = field(default_factory=SampleConfig)
+    caption: SampleConfig = field(default_factory=lambda: SampleConfig(temperature=0.0))
+
+
+@dataclass(kw_only=True, eq=False)
+class Bundle:
+    """A model in evaluation mode, its layout, and what else it has. `load` reads one, `save` writes one.
+
+    Raises ValueError where the parts do not fit together.
+    """
+
+    model: DecoderOnly
+    layout: Layout
+    text_tokenizer: TextTokenizer | Path | None = None
+    """A path: a file of the `tokenizers` library that goes with the model and is not read, as an imported language
+    model may have."""
+    image_tokenizer: Any = None
+    """Of any family: `smalti.image_tokenizers` says what all have."""
+    pictures: PictureConfig | None = None
+    """Those that the image tokenizer reads and draws; there if it is."""
+    sampling: Sampling = Sampling()
+    about: Mapping[str, str] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "a bundle"
+
+    def __post_init__(self) -> None:
+        self.model.eval()
+        self.about, self.figures = dict(self.about), dict(self.figures)
+        vocabulary = self.layout.vocabulary
+        fits = [("the model's vocab_size", self.model.config.vocab_size, vocabulary.size)]
+        if isinstance(self.text_tokenizer, TextTokenizer):
+            self.text_tokenizer.check_vocabulary(vocabulary)
+            fits.append(("the text tokenizer's size", self.text_tokenizer.vocab_size, vocabulary["text"].size))
+        if (self.image_tokenizer is None) != (self.pictures is None):
+            raise ValueError("an image tokenizer and the config of its pictures go together; give both, or neither.")
+        if self.image_tokenizer is not None:
+            config = self.image_tokenizer.eval().config
+            fits.append(("the image tokenizer's codebook_size", config.codebook_size, vocabulary["image"].size))
+            num_cells = config.grid[0] * config.grid[1]
+            fits.append(("the cells of the image tokenizer's grid", num_cells, self.image_length))
+        for what, found, wanted in fits:
+            if found != wanted:
+                raise ValueError(f"{what} is {found}, the layout says {wanted}.")
+        self.model.check_layout(self.layout)
+
+    # What it can do --------------------------------------------------------------------------------------------
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether it draws pictures of captions."""
+        return self._has_both_tokenizers and self.has_order("text", "image")
+
+    @property
+    def can_caption(self) -> bool:
+        """Whether it writes captions of pictures."""
+        return self._has_both_tokenizers and self.has_order("image", "text")
+
+    @property
+    def is_lines(self) -> bool:
+        """Whether its sequences are lines of codes behind a marker, and what the codes look like is not known."""
+        return self.image_tokenizer is None and is_lines(self.layout)
+
+    @property
+    def kind(self) -> str:
+        """What it is a bundle of, in a word, for messages."""
+        return "lines" if self.is_lines else "token ids alone" if self.image_tokenizer is None else "pictures"
+
+    @property
+    def _has_both_tokenizers(self) -> bool:
+        return self.image_tokenizer is not None and isinstance(self.text_tokenizer, TextTokenizer)
+
+    def has_order(self, *segments: str) -> bool:
+        return any([span.segment for span in order.spans] == [*segments] for order in self.layout.orders.values())
+
+    def order(self, *segments: str) -> str:
+        """The name of the order with spans of these segments, one after the other. Raises InputError listing the orders
+        there are."""
+        for order in self.layout.orders.values():
+            if [span.segment for span in order.spans] == [*segments]:
+                return order.name
+        raise InputError(
+            f"the bundle {self.name} has no order with {' before '.join(segments)}, which this needs; it has:\n"
+            f"{self.layout}"
+        )
+
+    @property
+    def image_length(self) -> int:
+        """Codes of a picture."""
+        return next(iter(self.layout.orders.values())).span("image").length
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformer's weights; an image tokenizer's are float32."""
+        return next(self.model.parameters()).dtype
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """A hash of all weights as they are in memory: the same however the bundle is stored. It is taken when it is
+        first asked for, as a receipt does."""
+        return weights_sha256(self.model, *([] if self.image_tokenizer is None else [self.image_tokenizer]))
+
+    # Reading and writing ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, name: str | Path, *, device: torch.device | str = "auto", dtype: str = "auto") -> Self:
+        """A bundle from its folder, by the name of one that ships, or by a hub's `owner/name` (extra "hub").
+
+        `device` "auto" is a GPU where there is one; on "meta" a bundle has its shapes and no weights. `dtype` is the
+        transformer's, of DTYPES; "auto" is float32. The image tokenizer is always in float32: codes would change at
+        near ties. Every file is read once and compared with its checksum on the way. Raises InputError if there is no
+        such bundle or device, a file of it is missing or damaged, or a newer version wrote it.
+        """
+        directory = find_bundle(name)
+        config = read_config(directory)
+        path, sha256 = directory / CONFIG, config["sha256"]
+        device = _device(device)
+        if dtype not in DTYPES:
+            raise InputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+        weights = {WEIGHTS, *([f"{IMAGE_TOKENIZER}/{WEIGHTS}"] if "pictures" in config else [])}
+        for file in sha256.keys() - weights:
+            check_sha256(directory / file, sha256[file])
+        with described_by(path):
+            for entry, kind in (("about", dict), ("figures", dict), ("sampling", dict), ("name", str)):
+                if not isinstance(config[entry], kind):
+                    raise ValueError(f"the entry {entry} is {shortened(repr(config[entry]))}")
+            model_config = _model_config(config["model"], path)
+            text_tokenizer = directory / TEXT_TOKENIZER if TEXT_TOKENIZER in sha256 else None
+            parts: dict[str, Any] = {"text_tokenizer": text_tokenizer}
+            if "pictures" in config:
+                folder, image_sha256 = directory / IMAGE_TOKENIZER, sha256.get(f"{IMAGE_TOKENIZER}/{WEIGHTS}")
+                parts = {
+                    "pictures": config_of(PictureConfig, config["pictures"], f"{path}: pictures"),
+                    "image_tokenizer": load_image_tokenizer(folder, sha256=image_sha256, device=device),
+                    "text_tokenizer": TextTokenizer.load(text_tokenizer) if text_tokenizer else None,
+                }
+            return cls(
+                model=load_module(
+                    lambda: DecoderOnly(model_config),
+                    directory / WEIGHTS,
+                    sha256=sha256[WEIGHTS],
+                    device=device,
+                    dtype=DTYPES[dtype],
+                ),
+                layout=Layout.from_dict(config["layout"]),
+                sampling=config_of(Sampling, config["sampling"], f"{path}: sampling"),
+                about=config["about"],
+                figures=config["figures"],
+                name=config["name"],
+                **parts,
+            )
+
+    def save(self, directory: Path | str, *, half: bool = False, force: bool = False) -> None:
+        """Writes the bundle as a folder, the weights in float16 if `half`; loaded, they are float32 again.
+
+        Raises InputError if the folder exists and is not empty, unless `force`; then it must be a bundle.
+        """
+        write_bundle(directory, lambda folder: self._write_files(folder, half), force=force)
+
+    def _write_files(self, folder: Path, half: bool) -> dict[str, Any]:
+        save_weights(self.model.state_dict(), folder / WEIGHTS, half=half)
+        if isinstance(self.text_tokenizer, TextTokenizer):
+            self.text_tokenizer.save(folder / TEXT_TOKENIZER)
+        elif self.text_tokenizer is not None:
+            shutil.copyfile(self.text_tokenizer, folder / TEXT_TOKENIZER)
+        if self.image_tokenizer is not None:
+            image_dtype = torch.float16 if half else None
+            save_image_tokenizer(self.image_tokenizer, folder / IMAGE_TOKENIZER, dtype=image_dtype)
+        (folder / CARD).write_text(self.card(), encoding="utf-8")
+        return {
+            "name": self.name,
+            "smalti_version": version("smalti"),
+            "layout": self.layout.to_dict(),
+            "model": {"family": MODEL_FAMILY, "config": self.model.config.to_dict()},
+            **({} if self.pictures is None else {"pictures": asdict(self.pictures)}),
+            "sampling": asdict(self.sampling),
+            "about": self.about,
+            "figures": self.figures,
+        }
+
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Uploads the bundle to the hub's `owner/name`; returns its address. Needs the extra "hub"."""
+        hub = import_hub()
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / "bundle")
+            api = hub.HfApi()
+            address = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=str(Path(folder) / "bundle"))
+        return str(address)
+
+    def card(self) -> str:
+        """The model card: what it is, how to use it, where it comes from, its measured figures."""
+        what, use = {
+            "pictures": (CARD_OF_PICTURES, USE_OF_PICTURES),
+            "lines": (CARD_OF_LINES, USE_OF_LINES),
+            "token ids alone": (CARD_OF_TOKEN_IDS, USE_OF_TOKEN_IDS),
+        }[self.kind]
+        sizes = {segment.name: segment.size for segment in self.layout.vocabulary.segments.values()}
+        what = what.format(
+            num_parameters=f"{self.model.num_parameters:,}",
+            num_words=sizes.get("text", 0),
+            codebook_size=f"{sizes.get('image', 0):,}",
+            max_code=sizes.get("image", 0) - 1,
+            length=self.layout.max_length - 1,
+            size=f"{self.pictures.width}×{self.pictures.height}" if self.pictures else "",
+        )
+        orders = "\n".join(f"    {order}" for order in self.layout.orders.values())
+        tables = _card_table("Where it comes from", self.about) + _card_table("Measured", self.figures)
+        return f"{CARD_HEAD}# {self.name}\n\n{what} Its sequences:\n\n{orders}\n\n## Use\n\n{use}{tables}"
+
+
+def is_lines(layout: Layout) -> bool:
+    """Whether every sequence is one marker and then a fixed number of codes."""
+    [first, *others] = layout.orders.values()
+    if others or len(first.parts) != 2:
+        return False
+    marker, span = first.parts
+    return isinstance(marker, Marker) and isinstance(span, Span) and span.segment == "image" and span.end is None
+
+
+def _device(device: torch.device | str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {str(device)!r} is unknown; give auto, cpu, or cuda.") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {str(device)!r} is not there: torch finds no GPU; give auto or cpu.")
+    return chosen
+
+
+def _model_config(content: Any, path: Path) -> DecoderOnlyConfig:
+    if not isinstance(content, dict) or content.get("family") != MODEL_FAMILY:
+        found = content.get("family") if isinstance(content, dict) else content
+        raise InputError(f"{path}: model: unknown family {shortened(repr(found))}; known is {MODEL_FAMILY!r}.")
+    return DecoderOnlyConfig.from_dict(content["config"], f"{path}: model")
+
+
+# Folders -------------------------------------------------------------------------------------------------------
 
 
 def shipped_bundles() -> dict[str, Path]:
@@ -96,7 +358,7 @@ def write_bundle(directory: Path | str, write_files: Callable[[Path], dict[str, 
     with new_folder(directory, force=force, holds=_is_bundle, what="bundle") as temporary:
         config = {"format": FORMAT, "format_version": FORMAT_VERSION, **write_files(temporary)}
         config["sha256"] = {
-            str(path.relative_to(temporary)): file_sha256(path)
+            path.relative_to(temporary).as_posix(): file_sha256(path)
             for path in sorted(temporary.rglob("*"))
             if path.is_file() and path.name != CARD
         }
@@ -104,9 +366,9 @@ def write_bundle(directory: Path | str, write_files: Callable[[Path], dict[str, 
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """A bundle's `config.json`, after checking that every file it names is there and unharmed.
+    """A bundle's `config.json` in the form of today, after checking that every file it names is there.
 
-    Raises InputError naming the file and the mend.
+    Raises InputError naming the file and how to mend it.
     """
     path = directory / CONFIG
     if not path.is_file():
@@ -114,31 +376,41 @@ def read_config(directory: Path) -> dict[str, Any]:
     config = read_json(path, ANEW)
     if config.get("format") != FORMAT:
         raise InputError(f'{path} is not the config of a bundle: expected the entry "format": {FORMAT!r}.')
-    if config.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format version {config.get('format_version')}, this smalti reads version {FORMAT_VERSION}; "
-            f"{'upgrade smalti' if _newer(config) else 'save the bundle again with this smalti'}."
-        )
+    config = _upgraded(config, path)
     checksums = config.get("sha256")
     if not isinstance(checksums, dict):
         raise InputError(f"{path}: the entry sha256 is no list of files with their checksums; {ANEW}.")
-    for name in (file for file in PARTS if (directory / file).is_file() and file not in checksums):
-        raise InputError(f"{path}: the entry sha256 has no checksum of {name}; {ANEW}.")
-    for name, sha256 in checksums.items():
+    for name in PARTS:
+        if not isinstance(checksums.get(name), str) and ((directory / name).is_file() or name == WEIGHTS):
+            raise InputError(f"{path}: the entry sha256 has no checksum of {name}; {ANEW}.")
+    for name in checksums:
         file = directory / name
         if not file.resolve().is_relative_to(directory.resolve()) or not file.is_file():
             raise InputError(f"{directory} lacks {shortened(name)}; {ANEW}.")
-        if file_sha256(file) != sha256:
-            raise InputError(
-                f"{file} ({file.stat().st_size} bytes) is damaged or was changed: its checksum is not the one in "
-                f"{CONFIG}; {ANEW}."
-            )
     return config
 
 
-def _newer(config: dict[str, Any]) -> bool:
-    version = config.get("format_version")
-    return isinstance(version, int) and version > FORMAT_VERSION
+def _upgraded(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config as version 2 has it. Version 1 named kinds, of which only pictures had all entries, and one family of
+    models."""
+    found = config.get("format_version")
+    if found == FORMAT_VERSION:
+        return config
+    if found != 1 or isinstance(found, bool):
+        newer = isinstance(found, int) and found > FORMAT_VERSION
+        raise InputError(
+            f"{path}: format version {shortened(repr(found))}, this smalti reads versions 1 and {FORMAT_VERSION}; "
+            f"{'upgrade smalti' if newer else 'save the bundle again with this smalti'}."
+        )
+    kind = config.pop("kind", "pictures")
+    if kind not in ("pictures", "lines", "tokens"):
+        raise InputError(f"{path}: a bundle of {shortened(repr(kind))} is unknown; {ANEW}.")
+    if kind != "pictures":
+        config.pop("pictures", None)
+        config |= {"sampling": {}, "about": {}}
+    elif "pictures" not in config:
+        raise InputError(f"{path} does not describe a bundle (the entry 'pictures' is missing); {ANEW}.")
+    return {**config, "model": {"family": MODEL_FAMILY, "config": config.get("model")}, "format_version": 2}
 
 
 def _is_bundle(directory: Path) -> bool:
@@ -148,15 +420,6 @@ def _is_bundle(directory: Path) -> bool:
     except InputError:
         names = {path.name for path in directory.iterdir()}
         return CONFIG in names and names <= {CONFIG, WEIGHTS, TEXT_TOKENIZER, IMAGE_TOKENIZER, CARD}
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes. Raises InputError if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; {ANEW}.") from error
 
 
 @contextmanager
@@ -171,103 +434,44 @@ def described_by(path: Path) -> Iterator[None]:
         raise InputError(f"{path} does not describe a bundle ({what}); {ANEW}.") from error
 
 
-def save_weights(state: Mapping[str, Tensor], path: Path, *, half: bool = False) -> None:
-    """Writes tensors as safetensors. With `half`, floating ones in float16, but for those beyond its range."""
-    save_file({name: (_halved(t) if half else t).contiguous() for name, t in state.items()}, path)
-    path.chmod(0o644)  # safetensors lets nobody else read its files; a bundle is there to be shared
+# Cards ---------------------------------------------------------------------------------------------------------
 
 
-def _halved(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    halved = tensor.half()
-    return halved if halved.isfinite().all() else tensor
+def _card_table(title: str, rows: Mapping[str, Any]) -> str:
+    lines = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())
+    return f"\n## {title}\n\n| | |\n|---|---|\n{lines}\n" if rows else ""
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, floating ones in float32. Raises InputError naming a damaged file, and the tensor
-    that holds a number that is not finite."""
-    try:
-        state = load_file(path)
-    except Exception as error:  # it raises errors of Rust, of Python and of torch
-        raise InputError(f"{path} is not a whole safetensors file ({first_line(error)}); {ANEW}.") from error
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise InputError(
-                f"{path}: the tensor {shortened(name)} holds numbers that are not finite, with which nothing can be "
-                "drawn: the training went astray, or the file was damaged before its checksum was made; train it anew."
-            )
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+def _cell(text: Any) -> str:
+    return str(text).replace("|", "\\|")  # as in p(picture | caption)
 
 
-def load_module(build: Callable[[], Module], path: Path) -> Module:
-    """The module of a bundle's config with the weights in a safetensors file, as `load_weights` reads them.
+CARD_HEAD = """---
+library_name: smalti
+tags: [image-generation, autoregressive, discrete-tokens]
+---
+"""
+CARD_OF_PICTURES = """\
+A transformer of {num_parameters} parameters over one vocabulary: {num_words} words and {codebook_size} picture codes.
+Pictures are {size} pixels."""
+USE_OF_PICTURES = """\
+```python
+from smalti import Pipeline
 
-    While it is built, it may take the memory that tensors of the file's sizes need and little more: a config of sizes
-    that the file does not bear out is told at once. Raises InputError naming what differs, or whatever `build` raises.
-    """
-    weights = load_weights(path)
-    module = build_within(build, sum(tensor.numel() for tensor in weights.values()), path)
-    wanted = module.state_dict()
-    if differing := [name for name in {**wanted, **weights} if _shape(wanted.get(name)) != _shape(weights.get(name))]:
-        name = differing[0]
-        raise InputError(
-            f"{path} does not fit the config beside it: {len(differing)} tensors differ, the first {shortened(name)}, "
-            f"which is {_shape(weights.get(name))} in the file and {_shape(wanted.get(name))} by the config; {ANEW}."
-        )
-    for name, tensor in weights.items():
-        if tensor.is_complex() or tensor.is_floating_point() != wanted[name].is_floating_point():
-            raise InputError(f"{path}: the tensor {name} holds {tensor.dtype}, expected {wanted[name].dtype}; {ANEW}.")
-    module.load_state_dict(weights)
-    return module
-
-
-def build_within(build: Callable[[], Module], num_weights: int, where: Path | str) -> Module:
-    """The module, which must not ask for much more than `num_weights` numbers, those there are for it. Raises
-    InputError before it is given them."""
-    with _Allowance(4 * num_weights + FREE_NUMBERS, where):
-        return build()
-
-
-class _Allowance(TorchFunctionMode):
-    """Counts the numbers of new tensors. Not the device "meta": torch then imports its compiler, which takes ten times
-    as long as loading a bundle."""
-
-    def __init__(self, num_left: int, where: Path | str):
-        super().__init__()
-        self.num_left, self.where = num_left, where
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _FACTORIES:
-            self.num_left -= _num_asked(func, args, kwargs or {})
-            if self.num_left < 0:
-                raise InputError(
-                    f"{self.where} holds far fewer numbers than the config beside it asks for: they do not belong "
-                    f"together, or a size in the config is wrong; {ANEW}."
-                )
-        return func(*args, **(kwargs or {}))
-
-
-_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint, torch.arange)
-
-
-def _num_asked(func: Any, args: Any, settings: dict[str, Any]) -> int:
-    if func is torch.arange:
-        start, stop = ([0, *args] if len(args) == 1 else args)[:2]
-        return int(stop - start)
-    size = settings.get("size", args[0] if args and not isinstance(args[0], int) else args)
-    return math.prod(int(side) for side in size if isinstance(side, int))
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "not there" if tensor is None else "×".join(map(str, tensor.shape)) or "a single number"
-
-
-def weights_sha256(*modules: nn.Module) -> str:
-    """A hash of all weights and buffers as they are in memory: the same however they are stored."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+pipe = Pipeline.load("PATH OR NAME OF THIS BUNDLE")
+[picture] = pipe.generate("A CAPTION", seed=3)
+picture.save("picture.png")
+print(pipe.caption([picture]))
+```
+"""
+CARD_OF_LINES = """\
+A transformer of {num_parameters} parameters over lines of {length} picture codes in 0..{max_code}. There is no image
+tokenizer: what the codes look like is not known."""
+USE_OF_LINES = """\
+    smalti score lines.txt --bundle THIS_FOLDER -o scores/
+    smalti complete prefixes.txt --bundle THIS_FOLDER -o completed.txt
+"""
+CARD_OF_TOKEN_IDS = "A decoder-only transformer of {num_parameters} parameters, without an image tokenizer."
+USE_OF_TOKEN_IDS = (
+    "`smalti export hf THIS_FOLDER DIRECTORY` writes it as a Llama that `transformers` and LLM servers load.\n"
+)

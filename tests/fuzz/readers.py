@@ -50,7 +50,6 @@ from smalti.tasks.images import Pipeline
 from smalti.tasks.line_files import _Parts
 from smalti.tasks.lines import LineModel
 from smalti.tasks.replay import replay
-from smalti.tasks.tokens import load_token_model
 from smalti.text_tokenizer import TextTokenizer
 from smalti.training.checkpoint import load_checkpoint, save_checkpoint
 from smalti.training.curves import Curves
@@ -306,7 +305,7 @@ def _load_bundle(kind: str, name: str, folder: Path, content: bytes) -> None:
     load = LineModel.load if kind == "lines" else Pipeline.load
     load(made)
     if name == "config.json" and path.exists():
-        load_token_model(made)
+        bundle.Bundle.load(made)
 
 
 def _image_tokenizer(folder: Path, content: bytes) -> None:

@@ -37,7 +37,7 @@ app.add_typer(interop_app)
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
 
-Bundle = Annotated[
+BundleName = Annotated[
     str | None,
     typer.Option(
         help=f"A shipped bundle's name ({SHIPPED}), a folder, or a hub's owner/name (default: emoji for a picture of "
@@ -211,7 +211,7 @@ def caption(
     pictures: Annotated[
         list[Path], typer.Argument(help="Picture files, as large as the bundle's pictures or enlarged whole.")
     ],
-    bundle: Bundle = None,
+    bundle: BundleName = None,
     seed: Seed = 0,
     temperature: Temperature = None,
     guidance_scale: Guidance = None,
@@ -264,7 +264,7 @@ def complete(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="PNG file for completed pictures, or text file for lines.")
     ] = None,
-    bundle: Bundle = None,
+    bundle: BundleName = None,
     seed: Seed = 0,
     n: Annotated[
         int | None,
@@ -310,22 +310,26 @@ def complete(
     With a bundle of lines every prefix of a text file is completed: same tags, same order, the prefix untouched; OUTPUT
     .log_probs.csv gets each line's own log-likelihood, and a run that was stopped goes on when it is started again.
     """
-    from smalti.tasks.lines import KIND, bundle_kind
+    from smalti.bundle import Bundle
 
     bundle = _bundle_for_picture(bundle, picture)
+    loaded = Bundle.load(bundle)
     of_pictures = _given(picture=picture, rows=rows, n=n, scale=scale, guidance_scale=guidance_scale)
     of_lines = _given(strategy=strategy, num_candidates=num_candidates, beam_width=beam_width, batch_size=batch_size)
     sampling = _given(temperature=temperature, top_k=top_k, top_p=top_p)
-    if bundle_kind(bundle) == KIND:
+    if loaded.is_lines:
         _refuse_options(of_pictures, bundle, "lines")
         if beginning is None or output is None:
             raise ValueError(
                 "lines are completed from file to file: smalti complete PREFIXES -o OUTPUT --bundle BUNDLE."
             )
         with resuming():
-            _complete_lines(Path(beginning), output, bundle, force, quiet, seed=seed, **of_lines, **sampling)
+            _complete_lines(Path(beginning), output, loaded, force, quiet, seed=seed, **of_lines, **sampling)
         return
-    _refuse_options(of_lines, bundle, "pictures")
+    _refuse_options(of_lines, bundle, loaded.kind)
+    from smalti.tasks.images import Pipeline
+
+    pipe = Pipeline(loaded)
     given = {**sampling, **_given(guidance_scale=guidance_scale)}
     if picture is None:
         if beginning is not None and Path(beginning).is_file():
@@ -333,19 +337,14 @@ def complete(
                 f"{beginning} is a file, and {bundle} a bundle of pictures: give a picture with --picture, or --bundle "
                 "with a bundle of lines."
             )
-        from smalti.tasks.images import Pipeline
-
-        for line in Pipeline.load(bundle).complete_caption(beginning or "", seed=seed, n=n or 1, **given):
+        for line in pipe.complete_caption(beginning or "", seed=seed, n=n or 1, **given):
             typer.echo(line)
         return
     if output is None:
         raise ValueError("a completed picture needs a file to go to: add -o FILE.png.")
     outputs = _output_names(output, n or 1)
     _refuse_existing(outputs, force)
-    from smalti.tasks.images import Pipeline
-
     kept = 3 if rows is None else rows
-    pipe = Pipeline.load(bundle)
     drawn = pipe.complete(picture, rows=kept, caption=beginning, seed=seed, n=n or 1, scale=scale, **given)
     _save(drawn, outputs, force)
 
@@ -368,7 +367,7 @@ def _refuse_options(options: dict[str, Any], bundle: str, kind: str) -> None:
 
 
 def _complete_lines(
-    prefixes: Path, output: Path, bundle: str, force: bool, quiet: bool, *, batch_size: int = 256, **settings: Any
+    prefixes: Path, output: Path, bundle: Any, force: bool, quiet: bool, *, batch_size: int = 256, **settings: Any
 ) -> None:
     from smalti.tasks.line_files import LIKELIHOOD_SUFFIX, complete_file
     from smalti.tasks.lines import CompleteConfig, LineModel
@@ -378,9 +377,8 @@ def _complete_lines(
     used = {"sample": drawing, "best-of-n": drawing | {"num_candidates"}, "beam": {"beam_width"}, "greedy": set()}
     for name in sorted(settings.keys() - used[config.strategy] - {"strategy", "seed"}):
         raise ValueError(f"strategy {config.strategy} has no use for --{name.replace('_', '-')}; leave it out.")
-    model = LineModel.load(bundle)
     how = {"batch_size": batch_size, "force": force, "show_progress": not quiet}
-    num_lines = complete_file(model, prefixes, output, config, **how)
+    num_lines = complete_file(LineModel(bundle), prefixes, output, config, **how)
     typer.echo(f"{output}: {num_lines} lines, log-likelihoods in {output}{LIKELIHOOD_SUFFIX}")
 
 
@@ -391,7 +389,7 @@ def _complete_lines(
 def score(
     source: Annotated[Path, typer.Argument(help="A picture file; for a bundle of lines, a file of lines.")],
     captions: Annotated[list[str] | None, typer.Argument(help="One or more captions of the picture.")] = None,
-    bundle: Bundle = None,
+    bundle: BundleName = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     output: Annotated[
         Path | None,
@@ -408,23 +406,24 @@ def score(
     With a bundle of lines: nats per token of each line of a file (text, or a token table) and of all, with standard
     error, and by position. A run that was stopped goes on when it is started again.
     """
-    from smalti.tasks.lines import KIND, bundle_kind
+    from smalti.bundle import Bundle
 
     bundle = _bundle_for_picture(bundle, source)
-    if bundle_kind(bundle) == KIND:
+    loaded = Bundle.load(bundle)
+    if loaded.is_lines:
         if captions:
             raise ValueError(f"{bundle} is a bundle of lines, which knows no captions; leave them out.")
         if output is None:
             raise ValueError("scores of lines need a folder to go to: add -o FOLDER.")
         with resuming():
-            _score_lines(source, output, bundle, batch_size or 256, force, as_json, quiet)
+            _score_lines(source, output, loaded, batch_size or 256, force, as_json, quiet)
         return
-    _refuse_options(_given(output=output, batch_size=batch_size, force=force or None), bundle, "pictures")
+    _refuse_options(_given(output=output, batch_size=batch_size, force=force or None), bundle, loaded.kind)
     if not captions:
         raise ValueError("which captions? Give one or more behind the picture.")
     from smalti.tasks.images import Pipeline
 
-    scores = Pipeline.load(bundle).score([source] * len(captions), captions)
+    scores = Pipeline(loaded).score([source] * len(captions), captions)
     columns = [[None] * len(captions) if column is None else column.tolist() for column in scores]
     if as_json:
         import json
@@ -441,13 +440,13 @@ def score(
 
 
 def _score_lines(
-    lines: Path, output: Path, bundle: str, batch_size: int, force: bool, as_json: bool, quiet: bool
+    lines: Path, output: Path, bundle: Any, batch_size: int, force: bool, as_json: bool, quiet: bool
 ) -> None:
     from smalti.tasks.line_files import SCORE_FILES, score_file
     from smalti.tasks.lines import LineModel
 
     how = {"batch_size": batch_size, "force": force, "show_progress": not quiet}
-    found = score_file(LineModel.load(bundle), lines, output, **how)
+    found = score_file(LineModel(bundle), lines, output, **how)
     if as_json:
         typer.echo((output / SCORE_FILES[-1]).read_text(encoding="utf-8"), nl=False)
         return
@@ -488,39 +487,14 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
 ) -> None:
     """What a bundle holds: parameters, vocabulary, layout, measured figures."""
-    from smalti.bundle import read_config, shipped_bundles
+    from smalti.bundle import Bundle, read_config, shipped_bundles
 
     if list_bundles:
         for name, directory in shipped_bundles().items():
             num_bytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
             typer.echo(f"{name}  {num_bytes / 1e6:.1f} MB  {' · '.join(read_config(directory)['layout']['orders'])}")
         return
-    from smalti.tasks.lines import KIND, bundle_kind
-
-    if bundle_kind(bundle) == KIND:
-        _info_lines(bundle, as_json)
-        return
-    from smalti.tasks.images import Pipeline
-
-    pipe = Pipeline.load(bundle)
-    rows: list[tuple[str, str]] = []
-    rows.append(("bundle", pipe.name))
-    rows.append(("parameters", f"{pipe.model.num_parameters:,} (transformer)"))
-    rows.append(("parameters of the image tokenizer", f"{sum(p.numel() for p in pipe.image_tokenizer.parameters()):,}"))
-    rows.append(("vocabulary", str(pipe.layout.vocabulary)))
-    words = pipe.text_tokenizer.words
-    rows.append(("words", " ".join(words) if len(words) <= 200 else f"{len(words):,} pieces of words"))
-    rows.append(("pictures", f"{pipe.pictures.width}×{pipe.pictures.height}, codes {pipe.grid[0]}×{pipe.grid[1]}"))
-    for name, order in pipe.layout.orders.items():
-        rows.append((f"layout {name} ({order.weight:g})", str(order)))
-    rows.append(("draws with", f"{pipe.sampling.picture}"))
-    rows.append(("weights", f"sha256 {pipe.weights_sha256}"))
-    for name, value in pipe.figures.items():
-        rows.append((name, str(value)))
-    _print_rows(rows, as_json)
-
-
-def _print_rows(rows: list[tuple[str, str]], as_json: bool) -> None:
+    rows = _info(Bundle.load(bundle))
     if as_json:
         import json
 
@@ -532,19 +506,26 @@ def _print_rows(rows: list[tuple[str, str]], as_json: bool) -> None:
     print_table(table)
 
 
-def _info_lines(bundle: str, as_json: bool) -> None:
-    from smalti.tasks.lines import LineModel
-
-    model = LineModel.load(bundle)
-    rows: list[tuple[str, str]] = []
-    rows.append(("bundle", model.name))
-    rows.append(("parameters", f"{model.model.num_parameters:,}"))
-    rows.append(("lines", f"{model.length} codes in 0..{model.vocab_size - 1}"))
-    rows.append(("layout", str(model.layout)))
-    rows.append(("weights", f"sha256 {model.weights_sha256}"))
-    for name, value in model.figures.items():
-        rows.append((name, str(value)))
-    _print_rows(rows, as_json)
+def _info(bundle: Any) -> Iterator[tuple[str, str]]:
+    layout, pictures, image_tokenizer = bundle.layout, bundle.pictures, bundle.image_tokenizer
+    yield "bundle", bundle.name
+    yield "parameters", f"{bundle.model.num_parameters:,} (transformer)"
+    if image_tokenizer is not None:
+        yield "parameters of the image tokenizer", f"{sum(p.numel() for p in image_tokenizer.parameters()):,}"
+    yield "vocabulary", str(layout.vocabulary)
+    if words := getattr(bundle.text_tokenizer, "words", None):
+        yield "words", " ".join(words) if len(words) <= 200 else f"{len(words):,} pieces of words"
+    if image_tokenizer is not None:
+        rows, columns = image_tokenizer.config.grid
+        yield "pictures", f"{pictures.width}×{pictures.height}, codes {rows}×{columns}"
+    if bundle.is_lines:
+        yield "lines", f"{bundle.image_length} codes in 0..{layout.vocabulary['image'].size - 1}"
+    for name, order in layout.orders.items():
+        yield f"layout {name} ({order.weight:g})", str(order)
+    if image_tokenizer is not None:
+        yield "draws with", f"{bundle.sampling.picture}"
+    yield "weights", f"sha256 {bundle.weights_sha256}"
+    yield from ((name, str(value)) for name, value in bundle.figures.items())
 
 
 @data_app.command("digits", epilog="Example: smalti data digits out/digits --mnist folder/with/mnist")
@@ -737,7 +718,7 @@ def _tokenizers(bundle: str | None, image_tokenizer: Path | None, text_tokenizer
 
         if text_tokenizer is not None:
             raise ValueError("--text-tokenizer goes with --image-tokenizer; a bundle has its own.")
-        pipe = Pipeline.load(bundle or DEFAULT_BUNDLE)
+        pipe = Pipeline.load(bundle or DEFAULT_BUNDLE, device="cpu")
         return pipe.image_tokenizer, pipe.text_tokenizer
     if bundle is not None:
         raise ValueError("--bundle and --image-tokenizer both name an image tokenizer; give one of them.")

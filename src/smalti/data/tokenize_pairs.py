@@ -28,7 +28,6 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import nn
 
-from smalti.bundle import weights_sha256
 from smalti.data.pair_sources import PairSource, open_pairs
 from smalti.data.pairs import Record, decode_picture
 from smalti.data.parquet_files import ParquetReader
@@ -39,6 +38,7 @@ from smalti.files import lock_of, locked, refuse_existing, write_json
 from smalti.image_files import MAX_SIDE
 from smalti.progress import stage
 from smalti.text_tokenizer import TextTokenizer
+from smalti.weights import weights_sha256
 
 ON_ERROR = ("stop", "skip")
 MANIFEST = "manifest.json"

@@ -242,7 +242,7 @@ def features(pipe: Pipeline, images: Float[Tensor, "N 3 H W"], space: str) -> Fl
     if encode is None:
         raise InputError(f"the image tokenizer of {pipe.name} has no latents to compare in the space {space!r}.")
     with torch.inference_mode():
-        latents = torch.cat([encode(batch) for batch in images.split(_AT_ONCE)])
+        latents = torch.cat([encode(i.to(pipe.bundle.device)).cpu() for i in images.split(_AT_ONCE)])
     if getattr(pipe.image_tokenizer.config.quantizer, "l2_normalised", False):
         latents = F.normalize(latents, dim=-1)
     return latents.flatten(1)
@@ -294,7 +294,7 @@ def evaluate_compositions(
     spaces = [PIXELS, ENCODER] if hasattr(pipe.image_tokenizer, "encode_latents") else [PIXELS]
     with stage("encoding true pictures", show=show_progress):
         true = {space: features(pipe, images, space) for space in spaces}
-        codes = _encode(pipe, images[: len(wanted)])
+        codes = pipe.encode_images(images[: len(wanted)], batch_size=_AT_ONCE)
     drawn: dict[str, Int[Tensor, "n h w"]] = {CEILING: codes}
     prompts = collection.captions[: len(wanted)]
     num_drawn = len(wanted) * len(config.guidance_scales)
@@ -324,11 +324,6 @@ def evaluate_compositions(
         elapsed_s=round(time.perf_counter() - started_at, 1),
         grid=_grid(shown, prompts[:num_shown]),
     )
-
-
-def _encode(pipe: Pipeline, images: Float[Tensor, "n 3 H W"]) -> Int[Tensor, "n h w"]:
-    with torch.inference_mode():
-        return torch.cat([pipe.image_tokenizer.encode_images(batch) for batch in images.split(_AT_ONCE)])
 
 
 def _draw(

@@ -182,7 +182,7 @@ def evaluate_digits(
     started_at = time.perf_counter()
     judge = classifier or load_digit_classifier(shipped_classifier(pairs.digits))
     with stage("encoding pictures", show=show_progress):
-        codes = _encode(pipe, pairs.pictures)
+        codes = pipe.encode_images(levels_to_images(pairs.pictures), batch_size=_PICTURES_AT_ONCE)
     rows = []
     for part, measure in (
         ("likelihood", lambda _: _likelihood_rows(pipe, codes, pairs.captions)),
@@ -400,12 +400,6 @@ def _merits(pipe: Pipeline, codes: Codes, captions: Sequence[str]) -> Float[np.n
 
 
 # The image tokenizer -------------------------------------------------------------------------------------------
-
-
-def _encode(pipe: Pipeline, pictures: UInt8[np.ndarray, "N 28 28 3"]) -> Codes:
-    images = levels_to_images(pictures)
-    with torch.inference_mode():
-        return torch.cat([pipe.image_tokenizer.encode_images(batch) for batch in images.split(_PICTURES_AT_ONCE)])
 
 
 def _reconstruction_rows(pipe: Pipeline, codes: Codes, pairs: HeldOut, judge: DigitClassifier) -> list[Row]:

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from smalti.bundle import ANEW, BUILD_ERRORS, CONFIG, WEIGHTS, file_sha256, load_module
 from smalti.documents import config_of, read_json
 from smalti.errors import InputError, first_line, shortened
 from smalti.files import new_file, write_json
@@ -23,6 +22,7 @@ from smalti.image_tokenizers.titok import TiTok, TiTokConfig
 from smalti.image_tokenizers.vit_vqgan import ViTVQGAN, ViTVQGANConfig
 from smalti.image_tokenizers.vqgan import VQGAN, VQGANConfig
 from smalti.image_tokenizers.vqvae import VQVAE, DeepulVQVAE, DeepulVQVAEConfig, VQVAEConfig
+from smalti.weights import ANEW, BUILD_ERRORS, CONFIG, WEIGHTS, file_sha256, load_module
 
 FAMILIES: dict[str, tuple[type, type[nn.Module]]] = {
     "vqvae": (VQVAEConfig, VQVAE),
@@ -69,8 +69,11 @@ def save_image_tokenizer(image_tokenizer: nn.Module, directory: Path | str, dtyp
     write_json(directory / CONFIG, described, force=True)
 
 
-def load_image_tokenizer(directory: Path | str) -> nn.Module:
-    """The image tokenizer of a folder, in eval mode on the CPU, in float32 whatever it was stored in.
+def load_image_tokenizer(
+    directory: Path | str, *, sha256: object = None, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """The image tokenizer of a folder, in eval mode, in float32 whatever it was stored in. `sha256` is the checksum of
+    its weights (default: the one in the folder's config).
 
     Raises InputError naming the file and the field, key or size that does not fit.
     """
@@ -85,13 +88,11 @@ def load_image_tokenizer(directory: Path | str) -> nn.Module:
         )
     if family not in FAMILIES:
         raise InputError(f"{config_path}: unknown family {shortened(family)!r}; known are {', '.join(FAMILIES)}.")
-    checksum = described.get("sha256")
-    if checksum is not None and checksum != file_sha256(weights_path):  # folders of an earlier version have none
-        raise InputError(f"{weights_path} is damaged or was changed: its checksum is not the one in {CONFIG}; {ANEW}.")
+    sha256 = described.get("sha256") if sha256 is None else sha256  # folders of an earlier version have none
     config_class, module_class = FAMILIES[family]
     config = config_of(config_class, described["config"], config_path)
     try:
-        return load_module(lambda: module_class(config), weights_path).eval()
+        return load_module(lambda: module_class(config), weights_path, sha256=sha256, device=device).eval()
     except InputError:
         raise
     except BUILD_ERRORS as error:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
-from smalti.bundle import CONFIG, IMAGE_TOKENIZER, find_bundle
+from smalti.bundle import CONFIG, IMAGE_TOKENIZER, Bundle, find_bundle
 from smalti.data.lines import LineFormat, read_lines
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
@@ -21,8 +21,6 @@ from smalti.inspect.grid import Grid
 from smalti.inspect.sequences import code_positions, pack_codes, picture_order
 from smalti.models.decoder_only import DecoderOnly
 from smalti.sequences.layout import Layout, Packed
-from smalti.tasks.images import Pipeline
-from smalti.tasks.lines import LineModel, bundle_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,24 +91,18 @@ def load_subject(
     `image_tokenizer` is the folder of one for a bundle of lines, or a bundle of pictures that has it; the lines' codes
     may be raised by `code_offset`. Raises InputError for what does not fit.
     """
-    tokenizer: Any = None
-    if bundle_kind(bundle) == "lines":
-        lines = LineModel.load(bundle)
-        model, layout, name = lines.model, lines.layout, lines.name
+    loaded = Bundle.load(bundle, device="cpu")
+    tokenizer = loaded.image_tokenizer
+    if tokenizer is None:
         tokenizer = _image_tokenizer(image_tokenizer) if image_tokenizer else None
-    else:
-        if image_tokenizer or code_offset:
-            raise InputError(
-                f"{bundle} has an image tokenizer of its own; leave out --image-tokenizer and --code-offset."
-            )
-        pipe = Pipeline.load(bundle)
-        model, layout, name, tokenizer = pipe.model, pipe.layout, pipe.name, pipe.image_tokenizer
-    order = picture_order(layout)
-    codes, text_tokens = _read(Path(data), layout, order, num_lines, seed)
+    elif image_tokenizer or code_offset:
+        raise InputError(f"{bundle} has an image tokenizer of its own; leave out --image-tokenizer and --code-offset.")
+    order = picture_order(loaded.layout)
+    codes, text_tokens = _read(Path(data), loaded.layout, order, num_lines, seed)
     return Subject(
-        name=name,
-        model=model,
-        layout=layout,
+        name=loaded.name,
+        model=loaded.model,
+        layout=loaded.layout,
         order=order,
         codes=codes,
         text_tokens=text_tokens,

@@ -10,6 +10,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
+from smalti.bundle import Bundle
 from smalti.errors import InputError
 from smalti.files import new_file, new_folder, refuse_existing
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
@@ -17,7 +18,6 @@ from smalti.interop import deepul, huggingface, llamagen_vq, maskgit_vq, taming,
 from smalti.interop.keys import ImportReport, Layout, export_foreign, import_foreign
 from smalti.interop.reading import read_config, read_weights
 from smalti.interop.verifying import ArrayError
-from smalti.tasks.tokens import save_token_model
 
 KINDS: Mapping[str, Layout] = {
     "llamagen-vq": llamagen_vq.LAYOUT,
@@ -162,7 +162,8 @@ def _import_llama(
     imported = Imported(report=found.report, notes=notes, errors=tuple(errors))
     if imported.holds:
         name = (source if source.is_dir() else source.parent).resolve().name
-        save_token_model(found.model, found.layout, output_dir, name=name, text_tokenizer=found.tokenizer, force=force)
+        made = Bundle(model=found.model, layout=found.layout, name=name, text_tokenizer=found.tokenizer)
+        made.save(output_dir, force=force)
     return imported
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
+from smalti.bundle import Bundle
 from smalti.documents import read_json
 from smalti.engine.generate import Request, generate
 from smalti.engine.sampling import SampleConfig
@@ -33,10 +34,10 @@ from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
 from smalti.sequences.layout import Layout, Marker, Order, Span
 from smalti.sequences.vocabulary import Vocabulary
-from smalti.tasks.tokens import ORDER, load_token_model, one_segment_layout
 from smalti.text_tokenizer import TextTokenizer
 
 KIND = "hf-llama"
+ORDER = "text"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -488,6 +489,11 @@ def _without_derived(
     return state, dropped
 
 
+def one_segment_layout(vocab_size: int, length: int) -> Layout:
+    """`text{length}`: every id may stand at every place."""
+    return Layout.parse(Vocabulary({"text": vocab_size}), {ORDER: f"text{{{length}}}"})
+
+
 def _layout(fields: dict, config: DecoderOnlyConfig) -> tuple[Layout, tuple[str, ...]]:
     whole = one_segment_layout(config.vocab_size, config.transformer.max_length)
     if LAYOUT_FIELD not in fields:
@@ -516,7 +522,7 @@ def export_llama(bundle: Path | str, directory: Path, *, force: bool = False) ->
     """Writes a bundle's model as `transformers` saves a Llama, with its tokenizer where the numbers of that are the
     model's own. Returns the files and notes. Raises InputError for what a Llama cannot be, and if the folder exists,
     unless `force`; then it must be such a folder."""
-    found = load_token_model(bundle)
+    found = Bundle.load(bundle, device="cpu")
     config = write_llama_config(found.model.config, found.layout, biased_halves(found.model))
     generation = {"_from_model_config": False} | write_generation_config(found.layout)
     with new_folder(directory, force=force, holds=_is_llama, what="Llama") as folder:
@@ -538,19 +544,22 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _export_tokenizer(text_tokenizer: Path | None, layout: Layout, folder: Path) -> tuple[str, ...]:
+def _export_tokenizer(text_tokenizer: TextTokenizer | Path | None, layout: Layout, folder: Path) -> tuple[str, ...]:
     if text_tokenizer is None:
         return ("the bundle has no text tokenizer, so no tokenizer files were written",)
     if set(layout.vocabulary.segments) != {"text"}:  # an imported model's own tokenizer numbers as the model does
-        vocabulary = TextTokenizer.load(text_tokenizer).vocabulary
+        known = TextTokenizer.load(text_tokenizer) if isinstance(text_tokenizer, Path) else text_tokenizer
         sizes = layout.vocabulary.to_dict()
         sizes.pop(PADDING, None)
-        if vocabulary != Vocabulary(sizes):
+        if known.vocabulary != Vocabulary(sizes):
             return (
                 "the bundle's text tokenizer holds words alone, not all of the model's ids, so no tokenizer files "
                 "were written",
             )
-    shutil.copyfile(text_tokenizer, folder / TOKENIZER)
+    if isinstance(text_tokenizer, Path):
+        shutil.copyfile(text_tokenizer, folder / TOKENIZER)
+    else:
+        text_tokenizer.save(folder / TOKENIZER)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smalti.bundle import BUILD_ERRORS, build_within
 from smalti.errors import InputError, first_line
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig
 from smalti.interop.reading import require_values
+from smalti.weights import BUILD_ERRORS, build_within
 
 
 class Foreign(NamedTuple):

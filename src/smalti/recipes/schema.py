@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from smalti.bundle import Sampling
 from smalti.data.digits import ColouringConfig
 from smalti.data.picture_sets import PicturesConfig
 from smalti.evaluate.compositions import CompositionsConfig
@@ -19,7 +20,6 @@ from smalti.models.config import TransformerConfig
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import SPECIAL, Vocabulary
 from smalti.systems.line_presets import AUTO, choose_preset
-from smalti.tasks.images import Sampling
 from smalti.text_tokenizer import BPEConfig
 from smalti.training.gan_tokenizer import TrainGANTokenizerConfig
 from smalti.training.image_tokenizer import TrainTokenizerConfig

@@ -15,6 +15,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from smalti.bundle import Bundle
 from smalti.data.pair_sources import open_pairs
 from smalti.data.ready_tokens import are_tokens, open_tokens
 from smalti.data.tokenize_pairs import TokenizeConfig
@@ -86,7 +87,7 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
         train, validation = opened["train"], opened["validation"]
 
         def make_pipeline(model: DecoderOnly, **described: Any) -> Pipeline:
-            return Pipeline(
+            bundle = Bundle(
                 model=model,
                 layout=layout,
                 image_tokenizer=image_tokenizer,
@@ -96,6 +97,7 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
                 name=output.name,
                 **described,
             )
+            return Pipeline(bundle)
 
         model = train_model(
             recipe.model,
@@ -111,8 +113,8 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
         )
         if processes.is_first:
             about = {**recipe.about, "Trained by": f"`{command}`", "Seed": str(recipe.train.seed)}
-            trained = make_pipeline(model.cpu(), about=about)
-            finish(trained, output / "bundle", lambda pipe: _figures(pipe, recipe, validation, show_progress))
+            trained = make_pipeline(model.cpu(), about=about).bundle
+            finish(trained, output / "bundle", lambda bundle: _figures(bundle, recipe, validation, show_progress))
     return output / "bundle"
 
 
@@ -137,15 +139,18 @@ def _learn_words(pairs: Path, config: BPEConfig, show_progress: bool) -> TextTok
         return TextTokenizer.train(captions, config)[0]
 
 
-def _figures(pipe: Pipeline, recipe: CaptionsRecipe, validation: Pairs, show_progress: bool) -> dict[str, str]:
+def _figures(bundle: Bundle, recipe: CaptionsRecipe, validation: Pairs, show_progress: bool) -> dict[str, str]:
+    pipe = Pipeline(bundle)
     num_rows = min(len(validation), recipe.train.evaluation_rows or len(validation))
     with stage("measuring likelihood", show=show_progress):
         figures = _likelihood_figures(pipe, validation, num_rows)
     if recipe.evaluate is not None:
         train, test = recipe.data.train, recipe.data.validation
         assert train is not None and test is not None
-        bundle = str(recipe.output / "bundle")
-        command = shlex.join(["smalti", "evaluate", "compositions", bundle]) + f" --test {test} --train {train}"
+        command = (
+            shlex.join(["smalti", "evaluate", "compositions", str(recipe.output / "bundle")])
+            + f" --test {test} --train {train}"
+        )
         report = evaluate_compositions(pipe, test, train, recipe.evaluate, command=command, show_progress=show_progress)
         report.write(recipe.output, force=True)
         figures |= report.figures()

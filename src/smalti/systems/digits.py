@@ -13,6 +13,7 @@ The folder of a run (see stages.py):
 from pathlib import Path
 from typing import Any
 
+from smalti.bundle import Bundle
 from smalti.data.digit_sources import read_coloured_pickle, read_mnist, scikit_learn_digits
 from smalti.data.digits import PICTURE_SIZE, SPLITS, ColouredDigits, SourceDigits, words, write_digits
 from smalti.data.pairs import PairTable
@@ -70,7 +71,7 @@ def train_digits(recipe: Recipe, *, command: str = "", show_progress: bool = Tru
         train, validation = (TokenTable.open(output / "tokens" / f"{split}.parquet") for split in SPLITS[:2])
         model = train_model(recipe.model, layout, train, validation, recipe.train, output / "model", **shown)
         if processes.is_first:
-            trained = Pipeline(
+            trained = Bundle(
                 model=model.cpu(),
                 layout=layout,
                 image_tokenizer=image_tokenizer,
@@ -90,9 +91,9 @@ def _read_source(data: DigitsData) -> dict[str, SourceDigits] | dict[str, Colour
     return read_mnist(data.path) if data.source == "mnist" else read_coloured_pickle(data.path)
 
 
-def _figures(pipe: Pipeline, recipe: Recipe, command: str, show_progress: bool) -> dict[str, Any]:
+def _figures(bundle: Bundle, recipe: Recipe, command: str, show_progress: bool) -> dict[str, Any]:
     """What the report says of the bundle; it and the galleries are made if there is none of these weights."""
-    output = recipe.output
+    output, pipe = recipe.output, Pipeline(bundle)
     report = find_report(output, pipe.weights_sha256, recipe.evaluate)
     if report is None:
         held_out = read_held_out(output / "data")

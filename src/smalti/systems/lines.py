@@ -13,6 +13,7 @@ Tags stay in the tables. Lines with the same codes are on one side of the split.
 from dataclasses import replace
 from pathlib import Path
 
+from smalti.bundle import Bundle
 from smalti.data.line_rows import LineData, read_line_data
 from smalti.errors import InputError
 from smalti.evaluate.lines import report_lines
@@ -60,10 +61,10 @@ def train_lines(recipe: LinesRecipe, *, command: str = "", show_progress: bool =
         )
         if processes.is_first:
             finish(
-                LineModel(model=model.cpu(), layout=layout, name=output.name),
+                Bundle(model=model.cpu(), layout=layout, name=output.name),
                 output / "bundle",
                 lambda bundle: report_lines(
-                    bundle,
+                    LineModel(bundle),
                     data,
                     output,
                     baseline_rows=recipe.baseline_rows,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from smalti.bundle import Bundle
 from smalti.data.tokenize_pairs import TokenizeConfig, require_tokenizers, tokenize_pairs, tokenizer_metadata
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
@@ -97,11 +98,11 @@ def stored_tokens(
 # Finish --------------------------------------------------------------------------------------------------------
 
 
-def finish(trained: Any, folder: Path, measure: Callable[[Any], Mapping[str, Any]]) -> Path:
+def finish(trained: Bundle, folder: Path, measure: Callable[[Bundle], Mapping[str, Any]]) -> Path:
     """Writes the bundle of what was trained, with the figures that are measured of it as a user will load it, rounded
     to half precision; returns its folder."""
     trained.save(folder, half=True, force=True)
-    loaded = type(trained).load(folder)
+    loaded = Bundle.load(folder)
     loaded.figures = dict(measure(loaded))
     loaded.save(folder, half=True, force=True)
     return folder

@@ -1,4 +1,5 @@
-"""The bundle as one object: pictures from captions, captions from pictures, both from nothing, and what each costs.
+"""What a bundle does with pictures: draws them of captions, captions them, draws both from nothing, and tells what each
+costs.
 
     pipe = Pipeline.load("digits")
     [picture] = pipe.generate("dark green eight on bright cyan", seed=3)
@@ -7,11 +8,9 @@
 Letters: B sequences, C H W image, h w code grid, L tokens of a caption.
 """
 
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from numbers import Integral
 from pathlib import Path
@@ -22,16 +21,13 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from smalti import bundle
-from smalti.documents import config_of
+from smalti.bundle import Bundle
 from smalti.engine.generate import Generated, Request, generate, job_executor, stream
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, InputWarning, shortened
-from smalti.image_files import Picture, PictureConfig, checked_scale, listed, to_images, to_pictures, with_receipt
-from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
+from smalti.image_files import Picture, checked_scale, listed, to_images, to_pictures, with_receipt
 from smalti.likelihood import score
-from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
-from smalti.sequences.layout import Layout, SpanValues
+from smalti.sequences.layout import SpanValues
 from smalti.text_tokenizer import TextTokenizer
 
 RERANKERS = ("picture", "caption", "pmi")
@@ -74,114 +70,40 @@ class Partial(NamedTuple):
     """Their picture; what is not drawn yet is grey."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """What a bundle draws with unless told otherwise."""
-
-    picture: SampleConfig = field(default_factory=SampleConfig)
-    caption: SampleConfig = field(default_factory=lambda: SampleConfig(temperature=0.0))
-
-
 class Pipeline:
-    """Image tokenizer, text tokenizer, layout and model. `load` reads a bundle, `save` writes one.
+    """A bundle that draws pictures of captions, and what it does. `load` reads one.
 
-    Raises ValueError where the four do not fit together.
+    Raises InputError for a bundle without both tokenizers, or without an order that has the caption first.
     """
 
-    def __init__(
-        self,
-        *,
-        model: DecoderOnly,
-        layout: Layout,
-        image_tokenizer: nn.Module,
-        text_tokenizer: TextTokenizer,
-        pictures: PictureConfig,
-        sampling: Sampling = Sampling(),
-        about: Mapping[str, str] = {},
-        figures: Mapping[str, Any] = {},
-        name: str = "a bundle",
-    ):
-        self.model = model.eval()
-        self.image_tokenizer: Any = image_tokenizer.eval()  # of any family: the package's __init__ says what all have
-        self.layout, self.text_tokenizer = layout, text_tokenizer
-        self.pictures, self.sampling, self.name = pictures, sampling, name
-        self.about, self.figures = dict(about), dict(figures)
-        self._check()
-
-    def _check(self) -> None:
-        vocabulary = self.layout.vocabulary
-        self.text_tokenizer.check_vocabulary(vocabulary)
-        for what, found, wanted in (
-            ("the model's vocab_size", self.model.config.vocab_size, vocabulary.size),
-            ("the text tokenizer's size", self.text_tokenizer.vocab_size, vocabulary["text"].size),
-            (
-                "the image tokenizer's codebook_size",
-                self.image_tokenizer.config.codebook_size,
-                vocabulary["image"].size,
-            ),
-            ("the cells of the image tokenizer's grid", self.grid[0] * self.grid[1], self._image_length),
-        ):
-            if found != wanted:
-                raise ValueError(f"{what} is {found}, the layout says {wanted}.")
-        self.model.check_layout(self.layout)
-
-    # Reading and writing ---------------------------------------------------------------------------------------
+    def __init__(self, bundle: Bundle):
+        text_tokenizer, pictures = bundle.text_tokenizer, bundle.pictures
+        if pictures is None or not isinstance(text_tokenizer, TextTokenizer):
+            raise InputError(
+                f"{bundle.name} is a bundle of {bundle.kind}, not of pictures with captions; smalti info says what it "
+                "holds."
+            )
+        self.bundle, self.model, self.layout = bundle, bundle.model, bundle.layout
+        self.image_tokenizer, self.text_tokenizer = bundle.image_tokenizer, text_tokenizer
+        self.pictures, self.sampling = pictures, bundle.sampling
 
     @classmethod
-    def load(cls, name: str | Path) -> Self:
-        """A bundle from its folder, by the name of one that ships, or by a hub's `owner/name` (extra "hub").
+    def load(cls, name: str | Path, *, device: torch.device | str = "auto", dtype: str = "auto") -> Self:
+        """A bundle from its folder, by the name of one that ships, or by a hub's `owner/name` (see `Bundle.load`)."""
+        return cls(Bundle.load(name, device=device, dtype=dtype))
 
-        Raises InputError if there is none, a file of it is missing or damaged, or another version wrote it.
-        """
-        directory = bundle.find_bundle(name)
-        config = bundle.read_config(directory)
-        if "kind" in config:
-            raise InputError(
-                f"{directory} is a bundle of {config['kind']}, not of pictures with captions; smalti info {directory} "
-                "says what it holds."
-            )
-        path = directory / bundle.CONFIG
-        with bundle.described_by(path):
-            shape = DecoderOnlyConfig.from_dict(config["model"], f"{path}: model")
-            for entry, kind in (("about", dict), ("figures", dict), ("sampling", dict), ("name", str)):
-                if not isinstance(config[entry], kind):
-                    raise ValueError(f"the entry {entry} is {shortened(repr(config[entry]))}")
-            return cls(
-                model=bundle.load_module(lambda: DecoderOnly(shape), directory / bundle.WEIGHTS),
-                layout=Layout.from_dict(config["layout"]),
-                image_tokenizer=load_image_tokenizer(directory / bundle.IMAGE_TOKENIZER),
-                text_tokenizer=TextTokenizer.load(directory / bundle.TEXT_TOKENIZER),
-                pictures=config_of(PictureConfig, config["pictures"], f"{path}: pictures"),
-                sampling=config_of(Sampling, config["sampling"], f"{path}: sampling"),
-                about=config["about"],
-                figures=config["figures"],
-                name=config["name"],
-            )
+    @property
+    def name(self) -> str:
+        return self.bundle.name
+
+    @property
+    def weights_sha256(self) -> str:
+        """What receipts know the bundle by."""
+        return self.bundle.weights_sha256
 
     def save(self, directory: Path | str, *, half: bool = False, force: bool = False) -> None:
-        """Writes the bundle as a folder, the weights in float16 if `half`; loaded, they are float32 again.
-
-        Raises InputError if the folder exists and is not empty, unless `force`; then it must be a bundle.
-        """
-
-        def write_files(folder: Path) -> dict[str, Any]:
-            bundle.save_weights(self.model.state_dict(), folder / bundle.WEIGHTS, half=half)
-            self.text_tokenizer.save(folder / bundle.TEXT_TOKENIZER)
-            image_dtype = torch.float16 if half else None
-            save_image_tokenizer(self.image_tokenizer, folder / bundle.IMAGE_TOKENIZER, dtype=image_dtype)
-            (folder / bundle.CARD).write_text(self.card(), encoding="utf-8")
-            return {
-                "name": self.name,
-                "smalti_version": version("smalti"),
-                "layout": self.layout.to_dict(),
-                "model": self.model.config.to_dict(),
-                "pictures": asdict(self.pictures),
-                "sampling": asdict(self.sampling),
-                "about": self.about,
-                "figures": self.figures,
-            }
-
-        bundle.write_bundle(directory, write_files, force=force)
+        """Writes the bundle as a folder (see `Bundle.save`)."""
+        self.bundle.save(directory, half=half, force=force)
 
     def save_pretrained(self, directory: Path | str) -> None:
         """`save` under the name that Hugging Face libraries use, replacing a bundle as they do."""
@@ -189,33 +111,7 @@ class Pipeline:
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Uploads the bundle to the hub's `owner/name`; returns its address. Needs the extra "hub"."""
-        hub = bundle.import_hub()
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(Path(folder) / "bundle")
-            api = hub.HfApi()
-            address = api.create_repo(repository, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repository, folder_path=str(Path(folder) / "bundle"))
-        return str(address)
-
-    def card(self) -> str:
-        """The model card: what it is, how to use it, its measured figures."""
-        figures = _card_table("Measured", self.figures)
-        about = _card_table("Where it comes from", self.about)
-        return CARD.format(
-            name=self.name,
-            num_parameters=f"{self.model.num_parameters:,}",
-            orders="\n".join(f"    {order}" for order in self.layout.orders.values()),
-            num_words=self.text_tokenizer.vocab_size,
-            codebook_size=f"{self.image_tokenizer.config.codebook_size:,}",
-            size=f"{self.pictures.width}×{self.pictures.height}",
-            about=about,
-            figures=figures,
-        )
-
-    @cached_property
-    def weights_sha256(self) -> str:
-        """A hash of all weights as they are in memory, in float32: the same however the bundle is stored."""
-        return bundle.weights_sha256(self.model, self.image_tokenizer)
+        return self.bundle.push_to_hub(repository, private=private)
 
     # Pictures from captions ------------------------------------------------------------------------------------
 
@@ -299,11 +195,11 @@ class Pipeline:
             yield Partial(torch.tensor(found), self._partial_picture(found, scale))
 
     def _partial_picture(self, found: list[int], scale: int | None) -> Image.Image:
-        rest = self._image_length - len(found)
+        rest = self.bundle.image_length - len(found)
         codes = torch.tensor(found + found[:1] * rest).view(1, *self.grid)
         image = self.decode_images(codes)
         cell_height, cell_width = self.pictures.height // self.grid[0], self.pictures.width // self.grid[1]
-        drawn = torch.arange(self._image_length).view(self.grid) < len(found)
+        drawn = torch.arange(self.bundle.image_length).view(self.grid) < len(found)
         drawn = drawn.repeat_interleave(cell_height, 0).repeat_interleave(cell_width, 1)
         return to_pictures(torch.where(drawn, image, 0.5), self.pictures, scale)[0]
 
@@ -338,7 +234,7 @@ class Pipeline:
     def _picture_request(
         self, words: Int[Tensor, " L"], seed: int, negative_prompt: str | None, config: SampleConfig
     ) -> Request:
-        order = self._order("text", "image")
+        order = self.bundle.order("text", "image")
         request = Request(order=order, given={"text": words}, seed=seed)
         if config.guidance_scale == 1:
             if negative_prompt is not None:
@@ -365,7 +261,7 @@ class Pipeline:
     @property
     def rerankers(self) -> tuple[str, ...]:
         """Those of RERANKERS that this bundle has, what tells most of the caption first."""
-        return ("caption", "pmi", "picture") if self._has_order("image", "text") else ("pmi", "picture")
+        return ("caption", "pmi", "picture") if self.bundle.has_order("image", "text") else ("pmi", "picture")
 
     def _best(self, found: Sequence[Generated], best_of: int, rerank: str | None, batch_size: int) -> list[int]:
         """Which of every `best_of` sequences is kept."""
@@ -387,8 +283,8 @@ class Pipeline:
     def caption_codes(self, codes: Codes, *, seed: int = 0, batch_size: int = 64, **sampling: Any) -> list[str]:
         """`caption` of codes."""
         config = self._sample_config(self.sampling.caption, sampling)
-        null = None if config.guidance_scale == 1 else Request(order=self._order("text", "image"))
-        order = self._order("image", "text")
+        null = None if config.guidance_scale == 1 else Request(order=self.bundle.order("text", "image"))
+        order = self.bundle.order("image", "text")
         requests = [Request(order=order, given={"image": row.flatten()}, seed=seed, null=null) for row in codes]
         found = generate(self.model, self.layout, requests, config, batch_size=batch_size)
         return [self._text(sequence) for sequence in found]
@@ -416,9 +312,9 @@ class Pipeline:
         config = self._sample_config(SampleConfig(), sampling)
         self._check_drawing(n, best_of, rerank)
         guided = config.guidance_scale != 1
-        if guided and order not in (None, self._order("text", "image")):
+        if guided and order not in (None, self.bundle.order("text", "image")):
             raise ValueError(f"guidance needs the caption before the picture; order {order!r} has it behind.")
-        order = self._order("text", "image") if guided else order
+        order = self.bundle.order("text", "image") if guided else order
         requests = [Request(order=order, seed=seed + i) for i in range(n * best_of)]
         unguided = replace(config, guidance_scale=1.0)
         found = generate(self.model, self.layout, requests, unguided, batch_size=batch_size)
@@ -476,7 +372,7 @@ class Pipeline:
         if caption is not None:
             given = {"text": self._whole(caption), "image": kept.flatten()}
             null = None if config.guidance_scale == 1 else alone
-            request = Request(order=self._order("text", "image"), given=given, seed=seed, null=null)
+            request = Request(order=self.bundle.order("text", "image"), given=given, seed=seed, null=null)
         requests = [replace(request, seed=seed + i) for i in range(n)]
         return self._codes(generate(self.model, self.layout, requests, config, executor=executor))
 
@@ -484,7 +380,7 @@ class Pipeline:
         """`n` captions that start with the given words, which may be none."""
         config = self._sample_config(SampleConfig(), sampling)
         _check_completing(n, config, False)
-        order, words = self._order("text", "image"), self._words(beginning)
+        order, words = self.bundle.order("text", "image"), self._words(beginning)
         requests = [Request(order=order, given={"text": words}, seed=seed + i) for i in range(n)]
         return [self._text(sequence) for sequence in generate(self.model, self.layout, requests, config)]
 
@@ -504,17 +400,17 @@ class Pipeline:
             return Scores(*torch.zeros(3, 0))
         lengths = torch.tensor([len(ids) for ids in words])
         spans = {
-            "image": SpanValues(codes.flatten(1), torch.full((len(codes),), self._image_length)),
+            "image": SpanValues(codes.flatten(1), torch.full((len(codes),), self.bundle.image_length)),
             "text": SpanValues(nn.utils.rnn.pad_sequence(list(words), batch_first=True), lengths),
         }
 
         def nats(order: str, *segments: str) -> dict[str, Float[Tensor, " B"]]:
             return score(self.model, self.layout, order, spans, segments=segments, batch_size=batch_size)
 
-        text_first, empty = nats(self._order("text", "image"), "image"), self._empty_caption_order()
+        text_first, empty = nats(self.bundle.order("text", "image"), "image"), self._empty_caption_order()
         image_first = None
-        if empty is None or self._has_order("image", "text"):
-            image_first = nats(self._order("image", "text"), "image", "text")
+        if empty is None or self.bundle.has_order("image", "text"):
+            image_first = nats(self.bundle.order("image", "text"), "image", "text")
         caption_nll_nats = None if image_first is None else image_first["text"]
         alone = image_first
         if empty is not None:
@@ -525,17 +421,21 @@ class Pipeline:
 
     # Pictures and codes ----------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def encode(self, pictures: Pictures, *, batch_size: int = 64) -> Codes:
         """Codes of pictures or picture files. Raises InputError for a picture of the wrong size or mode."""
-        images = to_images(pictures, self.pictures)
+        return self.encode_images(to_images(pictures, self.pictures), batch_size=batch_size)
+
+    @torch.inference_mode()
+    def encode_images(self, images: Float[Tensor, "B 3 H W"], *, batch_size: int = 64) -> Codes:
+        """Codes of images in [0, 1], on the CPU."""
         if not len(images):
             return torch.zeros(0, *self.grid, dtype=torch.long)
-        return torch.cat([self.image_tokenizer.encode_images(batch) for batch in images.split(batch_size)])
+        device = self.bundle.device
+        return torch.cat([self.image_tokenizer.encode_images(i.to(device)).cpu() for i in images.split(batch_size)])
 
     def decode(self, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
         """Pictures of codes, each enlarged `scale` times; on a CPU each decoded alone: none depends on the others."""
-        alone = self.model.device.type == "cpu"
+        alone = self.bundle.device.type == "cpu"
         return to_pictures(self.decode_images(codes, batch_size=1 if alone else 64), self.pictures, scale)
 
     @torch.inference_mode()
@@ -549,7 +449,8 @@ class Pipeline:
             )
         if not len(codes):
             return torch.zeros(0, 3, self.pictures.height, self.pictures.width)
-        return torch.cat([self.image_tokenizer.decode_codes(batch) for batch in codes.split(batch_size)])
+        device = self.bundle.device
+        return torch.cat([self.image_tokenizer.decode_codes(c.to(device)).cpu() for c in codes.split(batch_size)])
 
     def _executor(self, num_requests: int, batch_size: int = 64) -> str:
         """What draws so many pictures; their receipts name it."""
@@ -558,10 +459,6 @@ class Pipeline:
     @property
     def grid(self) -> tuple[int, int]:
         return self.image_tokenizer.config.grid
-
-    @property
-    def _image_length(self) -> int:
-        return next(iter(self.layout.orders.values())).span("image").length
 
     # Small things ----------------------------------------------------------------------------------------------
 
@@ -581,7 +478,7 @@ class Pipeline:
     def _all_whole(self, captions: Sequence[str]) -> list[Int[Tensor, " L"]]:
         """The numbers of captions that must be whole: of a shorter one the model would make up the rest. One warning
         counts those that are cut."""
-        span = self.layout[self._order("text", "image")].span("text")
+        span = self.layout[self.bundle.order("text", "image")].span("text")
         found, lengths = [], []
         for caption in captions:
             words = self._words(caption)
@@ -609,26 +506,14 @@ class Pipeline:
         any length, else in the order that has the picture first."""
         if (order := self._empty_caption_order()) is not None:
             return Request(order=order, given={"text": torch.zeros(0, dtype=torch.long), **given})
-        return Request(order=self._order("image", "text"), given=given)
+        return Request(order=self.bundle.order("image", "text"), given=given)
 
     def _empty_caption_order(self) -> str | None:
         """The order with the caption first, if its captions may be empty."""
-        if not self._has_order("text", "image"):
+        if not self.bundle.has_order("text", "image"):
             return None
-        order = self.layout[self._order("text", "image")]
+        order = self.layout[self.bundle.order("text", "image")]
         return order.name if order.span("text").end is not None else None
-
-    def _has_order(self, first: str, then: str) -> bool:
-        return any([span.segment for span in o.spans] == [first, then] for o in self.layout.orders.values())
-
-    def _order(self, first: str, then: str) -> str:
-        """The name of the order in which one segment is given and the other follows."""
-        for order in self.layout.orders.values():
-            if [span.segment for span in order.spans] == [first, then]:
-                return order.name
-        raise InputError(
-            f"the bundle {self.name} has no order with {first} before {then}, which this needs; it has:\n{self.layout}"
-        )
 
     def _sample_config(self, default: SampleConfig, given: Mapping[str, Any]) -> SampleConfig:
         known = [known.name for known in fields(SampleConfig)]
@@ -646,15 +531,6 @@ class Pipeline:
         }
 
 
-def _cell(text: Any) -> str:
-    return str(text).replace("|", "\\|")  # as in p(picture | caption)
-
-
-def _card_table(title: str, rows: Mapping[str, Any]) -> str:
-    lines = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())
-    return f"\n## {title}\n\n| | |\n|---|---|\n{lines}\n" if rows else ""
-
-
 def _check_completing(n: int, config: SampleConfig, captioned: bool) -> None:
     if n < 1:
         raise ValueError(f"n is {n}; it must be at least 1.")
@@ -663,27 +539,3 @@ def _check_completing(n: int, config: SampleConfig, captioned: bool) -> None:
             f"guidance_scale is {config.guidance_scale}, but guidance follows the caption of a picture, and none is "
             "given: add one, or leave the guidance out."
         )
-
-
-CARD = """---
-library_name: smalti
-tags: [image-generation, autoregressive, discrete-tokens]
----
-# {name}
-
-A transformer of {num_parameters} parameters over one vocabulary: {num_words} words and {codebook_size} picture codes.
-Pictures are {size} pixels. Its sequences:
-
-{orders}
-
-## Use
-
-```python
-from smalti.tasks.images import Pipeline
-
-pipe = Pipeline.load("PATH OR NAME OF THIS BUNDLE")
-[picture] = pipe.generate("A CAPTION", seed=3)
-picture.save("picture.png")
-print(pipe.caption([picture]))
-```
-{about}{figures}"""

@@ -1,4 +1,4 @@
-"""A model of pre-tokenized lines as one object: what lines cost, and how prefixes may go on. No picture is needed.
+"""What a bundle of pre-tokenized lines does: tells what lines cost, and completes prefixes. No picture is needed.
 
     model = LineModel.load("out/lines/bundle")
     nll_nats = model.score(codes, lengths)
@@ -7,31 +7,25 @@
 Letters: N lines, L codes of a line (what the model takes is `length`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from smalti import bundle
 from smalti.bounds import MAX_CANDIDATES
+from smalti.bundle import Bundle
 from smalti.engine.beam import beam_search
 from smalti.engine.generate import Generated, Request, best_of, generate
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
 from smalti.likelihood import to_device
-from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
 from smalti.models.loss import token_nll
-from smalti.sequences.layout import Layout, SpanValues
-from smalti.systems.line_presets import ORDER
+from smalti.sequences.layout import SpanValues
 
-KIND = "lines"
-"""What the `config.json` of a bundle of lines has under "kind"."""
 STRATEGIES = ("sample", "greedy", "beam", "best-of-n")
 
 
@@ -89,84 +83,36 @@ class Completions(NamedTuple):
 
 
 class LineModel:
-    """A decoder-only model over the layout `<bos> image{length}`. `load` reads a bundle, `save` writes one.
+    """A bundle of lines, and what it does: scores and completes them. `load` reads one.
 
-    Raises ValueError where model and layout do not fit together.
+    Raises InputError for a bundle of anything else.
     """
 
-    def __init__(
-        self,
-        *,
-        model: DecoderOnly,
-        layout: Layout,
-        figures: Mapping[str, Any] = {},
-        name: str = "a bundle of lines",
-    ):
-        self.model, self.layout, self.figures, self.name = model.eval(), layout, dict(figures), name
-        if model.config.vocab_size != layout.vocabulary.size:
-            raise ValueError(
-                f"the model's vocab_size is {model.config.vocab_size}, the layout says {layout.vocabulary.size}."
+    def __init__(self, bundle: Bundle):
+        if not bundle.is_lines:
+            raise InputError(
+                f"{bundle.name} is a bundle of {bundle.kind}, not of lines: train one with smalti train lines."
             )
-        model.check_layout(layout)
-        self.length = layout[ORDER].span("image").length
-        self.vocab_size = layout.vocabulary["image"].size
-
-    # Reading and writing ---------------------------------------------------------------------------------------
+        self.bundle, self.model, self.layout = bundle, bundle.model, bundle.layout
+        self.order, self.length = bundle.order("image"), bundle.image_length
+        self.vocab_size = bundle.layout.vocabulary["image"].size
 
     @classmethod
-    def load(cls, name: str | Path) -> Self:
-        """A bundle of lines from its folder, or by a hub's `owner/name`.
+    def load(cls, name: str | Path, *, device: torch.device | str = "auto", dtype: str = "auto") -> Self:
+        """A bundle of lines from its folder, or by a hub's `owner/name` (see `Bundle.load`)."""
+        return cls(Bundle.load(name, device=device, dtype=dtype))
 
-        Raises InputError if there is none, it is of another kind, or a file of it is missing or damaged.
-        """
-        directory = bundle.find_bundle(name)
-        config = bundle.read_config(directory)
-        if config.get("kind") != KIND:
-            found = config.get("kind", "pictures")
-            raise InputError(f"{directory} is a bundle of {found}, not of lines: train one with smalti train lines.")
-        path = directory / bundle.CONFIG
-        with bundle.described_by(path):
-            shape = DecoderOnlyConfig.from_dict(config["model"], f"{path}: model")
-            model = bundle.load_module(lambda: DecoderOnly(shape), directory / bundle.WEIGHTS)
-            layout = Layout.from_dict(config["layout"])
-            return cls(model=model, layout=layout, figures=config["figures"], name=str(config["name"]))
+    @property
+    def name(self) -> str:
+        return self.bundle.name
+
+    @property
+    def weights_sha256(self) -> str:
+        return self.bundle.weights_sha256
 
     def save(self, directory: Path | str, *, half: bool = False, force: bool = False) -> None:
-        """Writes the bundle as a folder, the weights in float16 if `half`; loaded, they are float32 again.
-
-        Raises InputError if the folder exists and is not empty, unless `force`; then it must be a bundle.
-        """
-
-        def write_files(folder: Path) -> dict[str, Any]:
-            bundle.save_weights(self.model.state_dict(), folder / bundle.WEIGHTS, half=half)
-            (folder / bundle.CARD).write_text(self.card(), encoding="utf-8")
-            return {
-                "kind": KIND,
-                "name": self.name,
-                "smalti_version": version("smalti"),
-                "layout": self.layout.to_dict(),
-                "model": self.model.config.to_dict(),
-                "figures": self.figures,
-            }
-
-        bundle.write_bundle(directory, write_files, force=force)
-
-    def card(self) -> str:
-        """The model card: what it is, how to use it, its measured figures."""
-        rows = "\n".join(f"| {name} | {value} |" for name, value in self.figures.items())
-        figures = f"\n## Measured\n\n| | |\n|---|---|\n{rows}\n" if self.figures else ""
-        return CARD.format(
-            name=self.name,
-            num_parameters=f"{self.model.num_parameters:,}",
-            length=self.length,
-            max_code=self.vocab_size - 1,
-            figures=figures,
-        )
-
-    @cached_property
-    def weights_sha256(self) -> str:
-        """A hash of all weights as they are in memory, in float32: the same however the bundle is stored."""
-        return bundle.weights_sha256(self.model)
+        """Writes the bundle as a folder (see `Bundle.save`)."""
+        self.bundle.save(directory, half=half, force=force)
 
     # Likelihood ------------------------------------------------------------------------------------------------
 
@@ -190,7 +136,7 @@ class LineModel:
         inside = torch.arange(L) < lengths[:, None]
         whole = torch.zeros(N, self.length, dtype=torch.long)
         whole[:, :L] = torch.where(inside, codes, 0)  # what stands behind the end does not reach what is before it
-        packed = self.layout.pack(ORDER, {"image": SpanValues(whole, torch.full((N,), self.length))})
+        packed = self.layout.pack(self.order, {"image": SpanValues(whole, torch.full((N,), self.length))})
         used = type(packed)(*(tensor[:, : 1 + L] for tensor in packed))
         nll = token_nll(self.model, to_device(used, self.model.device), self.layout.slots)
         return torch.where(inside, nll[:, 1:].double().cpu(), 0.0)
@@ -225,7 +171,7 @@ class LineModel:
         piece. Raises ValueError for a prefix too long, or a code out of range.
         """
         requests = [
-            Request(order=ORDER, given={"image": prefix}, seed=config.seed + line * config.seeds_per_line)
+            Request(order=self.order, given={"image": prefix}, seed=config.seed + line * config.seeds_per_line)
             for line, prefix in enumerate(prefixes, first_line)
         ]
         found = self._complete(requests, config, batch_size)
@@ -243,24 +189,3 @@ class LineModel:
                 self.model, self.layout, requests, config.num_candidates, config.sampling, batch_size=batch_size
             )
         return [candidates[0] for candidates in ranked]
-
-
-def bundle_kind(name: str | Path) -> str:
-    """What a bundle is of: "lines", "pictures" if `Pipeline` reads it, or what else its config names."""
-    return bundle.read_config(bundle.find_bundle(name)).get("kind", "pictures")
-
-
-CARD = """---
-library_name: smalti
-tags: [image-generation, autoregressive, discrete-tokens]
----
-# {name}
-
-A transformer of {num_parameters} parameters over lines of {length} picture codes in 0..{max_code}. There is no image
-tokenizer: what the codes look like is not known.
-
-## Use
-
-    smalti score lines.txt --bundle THIS_FOLDER -o scores/
-    smalti complete prefixes.txt --bundle THIS_FOLDER -o completed.txt
-{figures}"""

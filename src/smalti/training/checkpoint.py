@@ -23,10 +23,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from smalti.bundle import file_sha256
 from smalti.documents import read_json
 from smalti.errors import InputError
 from smalti.files import cause, locked, sync, write_json
+from smalti.weights import file_sha256
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "training_state.pt"
