@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from smalti.engine.engine import check_drawable
 from smalti.engine.executors import make_executor
 from smalti.engine.generate import job_executor
 from smalti.models.decoder_only import DecoderOnly, evaluating
@@ -23,6 +24,8 @@ def beam_search(
     if beam_width < 1:
         raise ValueError(f"beam_width is {beam_width}; a beam holds at least one sequence.")
     sequences = [TokenSequence(layout, request) for request in requests]
+    for sequence in sequences:
+        check_drawable(model, sequence)
     found: dict[int, list[Generated]] = {}
     groups: dict[tuple, list[int]] = {}
     for row, sequence in enumerate(sequences):

@@ -82,9 +82,11 @@ class Engine:
 
     def submit(self, request: Request, config: SampleConfig = SampleConfig()) -> int:  # noqa: B008 (frozen)
         """Takes a request in; returns its ticket. Raises ValueError for one that does not fit the layout, or lacks the
-        null condition that guidance needs."""
+        null condition that guidance needs, or wants a span that the model was only ever given."""
         number = self.configs.setdefault(config, len(self.configs))
-        running = _Running(self.num_tickets, TokenSequence(self.layout, request), config, number)
+        sequence = TokenSequence(self.layout, request)
+        check_drawable(self.executor.model, sequence)
+        running = _Running(self.num_tickets, sequence, config, number)
         if running.is_guided and not self.first:
             raise ValueError("this engine was made without room for guided requests (guided_capacity=0).")
         self.num_tickets += 1
@@ -231,6 +233,17 @@ class Engine:
         if len(group) == len(self.active):
             return slice(self.first, self.first + len(group))
         return [running.row for running in group]
+
+
+def check_drawable(model: DecoderOnly, sequence: TokenSequence) -> None:
+    """Raises ValueError, naming the span, if something is to be drawn that the model was only ever given."""
+    layout = sequence.layout
+    for order, index in sequence.open_parts():
+        if not model.can_score(layout.slots[layout.slot_index(order.name, index)]):
+            raise ValueError(
+                f"order {order.name!r} ({order}): {order.parts[index]} cannot be drawn, since the model was always "
+                "given it and never learned to predict it. Give it whole, or name an order that predicts it."
+            )
 
 
 class _Running:

@@ -20,7 +20,7 @@ from smalti.image_tokenizers import load_image_tokenizer
 from smalti.inspect.grid import Grid
 from smalti.inspect.sequences import code_positions, pack_codes, picture_order
 from smalti.models.decoder_only import DecoderOnly
-from smalti.sequences.layout import Layout, Packed
+from smalti.sequences.layout import Layout, Packed, Slot
 from smalti.tasks.images import Pipeline
 from smalti.tasks.lines import LineModel, bundle_kind
 
@@ -106,6 +106,11 @@ def load_subject(
         pipe = Pipeline.load(bundle)
         model, layout, name, tokenizer = pipe.model, pipe.layout, pipe.name, pipe.image_tokenizer
     order = picture_order(layout)
+    codes_segment = layout.vocabulary["image"]
+    if not model.can_score(Slot(((codes_segment.offset, codes_segment.end),))):
+        raise InputError(
+            f"{bundle} was trained to be given pictures, not to predict them: there is nothing to inspect."
+        )
     codes, text_tokens = _read(Path(data), layout, order, num_lines, seed)
     return Subject(
         name=name,

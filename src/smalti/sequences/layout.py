@@ -207,6 +207,21 @@ class Layout:
         spans = [span for order in self.orders.values() for span in order.spans]
         return not any(span.end for span in spans) and len({o.max_length for o in self.orders.values()}) == 1
 
+    @cached_property
+    def predicted(self) -> Slot | None:
+        """The ids that training predicts: those in some slot of more than one id at a counted position. None: none.
+
+        A first token is never predicted, a token in parentheses is given, and a lone id needs no arithmetic.
+        """
+        ranges: set[tuple[int, int]] = set()
+        for order in self.orders.values():
+            for index, part in enumerate(order.parts):
+                is_first_alone = index == 0 and (isinstance(part, Marker) or (part.length == 1 and not part.end))
+                slot = self.slots[self.slot_index(order.name, index)]
+                if slot.size > 1 and not is_first_alone and (isinstance(part, Marker) or part.counted):
+                    ranges.update(slot.ranges)
+        return Slot(_merge(sorted(ranges))) if ranges else None
+
     def slot_index(self, order: str, part: int) -> int:
         """Index into `slots` of what can stand at a part of an order."""
         return self._templates[order][part]

@@ -5,7 +5,7 @@ Nothing here knows a model; the engine carries out the plans.
 Letters: L tokens of a span, T tokens of a sequence.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -104,6 +104,14 @@ class TokenSequence:
 
     def _differ_at(self, part: int) -> bool:
         return len(self.orders) > 1 and len({order.parts[part] for order in self.orders}) > 1
+
+    def open_parts(self) -> Iterator[tuple[Order, int]]:
+        """Every part, of each order that may still be, from which a token may be drawn: where more than one id can
+        stand."""
+        for order in self.orders:
+            for index in range(self.part, len(order.parts)):
+                if self.layout.slots[self.layout.slot_index(order.name, index)].size > 1:
+                    yield order, index
 
     def plan(self) -> Plan:
         """What comes next: to the end, or through the first open span, or just the marker that picks the order."""

@@ -147,6 +147,8 @@ class Native(Eager):
 
     def logits(self, hidden: Float[Tensor, "R D"], slot: Slot | None = None) -> Float[Tensor, "R n"]:
         """What they take of the head is packed once."""
+        if slot is None and self.model.config.head_ranges is not None:
+            return self.model.spread(self.logits(hidden, self.model.config.head_slot))
         matrix, hidden = self._head(slot).matrix, hidden.contiguous()
         R, D = hidden.shape
         logits = torch.empty(R, matrix.outputs)
@@ -221,9 +223,10 @@ class Native(Eager):
     def _head(self, slot: Slot | None) -> "_Head":
         if slot not in self.heads:
             weight = self.model.head_weight.detach()
-            ranges = ((0, len(weight)),) if slot is None else slot.ranges
-            ids = torch.cat([torch.arange(start, end) for start, end in ranges])
-            self.heads[slot] = _Head(self._matrix(torch.cat([weight[start:end] for start, end in ranges])), ids)
+            ids = ((0, len(weight)),) if slot is None else slot.ranges
+            rows = ids if slot is None else self.model.head_rows(slot)
+            matrix = self._matrix(torch.cat([weight[start:end] for start, end in rows]))
+            self.heads[slot] = _Head(matrix, torch.cat([torch.arange(start, end) for start, end in ids]))
         return self.heads[slot]
 
     def _layer(self, block: Block) -> _Layer:

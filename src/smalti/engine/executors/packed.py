@@ -107,9 +107,11 @@ class Packed(Eager):
 
     def logits(self, hidden: Float[Tensor, "B D"], slot: Slot | None = None) -> Float[Tensor, "B n"]:
         """What several ranges of ids take of the head is gathered once."""
+        if slot is None and self.model.config.head_ranges is not None:
+            return self.model.spread(self.logits(hidden, self.model.config.head_slot))
         if slot not in self.heads:
             weight = self.model.head_weight.detach()
-            pieces = [weight] if slot is None else [weight[start:end] for start, end in slot.ranges]
+            pieces = [weight] if slot is None else [weight[start:end] for start, end in self.model.head_rows(slot)]
             self.heads[slot] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).t()
         head, num_rows = self.heads[slot], len(hidden)
         rows = product_rows(*head.shape, head.dtype)
