@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from smalti.models.decoder_only import DecoderOnly, evaluating
+from smalti.models.base import SequenceModel, evaluating
 from smalti.models.loss import is_predicted, token_nll
 from smalti.sequences.layout import NO_SLOT, PARTS, Layout, Packed, SpanValues
 
@@ -44,7 +44,7 @@ class Likelihood:
 
 @torch.no_grad()
 def segment_nats(
-    model: DecoderOnly, layout: Layout, packed: Packed, segments: Collection[str] | None = None
+    model: SequenceModel, layout: Layout, packed: Packed, segments: Collection[str] | None = None
 ) -> dict[str, Float[Tensor, " B"]]:
     """Each row's nats by the segment of the predicted tokens ("image", "text", "special", ...).
 
@@ -79,7 +79,7 @@ def _segment_masks(layout: Layout, packed: Packed, predicted: Bool[Tensor, "B T"
 
 
 def score(
-    model: DecoderOnly,
+    model: SequenceModel,
     layout: Layout,
     order: str,
     spans: Mapping[str, SpanValues],
@@ -112,7 +112,7 @@ def to_device(packed: Packed, device: torch.device) -> Packed:
     return Packed(*(tensor.to(device) for tensor in packed))
 
 
-def evaluate_nll(model: DecoderOnly, layout: Layout, batches: Iterable[Packed]) -> dict[str, Likelihood]:
+def evaluate_nll(model: SequenceModel, layout: Layout, batches: Iterable[Packed]) -> dict[str, Likelihood]:
     """Likelihood of packed sequences: by part ("picture", "caption", "markers", ...) and in all ("total").
 
     Every predicted token is counted, also those that only one id can be, at 0 nats: only the first token of a

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from smalti.engine.executors import make_executor
 from smalti.engine.sampling import SampleConfig
+from smalti.models.base import SequenceModel
 from smalti.models.decode_state import Rows
-from smalti.models.decoder_only import DecoderOnly
 from smalti.sequences.layout import Layout
 from smalti.sequences.request import Generated, Request, TokenSequence
 
@@ -48,7 +48,7 @@ class Engine:
 
     def __init__(
         self,
-        model: DecoderOnly,
+        model: SequenceModel,
         layout: Layout,
         *,
         capacity: int = 64,
@@ -85,7 +85,9 @@ class Engine:
         null condition that guidance needs, or wants a span that the model was only ever given."""
         number = self.configs.setdefault(config, len(self.configs))
         sequence = TokenSequence(self.layout, request)
-        check_drawable(self.executor.model, sequence)
+        for one in (sequence, sequence.null):
+            if one is not None:
+                self.executor.model.check_request(one)
         running = _Running(self.num_tickets, sequence, config, number)
         if running.is_guided and not self.first:
             raise ValueError("this engine was made without room for guided requests (guided_capacity=0).")
@@ -142,10 +144,11 @@ class Engine:
                 if len(self.guided) == self.first:
                     return
                 running.null_row = self.first - 1 - len(self.guided)
-                self.state.lengths[running.null_row] = 0
+                assert running.sequence.null is not None
+                self.state.begin(running.null_row, running.sequence.null.features)
                 self.guided.append(running)
             running.row = self.first + len(self.active)
-            self.state.lengths[running.row] = 0
+            self.state.begin(running.row, running.sequence.features)
             self.active.append(self.waiting.popleft())
 
     def _leave(self, leaving: Sequence["_Running"]) -> None:
@@ -194,11 +197,11 @@ class Engine:
 
     def _run_once(self, pending: list[tuple[int, list[int]]]) -> None:
         """Runs several tokens of rows; a beginning that several share, as the candidates of a prompt do, once."""
-        same: dict[tuple[int, ...], int] = {}
+        same: dict[tuple, int] = {}
         rows, tokens, copies = [], [], []
         for row, new in pending:
             if self.state.lengths[row] == 0:
-                source = same.setdefault(tuple(new), row)
+                source = same.setdefault((id(self.state.conditions[row]), *new), row)
                 if source != row:
                     copies.append((source, row))
                     continue
@@ -233,17 +236,6 @@ class Engine:
         if len(group) == len(self.active):
             return slice(self.first, self.first + len(group))
         return [running.row for running in group]
-
-
-def check_drawable(model: DecoderOnly, sequence: TokenSequence) -> None:
-    """Raises ValueError, naming the span, if something is to be drawn that the model was only ever given."""
-    layout = sequence.layout
-    for order, index in sequence.open_parts():
-        if not model.can_score(layout.slots[layout.slot_index(order.name, index)]):
-            raise ValueError(
-                f"order {order.name!r} ({order}): {order.parts[index]} cannot be drawn, since the model was always "
-                "given it and never learned to predict it. Give it whole, or name an order that predicts it."
-            )
 
 
 class _Running:

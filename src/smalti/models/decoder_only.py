@@ -6,8 +6,7 @@ Letters: B batch, T tokens, V vocabulary, D model width, n the ids of a slot.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,10 +17,13 @@ from torch import Tensor, nn
 
 from smalti.bounds import check_sizes
 from smalti.documents import config_of
+from smalti.models.base import Inputs, check_drawable
 from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import DecodeState, Rows
 from smalti.models.transformer import Transformer
-from smalti.sequences.layout import Layout, Slot
+from smalti.sequences.layout import Layout, Slot, Span
+from smalti.sequences.request import TokenSequence
+from smalti.sequences.vocabulary import FEATURE, FEATURES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,9 @@ class DecoderOnlyConfig:
     head_ranges: tuple[tuple[int, int], ...] | None = None
     """The ids that the head has rows for: ascending, disjoint, half-open ranges. None: all. An id that nothing predicts
     needs none: its row would never get a gradient."""
+    feature_width: int | None = None
+    """Channels of the features that stand in the prefix of every sequence, in place of token ids, at most
+    `transformer.prefix_length` of them; None: there are none."""
 
     def __post_init__(self) -> None:
         check_sizes(self)
@@ -44,6 +49,11 @@ class DecoderOnlyConfig:
             raise ValueError("a decoder-only model needs causal=True and cross_attention=False.")
         if self.head_ranges is not None:
             self._check_head(self.head_ranges)
+        if self.feature_width is not None and min(self.feature_width, self.transformer.prefix_length) < 1:
+            raise ValueError(
+                f"feature_width is {self.feature_width} and prefix_length {self.transformer.prefix_length}; features "
+                "need at least 1 channel and a prefix of at least 1."
+            )
 
     def _check_head(self, ranges: tuple[tuple[int, int], ...]) -> None:
         edges = [edge for pair in ranges for edge in pair]
@@ -64,6 +74,8 @@ class DecoderOnlyConfig:
         content = asdict(self)
         if self.head_ranges is None:  # as bundles and checkpoints of before there was the field
             del content["head_ranges"]
+        if self.feature_width is None:
+            del content["feature_width"]
         if self.transformer.head_width is None:  # as bundles and checkpoints of before there was the field
             del content["transformer"]["head_width"]
         return content
@@ -72,6 +84,23 @@ class DecoderOnlyConfig:
     def from_dict(cls, content: object, where: Path | str = "the model's config") -> "DecoderOnlyConfig":
         """The config that `to_dict` gave. Raises InputError naming `where` and the field that is not as it must be."""
         return config_of(cls, content, where)
+
+
+class FeatureProjection(nn.Module):
+    """Features to the transformer's width (LlamaGen, gpt.py, CaptionEmbedder), and those that stand for none given."""
+
+    null_features: Float[Tensor, "P C"]
+
+    def __init__(self, width: int, num_features: int, d_model: int):
+        super().__init__()
+        self.first = nn.Linear(width, d_model, bias=False)
+        self.second = nn.Linear(d_model, d_model, bias=False)
+        self.register_buffer("null_features", torch.randn(num_features, width) / math.sqrt(width))
+        for layer in (self.first, self.second):
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, features: Float[Tensor, "... C"]) -> Float[Tensor, "... D"]:
+        return self.second(F.gelu(self.first(features), approximate="tanh"))
 
 
 class DecoderOnly(nn.Module):
@@ -89,6 +118,10 @@ class DecoderOnly(nn.Module):
             if config.head_ranges is not None:
                 drawn = torch.cat([drawn[start:end] for start, end in config.head_ranges])
             self.head = nn.Parameter(drawn)
+        if config.feature_width is not None:
+            self.features = FeatureProjection(
+                config.feature_width, config.transformer.prefix_length, config.transformer.d_model
+            )
 
     @property
     def head_weight(self) -> Float[Tensor, "rows D"]:
@@ -96,22 +129,62 @@ class DecoderOnly(nn.Module):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.head
 
     @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
     def check_layout(self, layout: Layout) -> None:
-        """Raises ValueError if the layout's sequences are longer than the model takes."""
+        """Raises ValueError if the layout's sequences are longer than the model takes, or of another kind."""
         longest, most = layout.max_length, self.config.transformer.max_length
         if longest > most:
             raise ValueError(f"the layout's sequences have up to {longest} tokens; the model takes {most}.")
+        check_positions(layout, self.config.transformer)
+        prefix = self.config.transformer.prefix_length
+        for order in layout.orders.values():
+            part = order.parts[0]
+            found = part.length if isinstance(part, Span) and part.segment == FEATURES else 0
+            wanted = 0 if self.config.feature_width is None else prefix
+            if found != wanted:
+                raise ValueError(f"order {order.name!r} ({order}) has {found} features; the model reads {wanted}.")
+
+    def check_request(self, sequence: TokenSequence) -> None:
+        """Raises ValueError if something is to be drawn that the model was only ever given, or for features of another
+        width than the model's."""
+        check_drawable(self, sequence)
+        found, width = sequence.features, self.config.feature_width
+        if found is not None and found.shape[1] != width:
+            raise ValueError(f"the features are {found.shape[1]} wide; the model reads {width}.")
 
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def hidden(self, token_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """Hidden states of whole sequences; the one at position t predicts token t + 1."""
-        return self.transformer(self.embed_tokens(token_ids))
+    def hidden(self, inputs: Inputs | Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """Hidden states of whole sequences; the one at position t predicts token t + 1.
+
+        A model that reads features needs `Inputs`, with positions: the last feature stands at prefix_length − 1.
+        """
+        if isinstance(inputs, Tensor):
+            return self.transformer(self.embed_tokens(inputs))
+        x = self._embedded(inputs.token_ids, inputs.features)
+        return self.transformer(x, positions=inputs.positions)
+
+    def _embedded(
+        self, token_ids: Int[Tensor, "B T"], features: Float[Tensor, "B T C"] | None
+    ) -> Float[Tensor, "B T D"]:
+        if features is None:
+            return self.embed_tokens(token_ids)
+        if self.config.feature_width is None:
+            raise ValueError("features are given; this model reads token ids alone (feature_width is None).")
+        x = self.embed_tokens(token_ids.clamp(min=0))
+        return torch.where(token_ids[..., None] == FEATURE, self.features(features.to(x.dtype)), x)
+
+    def null_features(self, num_features: int) -> Float[Tensor, "n C"]:
+        """What stands for so many features where none are given: the last of the prefix, as a caption's are."""
+        return self.features.null_features[-num_features:]
 
     def new_state(self, capacity: int, max_length: int | None = None) -> DecodeState:
         """Room for the keys and values of so many rows."""
@@ -131,10 +204,34 @@ class DecoderOnly(nn.Module):
         Rows with fewer tokens than T are filled up on the right; `counts` tells how many are real. Raises ValueError
         where a row would get too long.
         """
-        hidden = self.transformer.extend(self.embed_tokens(token_ids), state, rows, counts)
+        if self.config.feature_width is None:
+            hidden = self.transformer.extend(self.embed_tokens(token_ids), state, rows, counts)
+        else:
+            hidden = self._extend_with_features(state, rows, token_ids, counts)
         if counts is None:
             return hidden[:, -1]
         return hidden[range(len(hidden)), [count - 1 for count in counts]]
+
+    def _extend_with_features(
+        self, state: DecodeState, rows: Rows, token_ids: Int[Tensor, "R T"], counts: Sequence[int] | None
+    ) -> Float[Tensor, "R T D"]:
+        """A row's features are its condition in the state. Those it has fewer of than the prefix takes would stand on
+        the left, where nothing sees them: they are left out, and positions run ahead of slots by as many."""
+        given = [state.conditions[row] for row in state.indices(rows)]
+        starts = [state.lengths[row] for row in state.indices(rows)]
+        if any(one is None for one in given):
+            raise ValueError("a row of this model begins with features; state.begin(row, features) gives them.")
+        held = [one for one in given if one is not None]
+        features = None
+        if bool((token_ids == FEATURE).any()):
+            features = token_ids.new_zeros(*token_ids.shape, held[0].shape[1], dtype=self.embed_tokens.weight.dtype)
+            for i, (one, start) in enumerate(zip(held, starts, strict=True)):
+                new = one[start : start + token_ids.shape[1]]
+                features[i, : len(new)] = new
+        prefix = self.config.transformer.prefix_length
+        ahead = torch.tensor([prefix - len(one) for one in held], device=token_ids.device)
+        x = self._embedded(token_ids, features)
+        return self.transformer.extend(x, state, rows, counts, ahead=ahead)
 
     def can_score(self, slot: Slot) -> bool:
         """Whether the head has rows for all ids of a slot."""
@@ -185,24 +282,34 @@ def _listed(ranges: tuple[tuple[int, int], ...]) -> str:
     return ", ".join(f"{start}..{end - 1}" for start, end in ranges)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout for a while; left as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+def check_positions(layout: Layout, transformer: TransformerConfig) -> None:
+    """Raises ValueError if 2-D rotary positions are asked for behind a span of open length: a picture's cells have to
+    stand where the table has them."""
+    if transformer.positions != "rotary_2d":
+        return
+    for order in layout.orders.values():
+        ended = [index for index, part in enumerate(order.parts) if isinstance(part, Span) and part.end]
+        if ended and any(isinstance(part, Span) for part in order.parts[ended[0] + 1 :]):
+            raise ValueError(
+                f"order {order.name!r} ({order}): 2-D rotary positions need a picture that always begins at one "
+                f"position, and {order.parts[ended[0]]} before it has an open length. Use positions 'rotary', or a "
+                "span of fixed length."
+            )
 
 
 def new_model(
-    layout: Layout, transformer: TransformerConfig, *, tie_embeddings: bool = False, full_head: bool = False
+    layout: Layout,
+    transformer: TransformerConfig,
+    *,
+    tie_embeddings: bool = False,
+    full_head: bool = False,
+    feature_width: int | None = None,
 ) -> DecoderOnly:
     """A fresh model for a layout, its head with rows for the ids that training on the layout predicts.
 
     `full_head` gives it rows for all ids, as a softmax over the whole vocabulary needs; tied embeddings have them
-    anyway. Raises ValueError if a sequence can be longer than the transformer takes.
+    anyway. `feature_width` is that of the layout's features, if it has any. Raises ValueError if a sequence can be
+    longer than the transformer takes, and where layout and transformer do not fit together.
     """
     if layout.max_length > transformer.max_length:
         raise ValueError(
@@ -213,8 +320,11 @@ def new_model(
         transformer=transformer,
         tie_embeddings=tie_embeddings,
         head_ranges=None if full_head or tie_embeddings else _head_ranges(layout),
+        feature_width=feature_width,
     )
-    return DecoderOnly(config)
+    model = DecoderOnly(config)
+    model.check_layout(layout)
+    return model
 
 
 def _head_ranges(layout: Layout) -> tuple[tuple[int, int], ...] | None:

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from smalti.models.decoder_only import DecoderOnly
+from smalti.models.base import SequenceModel
 from smalti.models.transformer import at_least_float32
 from smalti.sequences.layout import NO_SLOT, Packed, Slot
 
 
 def token_nll(
-    model: DecoderOnly, packed: Packed, slots: Sequence[Slot], *, full_softmax: bool = False
+    model: SequenceModel, packed: Packed, slots: Sequence[Slot], *, full_softmax: bool = False
 ) -> Float[Tensor, "B T"]:
     """−ln p(token t | tokens < t), in nats, from one teacher-forced pass; 0 where nothing was predicted.
 
@@ -44,16 +44,16 @@ def token_nll(
     return F.pad(nll.view(len(packed.token_ids), -1), (1, 0))
 
 
-def is_predicted(model: DecoderOnly, slot_ids: Int[Tensor, "B T"], slots: Sequence[Slot]) -> Bool[Tensor, "B T"]:
+def is_predicted(model: SequenceModel, slot_ids: Int[Tensor, "B T"], slots: Sequence[Slot]) -> Bool[Tensor, "B T"]:
     """Where the model says how likely the token is: at every slot that its head can score, and where only one id can
     stand. A caption that training only ever gave is not among them."""
     known = [slot.size == 1 or model.can_score(slot) for slot in slots]
     return torch.tensor([*known, False], device=slot_ids.device)[slot_ids]  # NO_SLOT is −1: the last
 
 
-def check_full_head(model: DecoderOnly) -> None:
+def check_full_head(model: SequenceModel) -> None:
     """Raises ValueError if the head has not rows for all ids."""
-    if model.config.head_ranges is not None:
+    if not model.can_score(Slot(((0, model.vocab_size),))):
         raise ValueError(
             "a softmax over the whole vocabulary (full_softmax) needs a head with rows for all ids; this one has only "
             "those that are predicted. Make the model with new_model(..., full_head=True)."
@@ -91,7 +91,7 @@ def slot_targets(packed: Packed, slots: Sequence[Slot], *, full_softmax: bool = 
 
 
 def slot_nll(
-    model: DecoderOnly, token_ids: Int[Tensor, "B T"], targets: Sequence[SlotTargets], slots: Sequence[Slot]
+    model: SequenceModel, token_ids: Int[Tensor, "B T"], targets: Sequence[SlotTargets], slots: Sequence[Slot]
 ) -> Float[Tensor, " n"]:
     """The values of `token_nll` at the targets alone, one after the other: what training minimises the sum of."""
     hidden = model.hidden(token_ids[:, :-1]).flatten(0, 1)  # (B * (T - 1), D)

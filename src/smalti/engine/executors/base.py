@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smalti.engine.sampling import SampleConfig, guide, log_prob_of, sample
+from smalti.models.base import SequenceModel
 from smalti.models.decode_state import DecodeState, Rows
-from smalti.models.decoder_only import DecoderOnly
 from smalti.sequences.layout import Slot
 
 
@@ -40,14 +40,14 @@ class Eager:
     name: ClassVar[str] = "eager"
 
     @classmethod
-    def why_not(cls, model: DecoderOnly, num_steps: int | None = None) -> list[str]:
+    def why_not(cls, model: SequenceModel, num_steps: int | None = None) -> list[str]:
         """Everything that keeps this executor from a job of so many decode steps (None: as many as may be), in words.
 
         It depends on the model, the machine and the job alone, never on what the process did before.
         """
         return []
 
-    def __init__(self, model: DecoderOnly):
+    def __init__(self, model: SequenceModel):
         self.model = model
 
     def new_state(self, capacity: int, max_length: int | None = None) -> DecodeState:

@@ -20,6 +20,7 @@ from smalti.engine.executors.base import Draws, Eager
 from smalti.engine.executors.packed import MOST_PACKED_BYTES, why_no_copy
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
+from smalti.models.base import SequenceModel
 from smalti.models.config import FEED_FORWARDS
 from smalti.models.decode_state import DecodeState, Rows
 from smalti.models.decoder_only import DecoderOnly
@@ -93,14 +94,16 @@ class Native(Eager):
     name: ClassVar[str] = "native"
 
     @classmethod
-    def why_not(cls, model: DecoderOnly, num_steps: int | None = None) -> list[str]:
+    def why_not(cls, model: SequenceModel, num_steps: int | None = None) -> list[str]:
         reasons = why_no_copy(model, {torch.float32})
-        if 4 * model.num_parameters > MOST_PACKED_BYTES:
+        if isinstance(model, DecoderOnly) and 4 * model.num_parameters > MOST_PACKED_BYTES:
             reasons.append(f"the weights take more than {MOST_PACKED_BYTES} bytes")
         build = num_steps is None or num_steps >= STEPS_THAT_REPAY_COMPILING
         if not reasons and load(build=build) is None:
             reasons.append(MISSING)
         return reasons
+
+    model: DecoderOnly
 
     def __init__(self, model: DecoderOnly):
         super().__init__(model)

@@ -36,6 +36,7 @@ from smalti.engine.executors.products import (
     slot_step,
     threads_agree,
 )
+from smalti.models.base import SequenceModel
 from smalti.models.decode_state import SLOT_BLOCK, DecodeState, Rows
 from smalti.models.decoder_only import DecoderOnly
 from smalti.models.transformer import Block, Norm
@@ -49,9 +50,13 @@ GRAIN = 2**15
 """Numbers that torch's elementwise kernels leave to one thread."""
 
 
-def why_no_copy(model: DecoderOnly, dtypes: set[torch.dtype]) -> list[str]:
+def why_no_copy(model: SequenceModel, dtypes: set[torch.dtype]) -> list[str]:
     """What keeps an executor for CPUs that copies float weights from a model, in words."""
+    if not isinstance(model, DecoderOnly):
+        return [f"it knows decoder-only models of plain blocks, not {type(model).__name__}"]
     reasons, config = [], model.config.transformer
+    if model.config.feature_width is not None:
+        reasons.append("it reads token ids, no features")
     if model.device.type != "cpu":
         reasons.append(f"the model is on {model.device}, not on a CPU")
     found = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
@@ -71,8 +76,10 @@ class Packed(Eager):
     name: ClassVar[str] = "packed"
 
     @classmethod
-    def why_not(cls, model: DecoderOnly, num_steps: int | None = None) -> list[str]:
+    def why_not(cls, model: SequenceModel, num_steps: int | None = None) -> list[str]:
         return why_no_copy(model, {torch.float32, torch.float64})
+
+    model: DecoderOnly
 
     def __init__(self, model: DecoderOnly):
         super().__init__(model)
