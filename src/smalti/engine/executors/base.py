@@ -14,6 +14,7 @@ from torch import Tensor
 from smalti.engine.sampling import SampleConfig, guide, log_prob_of, sample
 from smalti.models.base import SequenceModel
 from smalti.models.decode_state import DecodeState, Rows
+from smalti.models.decoder_only import DecoderOnly
 from smalti.sequences.layout import Slot
 
 
@@ -32,6 +33,13 @@ class Draws(NamedTuple):
             return list(zip(*(values.tolist() for values in self), strict=True))
         together = torch.stack([values.double() for values in self]).tolist()
         return [(int(token_id), *log_probs) for token_id, *log_probs in zip(*together, strict=True)]
+
+
+def why_not_plain(model: SequenceModel) -> list[str]:
+    """What keeps an executor that reaches into a decoder-only model, and embeds token ids itself, from a model."""
+    if not isinstance(model, DecoderOnly):
+        return [f"it knows decoder-only models of plain blocks, not {type(model).__name__}"]
+    return [] if model.config.feature_width is None else ["it reads token ids, no features"]
 
 
 class Eager:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from smalti.engine.executors.base import Eager, filled_up_on_the_right
+from smalti.engine.executors.base import Eager, filled_up_on_the_right, why_not_plain
 from smalti.engine.executors.products import (
     QUERIES,
     attention_agrees,
@@ -53,10 +53,8 @@ GRAIN = 2**15
 def why_no_copy(model: SequenceModel, dtypes: set[torch.dtype]) -> list[str]:
     """What keeps an executor for CPUs that copies float weights from a model, in words."""
     if not isinstance(model, DecoderOnly):
-        return [f"it knows decoder-only models of plain blocks, not {type(model).__name__}"]
-    reasons, config = [], model.config.transformer
-    if model.config.feature_width is not None:
-        reasons.append("it reads token ids, no features")
+        return why_not_plain(model)
+    reasons, config = why_not_plain(model), model.config.transformer
     if model.device.type != "cpu":
         reasons.append(f"the model is on {model.device}, not on a CPU")
     found = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
