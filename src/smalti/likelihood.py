@@ -12,11 +12,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from smalti.models.decoder_only import DecoderOnly, evaluating
-from smalti.models.loss import token_nll
+from smalti.models.base import SequenceModel, evaluating
+from smalti.models.loss import is_predicted, token_nll
 from smalti.sequences.layout import NO_SLOT, PARTS, Layout, Packed, SpanValues
 
 
@@ -44,14 +44,24 @@ class Likelihood:
 
 @torch.no_grad()
 def segment_nats(
-    model: DecoderOnly, layout: Layout, packed: Packed, segments: Collection[str] | None = None
+    model: SequenceModel, layout: Layout, packed: Packed, segments: Collection[str] | None = None
 ) -> dict[str, Float[Tensor, " B"]]:
     """Each row's nats by the segment of the predicted tokens ("image", "text", "special", ...).
 
-    With `segments` only theirs: the head then computes nothing else.
+    With `segments` only theirs: the head then computes nothing else. A segment of which training only ever gave some
+    tokens has no likelihood: it is left out, and a ValueError if it was asked for.
     """
-    masks = _segment_masks(layout, packed)
-    if segments is not None:
+    masks = _segment_masks(layout, packed, packed.slot_ids != NO_SLOT)
+    known = is_predicted(model, packed.slot_ids, layout.slots)
+    unknown = {name for name, inside in masks.items() if (inside & ~known).any()}
+    if segments is None:
+        masks = {name: inside for name, inside in masks.items() if name not in unknown}
+    else:
+        if given := sorted(unknown & set(segments)):
+            raise ValueError(
+                f"{', '.join(given)} has no likelihood here: the model was always given it and never learned to "
+                "predict it. Score in an order that predicts it."
+            )
         masks = {name: masks[name] for name in segments}
         wanted = torch.stack(list(masks.values())).any(0)
         packed = packed._replace(slot_ids=packed.slot_ids.where(wanted, NO_SLOT))
@@ -59,9 +69,8 @@ def segment_nats(
     return {name: (nll * inside).sum(1) for name, inside in masks.items()}
 
 
-def _segment_masks(layout: Layout, packed: Packed) -> dict[str, Tensor]:
+def _segment_masks(layout: Layout, packed: Packed, predicted: Bool[Tensor, "B T"]) -> dict[str, Bool[Tensor, "B T"]]:
     """Where each segment's predicted tokens stand."""
-    predicted = packed.slot_ids != NO_SLOT
     masks = {}
     for segment in layout.vocabulary.segments.values():
         inside = (packed.token_ids >= segment.offset) & (packed.token_ids < segment.end)
@@ -70,7 +79,7 @@ def _segment_masks(layout: Layout, packed: Packed) -> dict[str, Tensor]:
 
 
 def score(
-    model: DecoderOnly,
+    model: SequenceModel,
     layout: Layout,
     order: str,
     spans: Mapping[str, SpanValues],
@@ -81,12 +90,14 @@ def score(
     """Nats of N sequences in one order, by segment: all of them, or those asked for and no others computed.
 
     In an order with the caption first, "image" is −ln p(picture | caption) and "text" is −ln p(caption); in one with
-    the picture first, "text" is −ln p(caption | picture) and "image" is −ln p(picture).
+    the picture first, "text" is −ln p(caption | picture) and "image" is −ln p(picture). A segment that training only
+    ever gave has no likelihood: it is left out, and a ValueError if asked for.
     """
     batches = _packed(layout, order, spans, batch_size)
     with evaluating(model):
         found = [segment_nats(model, layout, to_device(packed, model.device), segments) for packed in batches]
     names = layout.vocabulary.segments if segments is None else segments
+    names = [name for name in names if all(name in part for part in found)]
     return {name: torch.cat([part[name] for part in found]).cpu() for name in names}
 
 
@@ -101,21 +112,22 @@ def to_device(packed: Packed, device: torch.device) -> Packed:
     return Packed(*(tensor.to(device) for tensor in packed))
 
 
-def evaluate_nll(model: DecoderOnly, layout: Layout, batches: Iterable[Packed]) -> dict[str, Likelihood]:
+def evaluate_nll(model: SequenceModel, layout: Layout, batches: Iterable[Packed]) -> dict[str, Likelihood]:
     """Likelihood of packed sequences: by part ("picture", "caption", "markers", ...) and in all ("total").
 
     Every predicted token is counted, also those that only one id can be, at 0 nats: only the first token of a
-    sequence and padding are left out. "total" therefore divides by all positions but the first.
+    sequence, padding, and what training only ever gave (see `is_predicted`) are left out. "total" therefore divides by
+    all positions but the first where the head has rows for all ids.
     """
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
     with torch.no_grad(), evaluating(model):
         for packed in batches:
             moved = to_device(packed, model.device)
             nll = token_nll(model, moved, layout.slots).double()
-            masks = _segment_masks(layout, moved)
+            predicted = is_predicted(model, moved.slot_ids, layout.slots)
+            masks = _segment_masks(layout, moved, predicted)
             for name, inside in masks.items():
                 rows.setdefault(PARTS.get(name, name), []).append(((nll * inside).sum(1).cpu(), inside.sum(1).cpu()))
-            predicted = moved.slot_ids != NO_SLOT
             rows.setdefault("total", []).append(((nll * predicted).sum(1).cpu(), predicted.sum(1).cpu()))
     return {part: _likelihood(*map(torch.cat, zip(*found, strict=True))) for part, found in rows.items()}
 

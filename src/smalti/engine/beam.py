@@ -6,14 +6,14 @@ import torch
 
 from smalti.engine.executors import make_executor
 from smalti.engine.generate import job_executor
-from smalti.models.decoder_only import DecoderOnly, evaluating
+from smalti.models.base import SequenceModel, evaluating
 from smalti.sequences.layout import Layout
 from smalti.sequences.request import Generated, Request, TokenSequence
 
 
 @torch.no_grad()
 def beam_search(
-    model: DecoderOnly, layout: Layout, requests: Sequence[Request], beam_width: int, *, batch_size: int = 64
+    model: SequenceModel, layout: Layout, requests: Sequence[Request], beam_width: int, *, batch_size: int = 64
 ) -> list[list[Generated]]:
     """For each request, the `beam_width` likeliest sequences a beam finds, the likeliest first; nothing is random.
 
@@ -23,6 +23,8 @@ def beam_search(
     if beam_width < 1:
         raise ValueError(f"beam_width is {beam_width}; a beam holds at least one sequence.")
     sequences = [TokenSequence(layout, request) for request in requests]
+    for sequence in sequences:
+        model.check_request(sequence)
     found: dict[int, list[Generated]] = {}
     groups: dict[tuple, list[int]] = {}
     for row, sequence in enumerate(sequences):
@@ -45,13 +47,15 @@ def beam_search(
 
 
 def _beam(
-    model: DecoderOnly, layout: Layout, batch: list[TokenSequence], width: int, executor: str
+    model: SequenceModel, layout: Layout, batch: list[TokenSequence], width: int, executor: str
 ) -> list[list[Generated]]:
     """Beams of sequences that have the same plan. Rows b·width .. b·width + width − 1 are sequence b's beam."""
     plan, B = batch[0].plan(), len(batch)
     runner = make_executor(model, executor)
     state, rows = runner.new_state(B * width, layout.max_length), slice(0, B * width)
     firsts = range(0, B * width, width)
+    for first, sequence in zip(firsts, batch, strict=True):
+        state.begin(first, sequence.features)
     hidden = runner.extend(state, list(firsts), [sequence.token_ids for sequence in batch])
     hidden = hidden.repeat_interleave(width, 0)  # all of a beam starts as one sequence
     state.copy([first for first in firsts for _ in range(width - 1)], [row for row in range(B * width) if row % width])

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from smalti.engine.executors import make_executor
 from smalti.engine.sampling import SampleConfig
+from smalti.models.base import SequenceModel
 from smalti.models.decode_state import Rows
-from smalti.models.decoder_only import DecoderOnly
 from smalti.sequences.layout import Layout
 from smalti.sequences.request import Generated, Request, TokenSequence
 
@@ -48,7 +48,7 @@ class Engine:
 
     def __init__(
         self,
-        model: DecoderOnly,
+        model: SequenceModel,
         layout: Layout,
         *,
         capacity: int = 64,
@@ -82,9 +82,13 @@ class Engine:
 
     def submit(self, request: Request, config: SampleConfig = SampleConfig()) -> int:  # noqa: B008 (frozen)
         """Takes a request in; returns its ticket. Raises ValueError for one that does not fit the layout, or lacks the
-        null condition that guidance needs."""
+        null condition that guidance needs, or wants a span that the model was only ever given."""
         number = self.configs.setdefault(config, len(self.configs))
-        running = _Running(self.num_tickets, TokenSequence(self.layout, request), config, number)
+        sequence = TokenSequence(self.layout, request)
+        for one in (sequence, sequence.null):
+            if one is not None:
+                self.executor.model.check_request(one)
+        running = _Running(self.num_tickets, sequence, config, number)
         if running.is_guided and not self.first:
             raise ValueError("this engine was made without room for guided requests (guided_capacity=0).")
         self.num_tickets += 1
@@ -140,10 +144,11 @@ class Engine:
                 if len(self.guided) == self.first:
                     return
                 running.null_row = self.first - 1 - len(self.guided)
-                self.state.lengths[running.null_row] = 0
+                assert running.sequence.null is not None
+                self.state.begin(running.null_row, running.sequence.null.features)
                 self.guided.append(running)
             running.row = self.first + len(self.active)
-            self.state.lengths[running.row] = 0
+            self.state.begin(running.row, running.sequence.features)
             self.active.append(self.waiting.popleft())
 
     def _leave(self, leaving: Sequence["_Running"]) -> None:
@@ -192,11 +197,11 @@ class Engine:
 
     def _run_once(self, pending: list[tuple[int, list[int]]]) -> None:
         """Runs several tokens of rows; a beginning that several share, as the candidates of a prompt do, once."""
-        same: dict[tuple[int, ...], int] = {}
+        same: dict[tuple, int] = {}
         rows, tokens, copies = [], [], []
         for row, new in pending:
             if self.state.lengths[row] == 0:
-                source = same.setdefault(tuple(new), row)
+                source = same.setdefault((id(self.state.conditions[row]), *new), row)
                 if source != row:
                     copies.append((source, row))
                     continue

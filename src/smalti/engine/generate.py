@@ -10,13 +10,13 @@ from dataclasses import replace
 from smalti.engine.engine import Engine, Event
 from smalti.engine.executors import choose_executor
 from smalti.engine.sampling import SampleConfig
-from smalti.models.decoder_only import DecoderOnly, evaluating
+from smalti.models.base import SequenceModel, evaluating
 from smalti.sequences.layout import Layout
 from smalti.sequences.request import Generated, Request
 
 
 def generate(
-    model: DecoderOnly,
+    model: SequenceModel,
     layout: Layout,
     requests: Sequence[Request],
     config: SampleConfig = SampleConfig(),  # noqa: B008 (frozen)
@@ -36,7 +36,7 @@ def generate(
 
 
 def stream(
-    model: DecoderOnly,
+    model: SequenceModel,
     layout: Layout,
     requests: Sequence[Request],
     config: SampleConfig = SampleConfig(),  # noqa: B008 (frozen)
@@ -52,7 +52,7 @@ def stream(
 
 
 def best_of(
-    model: DecoderOnly,
+    model: SequenceModel,
     layout: Layout,
     requests: Sequence[Request],
     num_candidates: int,
@@ -69,14 +69,14 @@ def best_of(
     return [sorted(group, key=lambda candidate: -candidate.log_prob) for group in groups]
 
 
-def job_executor(model: DecoderOnly, layout: Layout, num_requests: int, batch_size: int = 64) -> str:
+def job_executor(model: SequenceModel, layout: Layout, num_requests: int, batch_size: int = 64) -> str:
     """What so many requests run on if nothing else is asked for."""
     with evaluating(model):
         return choose_executor(model, -(-num_requests // max(1, batch_size)) * layout.max_length)
 
 
 def _engine(
-    model: DecoderOnly,
+    model: SequenceModel,
     layout: Layout,
     requests: Sequence[Request],
     config: SampleConfig,

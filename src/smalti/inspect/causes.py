@@ -73,7 +73,7 @@ def logit_lens(model: DecoderOnly, layout: Layout, packed: Packed, *, among: ran
         top = packed.token_ids.clone()
         for index, slot in enumerate(layout.slots):
             row, column = (packed.slot_ids[:, 1:] == index).nonzero(as_tuple=True)
-            if not len(row):
+            if slot.size == 1 or not model.can_score(slot) or not len(row):
                 continue
             logits = model.logits(hidden[row, column], slot)
             target = slot.local(packed.token_ids[row, column + 1])
@@ -278,7 +278,7 @@ def change_map(
         at = packed.slot_ids[:, 1:] == index
         at[:, :position] = False
         row, column = at.nonzero(as_tuple=True)
-        if slot.size > 1 and len(row):
+        if slot.size > 1 and model.can_score(slot) and len(row):
             before, after = (model.logits(h[row, column], slot).double().log_softmax(-1) for h in hidden)
             moved[row, column + 1] = _divergence(before, after)
     return moved.cpu()

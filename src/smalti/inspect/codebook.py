@@ -17,7 +17,7 @@ from smalti.inspect.grid import Grid
 from smalti.inspect.positions import check_codes, position_counts
 from smalti.likelihood import to_device
 from smalti.models.decoder_only import DecoderOnly
-from smalti.sequences.layout import Layout, Packed
+from smalti.sequences.layout import Layout, Packed, Slot
 
 PROJECTIONS = ("pca", "t-sne")
 
@@ -132,8 +132,14 @@ def attracted_pairs(table: Integer[np.ndarray, "K K"], *, num: int = 10, min_cou
 def code_embeddings(model: DecoderOnly, layout: Layout) -> dict[str, Float64[np.ndarray, "K D"]]:
     """The rows of the codes in the model's "input" embedding and in its "output" head."""
     segment = layout.vocabulary["image"]
-    tables = {"input": model.embed_tokens.weight, "output": model.head_weight}
-    return {name: table[segment.offset : segment.end].detach().double().cpu().numpy() for name, table in tables.items()}
+    ((start, end),) = model.head_rows(_codes(layout))
+    tables = {"input": model.embed_tokens.weight[segment.offset : segment.end], "output": model.head_weight[start:end]}
+    return {name: table.detach().double().cpu().numpy() for name, table in tables.items()}
+
+
+def _codes(layout: Layout) -> Slot:
+    segment = layout.vocabulary["image"]
+    return Slot(((segment.offset, segment.end),))
 
 
 def nearest_codes(
@@ -215,7 +221,7 @@ def predicted_instead(
         targets = part.token_ids[:, 1:]
         is_code = (targets >= segment.offset) & (targets < segment.end)
         hidden = model.hidden(part.token_ids[:, :-1])[is_code]
-        logits = model.logits(hidden)[:, segment.offset : segment.end]
+        logits = model.logits(hidden, _codes(layout))
         true = (targets[is_code] - segment.offset).cpu()
         found.index_add_(0, true, logits.double().softmax(-1).cpu())
         count += torch.bincount(true, minlength=segment.size)

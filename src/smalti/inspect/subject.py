@@ -20,7 +20,7 @@ from smalti.image_tokenizers import load_image_tokenizer
 from smalti.inspect.grid import Grid
 from smalti.inspect.sequences import code_positions, pack_codes, picture_order
 from smalti.models.decoder_only import DecoderOnly
-from smalti.sequences.layout import Layout, Packed
+from smalti.sequences.layout import Layout, Packed, Slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +98,9 @@ def load_subject(
     elif image_tokenizer or code_offset:
         raise InputError(f"{bundle} has an image tokenizer of its own; leave out --image-tokenizer and --code-offset.")
     order = picture_order(loaded.layout)
+    segment = loaded.layout.vocabulary["image"]
+    if not loaded.model.can_score(Slot(((segment.offset, segment.end),))):
+        raise InputError(f"{bundle} was trained to be given pictures, not to predict them: there is nothing to inspect.")
     codes, text_tokens = _read(Path(data), loaded.layout, order, num_lines, seed)
     return Subject(
         name=loaded.name,

@@ -155,12 +155,21 @@ def biased_halves(model: DecoderOnly) -> tuple[str, ...]:
 def split(model: DecoderOnly) -> dict[str, Tensor]:
     """The foreign state dict from ours."""
     state, ours = {}, model.state_dict()
+    if "head" in ours:
+        ours["head"] = _whole_head(model)
     for name, parts in tensor_map(model.config, biased_halves(model)).items():
         pieces = ours[name].detach().cpu().split([part.shape[0] for part in parts])
         for part, rows in zip(parts, pieces, strict=True):
             rows = pairs_to_halves(rows, part.rotary_heads) if part.rotary_heads else rows
             state[part.key] = rows.contiguous().clone()
     return state
+
+
+def _whole_head(model: DecoderOnly) -> Float[Tensor, "V D"]:
+    """The head with rows for all ids, as a Llama has them: zeros for those that the model does not predict."""
+    ids = model.config.head_slot.token_ids(torch.arange(len(model.head_weight), device=model.device))
+    weight = model.head_weight.detach()
+    return weight.new_zeros(model.config.vocab_size, weight.shape[1]).index_copy(0, ids, weight)
 
 
 # Configs ---------------------------------------------------------------------------------------------------------
@@ -529,8 +538,21 @@ def export_llama(bundle: Path | str, directory: Path, *, force: bool = False) ->
         save_file(split(found.model), folder / WEIGHTS, metadata={"format": "pt"})
         _write_json(folder / CONFIG, config)
         _write_json(folder / "generation_config.json", generation)
-        notes = _export_tokenizer(found.text_tokenizer, found.layout, folder)
+        notes = (
+            *_head_note(found.model.config),
+            *_export_tokenizer(found.text_tokenizer, found.layout, folder),
+        )
     return sorted(directory.iterdir()), notes
+
+
+def _head_note(config: DecoderOnlyConfig) -> tuple[str, ...]:
+    missing = config.vocab_size - config.head_slot.size
+    if not missing:
+        return ()
+    return (
+        f"the model predicts {config.head_slot.size} of its {config.vocab_size} ids; the rows of lm_head.weight for "
+        f"the other {missing} are zeros, which give a logit of 0: sample among the predicted ids only",
+    )
 
 
 def _is_llama(folder: Path) -> bool:

@@ -122,7 +122,8 @@ LLAMA = dict(norm="rms", feed_forward="swiglu", bias=False, positions="rotary")
 LLAMAGEN = LLAMA | dict(positions="rotary_2d")
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Berkeley CS294-158 (spring 2024), homework 1, question 6. 800,768 parameters with 58 positions.
+    # Berkeley CS294-158 (spring 2024), homework 1, question 6. 800,768 parameters with 58 positions
+    # and a head with rows for all ids; `new_model` leaves out the one of <bos>.
     "digits": GPT | dict(num_layers=4, d_model=128, num_heads=4, d_ff=512),
     # LlamaGen (arXiv:2406.06525), autoregressive/models/gpt.py. Parameters of the class-conditional models, embeddings
     # and head (16,384 codes, 1,001 classes) included; `grid` and `prefix_length` are given with the length.
@@ -135,7 +136,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llamagen-3b": LLAMAGEN | dict(num_layers=24, d_model=3200, num_heads=32, d_ff=8704),  # 3,096,659,200
     "llamagen-7b": LLAMAGEN | dict(num_layers=32, d_model=4096, num_heads=32, d_ff=11008),  # 6,614,589,440
     # Llama (arXiv:2302.13971) in sizes for pictures from captions. Parameters with the 30,000 ids of the CC3M data
-    # set's card; embeddings and head, 60,000 × d_model, are most of the small ones.
+    # set's card, all with rows in the head: embeddings and head, 60,000 × d_model, are most of the small ones. Where
+    # captions are only given, as in the recipe cc3m, the head has 4,096 rows, and llama-20m 15,155,456 parameters.
     "llama-5m": LLAMA | dict(num_layers=4, d_model=80, num_heads=5, d_ff=216),  # 5,110,480
     "llama-20m": LLAMA | dict(num_layers=8, d_model=256, num_heads=8, d_ff=704),  # 21,786,880
     "llama-60m": LLAMA | dict(num_layers=10, d_model=512, num_heads=8, d_ff=1408),  # 62,843,392

@@ -42,6 +42,8 @@ class DecodeState:
         """Keys and values of each layer in one tensor, so that one copy can write both."""
         self.lengths = [0] * capacity
         """On the host: whoever drives the rows knows them, and nothing waits for the device."""
+        self.conditions: list[Float[Tensor, ...] | None] = [None] * capacity
+        """What a row is conditioned on beside its tokens, if anything: features, a label's embedding."""
 
     def keys(self, layer: int) -> Float[Tensor, "C M S Dh"]:
         return self.both[layer][0]
@@ -83,15 +85,19 @@ class DecodeState:
         into, taken = torch.tensor(targets), torch.tensor(sources)
         for both in self.both:
             both[:, into, :, :width] = both[:, taken, :, :width]
-        lengths = [self.lengths[source] for source in sources]
-        for target, length in zip(targets, lengths, strict=True):
-            self.lengths[target] = length
+        held = [(self.lengths[source], self.conditions[source]) for source in sources]
+        for target, (length, condition) in zip(targets, held, strict=True):
+            self.lengths[target], self.conditions[target] = length, condition
+
+    def begin(self, row: int, condition: Float[Tensor, "..."] | None = None) -> None:
+        """The row is to hold a new sequence; what it held before is finite and may stay."""
+        self.lengths[row], self.conditions[row] = 0, condition
 
     def clear(self, row: int) -> None:
         """Empties a row; what it held may not have been finite."""
         for both in self.both:
             both[:, row] = 0
-        self.lengths[row] = 0
+        self.begin(row)
 
 
 class Places:

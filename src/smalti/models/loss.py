@@ -8,29 +8,32 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from smalti.models.decoder_only import DecoderOnly
+from smalti.models.base import SequenceModel
 from smalti.models.transformer import at_least_float32
 from smalti.sequences.layout import NO_SLOT, Packed, Slot
 
 
 def token_nll(
-    model: DecoderOnly, packed: Packed, slots: Sequence[Slot], *, full_softmax: bool = False
+    model: SequenceModel, packed: Packed, slots: Sequence[Slot], *, full_softmax: bool = False
 ) -> Float[Tensor, "B T"]:
     """−ln p(token t | tokens < t), in nats, from one teacher-forced pass; 0 where nothing was predicted.
 
     The softmax runs over the position's slot; `full_softmax` takes all V ids instead, for comparison. A slot of one
     id costs exactly 0 nats and no arithmetic. Positions of one slot are gathered, so the head computes only rows
-    and columns that are wanted.
+    and columns that are wanted. A position whose slot the head has no rows for is not predicted: `is_predicted` tells.
+    Raises ValueError for `full_softmax` if the head has not rows for all ids.
     """
+    if full_softmax:
+        check_full_head(model)
     hidden = model.hidden(packed.token_ids[:, :-1]).flatten(0, 1)  # (B * (T - 1), D)
     targets = packed.token_ids[:, 1:].flatten()
     target_slots = packed.slot_ids[:, 1:].flatten()
     nll = hidden.new_zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     for index, slot in enumerate(slots):
-        if slot.size == 1 and not full_softmax:
+        if not full_softmax and (slot.size == 1 or not model.can_score(slot)):
             continue
         rows = (target_slots == index).nonzero()[:, 0]
         if not len(rows):
@@ -39,6 +42,22 @@ def token_nll(
         local = targets[rows] if full_softmax else slot.local(targets[rows])
         nll = nll.index_copy(0, rows, F.cross_entropy(logits.to(nll.dtype), local, reduction="none"))
     return F.pad(nll.view(len(packed.token_ids), -1), (1, 0))
+
+
+def is_predicted(model: SequenceModel, slot_ids: Int[Tensor, "B T"], slots: Sequence[Slot]) -> Bool[Tensor, "B T"]:
+    """Where the model says how likely the token is: at every slot that its head can score, and where only one id can
+    stand. A caption that training only ever gave is not among them."""
+    known = [slot.size == 1 or model.can_score(slot) for slot in slots]
+    return torch.tensor([*known, False], device=slot_ids.device)[slot_ids]  # NO_SLOT is −1: the last
+
+
+def check_full_head(model: SequenceModel) -> None:
+    """Raises ValueError if the head has not rows for all ids."""
+    if not model.can_score(Slot(((0, model.vocab_size),))):
+        raise ValueError(
+            "a softmax over the whole vocabulary (full_softmax) needs a head with rows for all ids; this one has only "
+            "those that are predicted. Make the model with new_model(..., full_head=True)."
+        )
 
 
 class SlotTargets(NamedTuple):
@@ -72,12 +91,14 @@ def slot_targets(packed: Packed, slots: Sequence[Slot], *, full_softmax: bool = 
 
 
 def slot_nll(
-    model: DecoderOnly, token_ids: Int[Tensor, "B T"], targets: Sequence[SlotTargets], slots: Sequence[Slot]
+    model: SequenceModel, token_ids: Int[Tensor, "B T"], targets: Sequence[SlotTargets], slots: Sequence[Slot]
 ) -> Float[Tensor, " n"]:
     """The values of `token_nll` at the targets alone, one after the other: what training minimises the sum of."""
     hidden = model.hidden(token_ids[:, :-1]).flatten(0, 1)  # (B * (T - 1), D)
     found = []
     for target in targets:
+        if target.slot is None:
+            check_full_head(model)
         logits = model.logits(hidden.index_select(0, target.rows), None if target.slot is None else slots[target.slot])
         found.append(F.cross_entropy(at_least_float32(logits), target.local, reduction="none"))
     return torch.cat(found)

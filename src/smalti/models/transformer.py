@@ -227,8 +227,8 @@ class Transformer(nn.Module):
             positions = torch.arange(T, device=x.device) if places is None else places.slots
             if places is None and config.max_length < T:
                 raise ValueError(f"{T} tokens exceed the limit of {config.max_length} (max_length).")
-            if positions.ndim == 2:  # what fills a row up on the right needs some position too
-                positions = positions.clamp(max=config.max_length - 1)
+        if positions.ndim == 2:  # what fills a row up on the right needs some position too
+            positions = positions.clamp(max=config.max_length - 1)
         rotation = None
         if config.positions == "learned":
             x = x + self.positions(positions)
@@ -251,11 +251,16 @@ class Transformer(nn.Module):
         rows: Rows,
         counts: Sequence[int] | None = None,
         context: Context | None = None,
+        *,
+        ahead: Int[Tensor, " R"] | None = None,
     ) -> Float[Tensor, "R T D"]:
         """Runs T new tokens of rows of a state, of which the first `counts[i]` of row i are real (None: all), and
-        advances it. Raises ValueError beyond max_length, and where the state is full."""
+        advances it. A row's positions are `ahead[i]` more than the slots of its tokens. Raises ValueError beyond
+        max_length, and where the state is full."""
         state.check_room(rows, x.shape[1] if counts is None else counts, self.config.max_length)
-        hidden = self(x, places=Places(state, rows, x.shape[1], counts), context=context)
+        places = Places(state, rows, x.shape[1], counts)
+        positions = None if ahead is None else places.slots + ahead[:, None]  # (R, T)
+        hidden = self(x, positions=positions, places=places, context=context)
         state.advance(rows, x.shape[1] if counts is None else counts)
         return hidden
 

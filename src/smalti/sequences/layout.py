@@ -5,6 +5,7 @@ A layout is one or more weighted *orders*; an order is a line of parts, in a sma
     <bos> <end of image> text{6} <end of text> image{49}     the specials in angle brackets, spans with their length
     (text{..64}) <|startofimage|> image{32} <|endofimage|>   up to 64 tokens, ended by the marker that follows;
                                                              parentheses: given, not counted in the loss
+    features{120} image{256}                                 up to 120 vectors, as of a text encoder, in place of ids
 
 From it follow, for every position, the **slot**: which ids can stand there. The loss takes its softmax over the
 slot, the sampler draws from it, likelihood counts by it. A slot that holds one id costs nothing.
@@ -26,7 +27,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from smalti.bounds import check_sizes
-from smalti.sequences.vocabulary import SPECIAL, Vocabulary
+from smalti.sequences.vocabulary import FEATURES, SPECIAL, Vocabulary
 
 PARTS = {"image": "picture", "text": "caption", SPECIAL: "markers", "label": "label"}
 """What the nats of a segment's tokens are called in reports."""
@@ -207,6 +208,21 @@ class Layout:
         spans = [span for order in self.orders.values() for span in order.spans]
         return not any(span.end for span in spans) and len({o.max_length for o in self.orders.values()}) == 1
 
+    @cached_property
+    def predicted(self) -> Slot | None:
+        """The ids that training predicts: those in some slot of more than one id at a counted position. None: none.
+
+        A first token is never predicted, a token in parentheses is given, and a lone id needs no arithmetic.
+        """
+        ranges: set[tuple[int, int]] = set()
+        for order in self.orders.values():
+            for index, part in enumerate(order.parts):
+                is_first_alone = index == 0 and (isinstance(part, Marker) or (part.length == 1 and not part.end))
+                slot = self.slots[self.slot_index(order.name, index)]
+                if slot.size > 1 and not is_first_alone and (isinstance(part, Marker) or part.counted):
+                    ranges.update(slot.ranges)
+        return Slot(_merge(sorted(ranges))) if ranges else None
+
     def slot_index(self, order: str, part: int) -> int:
         """Index into `slots` of what can stand at a part of an order."""
         return self._templates[order][part]
@@ -272,6 +288,8 @@ class Layout:
                 )
             if span.segment not in spans:
                 raise ValueError(f"order {order.name!r} needs a span of {span.segment!r}; given were {sorted(spans)}.")
+            if span.segment == FEATURES:
+                raise ValueError(f"order {order.name!r} begins with features, which cannot be packed as token ids.")
             self._check_values(span, *spans[span.segment])
         return next(iter(counts.values()))[0] if counts else 1
 
@@ -307,6 +325,11 @@ class Layout:
         for part in order.parts:
             if isinstance(part, Span):
                 self.vocabulary[part.segment]
+                if part.segment == FEATURES and (part.end or part is not order.parts[0]):
+                    raise ValueError(
+                        f"order {order.name!r} ({order}): {FEATURES}{{n}} stands first and is not ended by a marker, "
+                        "since it holds up to n."
+                    )
             special = part.end if isinstance(part, Span) else part.special
             if special is not None:
                 self.vocabulary.special(special)

@@ -5,7 +5,7 @@ Nothing here knows a model; the engine carries out the plans.
 Letters: L tokens of a span, T tokens of a sequence.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smalti.sequences.layout import Layout, Marker, Order, Span
+from smalti.sequences.vocabulary import FEATURE, FEATURES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class Request:
     """Name of the layout's order; None lets the model choose by its first marker."""
     given: Mapping[str, Int[Tensor, " L"]] = field(default_factory=dict)
     """Each segment's own numbers, from 0: whole spans, or the beginning of the first span that is not whole."""
+    features: Float[Tensor, "n C"] | None = None
+    """What stands in place of token ids at the beginning, at most as many as the layout says."""
     seed: int = 0
     null: "Request | None" = None
     """What guidance steers away from: the same spans ahead, under another condition or none."""
@@ -79,6 +82,7 @@ class TokenSequence:
         self.part = 0  # the part the next token belongs to
         self.filled = 0  # tokens that part has already
         self.null: TokenSequence | None = None
+        self.features = request.features
         self._give(dict(request.given))
         if request.null is not None:
             self.null = TokenSequence(layout, request.null)
@@ -104,6 +108,14 @@ class TokenSequence:
 
     def _differ_at(self, part: int) -> bool:
         return len(self.orders) > 1 and len({order.parts[part] for order in self.orders}) > 1
+
+    def open_parts(self) -> Iterator[tuple[Order, int]]:
+        """Every part, of each order that may still be, from which a token may be drawn: where more than one id can
+        stand."""
+        for order in self.orders:
+            for index in range(self.part, len(order.parts)):
+                if self.layout.slots[self.layout.slot_index(order.name, index)].size > 1:
+                    yield order, index
 
     def plan(self) -> Plan:
         """What comes next: to the end, or through the first open span, or just the marker that picks the order."""
@@ -173,8 +185,12 @@ class TokenSequence:
             part = self.order.parts[self.part]
             if isinstance(part, Marker):
                 self.push(self.layout.vocabulary.special(part.special))
+            elif part.segment == FEATURES:
+                self._give_features(part)
             elif part.segment not in given or not self._give_span(part, given.pop(part.segment)):
                 break
+        if self.features is not None and FEATURE not in self.token_ids:
+            raise ValueError(f"features are given, but order {self.order.name!r} ({self.order}) has none.")
         if given:
             raise ValueError(
                 f"{sorted(given)} cannot be given: order {self.order.name!r} ({self.order}) has no such span, "
@@ -184,6 +200,20 @@ class TokenSequence:
             raise ValueError(
                 f"order {self.order.name!r} ({self.order}) has nothing to start from: give its first span."
             )
+
+    def _give_features(self, span: Span) -> None:
+        """Pushes the features, which may be fewer than the span holds."""
+        if self.features is None:
+            raise ValueError(f"order {self.order.name!r} ({self.order}) begins with features: give Request.features.")
+        if self.features.ndim != 2 or not 1 <= len(self.features) <= span.length:
+            raise ValueError(
+                f"the features have shape {tuple(self.features.shape)}; the layout takes 1 to {span.length} vectors."
+            )
+        num_features = len(self.features)
+        self.token_ids += [FEATURE] * num_features
+        self.log_probs += [0.0] * num_features
+        self.draw_log_probs += [0.0] * num_features
+        self.part, self.filled = self.part + 1, 0
 
     def _give_span(self, span: Span, numbers: Int[Tensor, " L"]) -> bool:
         """Pushes a span's given tokens; whether the span is whole now. A given open span always is."""

@@ -13,6 +13,11 @@ from torch import Tensor
 SPECIAL = "special"
 """The one segment whose ids have names: the markers that stand between spans."""
 
+FEATURES = "features"
+"""The one segment without ids: vectors, as a text encoder makes them of a caption, stand in their place."""
+FEATURE = -1
+"""What stands in a sequence of token ids where a feature stands."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
@@ -40,8 +45,10 @@ class Vocabulary:
         for name, content in sizes.items():
             names = _special_names(name, content)
             size = content if isinstance(content, int) else len(names)
-            if size < 1:
+            if size < 1 and name != FEATURES:
                 raise ValueError(f"vocabulary segment {name!r} has size {size}; a segment holds at least one id.")
+            if size and name == FEATURES:
+                raise ValueError(f"the segment {FEATURES!r} has size {size}; features are not ids, so it is 0.")
             self.segments[name] = Segment(name=name, size=size, offset=self.size)
             self.specials.update({special: self.size + i for i, special in enumerate(names)})
             self.size += size

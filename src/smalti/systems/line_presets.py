@@ -40,11 +40,11 @@ class LinePreset:
 
 # Parameters are counted with 1025 codes and 67 of them a line; a test counts them again.
 LINE_PRESETS = {
-    "1M": LinePreset(num_layers=4, d_model=128, num_heads=4, tokens_from=0),  # 1,064,704
-    "3M": LinePreset(num_layers=6, d_model=192, num_heads=6, tokens_from=12_000_000),  # 3,076,608
-    "10M": LinePreset(num_layers=8, d_model=320, num_heads=5, tokens_from=40_000_000),  # 10,542,720
-    "30M": LinePreset(num_layers=9, d_model=512, num_heads=8, tokens_from=120_000_000),  # 29,457,920
-    "100M": LinePreset(num_layers=14, d_model=768, num_heads=12, tokens_from=400_000_000),  # 100,859,904
+    "1M": LinePreset(num_layers=4, d_model=128, num_heads=4, tokens_from=0),  # 1,064,576
+    "3M": LinePreset(num_layers=6, d_model=192, num_heads=6, tokens_from=12_000_000),  # 3,076,416
+    "10M": LinePreset(num_layers=8, d_model=320, num_heads=5, tokens_from=40_000_000),  # 10,542,400
+    "30M": LinePreset(num_layers=9, d_model=512, num_heads=8, tokens_from=120_000_000),  # 29,457,408
+    "100M": LinePreset(num_layers=14, d_model=768, num_heads=12, tokens_from=400_000_000),  # 100,859,136
 }
 
 

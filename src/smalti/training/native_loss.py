@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from smalti import native
 from smalti.models.config import FEED_FORWARDS
 from smalti.models.decoder_only import DecoderOnly
-from smalti.models.loss import SlotTargets
+from smalti.models.loss import SlotTargets, check_full_head
 from smalti.models.transformer import Block
 from smalti.processor import multiplies_bfloat16
 from smalti.sequences.layout import Slot
@@ -127,11 +127,16 @@ class _Call:
     def __init__(self, loss: NativeLoss, token_ids: Tensor, targets: Sequence[SlotTargets], slots: Sequence[Slot]):
         self.loss, self.workspace = loss, None
         config, training = loss.model.config.transformer, loss.model.training
+        if any(target.slot is None for target in targets):
+            check_full_head(loss.model)
         every_id = ((0, loss.model.config.vocab_size),)
         self.token_ids = token_ids.contiguous()
         self.targets = [(target.rows.contiguous(), target.local.contiguous()) for target in targets]
         self.num_targets = sum(len(rows) for rows, _ in self.targets)
-        self.ranges = [torch.tensor(every_id if t.slot is None else slots[t.slot].ranges) for t in targets]
+        self.ranges = [
+            torch.tensor(every_id if target.slot is None else loss.model.head_rows(slots[target.slot]))
+            for target in targets
+        ]
         self.slots = (_Slot * len(targets))(
             *(
                 _Slot(len(rows), rows.data_ptr(), local.data_ptr(), len(ranges), ranges.data_ptr())

@@ -31,6 +31,10 @@ class Run:
         """What the run began in; None if it begins here."""
         return None if self._begun is None else self._begun["training"]["precision"]
 
+    def begun(self, section: str) -> dict[str, Any] | None:
+        """A section of the settings that the run began with; None if it begins here."""
+        return None if self._begun is None else self._begun[section]
+
     def claim(self, settings: Mapping[str, Any]) -> Checkpoint | None:
         """What the run goes on from; None if it begins here. `settings` are all that decides the weights, configs by
         section. Raises InputError if those found in the folder are others."""

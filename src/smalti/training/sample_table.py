@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from smalti.files import new_file
 from smalti.image_files import read_picture, save_picture
-from smalti.models.decoder_only import DecoderOnly, evaluating
+from smalti.models.base import evaluating
+from smalti.models.decoder_only import DecoderOnly
 from smalti.tasks.images import Pipeline
 
 TABLE_PNG, TABLE_MD = "table.png", "table.md"

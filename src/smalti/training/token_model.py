@@ -610,13 +610,13 @@ def train_model(
         # The model, wrapped for the loss.
         device = own_device(device)
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        if isinstance(model, TransformerConfig):
-            torch.manual_seed(config.seed)
-            model = new_model(layout, model)
-        model.to(device).train()
-        asked = config
         stack.enter_context(run_lock(directory, rank))
         run = Run(directory / CHECKPOINTS)
+        if isinstance(model, TransformerConfig):
+            torch.manual_seed(config.seed)
+            model = new_model(layout, model, full_head=config.full_softmax or _has_full_head(run))
+        model.to(device).train()
+        asked = config
         dtype = model.embed_tokens.weight.dtype
         config = with_choices(config, layout, num_steps, device, parameters_dtype=dtype, begun=run.precision)
         loss_module = make_loss(model, layout, asked, config, num_steps)
@@ -715,6 +715,12 @@ def _result(state: TrainState, config: TrainConfig, directory: Path) -> DecoderO
     if config.patience is not None and (best := latest_checkpoint(directory / BEST)) is not None:
         state.trained.load_state_dict(load_checkpoint(best).weights)
     return state.trained.eval()
+
+
+def _has_full_head(run: Run) -> bool:
+    """Whether a run was begun with rows in the head for all ids, as all were once, also for those never predicted."""
+    begun = run.begun("model")
+    return begun is not None and begun.get("head_ranges") is None
 
 
 def _check_task(layout: Layout, train: Pairs, validation: Pairs, config: TrainConfig, world_size: int) -> None:

@@ -6,19 +6,19 @@ from smalti.engine.executors.cuda_graph import CudaGraph
 from smalti.engine.executors.native import Native
 from smalti.engine.executors.packed import Packed
 from smalti.errors import InputError
-from smalti.models.decoder_only import DecoderOnly
+from smalti.models.base import SequenceModel
 
 EXECUTORS: dict[str, type[Eager]] = {executor.name: executor for executor in (CudaGraph, Native, Packed, Eager)}
 """In the order in which they are preferred."""
 
 
-def choose_executor(model: DecoderOnly, num_steps: int | None = None) -> str:
+def choose_executor(model: SequenceModel, num_steps: int | None = None) -> str:
     """The first of `EXECUTORS` that takes a job of so many decode steps. A job asks once, so that all of it takes one
     path."""
     return next(name for name, executor in EXECUTORS.items() if not executor.why_not(model, num_steps))
 
 
-def make_executor(model: DecoderOnly, name: str | None = None, num_steps: int | None = None) -> Eager:
+def make_executor(model: SequenceModel, name: str | None = None, num_steps: int | None = None) -> Eager:
     """The executor of that name, else the one that is chosen, ready for the model as it is now.
 
     Raises InputError, with every reason, if the one asked for cannot take the model here.

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smalti.engine.sampling import SampleConfig, guide, log_prob_of, sample
+from smalti.models.base import SequenceModel
 from smalti.models.decode_state import DecodeState, Rows
 from smalti.models.decoder_only import DecoderOnly
 from smalti.sequences.layout import Slot
@@ -34,20 +35,27 @@ class Draws(NamedTuple):
         return [(int(token_id), *log_probs) for token_id, *log_probs in zip(*together, strict=True)]
 
 
+def why_not_plain(model: SequenceModel) -> list[str]:
+    """What keeps an executor that reaches into a decoder-only model, and embeds token ids itself, from a model."""
+    if not isinstance(model, DecoderOnly):
+        return [f"it knows decoder-only models of plain blocks, not {type(model).__name__}"]
+    return [] if model.config.feature_width is None else ["it reads token ids, no features"]
+
+
 class Eager:
     """The model itself, operator by operator. The weights must not change meanwhile, and no gradient passes through."""
 
     name: ClassVar[str] = "eager"
 
     @classmethod
-    def why_not(cls, model: DecoderOnly, num_steps: int | None = None) -> list[str]:
+    def why_not(cls, model: SequenceModel, num_steps: int | None = None) -> list[str]:
         """Everything that keeps this executor from a job of so many decode steps (None: as many as may be), in words.
 
         It depends on the model, the machine and the job alone, never on what the process did before.
         """
         return []
 
-    def __init__(self, model: DecoderOnly):
+    def __init__(self, model: SequenceModel):
         self.model = model
 
     def new_state(self, capacity: int, max_length: int | None = None) -> DecodeState:

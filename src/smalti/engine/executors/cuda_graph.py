@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from smalti.engine.executors.base import Eager
+from smalti.engine.executors.base import Eager, why_not_plain
+from smalti.models.base import SequenceModel
 from smalti.models.decode_state import SLOT_BLOCK, DecodeState, Places, Rows
 from smalti.models.decoder_only import DecoderOnly
 
@@ -27,13 +28,15 @@ class CudaGraph(Eager):
     name: ClassVar[str] = "cuda_graph"
 
     @classmethod
-    def why_not(cls, model: DecoderOnly, num_steps: int | None = None) -> list[str]:
-        reasons = []
+    def why_not(cls, model: SequenceModel, num_steps: int | None = None) -> list[str]:
+        reasons = why_not_plain(model)
         if model.device.type != "cuda":
             reasons.append(f"the model is on {model.device}, not on a GPU")
         if model.training:
             reasons.append("the model is in training mode")
         return reasons
+
+    model: DecoderOnly
 
     def __init__(self, model: DecoderOnly):
         super().__init__(model)

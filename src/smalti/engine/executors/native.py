@@ -20,6 +20,7 @@ from smalti.engine.executors.base import Draws, Eager
 from smalti.engine.executors.packed import MOST_PACKED_BYTES, why_no_copy
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
+from smalti.models.base import SequenceModel
 from smalti.models.config import FEED_FORWARDS
 from smalti.models.decode_state import DecodeState, Rows
 from smalti.models.decoder_only import DecoderOnly
@@ -93,14 +94,16 @@ class Native(Eager):
     name: ClassVar[str] = "native"
 
     @classmethod
-    def why_not(cls, model: DecoderOnly, num_steps: int | None = None) -> list[str]:
+    def why_not(cls, model: SequenceModel, num_steps: int | None = None) -> list[str]:
         reasons = why_no_copy(model, {torch.float32})
-        if 4 * model.num_parameters > MOST_PACKED_BYTES:
+        if isinstance(model, DecoderOnly) and 4 * model.num_parameters > MOST_PACKED_BYTES:
             reasons.append(f"the weights take more than {MOST_PACKED_BYTES} bytes")
         build = num_steps is None or num_steps >= STEPS_THAT_REPAY_COMPILING
         if not reasons and load(build=build) is None:
             reasons.append(MISSING)
         return reasons
+
+    model: DecoderOnly
 
     def __init__(self, model: DecoderOnly):
         super().__init__(model)
@@ -147,6 +150,8 @@ class Native(Eager):
 
     def logits(self, hidden: Float[Tensor, "R D"], slot: Slot | None = None) -> Float[Tensor, "R n"]:
         """What they take of the head is packed once."""
+        if slot is None and self.model.config.head_ranges is not None:
+            return self.model.spread(self.logits(hidden, self.model.config.head_slot))
         matrix, hidden = self._head(slot).matrix, hidden.contiguous()
         R, D = hidden.shape
         logits = torch.empty(R, matrix.outputs)
@@ -221,9 +226,10 @@ class Native(Eager):
     def _head(self, slot: Slot | None) -> "_Head":
         if slot not in self.heads:
             weight = self.model.head_weight.detach()
-            ranges = ((0, len(weight)),) if slot is None else slot.ranges
-            ids = torch.cat([torch.arange(start, end) for start, end in ranges])
-            self.heads[slot] = _Head(self._matrix(torch.cat([weight[start:end] for start, end in ranges])), ids)
+            ids = ((0, len(weight)),) if slot is None else slot.ranges
+            rows = ids if slot is None else self.model.head_rows(slot)
+            matrix = self._matrix(torch.cat([weight[start:end] for start, end in rows]))
+            self.heads[slot] = _Head(matrix, torch.cat([torch.arange(start, end) for start, end in ids]))
         return self.heads[slot]
 
     def _layer(self, block: Block) -> _Layer:

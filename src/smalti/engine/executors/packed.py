@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from smalti.engine.executors.base import Eager, filled_up_on_the_right
+from smalti.engine.executors.base import Eager, filled_up_on_the_right, why_not_plain
 from smalti.engine.executors.products import (
     QUERIES,
     attention_agrees,
@@ -36,6 +36,7 @@ from smalti.engine.executors.products import (
     slot_step,
     threads_agree,
 )
+from smalti.models.base import SequenceModel
 from smalti.models.decode_state import SLOT_BLOCK, DecodeState, Rows
 from smalti.models.decoder_only import DecoderOnly
 from smalti.models.transformer import Block, Norm
@@ -49,9 +50,11 @@ GRAIN = 2**15
 """Numbers that torch's elementwise kernels leave to one thread."""
 
 
-def why_no_copy(model: DecoderOnly, dtypes: set[torch.dtype]) -> list[str]:
+def why_no_copy(model: SequenceModel, dtypes: set[torch.dtype]) -> list[str]:
     """What keeps an executor for CPUs that copies float weights from a model, in words."""
-    reasons, config = [], model.config.transformer
+    if not isinstance(model, DecoderOnly):
+        return why_not_plain(model)
+    reasons, config = why_not_plain(model), model.config.transformer
     if model.device.type != "cpu":
         reasons.append(f"the model is on {model.device}, not on a CPU")
     found = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
@@ -71,8 +74,10 @@ class Packed(Eager):
     name: ClassVar[str] = "packed"
 
     @classmethod
-    def why_not(cls, model: DecoderOnly, num_steps: int | None = None) -> list[str]:
+    def why_not(cls, model: SequenceModel, num_steps: int | None = None) -> list[str]:
         return why_no_copy(model, {torch.float32, torch.float64})
+
+    model: DecoderOnly
 
     def __init__(self, model: DecoderOnly):
         super().__init__(model)
@@ -107,9 +112,11 @@ class Packed(Eager):
 
     def logits(self, hidden: Float[Tensor, "B D"], slot: Slot | None = None) -> Float[Tensor, "B n"]:
         """What several ranges of ids take of the head is gathered once."""
+        if slot is None and self.model.config.head_ranges is not None:
+            return self.model.spread(self.logits(hidden, self.model.config.head_slot))
         if slot not in self.heads:
             weight = self.model.head_weight.detach()
-            pieces = [weight] if slot is None else [weight[start:end] for start, end in slot.ranges]
+            pieces = [weight] if slot is None else [weight[start:end] for start, end in self.model.head_rows(slot)]
             self.heads[slot] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).t()
         head, num_rows = self.heads[slot], len(hidden)
         rows = product_rows(*head.shape, head.dtype)
