@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from smalti.data.digits import COLOUR_PAIRS, DIGITS
-from smalti.engine.packed import EXECUTORS
+from smalti.engine.executors import EXECUTORS
 from smalti.tasks.images import Pipeline
 
 EMOJI = ["woman astronaut, dark skin tone", "cat face", "man cook", "thumbs up, light skin tone", "red heart"]
@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--bundle", default="digits")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 7, 1])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--executors", nargs="+", default=["native", "packed"], choices=EXECUTORS)
-    parser.add_argument("--instructions", nargs="+", default=list(INSTRUCTIONS), choices=INSTRUCTIONS)
+    parser.add_argument("--executors", nargs="+", default=["native", "packed"], choices=list(EXECUTORS))
+    parser.add_argument("--instructions", nargs="+", default=list(INSTRUCTIONS), choices=list(INSTRUCTIONS))
     parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.draw:
