@@ -87,3 +87,20 @@ def test_the_commands_of_the_documentation_are_known():
     assert len(found) > 40
     assert [(page, words, wrong) for page, words in found if (wrong := unknown_words(words))] == []
     assert unknown_words(["generate", "a", "-o", "b", "--frob"]) == ["--frob"] and unknown_words(["frob"]) == ["frob"]
+
+
+def test_the_map_names_every_module_and_no_other():
+    """A module stands in the map by its name, or its folder does, beside which its files are named as in the folder."""
+    source, named = ROOT / "src" / "smalti", set[Path]()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row in re.findall(r"^\| .* \|$", text.partition("## The map")[2].partition("## ")[0], re.MULTILINE):
+        names = re.findall(r"`([\w./]+(?:/|\.py|\.cpp|\.h))`", row)
+        folders = [source]
+        for name in names:
+            found = next((folder / name for folder in reversed(folders) if (folder / name).exists()), None)
+            assert found, f"{name} is in the map, but not in {source.name}"
+            named.add(found)
+            folders += [found] if found.is_dir() else []
+    modules = {path for path in source.iterdir() if path.suffix == ".py" or (path.is_dir() and path.name[0] != "_")}
+    missing = {path.name for path in modules - named} - {"__init__.py"}
+    assert not missing, f"{missing} are not in the map"

@@ -100,7 +100,9 @@ def load_subject(
     order = picture_order(loaded.layout)
     segment = loaded.layout.vocabulary["image"]
     if not loaded.model.can_score(Slot(((segment.offset, segment.end),))):
-        raise InputError(f"{bundle} was trained to be given pictures, not to predict them: there is nothing to inspect.")
+        raise InputError(
+            f"{bundle} was trained to be given pictures, not to predict them: there is nothing to inspect."
+        )
     codes, text_tokens = _read(Path(data), loaded.layout, order, num_lines, seed)
     return Subject(
         name=loaded.name,
