@@ -613,6 +613,9 @@ def test_a_broken_or_different_pickle_says_so(tmp_path: Path) -> None:
         (pickle.dumps([items[0], items[1], items[2], ["one two"] * 2]), "test caption 0: expected <shade>"),
         (pickle.dumps([items[0] * 85, *items[1:]]), "train pictures: expected levels 0..3, found 0..255"),  # type: ignore[operator]
         (pickle.dumps([items[0][:, 1:], *items[1:]]), r"expected integers \(N, 28, 28, 3\), found uint8"),  # type: ignore[index]
+        (pickle.dumps([*items[:2], [["a"], "b"], items[3]]), "train captions: no array can be made of them"),
+        (pickle.dumps([*items[:3], ["a" * 10**5] * 2]), "test caption 0: expected <shade>.{80,300}$"),
+        (b"F" + b"x" * 10**5 + b"\n.", "not a readable pickle .{100,500}$"),
     ]:
         path.write_bytes(content)
         with pytest.raises(InputError, match=message):

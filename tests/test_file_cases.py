@@ -235,7 +235,8 @@ def test_tables_beside_pictures(folder: Path, name: str) -> None:
 
 
 def test_coco_captions_are_a_record_each(folder: Path) -> None:
-    images = [{"id": 70 + i, "file_name": f"{i}.png"} for i in range(3)]
+    images: list[dict] = [{"id": 70 + i, "file_name": f"{i}.png"} for i in range(3)]
+    images.append({"id": [70], "file_name": "not an id.png"})
     annotations = [{"id": k, "image_id": 70 + k % 3, "caption": f"c {k}"} for k in range(6)]
     annotations.append({"id": 9, "image_id": 999, "caption": "of no picture"})
     (folder / "captions_val2017.json").write_text(json.dumps({"images": images, "annotations": annotations}))
@@ -253,16 +254,20 @@ def test_rows_that_are_faulty_are_counted_one_by_one(folder: Path) -> None:
         {"file_name": "1.png", "text": None},
         {"file_name": "absent.png", "text": "c"},
         {"file_name": "2", "text": "d"},
+        {"file_name": "n" * 1000, "text": "e"},
+        {"file_name": "/", "text": "f"},
     ]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     records = read(folder)
-    assert [record.caption for record in records] == ["a", "b", None, None, "c", "d"]
+    assert [record.caption for record in records] == ["a", "b", None, None, "c", "d", "e", None]
     found = faults(records)
     assert found[:2] == [None, None]
     assert "it names no picture: 'file_name' is None" in str(found[2]) and "line 2" in records[2].name
     assert "line 3: 'text' is None, expected a caption" in str(found[3])
     assert "there is no picture absent.png, which" in str(found[4]) and "line 4" in str(found[4])
     assert "but 2.png: write the ending there too" in str(found[5])
+    assert "there is no picture nnn" in str(found[6]) and len(str(found[6])) < 300
+    assert "it names no picture" in str(found[7])
 
 
 def test_captions_that_are_not_utf8_name_file_and_line(folder: Path) -> None:

@@ -16,8 +16,8 @@ MAX_EXPANSION = 100
 
 
 def read_npz(path: Path, mend: str) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """The arrays of an `.npz` file by their names, their checksums verified; nothing is unpickled. Raises InputError
-    naming the file and ending with `mend`."""
+    """The arrays of an `.npz` file by their names, in this machine's byte order, their checksums verified; nothing is
+    unpickled. Raises InputError naming the file and ending with `mend`."""
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
@@ -35,12 +35,12 @@ def read_npz(path: Path, mend: str) -> dict[str, Shaped[np.ndarray, "..."]]:
         raise InputError(f"there is no file {path}; {mend}.") from error
     # zipfile, zlib and numpy raise nearly anything for a damaged file, a damaged size a want of memory.
     except Exception as error:
-        raise InputError(f"{path} is no whole .npz file: {shortened(first_line(error), 300)}; {mend}.") from error
+        raise InputError(f"{path} is no whole .npz file: {first_line(error)}; {mend}.") from error
     for name, array in found.items():
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
             kind = array.dtype if isinstance(array, np.ndarray) else "no array"
             raise InputError(f"{path}: {shortened(name)} holds {kind}, expected numbers; {mend}.")
-    return found
+    return {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in found.items()}
 
 
 def _ambiguous(members: list[str]) -> str | None:

@@ -10,6 +10,7 @@ What a bundle can do follows from its layout and its parts, and is asked of it: 
 """
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -336,9 +337,8 @@ def _fetch(repository: str) -> Path:
     try:
         return Path(hub.snapshot_download(repository))
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"there is no folder {repository}, and the hub does not give a bundle of that name: {reason}"
+            f"there is no folder {repository}, and the hub does not give a bundle of that name: {first_line(error)}"
         ) from error
 
 
@@ -385,7 +385,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             raise InputError(f"{path}: the entry sha256 has no checksum of {name}; {ANEW}.")
     for name in checksums:
         file = directory / name
-        if not file.resolve().is_relative_to(directory.resolve()) or not file.is_file():
+        if not file.resolve().is_relative_to(directory.resolve()) or not os.path.isfile(file):
             raise InputError(f"{directory} lacks {shortened(name)}; {ANEW}.")
     return config
 
@@ -430,7 +430,7 @@ def described_by(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except BUILD_ERRORS as error:
-        what = f"the entry {error} is missing" if isinstance(error, KeyError) else shortened(first_line(error), 1000)
+        what = f"the entry {error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise InputError(f"{path} does not describe a bundle ({what}); {ANEW}.") from error
 
 

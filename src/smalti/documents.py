@@ -7,6 +7,7 @@ back is dicts, lists, text, numbers of 64 bits, truth values and None, nested at
 
 import json
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +36,26 @@ def parse_json(text: str | bytes, where: Path | str, mend: str, *, kind: type = 
     return _checked(value, where, mend, kind)
 
 
-def parse_yaml(text: str, where: Path | str, mend: str, *, loader: type = yaml.SafeLoader, kind: type = dict) -> Any:
+class BoundedLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but what nests beyond MAX_DEPTH is refused where it does: its scanner takes time in
+    proportion to the square of the depth."""
+
+    def fetch_flow_collection_start(self, TokenClass: type) -> None:
+        self._refuse_depth()
+        super().fetch_flow_collection_start(TokenClass)
+
+    def add_indent(self, column: int) -> bool:
+        self._refuse_depth()
+        return super().add_indent(column)
+
+    def _refuse_depth(self) -> None:
+        if self.flow_level + len(self.indents) > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(
+                problem=f"values are nested more than {MAX_DEPTH} deep", problem_mark=self.get_mark()
+            )
+
+
+def parse_yaml(text: str, where: Path | str, mend: str, *, loader: type = BoundedLoader, kind: type = dict) -> Any:
     """The value written as YAML, a dict unless `kind` says otherwise. Raises InputError naming `where`, the line, and
     ending with `mend`."""
     if len(text) > MAX_YAML_BYTES:
@@ -56,7 +76,7 @@ def read_json(path: Path, mend: str, *, kind: type = dict) -> Any:
     return parse_json(_read(path, mend, MAX_JSON_BYTES), path, mend, kind=kind)
 
 
-def read_yaml(path: Path, mend: str, *, loader: type = yaml.SafeLoader, kind: type = dict) -> Any:
+def read_yaml(path: Path, mend: str, *, loader: type = BoundedLoader, kind: type = dict) -> Any:
     """The YAML in a file, as `parse_yaml`. Raises InputError naming the file and ending with `mend`."""
     content = _read(path, mend, MAX_YAML_BYTES)
     try:
@@ -69,13 +89,13 @@ def read_yaml(path: Path, mend: str, *, loader: type = yaml.SafeLoader, kind: ty
 def config_of(config_class: type[Config], values: Any, where: Path | str) -> Config:
     """The config dataclass of JSON or YAML values, of which each must be of the field's own type: no text for a number,
     no number for text. Raises InputError naming `where`, the field and what was expected."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected a mapping of names to values, found {_name(values)}.")
     try:
         # As JSON, whose strict rules take a list for a tuple and text for a path.
-        config: Any = TypeAdapter(config_class).validate_json(json.dumps(values, default=str), strict=True)
+        config: Any = _adapter(config_class).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "config"
@@ -84,6 +104,13 @@ def config_of(config_class: type[Config], values: Any, where: Path | str) -> Con
     if unknown := _unknown_keys(values, known):
         raise InputError(f"{where}: unknown field {shortened(unknown[0])}; known are {', '.join(known)}.")
     return config
+
+
+@cache
+def _adapter(config_class: type) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(config_class)
 
 
 def _unknown_keys(given: dict[str, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
@@ -109,7 +136,7 @@ def _read(path: Path, mend: str, most: int) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    return "it nests too deep" if isinstance(error, RecursionError) else shortened(first_line(error), 200)
+    return "it nests too deep" if isinstance(error, RecursionError) else first_line(error)
 
 
 def _checked(value: Any, where: Path | str, mend: str, kind: type) -> Any:

@@ -2,14 +2,17 @@
 
 import math
 
+MAX_MESSAGE = 2000
+"""Letters of a message; of a longer one the middle is left out."""
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what was given, where, what was expected
-    and how to mend it; the command line prints it without a traceback and exits with status 2. Of a message that holds
-    a megabyte of what was given, the middle is left out."""
+    and how to mend it; the command line prints it without a traceback and exits with status 2. Of a message that
+    repeats a megabyte of what was given, the middle is left out."""
 
     def __init__(self, message: object = ""):
-        super().__init__(shortened(str(message), 4000))
+        super().__init__(shortened(str(message), MAX_MESSAGE))
 
 
 class InputWarning(UserWarning):
@@ -28,5 +31,6 @@ def shortened(text: str, most: int = 80) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library says of an error, or else the error's name, to stand in a message of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """The first line of what a library says of an error, or else the error's name, to stand in a message of ours; its
+    middle left out if it is long, as where it repeats what it was given."""
+    return shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 300).rstrip(".")

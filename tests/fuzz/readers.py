@@ -4,6 +4,7 @@ A reader is handed a folder of its own and one damaged input; it may end well or
 `prepare` makes once (a bundle round a config, a folder round a table) lies in the folder and is not damaged.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
+import typer.main
 import yaml
 from PIL import Image
 from tiny_bundle import BPE_CAPTIONS, BPE_CONFIG, tiny_bpe_pipeline, tiny_pipeline
@@ -249,6 +251,55 @@ def _read_folder(name: str, folder: Path, content: bytes) -> None:
     list(open_pairs(pairs).records())
 
 
+COCO = json.dumps(
+    {
+        "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
+        "annotations": [{"id": i, "image_id": 1 + i // 2, "caption": f"caption {i}"} for i in range(4)],
+    }
+).encode()
+OBJECTS = b'[{"file_name": "a.png", "caption": "a dog"}, {"file_name": "b.png", "caption": "a cat"}]'
+SEPARATED = [
+    CSV,
+    CSV.replace(b",", b";").replace(b'"a cat; two"', b"a cat"),
+    b"image_name| comment_number| comment\na.png| 0| a dog\na.png| 1| two dogs\n",
+    b"a dog\thttp://example.org/a.jpg\n\" a cat\thttp://example.org/b.jpg\n",
+    b"\xef\xbb\xbf" + CSV,
+    CSV.decode().encode("utf-16"),
+]  # fmt: skip
+
+
+def _code_arrays(folder: Path) -> list[bytes]:
+    codes, found = random_codes(12), []
+    for dtype in (np.int64, np.uint16, ">i4"):
+        buffer = io.BytesIO()
+        np.save(buffer, np.asarray(codes).astype(dtype))
+        found.append(buffer.getvalue())
+    for save in (np.savez, np.savez_compressed):
+        buffer = io.BytesIO()
+        save(buffer, codes=np.asarray(codes))
+        found.append(buffer.getvalue())
+    return found
+
+
+def _mutate_arrays(random: Random, content: bytes) -> bytes:
+    return m.mutate_zip(random, content) if content[:2] == b"PK" else m.flip_bytes(random, content)
+
+
+def _code_json(folder: Path) -> list[bytes]:
+    rows = np.asarray(random_codes(6)).tolist()
+    return [
+        b"".join(json.dumps({"class_id": i, "tokens": row}).encode() + b"\n" for i, row in enumerate(rows)),
+        b"".join(json.dumps(row).encode() + b"\n" for row in rows),
+    ]
+
+
+def _mutate_json_lines(random: Random, content: bytes) -> bytes:
+    lines = content.split(b"\n")
+    row = random.randrange(len(lines) - 1)
+    lines[row] = m.mutate_json(random, lines[row])
+    return b"\n".join(lines)
+
+
 def _lines(folder: Path) -> list[bytes]:
     import gzip
 
@@ -339,14 +390,19 @@ def _text_tokenizers(_: Path) -> list[bytes]:
     return [tiny_pipeline().text_tokenizer.to_json().encode(), trained.to_json().encode()]
 
 
+@cache
+def _demo() -> Any:
+    return load_recipe("demo")
+
+
 def _run_state(folder: Path) -> list[bytes]:
-    claim_folder(load_recipe("demo"), folder, free=())
+    claim_folder(_demo(), folder, free=())
     return [(folder / "recipe.json").read_bytes()]
 
 
 def _claim(folder: Path, content: bytes) -> None:
     _put(folder, "recipe.json", content)
-    claim_folder(load_recipe("demo"), folder, free=())
+    claim_folder(_demo(), folder, free=())
 
 
 JOB = {"input": "00", "bundle": "00", "lines_per_piece": 1024}
@@ -500,9 +556,17 @@ def _mutate_layout(random: Random, content: bytes) -> bytes:
 
 COMMANDS = [
     ["generate", "dark red one on dark blue", "-o", "OUT.png", "--seed", "1"],
-    ["generate", "x", "-o", "OUT.png", "-n", "2", "--grid", "--scale", "3", "--temperature", "0.5"],
-    ["generate", "dark red one on dark blue", "-o", "OUT.png", "--best-of", "2", "--guidance-scale", "2"],
-    ["complete", "dark", "-n", "1", "--temperature", "1", "--top-k", "3", "--top-p", "0.5"],
+    ["generate", "dark red", "-o", "OUT.png", "-n", "2", "--grid", "--scale", "3", "--temperature", "0.5", "--bundle",
+     "BUNDLE"],
+    ["generate", "dark red one on dark blue", "-o", "OUT.png", "--best-of", "2", "--guidance-scale", "2", "--bundle",
+     "BUNDLE", "--top-k", "2", "--min-p", "0.1", "--guidance-schedule", "linear", "--negative-prompt", "dark blue"],
+    ["complete", "dark", "-n", "1", "--temperature", "1", "--top-k", "3", "--top-p", "0.5", "--bundle", "BUNDLE"],
+    ["complete", "--picture", "PICTURE", "--rows", "3", "-o", "OUT.png", "--bundle", "BUNDLE"],
+    ["complete", "LINES", "-o", "OUT.txt", "--strategy", "beam", "--beam-width", "2", "--bundle", "LINE_BUNDLE"],
+    ["score", "LINES", "-o", "OUT", "--batch-size", "2", "--bundle", "LINE_BUNDLE"],
+    ["score", "PICTURE", "dark red one on dark blue", "--bundle", "BUNDLE", "--json"],
+    ["replay", "PICTURE", "--bundle", "BUNDLE", "-o", "OUT.png"],
+    ["inspect", "LINE_BUNDLE", "-o", "OUT", "--data", "MISSING", "--lines", "2"],
     ["data", "digits", "OUT", "--mnist", "MISSING", "--seed", "1", "--colourings", "1"],
     ["data", "import-lines", "LINES", "-o", "OUT.parquet", "--vocab-size", "11", "--length", "7", "--skip-bad", "1"],
     ["data", "export-lines", "TABLE", "-o", "OUT.txt", "--num-codes", "3", "--max-rows", "2", "--before", "0",
@@ -519,9 +583,14 @@ COMMANDS = [
 ]  # fmt: skip
 CHEAP = {"--seed", "--scale", "--temperature", "--top-k", "--top-p", "--guidance-scale", "--vocab-size", "--length",
          "--skip-bad", "--num-codes", "--max-rows", "--before", "--after", "--code-offset", "--size", "--num", "-n",
-         "--max-text-length", "--image-size", "--text-size", "--colourings", "--best-of", "-o"}  # fmt: skip
+         "--max-text-length", "--image-size", "--text-size", "--colourings", "--best-of", "-o", "--rows", "--min-p",
+         "--beam-width", "--batch-size", "--guidance-schedule", "--strategy"}  # fmt: skip
 LARGE = ("0", "-1", "1", "9223372036854775807", "9223372036854775808", "9223372036854775800", "1e400", "nan", "-0",
-         "100000000", "1000000", "inf", "999999999999x9", "0x0", "", "x", "1,2,x", "١", "65x", "🎉")  # fmt: skip
+         "100000000", "1000000", "inf", "999999999999x9", "0x0", "", "x", "1,2,x", "١", "65x", "🎉", "x" * 100_000,
+         "\x1b[31m")  # fmt: skip
+
+
+_make_command = typer.main.get_command
 
 
 def _arguments(_: Path) -> list[bytes]:
@@ -542,6 +611,11 @@ def _mutate_arguments(random: Random, content: bytes) -> bytes:
     return b"\0".join(words)
 
 
+@cache
+def _command(app: typer.Typer) -> Any:
+    return _make_command(app)
+
+
 def _run_command(folder: Path, content: bytes) -> None:
     made = folder / "given"
     if not made.exists():
@@ -549,12 +623,22 @@ def _run_command(folder: Path, content: bytes) -> None:
         write_text(made / "lines.txt", random_codes(12))
         _tokens(made / "t.parquet")
         (made / "c.txt").write_text("a dog\na cat\n")
-    names = {"LINES": "lines.txt", "TABLE": "t.parquet", "CAPTIONS": "c.txt", "MISSING": "missing"}
+        pipe = tiny_pipeline()
+        pipe.save(made / "bundle")
+        save_picture(pipe.generate("dark green eight on bright cyan", seed=4)[0], made / "p.png")
+        tiny_line_model().save(made / "line_bundle")
+    names = {"LINES": "lines.txt", "TABLE": "t.parquet", "CAPTIONS": "c.txt", "MISSING": "missing",
+             "BUNDLE": "bundle", "LINE_BUNDLE": "line_bundle", "PICTURE": "p.png"}  # fmt: skip
     words = content.decode("utf-8", "surrogateescape").split("\0")
     given = [str(made / names[word]) if word in names else word for word in words]
     given = [str(folder / word) if word.startswith("OUT") else word for word in given]
-    code = cli.run(given)
+    output = io.StringIO()
+    typer.main.get_command = _command  # made of the annotations once, not for every input
+    with contextlib.redirect_stderr(output):
+        code = cli.run(given)
     assert code in (0, 1, 2), f"exit code {code}"
+    longest = max(map(len, output.getvalue().splitlines()), default=0)
+    assert longest < 2000, f"a line of {longest} characters: {output.getvalue()[:200]}"
 
 
 READERS: dict[str, Reader] = {
@@ -572,6 +656,19 @@ READERS: dict[str, Reader] = {
     "digits note": Reader(samples=_pair_table, mutate=m.mutate_parquet, read=_file("t.parquet", source_of)),
     "tar": Reader(samples=_tar, mutate=m.mutate_tar, read=_read_tar, share=2),
     "captions csv": Reader(samples=lambda _: [CSV], mutate=m.mutate_words, read=_file("c.csv", read_captions)),
+    "captions tables": Reader(samples=lambda _: SEPARATED, mutate=m.mutate_words, read=_file("c.csv", read_captions)),
+    "captions json": Reader(
+        samples=lambda _: [COCO, OBJECTS], mutate=m.mutate_json, read=_file("c.json", read_captions)
+    ),
+    "folder json": Reader(
+        samples=lambda _: [COCO, OBJECTS], mutate=m.mutate_json, read=partial(_read_folder, "captions.json")
+    ),
+    "code arrays": Reader(
+        samples=_code_arrays, mutate=_mutate_arrays, read=_file("c.npy", lambda path: list(read_lines(path)))
+    ),
+    "code json": Reader(
+        samples=_code_json, mutate=_mutate_json_lines, read=_file("c.jsonl", lambda path: list(read_lines(path)))
+    ),
     "captions jsonl": Reader(
         samples=lambda _: [JSON_LINES], mutate=m.mutate_words, read=_file("c.jsonl", read_captions)
     ),

@@ -32,7 +32,9 @@ HANG_S = 10
 STUCK_S = 60
 """By the clock, for what waits without working or never comes back from a library."""
 MEMORY_BYTES = 2 * 2**30
-STATE = struct.Struct("<qdqq")  # number of the input on its way, when it began, inputs done, inputs that were accepted
+STATE = struct.Struct("<qqq")  # number of the input on its way, inputs done, inputs that were accepted
+IN_MEMORY = "/dev/shm"
+"""Where temporary files cost no disk, if there is such a place and TMPDIR does not say otherwise."""
 
 
 class Hang(BaseException):
@@ -68,11 +70,11 @@ def work(reader: str, seed: int, start: int, stop: int, until: float, shared: Pa
             virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             hard = resource.getrlimit(resource.RLIMIT_AS)[1]
             resource.setrlimit(resource.RLIMIT_AS, (virtual + MEMORY_BYTES, hard))
-        num_done, num_accepted = STATE.unpack(state[:])[2:]
+        num_done, num_accepted = STATE.unpack(state[:])[1:]
         for number in range(start, stop):
             if time.monotonic() > until:
                 break
-            STATE.pack_into(state, 0, number, time.monotonic(), num_done, num_accepted)
+            STATE.pack_into(state, 0, number, num_done, num_accepted)
             content = make_input(reader, samples, found.mutate, seed, number)
             problem = None
             signal.setitimer(signal.ITIMER_PROF, HANG_S)
@@ -97,7 +99,7 @@ def work(reader: str, seed: int, start: int, stop: int, until: float, shared: Pa
             if problem is not None and (place := _place(problem, trace)) not in seen:
                 seen.add(place)
                 save_find(finds, reader, seed, number, content, problem, trace)
-        STATE.pack_into(state, 0, -1, time.monotonic(), num_done, num_accepted)
+        STATE.pack_into(state, 0, -1, num_done, num_accepted)
 
 
 def _ran_out(error: BaseException) -> BaseException | None:
@@ -128,25 +130,28 @@ def run_reader(reader: str, seed: int, start: int, stop: int, seconds: float, fi
     before = len(list(finds.glob(f"{reader.replace(' ', '_')}-*.txt"))) if finds.exists() else 0
     context = multiprocessing.get_context("fork")  # which finds the package imported
     with tempfile.NamedTemporaryFile() as shared:
-        shared.write(STATE.pack(start, time.monotonic(), 0, 0))
+        shared.write(STATE.pack(start, 0, 0))
         shared.flush()
         until = time.monotonic() + seconds
         while start < stop and time.monotonic() < until:
             process = context.Process(target=work, args=(reader, seed, start, stop, until, Path(shared.name), finds))
             process.start()
+            last, changed = b"", time.monotonic()
             while process.is_alive():
                 process.join(0.2)
-                number, began, done, accepted = STATE.unpack(Path(shared.name).read_bytes())
-                if number >= start and time.monotonic() - began > STUCK_S * (1 if done else 3):
+                # Compared only: the other process may be writing it.
+                if (state := Path(shared.name).read_bytes()) != last:
+                    last, changed = state, time.monotonic()
+                elif time.monotonic() - changed > STUCK_S * (1 if any(last[8:]) else 3):
                     process.kill()
                     process.join()
-            number, began, done, accepted = STATE.unpack(Path(shared.name).read_bytes())
+            number, done, accepted = STATE.unpack(Path(shared.name).read_bytes())
             if number < 0:
                 break
             _save_end(reader, seed, number, process.exitcode, finds)
             done += 1
             start = number + 1
-            Path(shared.name).write_bytes(STATE.pack(start, time.monotonic(), done, accepted))
+            Path(shared.name).write_bytes(STATE.pack(start, done, accepted))
     after = len(list(finds.glob(f"{reader.replace(' ', '_')}-*.txt"))) if finds.exists() else 0
     return done, accepted, after - before
 
@@ -172,6 +177,8 @@ def main() -> int:
     parser.add_argument("--finds", type=Path, default=Path("out/fuzz"))
     options = parser.parse_args()
     os.environ["SMALTI_NATIVE"] = "0"
+    if "TMPDIR" not in os.environ and os.access(IN_MEMORY, os.W_OK):
+        tempfile.tempdir = IN_MEMORY
     import torch
     from readers import READERS
 

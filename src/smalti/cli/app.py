@@ -1,5 +1,6 @@
 """The command line: parses, calls, prints. What a command needs is imported inside it, so that each starts fast."""
 
+import re
 import sys
 import traceback
 import warnings
@@ -20,7 +21,7 @@ from smalti.cli.stop import Stopped, resuming, stoppable
 from smalti.cli.train import RECIPE_NAMES
 from smalti.cli.train import app as train_app
 from smalti.default_bundle import DEFAULT_BUNDLE, SHIPPED, bundle_for_picture, bundle_for_prompt
-from smalti.errors import InputError, InputWarning
+from smalti.errors import MAX_MESSAGE, InputError, InputWarning, shortened
 from smalti.tables import print_table
 
 app = typer.Typer(
@@ -872,8 +873,14 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""What a terminal would obey instead of showing, where a message repeats what a file or an argument holds."""
+
+
 def _complain(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(
+        f"error: {_CONTROL.sub(lambda found: ascii(found[0])[1:-1], shortened(message, MAX_MESSAGE))}", file=sys.stderr
+    )
     return 2
 
 

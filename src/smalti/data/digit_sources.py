@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from smalti.data.digits import DIGITS, PICTURE_SIZE, ColouredDigits, SourceDigits, normalise_caption
-from smalti.errors import InputError, first_line
+from smalti.errors import InputError, first_line, shortened
 
 MNIST_VALIDATION = 2000  # taken from the end of the training file
 _INK = 128  # a grey value from here on is ink
@@ -176,23 +176,31 @@ def read_coloured_pickle(path: Path | str) -> dict[str, ColouredDigits]:
 
 
 def _check_coloured(path: Path, part: str, pictures: object, captions: object) -> ColouredDigits:
-    pictures = np.asarray(pictures)
+    pictures = _array(path, f"{part} pictures", pictures)
     if pictures.shape[1:] != (PICTURE_SIZE, PICTURE_SIZE, 3) or pictures.dtype.kind not in "ui":
         raise InputError(
             f"{path}: {part} pictures: expected integers (N, 28, 28, 3), found {pictures.dtype} {pictures.shape}"
         )
     if pictures.size and (pictures.min() < 0 or pictures.max() > 3):
         raise InputError(f"{path}: {part} pictures: expected levels 0..3, found {pictures.min()}..{pictures.max()}")
-    lines = [normalise_caption(str(caption)) for caption in np.asarray(captions).ravel()]
+    lines = [normalise_caption(str(caption)) for caption in _array(path, f"{part} captions", captions).ravel()]
     if len(lines) != len(pictures):
         raise InputError(f"{path}: {part}: found {len(pictures)} pictures but {len(lines)} captions")
     for row, line in enumerate(lines):
         found = line.split()
         if len(found) != 6 or found[3] != "on" or found[2] not in DIGITS:
             raise InputError(
-                f"{path}: {part} caption {row}: expected <shade> <colour> <digit> on <shade> <colour>, found {line!r}"
+                f"{path}: {part} caption {row}: expected <shade> <colour> <digit> on <shade> <colour>, found "
+                f"{shortened(line)!r}"
             )
     return ColouredDigits(pictures.astype(np.uint8), lines)
+
+
+def _array(path: Path, what: str, content: object) -> np.ndarray:
+    try:
+        return np.asarray(content)
+    except ValueError as error:  # lists of several lengths
+        raise InputError(f"{path}: {what}: no array can be made of them: {first_line(error)}") from error
 
 
 def _unpickle(path: Path) -> object:
@@ -230,7 +238,7 @@ class _StoredDtype:
     def dtype(self) -> np.dtype:
         dtype = np.dtype(self.code)
         if dtype.kind not in "biufUS":
-            raise InputError(f"refuses arrays of {self.code!r}; admits numbers and strings")
+            raise InputError(f"refuses arrays of {shortened(self.code)!r}; admits numbers and strings")
         return dtype if self.byte_order == "|" else dtype.newbyteorder(self.byte_order)  # type: ignore[arg-type]
 
 
@@ -262,7 +270,7 @@ def _scalar(stored: _StoredDtype, content: bytes) -> object:
 def _encode(text: str, encoding: str) -> bytes:
     """Stands in for `_codecs.encode`, through which old pickles store bytes."""
     if encoding != "latin1":
-        raise InputError(f"refuses the encoding {encoding!r}")
+        raise InputError(f"refuses the encoding {shortened(encoding)!r}")
     return text.encode("latin1")
 
 
@@ -280,7 +288,9 @@ for _core in ("numpy.core", "numpy._core"):  # NumPy renamed it in 2.0
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Callable[..., object]:
         if (module, name) not in _ADMITTED:
-            raise InputError(f"refuses {module}.{name}: only arrays, lists and strings are read from a pickle")
+            raise InputError(
+                f"refuses {shortened(f'{module}.{name}')}: only arrays, lists and strings are read from a pickle"
+            )
         return _ADMITTED[module, name]
 
 

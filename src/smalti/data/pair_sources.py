@@ -24,7 +24,7 @@ from smalti.data.text_tables import (
     open_text_table,
 )
 from smalti.data.text_tables import SUFFIXES as TABLE_SUFFIXES
-from smalti.errors import InputError
+from smalti.errors import InputError, shortened
 from smalti.file_kinds import is_hidden, kind_of, visible
 
 
@@ -166,7 +166,7 @@ class PictureFolder:
                 continue
             file, key = self._folder / entry.name, str(Path(entry.name).with_suffix(""))
             caption, fault = (entry.caption, entry.fault) if self._tables else _caption_beside(file)
-            encoded = file.read_bytes() if file.is_file() else None
+            encoded = file.read_bytes() if os.path.isfile(file) else None
             if encoded is None:
                 fault = _absent(file, entry.where)
             yield Record(str(file), key, caption, encoded, fault)
@@ -176,7 +176,7 @@ class PictureFolder:
         pictures = hashlib.sha256()
         for entry in self._entries:
             file = self._folder / (entry.name or "")
-            size = file.stat().st_size if file.is_file() else None
+            size = file.stat().st_size if os.path.isfile(file) else None
             pictures.update(json.dumps([entry.name, entry.caption, size]).encode())
         return pictures.hexdigest()[:16] + _fingerprint(self._tables)
 
@@ -184,17 +184,17 @@ class PictureFolder:
 def _caption_beside(file: Path) -> tuple[str | None, str | None]:
     """The caption in the text file beside a picture, or why there is none."""
     beside = file.with_suffix(".txt")
-    if not beside.is_file():
+    if not os.path.isfile(beside):
         return None, f"there is no caption: expected {beside.name} beside it, or a table that names the picture"
     return caption_of_text(beside.read_bytes(), beside.name)
 
 
 def _absent(file: Path, where: str) -> str:
-    endings = [suffix for suffix in PICTURE_SUFFIXES if file.with_name(file.name + suffix).is_file()]
+    endings = [suffix for suffix in PICTURE_SUFFIXES if os.path.isfile(f"{file}{suffix}")]
     if endings:
         name = f"{file.name}{endings[0]}"
         return f"there is no file {file.name}, which {where} names, but {name}: write the ending there too"
-    return f"there is no picture {file.name}, which {where} names"
+    return f"there is no picture {shortened(file.name)}, which {where} names"
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -233,18 +233,20 @@ def _table_entries(path: Path, folder: Path, wanted: str | None, delimiter: str 
 
 def _row_entries(row: Row, file_column: str, name: str, base: Path, folder: Path) -> Iterator[_Entry]:
     picture, captions = row.values.get(file_column), row.values.get(name)
-    if not isinstance(picture, str | int) or picture == "":
-        yield _Entry(row.where, None, None, f"it names no picture: {file_column!r} is {picture!r}")
+    if not isinstance(picture, str | int) or not Path(str(picture)).name:
+        yield _Entry(row.where, None, None, f"it names no picture: {file_column!r} is {shortened(repr(picture))}")
         return
     picture = str(picture)
-    if "\\" in picture and not (base / picture).exists():  # as paths are written on Windows
+    if "\\" in picture and not os.path.exists(base / picture):  # as paths are written on Windows
         picture = picture.replace("\\", "/")
     found = str(base.relative_to(folder) / picture)
     for caption in captions if isinstance(captions, list) and captions else [captions]:
         if isinstance(caption, str):
             yield _Entry(row.where, found, caption)
         else:
-            yield _Entry(row.where, found, None, f"{row.where}: {name!r} is {caption!r}, expected a caption")
+            yield _Entry(
+                row.where, found, None, f"{row.where}: {name!r} is {shortened(repr(caption))}, expected a caption"
+            )
 
 
 def _file_column(table: TextTable) -> str:

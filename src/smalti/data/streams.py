@@ -20,7 +20,7 @@ from jaxtyping import Int32, Int64, Integer
 
 from smalti.data.parquet_files import ParquetReader
 from smalti.data.tokens import PAD, TokenBatch, check_columns, read_metadata, token_values
-from smalti.errors import InputError, InputWarning
+from smalti.errors import InputError, InputWarning, first_line
 from smalti.text_tokenizer import TextTokenizer
 
 BLOCK_ROWS = 65_536
@@ -245,9 +245,8 @@ def _named_errors(name: str) -> Iterator[None]:
         OSError,
         ValueError,
     ) as error:  # the hub's errors are OSErrors, those of `datasets` either
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
-            f"{name} cannot be read: {reason}. Look for the name on the hub, or fetch the file again."
+            f"{name} cannot be read: {first_line(error)}. Look for the name on the hub, or fetch the file again."
         ) from error
 
 

@@ -277,7 +277,11 @@ def is_coco(content: Any) -> bool:
 
 def _coco_rows(path: Path, content: dict[str, Any]) -> list[Row]:
     """A row for every annotation: a picture has as many rows as captions."""
-    images = {image.get("id"): image.get("file_name") for image in content["images"] if isinstance(image, dict)}
+    images = {
+        image["id"]: image.get("file_name")
+        for image in content["images"]
+        if isinstance(image, dict) and isinstance(image.get("id"), int | str)
+    }
     rows = []
     for number, annotation in enumerate(content["annotations"]):
         where = f"{path}, annotation {number}"

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from smalti.documents import parse_yaml, read_json, read_yaml
+from smalti.documents import BoundedLoader, parse_yaml, read_json, read_yaml
 from smalti.errors import InputError, shortened
 from smalti.files import write_json
 from smalti.models.config import PRESETS, TransformerConfig
@@ -42,12 +42,15 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
         near = difflib.get_close_matches(str(name), known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise InputError(
-            f"there is no recipe {str(name)!r}; there are {', '.join(known)}, or give the path of a .yaml file.{hint}"
+            f"there is no recipe {shortened(repr(str(name)))}; there are {', '.join(known)}, or give the path of a "
+            f".yaml file.{hint}"
         )
     content = _read_yaml(path)
     system = SYSTEMS.get(str(content.get("system")))
     if system is None:
-        raise InputError(f"recipe {name}: system is {content.get('system')!r}; expected one of {', '.join(SYSTEMS)}.")
+        raise InputError(
+            f"recipe {name}: system is {shortened(repr(content.get('system')))}; expected one of {', '.join(SYSTEMS)}."
+        )
     content, problems = renamed_in_sections(content, f"recipe {name}"), []
     for override in overrides:
         try:
@@ -69,7 +72,7 @@ def _all_of(problems: Sequence[str]) -> str:
     return "\n  ".join((f"{len(problems)} settings are not as expected:", *problems))
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """YAML, but 1e-3 is a number and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -112,7 +115,9 @@ def _set_max_length(content: dict[str, Any], name: str) -> None:
         raise InputError(f"recipe {name}: model.max_length follows from the layout; leave it out.")
     if (preset := model.pop("preset", None)) is not None:
         if not isinstance(preset, str) or preset not in PRESETS:
-            raise InputError(f"recipe {name}: model.preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}.")
+            raise InputError(
+                f"recipe {name}: model.preset {shortened(repr(preset))} is unknown; choose one of {', '.join(PRESETS)}."
+            )
         model.update({**PRESETS[preset], **model})
     try:
         lines = [line if isinstance(line, str) else str(line[0]) for line in layout["orders"].values()]
@@ -160,7 +165,7 @@ def _explain(key: str, kind: str, message: str, given: object, system: System) -
     if kind == "value_error":
         return f"{key}: {message}" if key else message
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"there is no setting {key}; {_suggest(key, system)}"
+        return f"there is no setting {shortened(key)}; {_suggest(key, system)}"
     if kind in ("missing", "missing_argument"):
         return f"{key} is missing; add it."
     for json_word, word in _WORDS.items():
@@ -176,7 +181,7 @@ def _one_by_one(override: str, system: System) -> list[str]:
     key, equals, text = override.partition("=")
     section, _, last = key.rpartition(".")
     if last == "bf16":
-        last, text = "precision", renamed({last: yaml.load(text, _Loader)})["precision"]
+        last, text = "precision", renamed({last: _value(text, override)})["precision"]
     if last == "precision":
         keys = [f"{section}.{last}"] if section else [name for name in _keys(system) if name.rpartition(".")[2] == last]
         return [f"{key}{equals}{text}" for key in keys]
@@ -192,6 +197,10 @@ _ANY_PACE = ("evaluate", "sample", "watch", "about", "minutes", "output", "pictu
 _DATA = ("data.path", "data.train", "data.validation", "image_tokenizer", "image_tokenizer.path")
 
 
+def _value(text: str, override: str) -> Any:
+    return parse_yaml(text, shortened(repr(override)), "put the value in quotes", loader=_Loader, kind=object)
+
+
 def _keeps_pace(key: str) -> bool:
     """Whether a recipe takes as long with another value of a setting."""
     section, last = key.partition(".")[0], key.rpartition(".")[2]
@@ -202,8 +211,10 @@ def _apply(content: dict[str, Any], override: str, system: System) -> str:
     """Changes a setting in the content of a recipe; returns its full key."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise InputError(f"{override!r} is no setting; write key=value, for example train.learning_rate=1e-3.")
-    value = parse_yaml(text, shortened(repr(override)), "put the value in quotes", loader=_Loader, kind=object)
+        raise InputError(
+            f"{shortened(repr(override))} is no setting; write key=value, for example train.learning_rate=1e-3."
+        )
+    value = _value(text, override)
     full_key = _full_key(key, system)
     *sections, last = full_key.split(".")
     for section in sections:
@@ -211,7 +222,9 @@ def _apply(content: dict[str, Any], override: str, system: System) -> str:
             content[section] = {}
         content = content[section]
         if not isinstance(content, dict):
-            raise InputError(f"{override!r}: the recipe's {section} is not a section but {content!r}.")
+            raise InputError(
+                f"{shortened(repr(override))}: the recipe's {section} is not a section but {shortened(repr(content))}."
+            )
     if isinstance(value, str) and isinstance(content.get(last), dict) and f"{full_key}.preset" in _keys(system):
         content, last = content[last], "preset"  # model=llama-60m
     content[last] = value
@@ -228,7 +241,7 @@ def _full_key(key: str, system: System) -> str:
         return found[0]
     if found:
         raise InputError(f"several settings are named {key}; write {' or '.join(found)}.")
-    raise InputError(f"there is no setting {key}; {_suggest(key, system)}")
+    raise InputError(f"there is no setting {shortened(key)}; {_suggest(key, system)}")
 
 
 def _suggest(key: str, system: System) -> str:
@@ -238,9 +251,12 @@ def _suggest(key: str, system: System) -> str:
     near += difflib.get_close_matches(key, known, n=1)
     if near:
         return f"did you mean {' or '.join(dict.fromkeys(near))}?"
-    section = key.partition(".")[0]
-    inside = [name for name in known if name.startswith(f"{section}.")]
-    return f"there are {', '.join(inside or system.model_fields)}."
+    section = key
+    while section and not any(name.startswith(f"{section}.") for name in known):
+        section = section.rpartition(".")[0]
+    prefix = f"{section}." if section else ""
+    inside = dict.fromkeys(name.removeprefix(prefix).partition(".")[0] for name in known if name.startswith(prefix))
+    return f"there are {', '.join(f'{prefix}{name}' for name in inside)}."
 
 
 def _keys(annotation: Any, prefix: str = "") -> Iterator[str]:
