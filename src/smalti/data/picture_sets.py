@@ -128,7 +128,7 @@ def training_batches(
         dataset,
         batch_size=None,  # an item is a whole batch
         sampler=places,
-        num_workers=min(config.workers, len(os.sched_getaffinity(0))),
+        num_workers=min(config.workers, os.cpu_count() or 1),
         collate_fn=_unchanged,
         generator=torch.Generator(),  # or the loader would draw from the global one
     )

@@ -152,6 +152,9 @@ class TrainConfig:
     """Pass the model through `torch.compile`. None: where training is long enough to repay a minute or two of it."""
     full_softmax: bool = False
     """Take the softmax over the whole vocabulary instead of what can stand at a position, for comparison."""
+    dropout_from: float = 0.0
+    """Share of the training behind which the model's dropout begins. Late dropout (arXiv:2303.01500) regularises as well,
+    and leaves what is hard to find undisturbed until it is found."""
     token_dropout: float = 0.0
     """Share of the input tokens, markers apart, that are replaced by random ones of their segment while training; what
     is to be predicted stays. It keeps the model from relying on any one token of its context."""
@@ -181,7 +184,7 @@ class TrainConfig:
             positive="num_epochs num_steps batch_size num_micro_batches learning_rate max_grad_norm patience "
             "evaluation_rows checkpoint_every keep_checkpoints",
             not_negative="warmup_steps weight_decay seed",
-            below_one="ema_decay token_dropout caption_dropout betas",
+            below_one="ema_decay dropout_from token_dropout caption_dropout betas",
             shares="final_share",
         )
 
@@ -676,6 +679,7 @@ def train_model(
             if ends_here:
                 break
 
+            model.train(step >= config.dropout_from * num_steps)  # dropout is all that differs
             seed_step(config.seed, step, rank)
             set_learning_rate(state.optimizer, learning_rate(step, num_steps, config))
             pieces = [piece.to(device) for piece in next(stream)]
