@@ -137,6 +137,18 @@ def test_training_mode_without_dropout_and_evaluation_give_one_loss():
     assert training.item() == pytest.approx(evaluate_nll(model, FIXED, [packed])["total"].nats_per_token, rel=1e-6)
 
 
+def test_late_dropout_begins_with_the_share_of_steps_that_is_asked_for(tmp_path):
+    losses = {}
+    for name, dropout, dropout_from in (("none", 0.0, 0.0), ("late", 0.5, 0.5), ("always", 0.5, 0.0)):
+        config = TrainConfig(num_steps=6, batch_size=4, dropout_from=dropout_from, compile=False)
+        shape = replace(PLAIN, dropout=dropout)
+        train_model(shape, FIXED, arrays(20), arrays(4, seed=1), config, tmp_path / name, show_progress=False)
+        rows = (tmp_path / name / "curves.csv").read_text().splitlines()
+        losses[name] = [row.split(",")[3] for row in rows if row.startswith("train")]
+    assert losses["late"][:3] == losses["none"][:3] != losses["always"][:3]
+    assert losses["late"][3] != losses["none"][3]
+
+
 # Batches
 
 
