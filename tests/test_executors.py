@@ -184,6 +184,28 @@ def test_logits_of_a_slot_equal_the_plain_ones(slot, tie_embeddings, name):
         assert torch.allclose(executor.logits(rows, slot), model.logits(rows, slot), atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_a_head_without_some_rows_scores_and_draws_as_the_whole_one(name):
+    whole = decoder_only(torch.float32)
+    ranges = ((2, 7), (9, V - 1))
+    smaller = _with_large_weights(DecoderOnly(replace(whole.config, head_ranges=ranges)))
+    kept = torch.cat([torch.arange(*pair) for pair in ranges])
+    smaller.load_state_dict(whole.state_dict() | {"head": whole.head[kept]})
+    ours, plain = make_executor(smaller, name), make_executor(whole, name)
+    hidden, uniforms = torch.randn(7, 24), torch.rand(7, dtype=torch.float64)
+    for slot in (Slot(((3, 6),)), Slot(((2, 7), (11, V - 1))), Slot(ranges)):
+        assert torch.allclose(ours.logits(hidden, slot), plain.logits(hidden, slot), atol=1e-5)
+        for config in (SampleConfig(), SampleConfig(top_k=3)):
+            found, expected = (one.draw(hidden, None, slot, uniforms, None, config) for one in (ours, plain))
+            assert torch.equal(found.token_ids, expected.token_ids)
+            assert torch.allclose(found.log_probs, expected.log_probs, atol=1e-5)
+    logits = ours.logits(hidden)
+    assert torch.allclose(logits[:, kept], plain.logits(hidden)[:, kept], atol=1e-5)
+    assert int((logits == -torch.inf).sum()) == 7 * (V - len(kept))
+    with pytest.raises(ValueError, match=rf"cannot score the ids 0\.\.{V - 1}: it has rows for 2\.\.6, 9\.\.{V - 2}"):
+        ours.logits(hidden, Slot(((0, V),)))
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["gpt-2", "llama, grouped heads"])
 def test_a_row_is_the_same_to_the_last_bit_in_any_batch_on_any_threads(kind, size, exact_name):

@@ -104,7 +104,12 @@ def test_loss_and_gradients_are_those_of_the_plain_path(kind, precision):
 @pytest.mark.parametrize("full_softmax", [False, True])
 @pytest.mark.parametrize("layout", [FIXED, OPEN], ids=["fixed", "ragged and partly counted"])
 def test_every_slot_and_length_is_covered(layout, full_softmax, precision):
-    compare(model_of(SHAPE, layout), layout, batch_of(layout, 11, full_softmax=full_softmax), precision)
+    model = model_of(SHAPE, layout, full_head=full_softmax)
+    compare(model, layout, batch_of(layout, 11, full_softmax=full_softmax), precision)
+    if not full_softmax:
+        whole = batch_of(layout, 3, full_softmax=True)
+        with pytest.raises(ValueError, match=r"\(full_softmax\) needs a head with rows for all ids"):
+            native_loss(model, precision)(whole.token_ids, whole.targets, layout.slots)
 
 
 def test_tied_embeddings_get_both_gradients(precision):

@@ -57,6 +57,12 @@ def tiny_model(layout: Layout, seed: int = 0, **options) -> DecoderOnly:
     return model
 
 
+def image_head(model: DecoderOnly) -> torch.Tensor:
+    """The rows of the head for the codes, to be multiplied with hidden states of sequences of digits."""
+    image = DIGITS.vocabulary["image"]
+    return model.head[image.offset - 1 : image.end - 1].T  # nothing predicts <bos>, so it has no row
+
+
 def teacher_forced(model: DecoderOnly, layout: Layout, found: Generated) -> torch.Tensor:
     """ln p of every token in one pass."""
     spans = {name: SpanValues(values[None], torch.tensor([len(values)])) for name, values in found.spans.items()}
@@ -185,12 +191,11 @@ def test_guided_draws_follow_the_formula_at_every_step():
     request = with_null(Request(order="text to image", given={"text": torch.tensor([1, 1, 4])}, seed=11))
     config = SampleConfig(guidance_scale=2.5, temperature=0.7, top_k=6)
     (found,) = generate(model, DIGITS, [request], config)
-    image = DIGITS.vocabulary["image"]
     cond_hidden = model.hidden(found.token_ids[None])[0, 5:-1]
     null_ids = torch.cat((torch.tensor([0, 2]), found.token_ids[-5:]))
     null_hidden = model.hidden(null_ids[None])[0, 1:-1]
     for step in range(5):
-        cond, null = (h[step] @ model.head[image.offset : image.end].T for h in (cond_hidden, null_hidden))
+        cond, null = (h[step] @ image_head(model) for h in (cond_hidden, null_hidden))
         logits = (null + 2.5 * (cond - null)) / 0.7
         kept = logits >= logits.sort(descending=True).values[5]
         expected = logits.masked_fill(~kept, -torch.inf).log_softmax(-1)[found.spans["image"][step]]
@@ -219,11 +224,10 @@ def test_an_interval_skips_the_null_pass_and_changes_nothing_else(interval, monk
     expected = teacher_forced(model, DIGITS, found)
     outside = [step for step in range(5) if not interval[0] <= step < end]
     assert torch.allclose(found.draw_log_probs[-5:][outside], expected[-5:][outside], atol=1e-5)
-    image = DIGITS.vocabulary["image"]
     null_ids = torch.cat((torch.tensor([0, 2]), found.token_ids[-5:]))
     for step in range(interval[0], end):
-        cond = model.hidden(found.token_ids[None])[0, 5 + step] @ model.head[image.offset : image.end].T
-        null = model.hidden(null_ids[None])[0, 1 + step] @ model.head[image.offset : image.end].T
+        cond = model.hidden(found.token_ids[None])[0, 5 + step] @ image_head(model)
+        null = model.hidden(null_ids[None])[0, 1 + step] @ image_head(model)
         guided = (null + 3.0 * (cond - null)).log_softmax(-1)[found.spans["image"][step]]
         assert found.draw_log_probs[-5 + step].item() == pytest.approx(guided.item(), abs=1e-4)
 
@@ -275,7 +279,7 @@ def test_temperature_zero_is_greedy():
     ids = found.token_ids[:6]
     image = DIGITS.vocabulary["image"]
     for _ in range(5):
-        logits = model.hidden(ids[None])[0, -1] @ model.head[image.offset : image.end].T
+        logits = model.hidden(ids[None])[0, -1] @ image_head(model)
         ids = torch.cat((ids, logits.argmax()[None] + image.offset))
     assert found.token_ids.tolist() == ids.tolist()
 

@@ -17,7 +17,7 @@ from smalti.data.tokens import TokenTable
 from smalti.image_tokenizers import save_image_tokenizer
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqvae import VQVAE, VQVAEConfig
-from smalti.interop.huggingface import export_llama
+from smalti.interop.huggingface import export_llama, read_llama
 from smalti.models.decoder_only import new_model
 from smalti.recipes import load_recipe, shipped_recipes
 from smalti.sequences.layout import Layout
@@ -79,7 +79,13 @@ def test_the_whole_system_from_pairs_to_pictures_and_to_a_llama(recipe, tmp_path
     assert pipe.layout.vocabulary == pipe.text_tokenizer.vocabulary
     [picture] = pipe.generate("a 🎉", seed=1)
     assert picture.size == (28, 28)
-    assert export_llama(out / "bundle", tmp_path / "llama")[1] == ()
+    (note,) = export_llama(out / "bundle", tmp_path / "llama")[1]
+    held = pipe.model.config.head_slot
+    left_out = pipe.layout.vocabulary.size - held.size
+    assert f"the rows of lm_head.weight for the other {left_out} are zeros" in note and held.size == 37
+    exported = read_llama(tmp_path / "llama").model.head
+    assert int((exported == 0).all(1).sum()) == left_out
+    assert torch.equal(exported[held.token_ids(torch.arange(held.size))], pipe.model.head)
     made = (out / "tokens" / "train.parquet").stat().st_mtime_ns
     claimed = json.loads((out / "recipe.json").read_text())
     del claimed["model"]["head_width"]  # as a version wrote it that did not have this setting

@@ -87,7 +87,7 @@ def packed_rows(layout, num_rows=8, seed=3):
 @pytest.mark.parametrize("layout", [FIXED, OPEN, COUNTED], ids=["fixed", "open", "counted"])
 def test_grouped_loss_is_the_oracle_at_the_counted_positions_with_its_gradients(layout, full_softmax):
     torch.manual_seed(0)
-    model = new_model(layout, PLAIN)
+    model = new_model(layout, PLAIN, full_head=full_softmax)
     packed = packed_rows(layout)
 
     expected = token_nll(model, packed, layout.slots, full_softmax=full_softmax)[packed.counted]
@@ -604,3 +604,18 @@ def test_no_rows_are_refused(tmp_path):
         run(tmp_path, train=TokenArrays(np.zeros((0, 5), np.int64), np.zeros((0, 3), np.int64)))
     with pytest.raises(InputError, match="no rows to validate with"):
         run(tmp_path, validation=TokenArrays(np.zeros((0, 5), np.int64), np.zeros((0, 3), np.int64)))
+
+
+def test_a_run_begun_with_rows_for_all_ids_goes_on_with_them(tmp_path):
+    """And a smaller head learns what those rows learn: the others never get a gradient."""
+    torch.manual_seed(SHORT.seed)
+    whole = run(tmp_path / "whole", shape=new_model(FIXED, PLAIN, full_head=True))
+    again = run(tmp_path / "whole", shape=PLAIN)
+    assert again.config == whole.config and whole.config.head_ranges is None
+    assert torch.equal(again.head, whole.head)
+    smaller = run(tmp_path / "smaller", shape=PLAIN)
+    rows = smaller.config.head_slot.token_ids(torch.arange(len(smaller.head)))
+    assert smaller.config.head_ranges == FIXED.predicted.ranges and len(rows) < FIXED.vocabulary.size
+    assert torch.allclose(smaller.head, whole.head[rows], rtol=0, atol=1e-5)
+    for (name, found), (_, expected) in zip(smaller.named_parameters(), whole.named_parameters(), strict=True):
+        assert name == "head" or torch.allclose(found, expected, rtol=0, atol=1e-5)

@@ -15,7 +15,7 @@ from smalti.errors import InputError
 from smalti.interop.fields import HEADER, Fields, check_header
 from smalti.interop.fused import Piece, PieceMap, read_fused
 from smalti.interop.keys import ImportReport
-from smalti.models.config import LLAMAGEN, TransformerConfig
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import FEATURES, Vocabulary
@@ -39,22 +39,23 @@ def read_config(config: dict) -> tuple[DecoderOnlyConfig, Layout]:
     if side * side != num_codes:
         raise InputError(f"{args.where}.block_size is {num_codes}; LlamaGen's pictures are square grids of codes.")
     transformer = TransformerConfig(
-        **LLAMAGEN
-        | dict(
-            num_layers=args.take("n_layer", int),
-            d_model=d_model,
-            num_heads=num_heads,
-            num_kv_heads=args.take("n_kv_head", int | None, None),
-            d_ff=_wide(args, d_model),
-            max_length=prefix + num_codes,
-            norm_eps=args.take("norm_eps", float, 1e-5),
-            rotary_base=args.take("rope_base", float, 10000.0),
-            grid=(side, side),
-            prefix_length=prefix,
-            zero_prefix_rotation=True,
-            dropout=args.take("resid_dropout_p", float, 0.0),
-            attention_dropout=args.take("attn_dropout_p", float, 0.0),
-        )
+        num_layers=args.take("n_layer", int),
+        d_model=d_model,
+        num_heads=num_heads,
+        num_kv_heads=args.take("n_kv_head", int | None, None),
+        d_ff=_wide(args, d_model),
+        max_length=prefix + num_codes,
+        norm="rms",
+        norm_eps=args.take("norm_eps", float, 1e-5),
+        feed_forward="swiglu",
+        bias=False,
+        positions="rotary_2d",
+        rotary_base=args.take("rope_base", float, 10000.0),
+        grid=(side, side),
+        prefix_length=prefix,
+        zero_prefix_rotation=True,
+        dropout=args.take("resid_dropout_p", float, 0.0),
+        attention_dropout=args.take("attn_dropout_p", float, 0.0),
     )
     codes, kind = args.take("vocab_size", int), args.expect("model_type", "c2i", "t2i")
     num_classes, width = args.take("num_classes", int, 1000), args.take("caption_dim", int, 2048)
