@@ -72,7 +72,7 @@ class _Step:
         self.inputs = torch.zeros(2, num_rows, dtype=torch.long, device=device)
         """Token ids, and the slot that each goes to."""
         self.pinned = torch.zeros(2, num_rows, dtype=torch.long).pin_memory()
-        places = _StaticPlaces(state, rows, self.inputs[1], width)
+        self.places = places = _StaticPlaces(state, rows, self.inputs[1], width)  # the graph reads its tensors
         kept = [both[:, rows].clone() for both in state.both]  # warming up writes
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
