@@ -16,6 +16,7 @@ from tiny_bundle import save_tiny_bundle, tiny_pipeline
 
 from smalti.bundle import shipped_bundles
 from smalti.cli import app as cli
+from smalti.cli.evaluate import parse_size
 from smalti.data.tokens import TokenTable
 from smalti.evaluate.digits import DigitClassifier
 from smalti.image_files import read_receipt
@@ -243,6 +244,23 @@ def test_our_own_bugs_keep_their_traceback(smalti, monkeypatch):
     monkeypatch.setattr("smalti.bundle.find_bundle", lambda name: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         smalti("info", "TINY")
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "compositions"])
+def test_a_bundle_may_have_the_name_of_a_part_of_evaluate(smalti, tmp_path, name: str):
+    error = complaint(smalti("evaluate", name, "--data", tmp_path / "nothing"))
+    assert str(tmp_path / "nothing") in error and "option" not in error
+
+
+@pytest.mark.parametrize("text, size", [("64", (64, 64)), ("64x48", (64, 48)), ("1x4096", (1, 4096))])
+def test_sizes_are_read_alike_by_all_commands(text: str, size: tuple[int, int]):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "64x", "x64", "big", "-1", "0", "4097", "64x48x3", "٦٤x", "6 4"])
+def test_sizes_that_are_none_are_refused(text: str):
+    with pytest.raises(ValueError, match=r"--size is '.*'; expected (ROWSxCOLUMNS, such as|rows and columns of 1 to)"):
+        parse_size(text)
 
 
 def commands(group: Any, names: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from tiny_captions import BOTH, ONE, tiny
+from tiny_captions import BOTH, ONE, TEXT_FIRST, tiny
 
 from smalti.cli.app import run
+from smalti.engine.generate import Request, generate
 from smalti.errors import InputError
 from smalti.image_files import read_picture, read_receipt, save_picture
 from smalti.likelihood import score
@@ -86,6 +87,35 @@ def test_scores_that_a_bundle_lacks_are_a_dash(one, tmp_path, capsys):
     [row] = json.loads(capsys.readouterr().out)
     assert row["caption_nll_nats"] is None
     assert row["pmi_nats"] == pytest.approx(found.pmi_nats.item(), rel=1e-4)
+
+
+# Captions that are begun
+
+
+def test_an_open_caption_that_is_begun_goes_on_as_if_it_had_been_drawn():
+    pipe = tiny({"text to image": TEXT_FIRST.replace("(text{..40})", "text{..40}")})
+    drawn = generate(pipe.model, pipe.layout, [Request(order="text to image", seed=seed) for seed in range(3)])
+    for seed, whole in enumerate(drawn):
+        for num in (0, 2, len(whole.spans["text"])):
+            given = {"text": whole.spans["text"][:num]}
+            begun = Request(order="text to image", given=given, begun="text", seed=seed)
+            [again] = generate(pipe.model, pipe.layout, [begun])
+            assert torch.equal(again.token_ids, whole.token_ids)
+    said = pipe.complete_caption("cook, da", seed=1, n=3)
+    assert len(set(said)) == 3 and all(line.startswith("cook, da") and len(line) > 8 for line in said)
+    assert pipe.complete_caption("cook, da", seed=2) == said[1:2]
+
+
+def test_a_caption_is_not_completed_where_that_was_never_learned(both, one, tmp_path, capsys):
+    with pytest.raises(
+        InputError, match=r"never learned p\(caption\): .* 'image to text' writes captions of a picture"
+    ):
+        both.complete_caption("cook")
+    with pytest.raises(InputError, match=r"never learned p\(caption\): .* it draws pictures of whole captions"):
+        one.complete_caption("cook")
+    both.save(tmp_path / "both")
+    assert run(["complete", "cook", "--bundle", str(tmp_path / "both")]) == 2
+    assert "cannot complete a caption by itself" in capsys.readouterr().err
 
 
 # Pictures on the way

@@ -474,6 +474,10 @@ def test_scores_are_the_likelihoods_of_the_two_orders(pipe: Pipeline):
         (lambda pipe: pipe.generate(CAPTION, temprature=1), "sampling has no setting 'temprature'; there are temper"),
         (lambda pipe: pipe.generate(CAPTION, top_p=2.0), "top_p is 2.0"),
         (lambda pipe: pipe.generate(CAPTION, rerank="beauty", best_of=2), "rerank 'beauty' is unknown"),
+        (
+            lambda pipe: pipe.generate(CAPTION, rerank="pmi"),
+            "rerank 'pmi' has one picture to choose from; give best_of 2",
+        ),
         (lambda pipe: pipe.generate(CAPTION, n=0), "n is 0"),
         (lambda pipe: pipe.generate(CAPTION, scale=0), "scale is 0"),
         (lambda pipe: pipe.score([], [CAPTION]), "0 pictures but 1 captions"),

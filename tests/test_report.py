@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_bundle import tiny_pipeline
+from tiny_captions import BOTH, tiny
 
 from smalti.data.digit_sources import scikit_learn_digits
 from smalti.data.digits import (
@@ -200,6 +201,11 @@ def test_held_out_pairs_are_levels(tmp_path, held_out: HeldOut):
         assert found.captions == held_out.captions
     assert images_to_levels(torch.ones(1, 3, 28, 28)).max() == 3
     assert len(PairTable(tmp_path / "test.parquet")) == N
+
+
+def test_bundles_of_other_pictures_are_refused(held_out: HeldOut):
+    with pytest.raises(InputError, match="tiny draws pictures of 24×16, and this measures bundles of coloured digits"):
+        evaluate_digits(tiny(BOTH), held_out, show_progress=False)
 
 
 def test_nothing_to_measure_is_an_error(pipe: Pipeline, judge: DigitClassifier):

@@ -523,8 +523,8 @@ def test_a_folder_of_pictures_becomes_a_tokenizer_and_a_table(tmp_path, pictures
         (["train", "tokenizer", "vqgan", "losses.perceptual=1"], "perceptual is 1.0, but perceptual_weights names no"),
         (["evaluate", "tokenizer", "nowhere"], "only nowhere is given; name at least one image tokenizer, and the"),
         (
-            ["evaluate", "tokenizer", "a", "b", "--size", "64"],
-            "--size is '64'; expected rows and columns such as 64x64",
+            ["evaluate", "tokenizer", "a", "b", "--size", "64x"],
+            "--size is '64x'; expected ROWSxCOLUMNS, such as 64x48, or one number.",
         ),
         (["evaluate", "tokenizer", "a", "b", "--vgg", "x"], "LPIPS needs two files: give both --vgg and --lpips."),
     ],

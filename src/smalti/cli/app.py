@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 
 from smalti.bounds import MAX_CANDIDATES, MAX_PICTURES
 from smalti.cli.evaluate import app as evaluate_app
+from smalti.cli.evaluate import parse_size
 from smalti.cli.interop import app as interop_app
 from smalti.cli.stop import Stopped, resuming, stoppable
 from smalti.cli.train import RECIPE_NAMES
@@ -691,7 +692,7 @@ def tokenize(
     from smalti.data.tokenize_pairs import TokenizeConfig, tokenize_pairs
 
     config = TokenizeConfig(
-        size=None if size is None else _size(size),
+        size=None if size is None else parse_size(size),
         max_text_length=max_text_length,
         on_error=on_error,
         batch_size=batch_size,
@@ -728,14 +729,6 @@ def _tokenizers(bundle: str | None, image_tokenizer: Path | None, text_tokenizer
 
     words = None if text_tokenizer is None else TextTokenizer.load(text_tokenizer)
     return load_image_tokenizer(image_tokenizer).eval(), words
-
-
-def _size(text: str) -> tuple[int, int]:
-    try:
-        rows, _, columns = text.partition("x")
-        return int(rows), int(columns or rows)
-    except ValueError as error:
-        raise ValueError(f"size is {text!r}; expected ROWSxCOLUMNS, such as 64x48, or one number.") from error
 
 
 @evaluate_app.command("bundle", epilog="Example: smalti evaluate digits --data out/digits -o out/report")

@@ -13,17 +13,19 @@ from smalti.tables import print_table
 
 
 class BundleGroup(TyperGroup):
-    """`smalti evaluate digits` is short for `smalti evaluate bundle digits`, whatever is not the name of a part."""
+    """`smalti evaluate digits` is short for `smalti evaluate bundle digits`, whatever is not the name of a part; with
+    --data, which no part takes, that is a bundle's name too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, "--help", "-h"):
+        has_data = any(word.partition("=")[0] == "--data" for word in args)
+        if args and (args[0] not in (*self.commands, "--help", "-h") or (has_data and args[0] != "bundle")):
             args = ["bundle", *args]
         return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
     cls=BundleGroup,
-    help="Measure a bundle (smalti evaluate digits), or image tokenizers.",
+    help="Measure a bundle of digits (smalti evaluate digits), a bundle on held-out compositions, or image tokenizers.",
     epilog="Examples: smalti evaluate digits --data out/digits · smalti evaluate tokenizer out/vqgan photos",
     no_args_is_help=True,
 )
@@ -45,7 +47,8 @@ def tokenizer(
     ] = None,
     num: Annotated[int | None, typer.Option(min=2, help="Measure on the first NUM pictures (default: all).")] = None,
     size: Annotated[
-        str | None, typer.Option(help="ROWSxCOLUMNS that pictures are cut to (default: each tokenizer's own).")
+        str | None,
+        typer.Option(help="Crop and resize pictures to ROWSxCOLUMNS, or a square (default: each tokenizer's own)."),
     ] = None,
     vgg: Annotated[Path | None, typer.Option(help="torchvision's vgg16 weights, for LPIPS.")] = None,
     lpips: Annotated[Path | None, typer.Option(help="The linear layers of LPIPS, vgg.pth.")] = None,
@@ -70,7 +73,9 @@ def tokenizer(
     options = [*(["--num", str(num)] if num else []), *(["--size", size] if size else [])]
     command = shlex.join(["smalti", "evaluate", "tokenizer", *map(str, bundles_and_pictures), *options])
     how = {"lpips": network, "command": command, "show_progress": not quiet}
-    comparison = compare_tokenizers(bundles, pictures, num=num, image_size=_size(size), **how)
+    comparison = compare_tokenizers(
+        bundles, pictures, num=num, image_size=None if size is None else parse_size(size), **how
+    )
     print_table(comparison.table())
     if output:
         comparison.write(output, force=force)
@@ -124,15 +129,14 @@ def compositions(
         typer.echo(f"{output}: {', '.join(REPORT_FILES)}")
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
+def parse_size(text: str) -> tuple[int, int]:
+    """Rows and columns of `64x48`, or of `64`, a square. Raises ValueError for anything else."""
     from smalti.image_files import MAX_SIDE
 
     rows, cross, columns = text.partition("x")
-    if not (cross and rows.isdecimal() and columns.isdecimal() and len(text) <= 20):
-        raise ValueError(f"--size is {shortened(text)!r}; expected rows and columns such as 64x64.")
-    size = int(rows), int(columns)
+    if not (rows.isdecimal() and (columns.isdecimal() if cross else True) and len(text) <= 20):
+        raise ValueError(f"--size is {shortened(text)!r}; expected ROWSxCOLUMNS, such as 64x48, or one number.")
+    size = int(rows), int(columns or rows)
     if not 1 <= min(size) <= max(size) <= MAX_SIDE:
         raise ValueError(f"--size is {shortened(text)!r}; expected rows and columns of 1 to {MAX_SIDE}.")
     return size

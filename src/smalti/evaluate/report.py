@@ -178,6 +178,11 @@ def evaluate_digits(
     """Measures a bundle of coloured digits. `classifier` reads digits; by default the shipped one for their source."""
     if not pairs.captions:
         raise InputError(f"{pairs.source} holds no pictures to measure with.")
+    if (pipe.pictures.height, pipe.pictures.width) != pairs.pictures.shape[1:3]:
+        raise InputError(
+            f"{pipe.name} draws pictures of {pipe.pictures.width}×{pipe.pictures.height}, and this measures bundles of "
+            f"coloured digits of 28×28; others are measured by: smalti evaluate compositions."
+        )
     _check_captions(pipe, pairs)
     started_at = time.perf_counter()
     judge = classifier or load_digit_classifier(shipped_classifier(pairs.digits))

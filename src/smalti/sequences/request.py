@@ -29,6 +29,8 @@ class Request:
     """Each segment's own numbers, from 0: whole spans, or the beginning of the first span that is not whole."""
     features: Float[Tensor, "n C"] | None = None
     """What stands in place of token ids at the beginning, at most as many as the layout says."""
+    begun: str | None = None
+    """The segment of an open span of which the given numbers are but the beginning: without it they are all of it."""
     seed: int = 0
     null: "Request | None" = None
     """What guidance steers away from: the same spans ahead, under another condition or none."""
@@ -83,7 +85,7 @@ class TokenSequence:
         self.filled = 0  # tokens that part has already
         self.null: TokenSequence | None = None
         self.features = request.features
-        self._give(dict(request.given))
+        self._give(dict(request.given), request.begun)
         if request.null is not None:
             self.null = TokenSequence(layout, request.null)
 
@@ -179,7 +181,7 @@ class TokenSequence:
         whole.log_probs = whole.draw_log_probs = self.log_probs + log_probs
         return whole.finished()
 
-    def _give(self, given: dict[str, Int[Tensor, " L"]]) -> None:
+    def _give(self, given: dict[str, Int[Tensor, " L"]], begun: str | None) -> None:
         """Pushes what is certain: markers, and given spans as far as they reach."""
         while not self.is_finished and not self.chooses_order:
             part = self.order.parts[self.part]
@@ -187,7 +189,7 @@ class TokenSequence:
                 self.push(self.layout.vocabulary.special(part.special))
             elif part.segment == FEATURES:
                 self._give_features(part)
-            elif part.segment not in given or not self._give_span(part, given.pop(part.segment)):
+            elif part.segment not in given or not self._give_span(part, given.pop(part.segment), begun):
                 break
         if self.features is not None and FEATURE not in self.token_ids:
             raise ValueError(f"features are given, but order {self.order.name!r} ({self.order}) has none.")
@@ -215,8 +217,8 @@ class TokenSequence:
         self.draw_log_probs += [0.0] * num_features
         self.part, self.filled = self.part + 1, 0
 
-    def _give_span(self, span: Span, numbers: Int[Tensor, " L"]) -> bool:
-        """Pushes a span's given tokens; whether the span is whole now. A given open span always is."""
+    def _give_span(self, span: Span, numbers: Int[Tensor, " L"], begun: str | None) -> bool:
+        """Pushes a span's given tokens; whether the span is whole now. An open one is unless it is `begun`."""
         size = self.layout.vocabulary[span.segment].size
         if numbers.ndim != 1 or numbers.is_floating_point():
             raise ValueError(
@@ -229,9 +231,10 @@ class TokenSequence:
             raise ValueError(f"a given {span.segment} token is outside 0..{size - 1}: {numbers.tolist()}.")
         for token in self.layout.vocabulary.ids(span.segment, numbers).tolist():
             self.push(token)
-        if span.end is not None:
-            self.push(self.layout.vocabulary.special(span.end))
-        return span.end is not None or numbers.numel() == span.length
+        if span.end is None or span.segment == begun:
+            return span.end is None and numbers.numel() == span.length
+        self.push(self.layout.vocabulary.special(span.end))
+        return True
 
 
 def _plan_tokens(plan: Plan, slot_id: int, steps: list[tuple[int, int]], forced: int) -> None:

@@ -27,7 +27,7 @@ from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, InputWarning, shortened
 from smalti.image_files import Picture, checked_scale, listed, to_images, to_pictures, with_receipt
 from smalti.likelihood import score
-from smalti.sequences.layout import SpanValues
+from smalti.sequences.layout import Layout, SpanValues
 from smalti.text_tokenizer import TextTokenizer
 
 RERANKERS = ("picture", "caption", "pmi")
@@ -139,14 +139,13 @@ class Pipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         checked_scale(self.pictures, scale)  # before the work, not after it
         config = self._sample_config(self.sampling.picture, sampling)
-        rerank = rerank or self.rerankers[0]
         executor = self._executor(len(prompts) * n * best_of, batch_size)
         drawn = self._draw_pictures(prompts, config, seed, n, best_of, rerank, negative_prompt, batch_size, executor)
         codes = self._codes([found for _, found in drawn])
         pictures = self.decode(codes, scale=scale)
         shared = {"negative_prompt": negative_prompt, "sampling": asdict(config), "executor": executor}
         if best_of > 1:
-            shared |= {"best_of": best_of, "rerank": rerank}
+            shared |= {"best_of": best_of, "rerank": rerank or self.rerankers[0]}
         repeated = [prompt for prompt in prompts for _ in range(n)]
         return [
             with_receipt(
@@ -252,7 +251,9 @@ class Pipeline:
             raise ValueError(f"n is {n} and best_of {best_of}; both must be at least 1.")
         if rerank is not None and rerank not in RERANKERS:
             raise ValueError(f"rerank {rerank!r} is unknown; choose one of {', '.join(RERANKERS)}.")
-        if best_of > 1 and rerank is not None and rerank not in self.rerankers:
+        if rerank is not None and best_of == 1:
+            raise InputError(f"rerank {rerank!r} has one picture to choose from; give best_of 2 or more as well.")
+        if rerank is not None and rerank not in self.rerankers:
             raise InputError(
                 f"the bundle {self.name} has no order with image before text, so it cannot rerank by {rerank!r}; "
                 f"choose one of {', '.join(self.rerankers)}."
@@ -377,12 +378,29 @@ class Pipeline:
         return self._codes(generate(self.model, self.layout, requests, config, executor=executor))
 
     def complete_caption(self, beginning: str, *, seed: int = 0, n: int = 1, **sampling: Any) -> list[str]:
-        """`n` captions that start with the given words, which may be none."""
+        """`n` captions that start with the given words, which may be none. Raises InputError if the bundle has not
+        learned how captions go on without a picture."""
         config = self._sample_config(SampleConfig(), sampling)
         _check_completing(n, config, False)
-        order, words = self.bundle.order("text", "image"), self._words(beginning)
-        requests = [Request(order=order, given={"text": words}, seed=seed + i) for i in range(n)]
-        return [self._text(sequence) for sequence in generate(self.model, self.layout, requests, config)]
+        layout, given = self._captions_alone(), {"text": self._words(beginning)}
+        [order] = layout.orders
+        requests = [Request(order=order, given=given, begun="text", seed=seed + i) for i in range(n)]
+        return [self._text(sequence) for sequence in generate(self.model, layout, requests, config)]
+
+    def _captions_alone(self) -> Layout:
+        """The order that learns p(caption), up to the caption's end: no picture is drawn behind it."""
+        for order in self.layout.orders.values():
+            if order.spans[0].segment == "text" and order.spans[0].counted:
+                parts = order.parts[: order.parts.index(order.spans[0]) + 1]
+                return Layout(self.layout.vocabulary, [replace(order, parts=parts)])
+        instead = "; it draws pictures of whole captions: smalti generate."
+        if self.bundle.can_caption:
+            order = self.bundle.order("image", "text")
+            instead = f"; its order {order!r} writes captions of a picture: smalti caption PICTURE."
+        raise InputError(
+            f"the bundle {self.name} cannot complete a caption by itself, it never learned p(caption): in its orders a "
+            f"caption that comes first is given, not learned{instead}"
+        )
 
     # Likelihood ------------------------------------------------------------------------------------------------
 
