@@ -1,6 +1,7 @@
 """The report: everything inside one page, every finding with a function that exists."""
 
 import importlib
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_inspect_grid import as_lines, markov_field
 from tiny_bundle import CODEBOOK_SIZE, save_tiny_bundle
 
@@ -18,6 +20,7 @@ from smalti.data.lines import DISTINCT, Lines, table_lines, write_lines
 from smalti.data.tokens import TokenTable, token_rows, write_token_table
 from smalti.errors import InputError
 from smalti.image_tokenizers import load_image_tokenizer
+from smalti.inspect import figures
 from smalti.inspect.findings import InspectConfig
 from smalti.inspect.grid import Grid
 from smalti.inspect.patches import average_patches
@@ -139,8 +142,11 @@ def test_lines_become_pictures_where_the_grid_is_the_tokenizers(lines_and_bundle
     assert raised is not None and torch.equal(raised, pictures)
 
 
-def test_codes_are_named_as_in_the_lines_where_they_are_raised(tmp_path):
+def test_codes_are_named_as_in_the_lines_where_they_are_raised(tmp_path, monkeypatch):
     """The tokenizer's code c stands as c + 1 between a start and an end, and a count that looks like a code."""
+    blank = io.BytesIO()
+    Image.new("L", (1, 1)).save(blank, "PNG")
+    monkeypatch.setattr(figures, "png_bytes", lambda figure: blank.getvalue())  # drawing figures takes most of the time
     bundle = save_tiny_bundle(tmp_path / "bundle")
     codes = markov_field(300, 7, 7, CODEBOOK_SIZE).reshape(300, -1)
     write_token_table(tmp_path / "tokens.parquet", [token_rows([f"{i}" for i in range(300)], codes)], {})

@@ -497,6 +497,7 @@ def in_process_of_its_own(name, directory):
     return report
 
 
+@pytest.mark.slow  # processes that import torch
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
     report = in_process_of_its_own("resume", tmp_path)
     assert "status -9" in report

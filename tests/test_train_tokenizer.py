@@ -125,6 +125,7 @@ test_train_tokenizer.train(sys.argv[2])
 """
 
 
+@pytest.mark.slow  # processes that import torch
 def test_killed_and_started_again_ends_with_the_same_weights_bit_for_bit(finished, tmp_path):
     """Killed with SIGKILL as soon as a checkpoint of an odd step is there, while later steps run."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
