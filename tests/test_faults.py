@@ -344,12 +344,14 @@ def test_a_damaged_manifest_of_a_tokenizing_is_named_and_force_begins_anew(tmp_p
     assert [path.name for path in parts.iterdir()] == ["manifest.json"]
 
 
-def test_a_file_name_of_any_length_in_a_bundle_is_one_that_is_not_there(tmp_path):
+@pytest.mark.parametrize("name", ["n" * 1000, "\0", "../outside"])
+def test_what_no_file_of_a_bundle_can_be_called_is_not_there(tmp_path, name: str):
+    (tmp_path / "outside").write_text("")
     folder = save_tiny_bundle(tmp_path / "bundle")
     config = json.loads((folder / "config.json").read_text())
-    config["sha256"]["n" * 1000] = "00"
+    config["sha256"][name] = "00"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"bundle lacks nnn.{1,200}$"):
+    with pytest.raises(InputError, match=r"bundle lacks .{1,200}$"):
         Pipeline.load(folder)
 
 

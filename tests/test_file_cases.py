@@ -1,7 +1,9 @@
 """Pictures and captions in files as people have them: nothing is lost in silence, and every error says what to do."""
 
+import gzip
 import io
 import json
+import re
 import tarfile
 import warnings
 from collections.abc import Iterable
@@ -174,6 +176,40 @@ def test_hidden_and_stray_members_are_counted(tmp_path: Path) -> None:
     assert "2 members that are no part of a sample passed over (the first: README)" in str(said[1].message)
 
 
+def test_links_and_empty_shards_are_named(tmp_path: Path) -> None:
+    members = {"a.png": png(0), "a.txt": b"a", "b.txt": b"b"}
+    with tarfile.open(tmp_path / "links.tar", "w") as archive:
+        for kind, name in ((tarfile.SYMTYPE, "b.png"), (tarfile.LNKTYPE, "c.png")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "a.png"
+            archive.addfile(link)
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    with pytest.warns(
+        InputWarning, match=r"2 links without content \(pack with tar -h --hard-dereference\) passed over"
+    ):
+        records = read(tmp_path / "links.tar")
+    assert [(record.key, record.fault is None) for record in records] == [("a", True), ("b", False)]
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(InputError, match=r"empty\.tar: no member is part of a picture with a caption"):
+        read(tmp_path / "empty.tar")
+
+
+def test_a_shard_of_another_name_or_cut_short_says_what_to_do(tmp_path: Path) -> None:
+    shard = tar(tmp_path / "a.tar", ("a.png", png(0)), ("a.txt", b"a"), ("b.png", png(1)), ("b.txt", b"b"))
+    (tmp_path / "a.zip").write_bytes(shard.read_bytes())
+    with pytest.raises(InputError, match=r"a\.zip is a tar archive: give it a name that ends in \.tar\."):
+        read(tmp_path / "a.zip")
+    shard.write_bytes(shard.read_bytes()[:3000])
+    with pytest.raises(
+        InputError, match=r"a\.tar is not a whole tar file: (?!it is a tar).*fetch or make the shard again"
+    ):
+        read(shard)
+
+
 def test_a_shard_that_goes_on_behind_its_end_is_refused(tmp_path: Path) -> None:
     one, two = (tar(tmp_path / f"{i}.tar", (f"{i}.png", png(i)), (f"{i}.txt", "x")) for i in range(2))
     one.write_bytes(one.read_bytes() + two.read_bytes())
@@ -312,16 +348,37 @@ def test_another_delimiter_is_recognised_or_asked_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the header line 'name\|words' is one field .*--delimiter '\|', or ','"):
         read_captions(tmp_path / "b.csv")
     assert read_captions(tmp_path / "b.csv", "words", delimiter="|") == ["a thing"]
-    assert read_captions(tmp_path / "b.csv", delimiter=",") == ["0.jpg|a thing"]
+    (tmp_path / "c.csv").write_text("caption:url\na thing:0.jpg\n")
+    (tmp_path / "d.csv").write_text("a thing\nanother thing\n")
+    for name in (
+        "b.csv",
+        "c.csv",
+        "d.csv",
+    ):  # a whole line is no caption, nor is the first one a header, unless so said
+        with pytest.raises(InputError, match=r"its one column is called .* name it by --caption-column.*header line"):
+            read_captions(tmp_path / name, delimiter=",")
+    assert read_captions(tmp_path / "b.csv", "name|words", delimiter=",") == ["0.jpg|a thing"]
+    with pytest.warns(InputWarning, match="is taken for a row"):
+        assert read_captions(tmp_path / "d.csv", "1") == ["a thing", "another thing"]
+    (tmp_path / "f.tsv").write_text("a door\tdoors\n")
+    with pytest.raises(InputError, match=r"no column is known to be the captions.*If the first line is a row already"):
+        read_captions(tmp_path / "f.tsv")
+    (tmp_path / "g.tsv").write_text("caption\turl\n", encoding="utf-16-le")
+    with pytest.raises(InputError, match="line 1: it holds null bytes"):
+        read_captions(tmp_path / "g.tsv")
+    (tmp_path / "h.csv.gz").write_bytes(gzip.compress(b"caption\na\n"))
+    with pytest.raises(InputError, match=r"h\.csv\.gz: it is a gzip-compressed file: unpack it"):
+        read_captions(tmp_path / "h.csv.gz")
 
 
 def test_a_quote_that_is_never_closed_names_its_line(tmp_path: Path) -> None:
     rows = [(f"caption number {i}", "x") for i in range(9000)]
-    for number in (20, 9000):  # shorter and longer than the largest field
+    longest = "a field is longer than 131,072 letters; is a quote never closed?"
+    for number, reason in ((20, "a quote that opens there is never closed"), (9000, longest)):
         (tmp_path / "a.csv").write_text(
             lines_of(("caption", "url"), ("a", "x"), ('"b', "x"), *rows[:number], delimiter=",")
         )
-        with pytest.raises(InputError, match=r"a\.csv, line 3: .*a quote that opens there is never closed"):
+        with pytest.raises(InputError, match=r"a\.csv, line 3: .*" + re.escape(reason)):
             read_captions(tmp_path / "a.csv")
     (tmp_path / "b.csv").write_text('caption,url\n"quiet street,x\ntwo dogs,x\nbread",x\n')
     with pytest.warns(InputWarning, match="1 of its rows have line breaks within quotes, the first from line 2 on"):

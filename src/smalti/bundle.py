@@ -385,7 +385,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             raise InputError(f"{path}: the entry sha256 has no checksum of {name}; {ANEW}.")
     for name in checksums:
         file = directory / name
-        if not file.resolve().is_relative_to(directory.resolve()) or not os.path.isfile(file):
+        if not os.path.isfile(file) or not file.resolve().is_relative_to(directory.resolve()):
             raise InputError(f"{directory} lacks {shortened(name)}; {ANEW}.")
     return config
 

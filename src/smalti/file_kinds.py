@@ -99,9 +99,9 @@ def why_not(path: Path | str, wanted: str, otherwise: str) -> str:
         kind = kind_of(path)
     except OSError:
         return otherwise
-    if kind is None or not kind.advice:
-        return otherwise if kind is None or kind.what == wanted else f"it is {kind.what}, not {wanted}"
-    return f"it is {kind.what}: {kind.advice}"
+    if kind is None or kind.what == wanted:
+        return otherwise
+    return f"it is {kind.what}: {kind.advice}" if kind.advice else f"it is {kind.what}, not {wanted}"
 
 
 _HIDDEN_FOLDERS = ("__MACOSX", "@eaDir")

@@ -5,6 +5,7 @@ picture.
 """
 
 import io
+import warnings
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -38,8 +39,10 @@ def load_picture(source: Path | str | bytes, *, max_side: int | None = None) -> 
 def upright(picture: Image.Image) -> Image.Image:
     """The picture as its EXIF says it is to be seen; itself, if that says nothing or cannot be read."""
     try:
-        if picture.getexif().get(_ORIENTATION, 1) == 1:
-            return picture
-        return ImageOps.exif_transpose(picture)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of EXIF that it cannot read
+            if picture.getexif().get(_ORIENTATION, 1) == 1:
+                return picture
+            return ImageOps.exif_transpose(picture)
     except Exception:  # a picture is no worse for its EXIF
         return picture

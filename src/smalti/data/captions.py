@@ -1,12 +1,14 @@
 """Captions alone, from tables of text: what a text tokenizer is trained on."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from smalti.data import arrow_types
 from smalti.data.parquet_files import ParquetReader
 from smalti.data.text_tables import caption_column, find_column, open_text_table, text_lines
-from smalti.errors import InputError
+from smalti.errors import InputError, shortened
+from smalti.file_kinds import why_not
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 
@@ -20,8 +22,9 @@ def read_captions(path: Path | str, column: str | None = None, *, delimiter: str
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path}: captions are read from {', '.join(SUFFIXES)} files; rename it to what it is.")
-    if not path.is_file():
+        kinds = f"captions are read from {', '.join(SUFFIXES)} files"
+        raise InputError(f"{path}: {why_not(path, kinds, f'{kinds}; rename it to what it is')}.")
+    if not os.path.isfile(path):
         raise InputError(f"there is no file {path}; give the path of a file of captions.")
     captions = list(_read(path, column, delimiter))
     if not captions:
@@ -46,7 +49,7 @@ def _read(path: Path, column: str | None, delimiter: str | None) -> Iterator[str
             found = value if isinstance(value, list) else [value]
             for caption in found:
                 if not isinstance(caption, str):
-                    raise InputError(f"{row.where}: {name!r} is {caption!r}; expected a caption.")
+                    raise InputError(f"{row.where}: {name!r} is {shortened(repr(caption))}; expected a caption.")
                 yield caption
 
 

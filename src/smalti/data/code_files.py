@@ -19,10 +19,11 @@ CODE_FIELDS = ("image_tokens", "tokens", "codes", "indices", "token_ids", "ids")
 """What the field of codes of a JSON line is called, the likeliest first, where several hold lists of integers."""
 TAG_FIELDS = ("__key__", "key", "tag", "file_name", "filename", "name", "path", "id")
 _CODES_AT_ONCE = 2**20
+_LARGEST = 2**63 - 1
 
 
 class CodeRows(NamedTuple):
-    """Some rows of a file, not yet checked. Codes that no int64 holds are negative."""
+    """Some rows of a file, not yet checked. Codes that no int64 holds are the largest or the smallest that one does."""
 
     tags: list[str] | None
     """None: the rows have no names."""
@@ -53,8 +54,8 @@ def array_rows(path: Path) -> Iterator[CodeRows]:
     rows_at_once = max(1, _CODES_AT_ONCE // max(1, array.shape[1]))
     for start in range(0, len(array), rows_at_once):
         rows = np.asarray(array[start : start + rows_at_once])
-        codes = rows.astype(np.int64).reshape(-1)  # of uint64, what is too large wraps to below 0
-        yield CodeRows(None, codes, np.full(len(rows), rows.shape[1], np.int64), {}, [])
+        codes = np.minimum(rows, np.uint64(_LARGEST)) if rows.dtype == np.uint64 else rows
+        yield CodeRows(None, codes.reshape(-1).astype(np.int64), np.full(len(rows), rows.shape[1], np.int64), {}, [])
 
 
 def _array(path: Path) -> Shaped[np.ndarray, "..."]:
@@ -86,6 +87,8 @@ def json_rows(lines: Iterable[bytes], path: Path) -> Iterator[CodeRows]:
                 codes = row
             else:
                 fault = f"{names[1] if names else 'the line'} is no list of integers"
+        except InputError:
+            raise
         except (ValueError, RecursionError) as error:
             fault = f"not JSON: {first_line(error)}"
         waiting.append((tag, fault or codes, line.rstrip(b"\r\n")))
@@ -103,8 +106,19 @@ def _names(row: dict[str, Any], path: Path) -> tuple[str | None, str]:
     usual = [name for name in CODE_FIELDS if name in lists]
     if len(lists) != 1 and not usual:
         which = f"several lists of integers ({', '.join(lists)})" if lists else "no list of integers"
-        raise InputError(f"{path}: its first row has {which} among {', '.join(row)}; call the codes {CODE_FIELDS[0]}.")
+        has = ", ".join(f"{name} ({_kind(value)})" for name, value in row.items()) or "its fields"
+        raise InputError(
+            f"{path}: its first row has {which} among {has}; write the codes of a picture as one list of integers, "
+            f"called {CODE_FIELDS[0]}."
+        )
     return next((name for name in TAG_FIELDS if _text(row.get(name))), None), (usual or lists)[0]
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, list):
+        return {str: "text", bool: "a truth value", dict: "an object"}.get(type(value), "no list")
+    kinds = {type(part).__name__ for part in value}
+    return f"a list of {' and '.join(sorted(kinds))}" if kinds else "an empty list"
 
 
 def _text(value: Any) -> str | None:
@@ -120,7 +134,7 @@ def _are_codes(value: Any) -> TypeGuard[list[int]]:
 def _joined(rows: list[tuple[str | None, list[int] | str, bytes]]) -> CodeRows:
     faults = {i: codes for i, (_, codes, _) in enumerate(rows) if isinstance(codes, str)}
     lists = [[] if isinstance(codes, str) else codes for _, codes, _ in rows]
-    flat = [code if abs(code) < 2**63 else -1 for codes in lists for code in codes]
+    flat = [min(max(code, -_LARGEST), _LARGEST) for codes in lists for code in codes]
     tags = [tag for tag, _, _ in rows]
     return CodeRows(
         tags=None if None in tags else [tag for tag in tags if tag is not None],

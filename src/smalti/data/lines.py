@@ -577,7 +577,7 @@ def import_lines(
             if found.max_code < 0 and not allow_short:
                 raise InputError(
                     f"{', '.join(map(str, paths))}: tags alone, expected a tag and its codes on each line, with spaces "
-                    "between them and nothing else."
+                    "between them and nothing else: other separators are to be replaced (tr ',;|' ' ')."
                 )
             seen.warn()
             metadata.update(

@@ -25,7 +25,7 @@ from smalti.data.text_tables import (
 )
 from smalti.data.text_tables import SUFFIXES as TABLE_SUFFIXES
 from smalti.errors import InputError, shortened
-from smalti.file_kinds import is_hidden, kind_of, visible
+from smalti.file_kinds import PARQUET, TAR, is_hidden, kind_of, visible
 
 
 class PairSource(Protocol):
@@ -79,6 +79,8 @@ def _what_is(files: list[Path]) -> str:
     kind = None if file is None else kind_of(file)
     if kind is None:
         return ""
+    if kind in (TAR, PARQUET):
+        return f" {file} is {kind.what}: give it a name that ends in .{kind.name}."
     return f" {file} is {kind.what}{f': {kind.advice}' if kind.advice else ''}."
 
 
@@ -113,6 +115,8 @@ class TarShards:
     def __init__(self, files: list[Path]):
         self._files = files
         self._shards = [TarShard.scan(file) for file in files]
+        if not len(self):
+            raise InputError(f"{' and '.join(map(str, files[:2]))}: no member is part of a picture with a caption.")
 
     def __len__(self) -> int:
         return sum(shard.num_records for shard in self._shards)
@@ -254,7 +258,7 @@ def _file_column(table: TextTable) -> str:
     if found is None:
         has = ", ".join(table.columns) or "none"
         mend = f"call one {FILE_NAMES[0]}" if table.has_header else "add a header line with file_name and caption"
-        more = "" if table.has_header else f" {NO_HEADER}"
+        more = f" {NO_HEADER}" if table.has_header is False else ""
         raise InputError(f"{table.path}: no column names the pictures; it has {has}: {mend}.{more}")
     return found
 

@@ -79,7 +79,11 @@ class TarShard:
             if len(pictures) > 1 and _ambiguity(run) is None:
                 taken.append(pictures)
         shard.num_records = num_runs - len(shard._absorbed)
-        for names, what in ((counts.hidden, "hidden members"), (counts.strays, "members that are no part of a sample")):
+        for names, what in (
+            (counts.hidden, "hidden members"),
+            (counts.strays, "members that are no part of a sample"),
+            (counts.links, "links without content (pack with tar -h --hard-dereference)"),
+        ):
             if names:
                 warn_passed_over(len(names), what, path, names[0])
         if taken:
@@ -151,6 +155,7 @@ class TarShard:
 class _Counts:
     hidden: list[str] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
 
 
 def _runs(path: Path, counts: _Counts) -> Iterator[tuple[tarfile.TarFile, _Run]]:
@@ -166,7 +171,7 @@ def _all_runs(path: Path, counts: _Counts) -> Iterator[tuple[tarfile.TarFile, _R
         for number, info in enumerate(_members(archive, path), 1):
             if not info.isfile():
                 if not info.isdir():
-                    counts.strays.append(info.name)
+                    (counts.links if info.issym() or info.islnk() else counts.strays).append(info.name)
                 continue
             if is_hidden(info.name):
                 counts.hidden.append(info.name)

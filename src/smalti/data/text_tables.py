@@ -39,7 +39,8 @@ class TextTable(NamedTuple):
     path: Path
     columns: list[str]
     rows: Callable[[], Iterator[Row]]
-    has_header: bool = True
+    has_header: bool | None = True
+    """None: the first line is taken for one, but holds no name that is known."""
 
 
 def open_text_table(path: Path | str, *, wanted: str | None = None, delimiter: str | None = None) -> TextTable:
@@ -89,10 +90,16 @@ def find_column(columns: Sequence[str], wanted: str | None, where: Path | str, *
 def caption_column(table: TextTable, wanted: str | None, *, besides: str | None = None) -> str:
     """The column of captions of a table; `besides` is one that it is not."""
     columns = [name for name in table.columns if name != besides]
-    more = "" if table.has_header else f" {NO_HEADER}"
+    more = f" {MAYBE_NO_HEADER}" if table.has_header is None else f" {NO_HEADER}" if table.has_header is False else ""
+    if table.has_header is None and wanted is None and len(columns) == 1:
+        raise InputError(
+            f"{table.path}: its one column is called {shortened(columns[0])!r}, which need not be captions: name it by "
+            f"--caption-column, or call it caption.{more}"
+        )
     return find_column(columns, wanted, table.path, more=more)
 
 
+MAYBE_NO_HEADER = "If the first line is a row already, put a header line with the names of the columns before it."
 NO_HEADER = (
     "Its first line looks like a row, not like names, so columns go by their numbers; if it is the names, rename them."
 )
@@ -120,16 +127,18 @@ def _open_separated(path: Path, wanted: str | None, delimiter: str | None) -> Te
         raise InputError(f"the delimiter {delimiter!r} is not one character; give ',', ';', '|' or a tab.")
     encoding = _encoding(path)
     first = next(_lines(path, encoding), "")
+    if "\0" in first:
+        raise InputError(f"{path}, line 1: it holds null bytes, as UTF-16 without its mark does; save it as UTF-8.")
     form = _form(path, first, wanted, delimiter, encoding)
     header = [name.strip() for name in next(_parsed(path, form), (1, [""]))[1]]
     if header == [""]:
         raise InputError(f"{path} is empty; expected a header line with the names of the columns.")
     names, is_header = _names(path, header, form, wanted)
     # A file of one column is often written without quotes round its commas: then every line is a value.
-    is_one_column = len(header) == 1 and is_header and form.delimiter not in _UNQUOTED
+    is_one_column = len(header) == 1 and is_header is not False and form.delimiter not in _UNQUOTED
     if is_one_column and any(len(fields) > 1 for _, fields in _parsed(path, form)):
-        return TextTable(path, names, lambda: _whole_lines(path, encoding, names[0]))
-    return TextTable(path, names, lambda: _separated_rows(path, form, names, is_header), is_header)
+        return TextTable(path, names, lambda: _whole_lines(path, encoding, names[0]), is_header)
+    return TextTable(path, names, lambda: _separated_rows(path, form, names, is_header is not False), is_header)
 
 
 def _form(path: Path, first: str, wanted: str | None, delimiter: str | None, encoding: str) -> _Form:
@@ -161,8 +170,8 @@ def _known(fields: Sequence[str], wanted: str | None) -> bool:
     return wanted in fields or any(name in lower for name in (*CAPTION_NAMES, *OTHER_CAPTION_NAMES, *FILE_NAMES))
 
 
-def _names(path: Path, first: list[str], form: _Form, wanted: str | None) -> tuple[list[str], bool]:
-    """The columns' names, and whether the first line holds them."""
+def _names(path: Path, first: list[str], form: _Form, wanted: str | None) -> tuple[list[str], bool | None]:
+    """The columns' names, and whether the first line holds them; None if that is not sure."""
     if _known(first, wanted):
         return first, True
     numbers = [str(i + 1) for i in range(len(first))]
@@ -170,7 +179,7 @@ def _names(path: Path, first: list[str], form: _Form, wanted: str | None) -> tup
         _say(f"{path}: its first line, {shortened(' '.join(first))!r}, is taken for a row; the columns have no names.")
         return numbers, False
     if not any(_is_value(field) for field in first):
-        return first, True
+        return first, None
     if form.delimiter == "\t" and len(first) == 2 and "://" in first[1] and wanted is None:
         _say(f"{path}: it has no header line; its columns are taken for caption and url, as CC3M's are.")
         return ["caption", "url"], False
@@ -219,8 +228,10 @@ def _parsed(path: Path, form: _Form) -> Iterator[tuple[int, list[str]]]:
             fields = next(reader, None)
         except csv.Error as error:
             reason = str(error)
-            if "field limit" in reason or "unexpected end" in reason:
+            if "unexpected end" in reason:
                 reason = "a quote that opens there is never closed"
+            elif "field limit" in reason:
+                reason = f"a field is longer than {csv.field_size_limit():,} letters; is a quote never closed?"
             raise InputError(
                 f"{path}, line {start}: the row cannot be read ({reason}); quotes within text are doubled, or save the "
                 "table with tabs as .tsv, where quotes are plain characters."

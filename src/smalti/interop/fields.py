@@ -3,7 +3,7 @@
 from types import UnionType
 from typing import Any
 
-from smalti.errors import InputError
+from smalti.errors import InputError, shortened
 
 REQUIRED = object()
 HEADER = ("peer", "peer_commit", "class", "image_range", "smallest_nearest_code_gap", "distinct_codes_used")
@@ -16,7 +16,7 @@ class Fields:
 
     def __init__(self, values: object, where: str):
         if not isinstance(values, dict):
-            raise InputError(f"{where} is {values!r}; expected a mapping of names to values.")
+            raise InputError(f"{where} is {shortened(repr(values))}; expected a mapping of names to values.")
         self.values = values
         self.where = where
         self.taken: set[str] = set()
@@ -30,13 +30,15 @@ class Fields:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise InputError(f"{self.where}.{name} is {value!r}; expected {getattr(kind, '__name__', kind)}.")
+            raise InputError(
+                f"{self.where}.{name} is {shortened(repr(value))}; expected {getattr(kind, '__name__', kind)}."
+            )
         return value
 
     def take_ints(self, name: str, default: Any = REQUIRED) -> tuple[int, ...]:
         values = self.take(name, list | tuple, default)
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-            raise InputError(f"{self.where}.{name} is {values!r}; expected a list of whole numbers.")
+            raise InputError(f"{self.where}.{name} is {shortened(repr(values))}; expected a list of whole numbers.")
         return tuple(values)
 
     def take_size(self, name: str, default: Any = REQUIRED) -> tuple[int, int]:
@@ -62,7 +64,7 @@ class Fields:
         value = self.values.get(name, supported[0])
         if value not in supported:
             allowed = " or ".join(repr(choice) for choice in supported)
-            raise InputError(f"{self.where}.{name} is {value!r}; only {allowed} is supported.")
+            raise InputError(f"{self.where}.{name} is {shortened(repr(value))}; only {allowed} is supported.")
         return value
 
     def section(self, name: str, default: Any = REQUIRED) -> "Fields":
@@ -76,7 +78,10 @@ class Fields:
         """Raises InputError if a field was neither taken nor is among those that do not shape the network."""
         for name in self.values:
             if name not in self.taken and name not in ignored:
-                raise InputError(f"{self.where}.{name} is not a field known here; its value is {self.values[name]!r}.")
+                raise InputError(
+                    f"{self.where}.{shortened(name)} is not a field known here; its value is "
+                    f"{shortened(repr(self.values[name]))}. If it does not shape the network, remove it."
+                )
 
 
 def check_header(config: dict, class_name: str, image_range: tuple[float, float] | None) -> None:
