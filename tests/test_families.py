@@ -20,10 +20,10 @@ from smalti.errors import InputError
 from smalti.interop.llamagen_gpt import read_llamagen
 from smalti.interop.rar import read_rar
 from smalti.models.base import Inputs, SequenceModel
-from smalti.models.config import TransformerConfig
+from smalti.models.config import TransformerConfig, preset_config
 from smalti.models.decoder_only import DecoderOnlyConfig, new_model
 from smalti.models.loss import slot_nll, slot_targets, token_nll
-from smalti.models.rar import RAR, RARConfig
+from smalti.models.rar import PRESETS, RAR, RARConfig
 from smalti.sequences.layout import Layout, Slot, SpanValues
 from smalti.sequences.request import Request
 from smalti.sequences.vocabulary import FEATURE, FEATURES, Vocabulary
@@ -403,6 +403,22 @@ def test_a_rar_begins_as_the_identity_and_every_parameter_learns():
     targets = slot_targets(packed, slots)
     slot_nll(model, packed.token_ids, targets, slots).sum().backward()
     assert all(bool((parameter.grad != 0).any()) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "millions"), [("rar-b", 261), ("rar-l", 461), ("rar-xl", 955), ("rar-xxl", 1499)])
+def test_rars_have_the_published_parameter_counts(name, millions):
+    with torch.device("meta"):
+        model = RAR(PRESETS[name])
+    unread = (2 * 1022 + 98 + 1) * model.config.d_model  # rows of positions and steps that no picture reaches, one id
+    assert (model.num_parameters + unread) / 1e6 == pytest.approx(millions, abs=0.7)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("llamagen-xl", 777_678_080)])
+def test_llamagen_from_captions_has_the_published_parameter_count(name, expected):
+    layout = Layout.parse(Vocabulary({FEATURES: 0, "image": 16384}), {"caption to image": "features{120} image{256}"})
+    shape = preset_config(name, max_length=376, grid=(16, 16), prefix_length=120)
+    with torch.device("meta"):
+        assert new_model(layout, shape, feature_width=2048).num_parameters == expected
 
 
 def test_a_rar_cannot_be_of_any_size():

@@ -42,6 +42,7 @@ class Generated:
 
     order: str
     token_ids: Int[Tensor, " T"]
+    """`FEATURE` where a feature stood."""
     spans: dict[str, Int[Tensor, " L"]]
     """Each segment's own numbers, given and generated."""
     log_probs: Float[Tensor, " T"]
