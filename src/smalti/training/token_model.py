@@ -153,8 +153,8 @@ class TrainConfig:
     full_softmax: bool = False
     """Take the softmax over the whole vocabulary instead of what can stand at a position, for comparison."""
     dropout_from: float = 0.0
-    """Share of the training behind which the model's dropout begins. Late dropout (arXiv:2303.01500) regularises as well,
-    and leaves what is hard to find undisturbed until it is found."""
+    """Share of the training behind which the model's dropout begins. Late dropout (arXiv:2303.01500) regularises as
+    well, and leaves what is hard to find undisturbed until it is found."""
     token_dropout: float = 0.0
     """Share of the input tokens, markers apart, that are replaced by random ones of their segment while training; what
     is to be predicted stays. It keeps the model from relying on any one token of its context."""
