@@ -392,6 +392,7 @@ CHANGES = {
     "precision": "bfloat16",
     "compile": True,
     "full_softmax": True,
+    "dropout_from": 0.5,
     "token_dropout": 0.5,
     "caption_dropout": 0.5,
     "patience": 9,

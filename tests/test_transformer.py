@@ -587,7 +587,7 @@ def test_a_cache_that_holds_one_position_is_noticed(monkeypatch):
 def test_positions_off_by_one_behind_the_prompt_are_noticed(monkeypatch, name):
     forward = Transformer.forward
 
-    def late(self, x, *, places=None, **options):
+    def late(self, x, *, places=None, positions=None, **options):
         positions = None if places is None else places.slots + (places.past > 0)
         return forward(self, x, places=places, positions=positions, **options)
 
@@ -600,7 +600,7 @@ def test_rows_that_share_the_longest_ones_positions_are_noticed(monkeypatch):
     """As where a batch has one length, and its shorter rows are padded."""
     forward = Transformer.forward
 
-    def shared(self, x, *, places=None, **options):
+    def shared(self, x, *, places=None, positions=None, **options):
         positions = None if places is None else torch.arange(places.width - x.shape[1], places.width)
         return forward(self, x, places=places, positions=positions, **options)
 

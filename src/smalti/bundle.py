@@ -430,7 +430,7 @@ def described_by(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except BUILD_ERRORS as error:
-        what = f"the entry {error} is missing" if isinstance(error, KeyError) else first_line(error)
+        what = f"the entry {error} is missing" if isinstance(error, KeyError) else first_line(error, 1000)
         raise InputError(f"{path} does not describe a bundle ({what}); {ANEW}.") from error
 
 

@@ -30,7 +30,7 @@ def shortened(text: str, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 4 :]}"
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException, most: int = 300) -> str:
     """The first line of what a library says of an error, or else the error's name, to stand in a message of ours; its
     middle left out if it is long, as where it repeats what it was given."""
-    return shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 300).rstrip(".")
+    return shortened((str(error).strip().splitlines() or [type(error).__name__])[0], most).rstrip(".")
