@@ -4,9 +4,9 @@
 
 For each batch: pictures of 256 codes of 16,384, guidance 2, in bfloat16; two rows a picture. The limit is that of the
 memory: every step reads all weights of the blocks and the head once, and the keys and values so far. The peer draws as
-many rows without guidance, with a static cache, compiled as its `generate` does by itself. Everybody draws a batch once
-before it is timed: what is captured or compiled then is kept, as in a server. `--quick` runs everything once on whatever
-device there is, at a small size, to see that it runs.
+many rows without guidance, with a static cache, compiled as its `generate` does by itself. All draw a batch once before
+it is timed: what is captured or compiled then is kept, as in a server. `--quick` runs everything once, at a small size,
+to see that it runs.
 """
 
 import argparse

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import tarfile
+import tracemalloc
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -490,3 +491,15 @@ def test_warnings_of_files_are_one_line(tmp_path: Path, capsys: pytest.CaptureFi
         command = ["train", "text-tokenizer", str(tmp_path / "a.csv"), "-o", str(tmp_path / "t.json")]
         assert run([*command, "--image-size", "4", "--text-size", "256"]) == 0
     assert "its fields are separated by semicolons" in capsys.readouterr().err.splitlines()[0]
+
+
+def test_a_tar_whose_header_says_a_huge_size_takes_no_memory_for_it(tmp_path):
+    """A long name of 8 GB, says the header of a file of 1.5 KB."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2**33 - 1
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"a\.tar is not a whole tar file"):
+        open_pairs(tmp_path / "a.tar")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()

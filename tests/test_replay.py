@@ -156,6 +156,8 @@ def test_changed_pixels_and_sizes_are_seen(bundles, drawn: Path, tmp_path):
     ("changes", "message"),
     [
         ({"seed": None}, "its receipt has seed None"),
+        ({"executor": {"a": 1}}, r"its receipt has executor \{'a': 1\}; this version knows cuda_graph, native"),
+        ({"executor": "fast"}, "its receipt has executor 'fast'"),
         ({"sampling": [1]}, r"its receipt has sampling \[1\]"),
         ({"codes": ["x"]}, "not all of its codes are whole numbers"),
         ({"task": "complete"}, "its receipt has rows None"),

@@ -8,6 +8,7 @@ Each find is saved as the damaged file beside a text that says what happened and
 
 import argparse
 import contextlib
+import gc
 import io
 import mmap
 import multiprocessing
@@ -24,6 +25,7 @@ import traceback
 import warnings
 from pathlib import Path
 from random import Random
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
@@ -84,7 +86,7 @@ def work(reader: str, seed: int, start: int, stop: int, until: float, shared: Pa
                     found.read(folder, content)
                 num_accepted += 1
             except InputError as error:
-                if _ran_out(error):
+                if _ran_out(error) and _runs_out_again(found, folder, content):
                     problem = f"memory: {_ran_out(error)!r}"
                     trace = traceback.format_exc()
                 elif len(str(error)) > 2000:
@@ -100,6 +102,19 @@ def work(reader: str, seed: int, start: int, stop: int, until: float, shared: Pa
                 seen.add(place)
                 save_find(finds, reader, seed, number, content, problem, trace)
         STATE.pack_into(state, 0, -1, num_done, num_accepted)
+
+
+def _runs_out_again(found: Any, folder: Path, content: bytes) -> bool:
+    """By itself, behind what inputs before it have left in memory."""
+    from smalti.errors import InputError
+
+    gc.collect()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            found.read(folder, content)
+    except InputError as error:
+        return _ran_out(error) is not None
+    return False
 
 
 def _ran_out(error: BaseException) -> BaseException | None:

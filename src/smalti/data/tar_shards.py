@@ -6,13 +6,14 @@ fault of the sample that says how to name or sort the members; hidden members an
 counted in a warning.
 """
 
+import io
 import json
 import tarfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from smalti.data.pairs import Record
 from smalti.data.text_tables import CAPTION_NAMES
@@ -187,9 +188,35 @@ def _all_runs(path: Path, counts: _Counts) -> Iterator[tuple[tarfile.TarFile, _R
         yield archive, run
 
 
+class _BoundedFile(io.BufferedReader):
+    """Asks for no more than the file has left: a damaged header says any size, and that much would be allocated."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self.size = path.stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self.size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
+class _Archive(tarfile.TarFile):
+    def __init__(self, path: Path):
+        self.file = _BoundedFile(path)
+        try:
+            super().__init__(path, "r", fileobj=self.file)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.file.close()  # which tarfile leaves to whoever opened it
+
+
 def _opened(path: Path) -> tarfile.TarFile:
     try:
-        return tarfile.open(path, "r:")
+        return _Archive(path)
     except Exception as error:  # tarfile lets errors of the headers' fields out
         raise _not_whole(path, error) from error
 

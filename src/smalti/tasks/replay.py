@@ -147,8 +147,10 @@ def _draw_codes(pipe: Pipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "
 
 def _check_executor(path: Path | str, executor: Any) -> None:
     """Raises InputError if a receipt names what is unknown or missing here; None: it is of before they named one."""
-    if executor is not None and executor not in EXECUTORS:
-        raise InputError(f"{path}: its receipt has executor {executor!r}; this version knows {', '.join(EXECUTORS)}.")
+    if executor is not None and (not isinstance(executor, str) or executor not in EXECUTORS):
+        raise InputError(
+            f"{path}: its receipt has executor {shortened(repr(executor))}; this version knows {', '.join(EXECUTORS)}."
+        )
     if executor == "native" and load() is None:
         raise InputError(
             f"{path} was drawn by the native decoder, which is missing here: install a C++ compiler, and do not set "
