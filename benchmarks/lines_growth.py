@@ -38,7 +38,7 @@ def save_tiny_model(bundle: Path, num_codes: int) -> None:
     from smalti.bundle import Bundle
     from smalti.models.config import TransformerConfig
     from smalti.models.decoder_only import new_model
-    from smalti.systems.line_presets import line_layout
+    from smalti.recipes.line_presets import line_layout
 
     layout = line_layout(num_codes, VOCAB_SIZE)
     shape = TransformerConfig(num_layers=1, d_model=32, num_heads=2, d_ff=64, max_length=layout.max_length)

@@ -33,7 +33,6 @@ from smalti.errors import InputError, InputWarning
 from smalti.files import lock_of, locked, new_file, write_json
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.interop.commands import KINDS, export_weights
-from smalti.interop.reading import read_weights
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnlyConfig
 from smalti.recipes import claim_folder, load_recipe
@@ -43,6 +42,7 @@ from smalti.tasks.line_files import complete_file, score_file
 from smalti.tasks.lines import LineModel
 from smalti.training.checkpoint import load_checkpoint, run_lock, save_checkpoint
 from smalti.training.curves import read_csv_rows
+from smalti.weight_files import read_weights
 from smalti.weights import load_module
 
 RUNS = Path(__file__).with_name("fault_runs.py")

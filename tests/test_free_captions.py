@@ -15,7 +15,7 @@ from smalti.image_files import read_picture, read_receipt, save_picture
 from smalti.likelihood import score
 from smalti.sequences.layout import SpanValues
 from smalti.tasks.images import Pipeline
-from smalti.training.sample_table import SampleTable, SampleTableConfig, wrapped
+from smalti.tasks.sample_table import SampleTable, SampleTableConfig, wrapped
 
 CAPTIONS = ["cook, dark skin tone", "a flag"]
 

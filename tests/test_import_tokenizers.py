@@ -22,8 +22,8 @@ from smalti.image_tokenizers.quantizer import FSQConfig
 from smalti.image_tokenizers.vqgan import VQGAN
 from smalti.interop import deepul, llamagen_vq, maskgit_vq, taming, titok, vit_vqgan
 from smalti.interop.keys import Layout, export_foreign, import_foreign
-from smalti.interop.reading import read_config, read_weights
 from smalti.interop.verifying import ReferenceArrays, compare, read_reference
+from smalti.weight_files import read_config, read_weights
 
 SETS = {
     "llamagen_vq": llamagen_vq.LAYOUT,

@@ -12,9 +12,9 @@ from smalti.inspect.patches import average_patches, decoded_lens, swap_picture
 from smalti.inspect.sequences import code_positions, pack_codes, picture_order
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
+from smalti.recipes.line_presets import line_layout
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import Vocabulary
-from smalti.systems.line_presets import line_layout
 
 GRID = Grid(rows=5, columns=7)
 

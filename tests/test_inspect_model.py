@@ -13,7 +13,7 @@ from smalti.inspect.sequences import pack_codes
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
 from smalti.models.loss import token_nll
-from smalti.systems.line_presets import line_layout
+from smalti.recipes.line_presets import line_layout
 
 GRID = Grid(rows=3, columns=5)
 LENGTH, NUM_CODES = 15, 11

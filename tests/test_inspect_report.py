@@ -28,7 +28,7 @@ from smalti.inspect.report import inspect_bundle
 from smalti.inspect.subject import load_subject
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
-from smalti.systems.line_presets import line_layout
+from smalti.recipes.line_presets import line_layout
 
 SMALL = InspectConfig(num_lines=300, num_scored=20, num_halvings=1, num_pairs=2)
 

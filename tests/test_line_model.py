@@ -19,7 +19,7 @@ from tiny_lines import LENGTH, VOCAB_SIZE, random_codes, tiny_line_model, write_
 from smalti.cli.app import run
 from smalti.errors import InputError
 from smalti.models.decoder_only import new_model
-from smalti.systems.line_presets import LINE_PRESETS, choose_preset, line_layout
+from smalti.recipes.line_presets import LINE_PRESETS, choose_preset, line_layout
 from smalti.tasks import line_files
 from smalti.tasks.images import Pipeline
 from smalti.tasks.line_files import complete_file, score_file

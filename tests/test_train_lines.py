@@ -16,7 +16,7 @@ from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
 from smalti.models.config import TransformerConfig
 from smalti.recipes import LinesRecipe, load_recipe
-from smalti.systems.line_presets import LINE_PRESETS, LinePreset, line_layout
+from smalti.recipes.line_presets import LINE_PRESETS, LinePreset, line_layout
 from smalti.systems.lines import learning_rate_for, read_data
 from smalti.tasks.lines import LineModel
 from smalti.training import token_model as module

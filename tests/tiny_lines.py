@@ -10,7 +10,7 @@ from smalti.bundle import Bundle
 from smalti.data.lines import Lines, write_lines
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
-from smalti.systems.line_presets import line_layout
+from smalti.recipes.line_presets import line_layout
 from smalti.tasks.lines import LineModel
 
 LENGTH, VOCAB_SIZE = 7, 11

@@ -44,7 +44,6 @@ from smalti.evaluate.report import ReportConfig, find_report
 from smalti.image_files import PictureConfig, read_picture, read_receipts, save_picture, to_images
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.interop.huggingface import export_llama, read_llama
-from smalti.interop.reading import read_config, read_weights
 from smalti.interop.verifying import read_arrays
 from smalti.recipes import claim_folder, load_recipe, shipped_recipes
 from smalti.sequences.layout import Layout, parse_order
@@ -56,6 +55,7 @@ from smalti.text_tokenizer import TextTokenizer
 from smalti.training.checkpoint import load_checkpoint, save_checkpoint
 from smalti.training.curves import Curves
 from smalti.training.image_tokenizer import CsvLog, read_columns
+from smalti.weight_files import read_config, read_weights
 
 
 @dataclass(frozen=True, kw_only=True)

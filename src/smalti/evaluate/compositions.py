@@ -39,7 +39,7 @@ from smalti.evaluate.digits import Rate, binomial_rate
 from smalti.files import new_file, refuse_existing
 from smalti.progress import stage, track
 from smalti.tasks.images import Pipeline
-from smalti.training.sample_table import wrapped
+from smalti.tasks.sample_table import wrapped
 
 REPORT_FILES = ("compositions.json", "compositions.md", "compositions.png")
 PIXELS, ENCODER = "pixels", "encoder"

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from smalti.errors import InputError
 from smalti.image_tokenizers.losses import LossConfig
-from smalti.interop.reading import read_weights
+from smalti.weight_files import read_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -16,8 +16,8 @@ from smalti.files import new_file, new_folder, refuse_existing
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.interop import deepul, huggingface, llamagen_vq, maskgit_vq, taming, titok, verifying, vit_vqgan
 from smalti.interop.keys import ImportReport, Layout, export_foreign, import_foreign
-from smalti.interop.reading import read_config, read_weights
 from smalti.interop.verifying import ArrayError
+from smalti.weight_files import read_config, read_weights
 
 KINDS: Mapping[str, Layout] = {
     "llamagen-vq": llamagen_vq.LAYOUT,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from smalti.errors import InputError
 from smalti.interop.keys import Foreign, ImportReport, Moved, misfit, shape_problems
-from smalti.interop.reading import require_values
+from smalti.weight_files import require_values
 
 
 class Piece(NamedTuple):

@@ -28,13 +28,13 @@ from smalti.file_kinds import GGUF, is_hidden
 from smalti.files import new_folder
 from smalti.interop.fields import Fields
 from smalti.interop.keys import Foreign, ImportReport, Moved, misfit, shape_problems
-from smalti.interop.reading import ForeignWeights, read_config, read_weights, require_values
 from smalti.interop.verifying import ArrayError, ReferenceArrays, compare_outputs, read_arrays
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
 from smalti.sequences.layout import Layout, Marker, Order, Span
 from smalti.sequences.vocabulary import Vocabulary
 from smalti.text_tokenizer import TextTokenizer
+from smalti.weight_files import ForeignWeights, read_config, read_weights, require_values
 
 KIND = "hf-llama"
 ORDER = "text"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smalti.errors import InputError, first_line
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig
-from smalti.interop.reading import require_values
+from smalti.weight_files import require_values
 from smalti.weights import BUILD_ERRORS, build_within
 
 

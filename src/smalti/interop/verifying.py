@@ -17,7 +17,7 @@ from smalti.image_tokenizers.quantizer import Quantized
 from smalti.image_tokenizers.vit_vqgan import ViTVQGAN
 from smalti.image_tokenizers.vqgan import VQGAN
 from smalti.interop.keys import Layout, import_foreign
-from smalti.interop.reading import read_config, read_weights
+from smalti.weight_files import read_config, read_weights
 
 TOLERANCE = 1e-4
 """Largest absolute error in float32 on a CPU."""

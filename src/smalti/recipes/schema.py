@@ -17,13 +17,13 @@ from smalti.image_tokenizers.vit_vqgan import ViTVQGANConfig
 from smalti.image_tokenizers.vqgan import VQGANConfig
 from smalti.image_tokenizers.vqvae import VQVAEConfig
 from smalti.models.config import TransformerConfig
+from smalti.recipes.line_presets import AUTO, choose_preset
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import SPECIAL, Vocabulary
-from smalti.systems.line_presets import AUTO, choose_preset
+from smalti.tasks.sample_table import SampleTableConfig
 from smalti.text_tokenizer import BPEConfig
 from smalti.training.gan_tokenizer import TrainGANTokenizerConfig
 from smalti.training.image_tokenizer import TrainTokenizerConfig
-from smalti.training.sample_table import SampleTableConfig
 from smalti.training.token_model import TrainConfig
 
 

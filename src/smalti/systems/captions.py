@@ -32,9 +32,9 @@ from smalti.recipes import CaptionsRecipe, claim_folder
 from smalti.sequences.layout import Layout
 from smalti.systems.stages import check_grid, finish, stored_image_tokenizer, stored_tokens, team
 from smalti.tasks.images import Pipeline
+from smalti.tasks.sample_table import SampleTable
 from smalti.text_tokenizer import BPEConfig, TextTokenizer
 from smalti.training.estimate import Estimate
-from smalti.training.sample_table import SampleTable
 from smalti.training.token_model import Pairs, nats_by_order, train_model
 
 

@@ -19,7 +19,7 @@ from smalti.errors import InputError
 from smalti.evaluate.lines import report_lines
 from smalti.models.config import TransformerConfig
 from smalti.recipes import LinesRecipe, claim_folder
-from smalti.systems.line_presets import LINE_PRESETS, choose_preset, line_layout
+from smalti.recipes.line_presets import LINE_PRESETS, choose_preset, line_layout
 from smalti.systems.stages import finish, team
 from smalti.tasks.lines import LineModel
 from smalti.training.estimate import Estimate
