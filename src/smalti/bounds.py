@@ -19,8 +19,9 @@ MAX_PICTURES = 10_000
 """That one command draws."""
 MAX_CANDIDATES = 1024
 """Of which the best is kept: drawn, or held in view by a beam."""
-MAX_VOCABULARY = 2**20
-"""Of picture codes, and of pieces of words: four times the largest that are published."""
+MAX_VOCABULARY = 2**18
+"""Of picture codes, and of pieces of words: the largest that are published. For so many, `tokenizers` takes a gigabyte
+and half a minute."""
 
 
 def check_sizes(config: Any, *layers: str, but: tuple[str, ...] = ("seed",)) -> None:

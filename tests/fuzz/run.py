@@ -2,7 +2,7 @@
 
 Each reader runs in a process of its own, so that an abort of a library or a hang is found as well as an exception. An
 input is named by reader, seed and number and made from them alone. Found is: an exception other than InputError, more
-than 10 seconds of processor time, more than 2 GiB beyond what the process had at its start, or the end of the process.
+than 10 seconds of processor time, more than 2 GiB beyond what the process had before it, or the end of the process.
 Each find is saved as the damaged file beside a text that says what happened and how to see it again.
 """
 
@@ -68,16 +68,13 @@ def work(reader: str, seed: int, start: int, stop: int, until: float, shared: Pa
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         os.chdir(folder)
         samples = found.samples(folder)
-        if sys.platform == "linux":
-            virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-            resource.setrlimit(resource.RLIMIT_AS, (virtual + MEMORY_BYTES, hard))
         num_done, num_accepted = STATE.unpack(state[:])[1:]
         for number in range(start, stop):
             if time.monotonic() > until:
                 break
             STATE.pack_into(state, 0, number, num_done, num_accepted)
             content = make_input(reader, samples, found.mutate, seed, number)
+            _bound_memory()
             problem = None
             signal.setitimer(signal.ITIMER_PROF, HANG_S)
             output = io.StringIO()
@@ -102,6 +99,14 @@ def work(reader: str, seed: int, start: int, stop: int, until: float, shared: Pa
                 seen.add(place)
                 save_find(finds, reader, seed, number, content, problem, trace)
         STATE.pack_into(state, 0, -1, num_done, num_accepted)
+
+
+def _bound_memory() -> None:
+    """Of the next input: what inputs before it have left mapped, touched or not, does not count."""
+    if sys.platform == "linux":
+        virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (virtual + MEMORY_BYTES, hard))
 
 
 def _runs_out_again(found: Any, folder: Path, content: bytes) -> bool:
