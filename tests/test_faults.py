@@ -589,3 +589,20 @@ def test_what_is_stopped_at_random_moments_ends_as_if_it_never_was(tmp_path, nam
     assert found["same"] and found["hidden"] == []
     assert "Traceback" not in done.stderr
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def test_a_completing_stopped_behind_its_last_result_ends_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("smalti.tasks.line_files.LINES_PER_PIECE", 8)
+    tiny_line_model().save(tmp_path / "bundle")
+    path = write_text(tmp_path / "prefixes.txt", random_codes(20), np.arange(20) % 8)
+    command = ["complete", str(path), "-o", str(tmp_path / "c.txt"), "--bundle", str(tmp_path / "bundle")]
+    assert cli.run(command) == 0
+    whole = (tmp_path / "c.txt").read_bytes()
+    (tmp_path / "c.txt").unlink()
+    (tmp_path / "c.txt.log_probs.csv").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("smalti.tasks.line_files._Parts.remove", lambda self: None)
+        assert cli.run(command) == 0
+    assert cli.run(command) == 0 and (tmp_path / "c.txt").read_bytes() == whole
+    assert not list(tmp_path.glob(".*.part"))
+    assert cli.run(command) == 2  # it is whole, and somebody's

@@ -133,7 +133,8 @@ class _Parts:
         """
         folder = _folder_of_parts(name)
         path = folder / "job.json"
-        refuse_existing([last, *([] if path.exists() else others)], force=force)
+        refuse_existing([last], force=force or _is_written(name, last))
+        refuse_existing([] if path.exists() else others, force=force)
         try:
             if path.exists():
                 _require_job(path, job)
@@ -178,6 +179,12 @@ class _Parts:
         shutil.rmtree(self.folder)
 
 
+def _is_written(name: Path, last: Path) -> bool:
+    """Whether a run was stopped behind its last result, before its parts were removed: then it may end again."""
+    parts = sorted(_folder_of_parts(name).glob("*.npz"))
+    return bool(parts) and last.exists() and last.stat().st_mtime_ns >= parts[-1].stat().st_mtime_ns
+
+
 def _folder_of_parts(name: Path) -> Path:
     return name.with_name(f".{name.name}{_PARTS}")
 
@@ -220,7 +227,7 @@ def score_file(
     last = output / SCORE_FILES[-1]
     if output.is_file():
         raise InputError(f"{output} is a file; scores go to a folder: give another name.")
-    refuse_existing([last], force=force)
+    refuse_existing([last], force=force or _is_written(output / "scores", last))
     with locked(lock_of(_folder_of_parts(output / "scores")), output):
         return _score_file(model, path, output, batch_size, force, show_progress)
 
@@ -254,7 +261,8 @@ def _score_file(
     _write_lines_csv(output / "lines.csv", path, line_format, nats, lengths)
     _write_places(output, found, lengths, model.length)
     content = {**score._asdict(), "file": str(path), "bundle": model.name, "weights_sha256": model.weights_sha256}
-    write_json(output / "summary.json", _without_nan(content), force=force)
+    last_again = force or _is_written(output / "scores", last)
+    write_json(output / "summary.json", _without_nan(content), force=last_again)
     parts.remove()
     return score
 
@@ -358,7 +366,7 @@ def complete_file(
         raise InputError(f"{output} is a folder; completed lines go to a text file: give the name of one.")
     if output.exists() and output.samefile(path):
         raise InputError(f"{output} holds the prefixes themselves; give another name for the completed lines.")
-    refuse_existing([output], force=force)
+    refuse_existing([output], force=force or _is_written(output, output))
     with locked(lock_of(_folder_of_parts(output)), output):
         return _complete_file(model, path, output, config, batch_size, force, show_progress)
 
@@ -387,7 +395,8 @@ def _complete_file(
             parts.write(number, codes=found.codes.numpy(), log_probs=found.log_probs.numpy(), lengths=lines.lengths)
             progress.advance(len(prefixes))
     _write_log_probs(side, path, line_format, parts, model.length)
-    write_lines(output, _completed_lines(path, line_format, parts, model.length), force=force)
+    again = force or _is_written(output, output)
+    write_lines(output, _completed_lines(path, line_format, parts, model.length), force=again)
     parts.remove()
     return num_lines
 
