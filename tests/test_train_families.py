@@ -138,7 +138,7 @@ LIVELY_CODES = QuantizerConfig(
 def test_every_family_overfits_eight_pictures(tmp_path, model_config, steps):
     eight = folder_of(tmp_path / "eight", scenes(8))
     reading = PicturesConfig(min_crop=1.0, flip=False, workers=0)
-    config = replace(OVERFIT, steps=steps)
+    config = replace(OVERFIT, num_steps=steps)
     trained = train_gan_tokenizer(
         eight, eight, model_config, config, tmp_path / "run", losses=LossConfig(), adversarial=AdversarialConfig(),
         reading=reading, show_progress=False,
