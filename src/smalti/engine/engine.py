@@ -8,6 +8,7 @@ row stays behind; when it is wanted again it catches up in one pass.
 Letters: C requests there is room for, D model width, n rows drawn together.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -130,10 +131,7 @@ class Engine:
         self._enter()
         self._extend()
         before = [(running, len(running.drawn)) for running in self.active]
-        leaving: list[_Running] = []
-        for group in self._groups():
-            leaving += self._draw(group)
-        if leaving:
+        if any([self._draw(group) for group in self._groups()]):  # a list: every group draws
             self._leave([running for running in self.active if running.sequence.is_finished])
         return before
 
@@ -220,8 +218,8 @@ class Engine:
             groups.setdefault(running.keys[running.at], []).append(running)
         return list(groups.values())
 
-    def _draw(self, group: list["_Running"]) -> list["_Running"]:
-        """Draws a token of each; returns those that are finished."""
+    def _draw(self, group: list["_Running"]) -> bool:
+        """Draws a token of each; whether any of them is finished."""
         first = group[0]
         slot = self.layout.slots[first.slot_ids[first.at]]
         hidden, null_hidden, scales = self.hidden[self._rows_of(group)], None, None
@@ -230,7 +228,8 @@ class Engine:
             scales = torch.tensor([running.scales[running.at] for running in group], device=hidden.device)
         uniforms = torch.tensor([running.uniforms[running.at] for running in group], dtype=torch.float64)
         drawn = self.executor.draw(hidden, null_hidden, slot, uniforms, scales, first.config)
-        return [running for running, token in zip(group, drawn.rows(), strict=True) if running.push(token)]
+        # a list: every one takes its token
+        return any([running.push(token) for running, token in zip(group, drawn.rows(), strict=True)])
 
     def _rows_of(self, group: list["_Running"]) -> Rows:
         if len(group) == len(self.active):
@@ -258,7 +257,8 @@ class _Running:
 
     @property
     def is_finite(self) -> bool:
-        return all(log_prob == log_prob for _, log_prob, _ in self.drawn)
+        """Whether neither of its rows has held what is not: the null row shows in what is drawn from alone."""
+        return all(math.isfinite(log_prob + draw_log_prob) for _, log_prob, draw_log_prob in self.drawn)
 
     def null_pending(self, num_seen: int) -> list[int]:
         """What the null row has not seen: behind its own beginning, the same tokens."""

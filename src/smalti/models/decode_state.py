@@ -117,11 +117,8 @@ class Places:
             return
         self.width = min(self.width, state.both[0].shape[3])
         self.slots = torch.tensor(lengths, device=self.device)[:, None] + places  # (R, T)
-        real = (
-            places
-            < torch.tensor(counts if counts is not None else [num_tokens] * len(lengths), device=self.device)[:, None]
-        )
-        self.real = real.nonzero(as_tuple=True)
+        real = [num_tokens] * len(lengths) if counts is None else counts
+        self.real = (places < torch.tensor(real, device=self.device)[:, None]).nonzero(as_tuple=True)
         index = torch.tensor(list(state.indices(rows)), device=self.device)
         self.real_rows, self.real_slots = index[self.real[0]], self.slots[self.real]
 

@@ -13,6 +13,7 @@ Letters: B batch, N pictures, C H W image.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -140,8 +141,8 @@ class Losses(NamedTuple):
 Figures = Mapping[str, float | None]
 
 
-class Learner:
-    """What the loop trains, and how one step learns. Abstract."""
+class Learner(ABC):
+    """What the loop trains, and how one step learns."""
 
     model: nn.Module
     held_out: UInt8[Tensor, "N H W C"]
@@ -155,8 +156,8 @@ class Learner:
     figures: tuple[str, ...]
     """Of an evaluation."""
 
-    def losses(self, images: Float[Tensor, "B C H W"], step: int, precision: str) -> Losses:
-        raise NotImplementedError
+    @abstractmethod
+    def losses(self, images: Float[Tensor, "B C H W"], step: int, precision: str) -> Losses: ...
 
     def learn_besides(
         self, images: Float[Tensor, "B C H W"], found: Losses, step: int, precision: str
@@ -164,8 +165,8 @@ class Learner:
         """What else learns after the tokenizer; more parts."""
         return {}
 
-    def measure(self, averaged: nn.Module) -> Figures:
-        raise NotImplementedError
+    @abstractmethod
+    def measure(self, averaged: nn.Module) -> Figures: ...
 
     def is_best(self, figures: Figures) -> bool:
         """Whether the image tokenizer of an evaluation is to be kept."""
@@ -178,8 +179,8 @@ class Learner:
         """What a checkpoint holds besides the tokenizer's own state."""
         return {}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        pass
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 (most have none)
+        """Takes back what `state` gave."""
 
 
 class PlainLearner(Learner):
