@@ -23,7 +23,7 @@ from tiny_bundle import save_tiny_bundle, tiny_bpe_pipeline, tiny_pipeline
 from tiny_lines import random_codes, tiny_line_model, write_text
 
 from smalti.arrays import read_npz
-from smalti.bounds import MAX_CANDIDATES, MAX_PICTURES
+from smalti.bounds import MAX_CANDIDATES, MAX_PICTURES, MAX_VOCABULARY
 from smalti.cli import app as cli
 from smalti.data.lines import import_lines
 from smalti.data.tokenize_pairs import _claim
@@ -538,7 +538,7 @@ def test_a_run_holds_its_folder(tmp_path):
         ),
         (
             ["train", "text-tokenizer", "CAPTIONS", "-o", "OUT", "--text-size", "999999999"],
-            "at most 1048576 is",
+            f"at most {MAX_VOCABULARY} is",
         ),
         (["generate", "x", "-o", "OUT.png", "-n", "1000000"], f"{MAX_PICTURES}. Try smalti generate --help."),
         (["generate", "x", "-o", "OUT.png", "--best-of", "100000"], f"{MAX_CANDIDATES}. Try smalti generate --help."),
