@@ -10,7 +10,8 @@ emulated there, for everybody at a tenth of the rate. To stand for an AVX2 machi
 4 layers, width 128, 4 heads, feed-forward 512, sequences of 58 tokens, vocabulary 1,058 (ours) or 1,100 (peers). Every
 contestant runs at several settings and counts with its best. All of them, and the rates of the machine they are held
 against, are measured in one process, one round after the other, so that what slows the machine slows all alike; given
-is the median of the rounds. It prints and asserts nothing. `--quick` leaves out the settings that seldom win.
+is the median of the rounds, of the machine's rates too. It prints and asserts nothing. `--quick` leaves out the
+settings that seldom win.
 
 Needs `transformers` and `x-transformers` (the extra "dev"). Uses a GPU where there is one, else `--threads` of a CPU.
 """
@@ -135,12 +136,18 @@ class Bench:
         found = [self.prepare(*key, tokens, build) for key, build in builds.items()]
         return [contestant for contestant in found if contestant is not None]
 
-    def race(self, contestants: list[Contestant], seconds_each: float) -> None:
-        """Rounds in which each runs in turn, until each has had its time (at least five rounds)."""
+    def race(self, contestants: list[Contestant], seconds_each: float) -> "Limits":
+        """Rounds in which each runs in turn, until each has had its time (at least five rounds); in ten of them, or
+        fewer, the machine's limits are measured too."""
         slowest = max(self.time(contestant.run) for contestant in contestants)
-        for _ in range(max(5, min(200, int(seconds_each / slowest)))):
+        num_rounds = max(5, min(200, int(seconds_each / slowest)))
+        limits = []
+        for round_index in range(num_rounds):
             for contestant in contestants:
                 contestant.seconds.append(self.time(contestant.run))
+            if round_index % -(-num_rounds // 10) == 0:
+                limits.append(measure_limits(self))
+        return typical(limits)
 
 
 def _status_bytes(name: str) -> int:
@@ -162,11 +169,12 @@ class Limits:
     weights_bytes_per_s: float
     """Reading, again and again, as much as the model's weights: from cache where they fit."""
 
-    def or_better(self, other: "Limits") -> "Limits":
-        """The better of two measurements: what else runs on a machine only ever takes from it."""
-        flops = {kind: max(rate, other.flops[kind]) for kind, rate in self.flops.items()}
-        memory = max(self.memory_bytes_per_s, other.memory_bytes_per_s)
-        return Limits(flops, memory, max(self.weights_bytes_per_s, other.weights_bytes_per_s))
+
+def typical(measured: list[Limits]) -> Limits:
+    """The median of each, as of the contestants in the same rounds."""
+    flops = {kind: median(limits.flops[kind] for limits in measured) for kind in measured[0].flops}
+    memory = median(limits.memory_bytes_per_s for limits in measured)
+    return Limits(flops, memory, median(limits.weights_bytes_per_s for limits in measured))
 
 
 def measure_limits(bench: Bench) -> Limits:
@@ -175,11 +183,11 @@ def measure_limits(bench: Bench) -> Limits:
         name, dtype = ("bf16", torch.bfloat16) if bf16 else ("fp32", torch.float32)
         n = 8192 if bench.device.type == "cuda" else 1024
         a, b = (torch.randn(n, n, device=bench.device).to(dtype) for _ in range(2))
-        flops[name] = 2 * n**3 / min(bench.time(lambda a=a, b=b: a @ b) for _ in range(12))
+        flops[name] = 2 * n**3 / min(bench.time(lambda a=a, b=b: a @ b) for _ in range(3))
     a, b, out = (torch.randn(2**25, device=bench.device) for _ in range(3))
-    memory = 3 * a.nbytes / min(bench.time(lambda: torch.add(a, b, out=out)) for _ in range(12))
+    memory = 3 * a.nbytes / min(bench.time(lambda: torch.add(a, b, out=out)) for _ in range(3))
     weights = torch.randn(LAYER_PARAMETERS + CODES * WIDTH, device=bench.device)
-    cached = weights.nbytes / min(bench.time(lambda: weights.sum()) for _ in range(100))
+    cached = weights.nbytes / min(bench.time(lambda: weights.sum()) for _ in range(30))
     return Limits(flops, memory, max(cached, memory))
 
 
@@ -368,7 +376,7 @@ def sample_x_transformer(device: torch.device, batch_size: int, dtype: torch.dty
 # ---- report ----
 
 
-def report(title: str, contestants: list[Contestant], aim: float, limits: dict[str, float]) -> dict:
+def report(title: str, contestants: list[Contestant], aim: float, machine: Limits, limits: dict[str, float]) -> dict:
     """Prints one table, the fastest first, and returns it. `limits` holds the machine's tokens/s by number format."""
     contestants = sorted(contestants, key=lambda c: -c.tokens_per_s)
     best = {}
@@ -386,6 +394,11 @@ def report(title: str, contestants: list[Contestant], aim: float, limits: dict[s
             f"  {c.library + ', ' + c.setting:40} {c.tokens_per_s:9,.0f} {f'({slowest:,.0f}–{fastest:,.0f})':>24} "
             f"{share:13.1%} {c.memory_bytes / 2**20:9,.0f} MiB {c.build_s:7.1f} s"
         )
+    products = ", ".join(f"{flops / 1e9:,.0f} GFLOP/s in {kind}" for kind, flops in machine.flops.items())
+    memory, weights = machine.memory_bytes_per_s / 1e9, machine.weights_bytes_per_s / 1e9
+    print(
+        f"  the machine: products {products}; memory {memory:.0f} GB/s, {weights:.0f} GB/s for as much as the weights"
+    )
     ours_best = best.pop("smalti")
     ratios = {library: ours_best.tokens_per_s / peer.tokens_per_s for library, peer in best.items()}
     for library, ratio in ratios.items():
@@ -417,7 +430,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bench = Bench(device, args.quick, time.process_time if args.processor_time else time.perf_counter)
-    limits = measure_limits(bench)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {args.threads} threads"
     print(f"torch {torch.__version__} on {device.type} ({name}){', processor time' if args.processor_time else ''}")
     if device.type == "cpu":
@@ -425,22 +437,16 @@ def main() -> None:
     tables = []
     if "train" in (args.part or ["train"]):
         contestants = training_contestants(bench)
-        bench.race(contestants, args.seconds)
-        limits = limits.or_better(measure_limits(bench))
+        limits = bench.race(contestants, args.seconds)
         ceilings = {kind: flops / (3 * flops_per_token(CODES)) for kind, flops in limits.flops.items()}
         title = f"training, batch {BATCH} × {LENGTH} tokens (forward, loss, backward, Adam)"
-        tables.append(report(title, contestants, 1.5, ceilings))
+        tables.append(report(title, contestants, 1.5, limits, ceilings))
     for batch_size in args.batch_sizes if "sample" in (args.part or ["sample"]) else []:
         contestants = sampling_contestants(bench, batch_size)
-        bench.race(contestants, args.seconds)
-        limits = limits.or_better(measure_limits(bench))
+        limits = bench.race(contestants, args.seconds)
         ceiling = sampling_limit(limits, batch_size)
         title = f"sampling {SAMPLED} tokens behind 2, batch {batch_size}"
-        tables.append(report(title, contestants, 4.0, {"fp32": ceiling, "bf16": ceiling}))
-    products = ", ".join(f"{flops / 1e9:,.0f} GFLOP/s in {kind}" for kind, flops in limits.flops.items())
-    memory, weights = limits.memory_bytes_per_s / 1e9, limits.weights_bytes_per_s / 1e9
-    print(f"\nthe machine, at its best before and behind each table: products {products}")
-    print(f"  memory {memory:.0f} GB/s; as many bytes as the model's weights, read again and again: {weights:.0f} GB/s")
+        tables.append(report(title, contestants, 4.0, limits, {"fp32": ceiling, "bf16": ceiling}))
     if args.json:
         args.json.write_text(json.dumps(tables, indent=1))
 
