@@ -15,12 +15,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parents[1]
 
 
-def work(threads: int) -> None:
+def work(threads: int, clock: Callable[[], float]) -> None:
     """In a process of its own, with one checkout on the path: for every number read, that contestant's time."""
     import digits_speed as own
     import torch
@@ -40,19 +41,19 @@ def work(threads: int) -> None:
     print(json.dumps([(name, tokens) for name, tokens, _ in contestants]), flush=True)
     for line in sys.stdin:
         index, seconds = line.split()
-        run, started_at, times = contestants[int(index)][2], time.perf_counter(), 0
-        while time.perf_counter() - started_at < float(seconds):
+        run, started_at, times = contestants[int(index)][2], clock(), 0
+        while clock() - started_at < float(seconds):
             run()
             times += 1
-        print((time.perf_counter() - started_at) / times, flush=True)
+        print((clock() - started_at) / times, flush=True)
 
 
 contestants: list = []
 
 
-def start(checkout: Path, threads: int) -> subprocess.Popen:
+def start(checkout: Path, options: list[str]) -> subprocess.Popen:
     paths = os.pathsep.join(str(checkout / folder) for folder in ("src", "benchmarks"))
-    command = [sys.executable, str(Path(__file__).resolve()), "--work", "--threads", str(threads)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--work", *options]
     environment = {**os.environ, "PYTHONPATH": paths}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=checkout)
@@ -70,23 +71,34 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="contestants with this in their name")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="count processor time instead of the clock's: with --threads 1, what a busy machine still measures fairly",
+    )
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         # The folder of this file stands before PYTHONPATH: the checkout's own benchmark is meant.
         sys.path.remove(str(Path(__file__).resolve().parent))
-        work(args.threads)
+        work(args.threads, time.process_time if args.processor_time else time.perf_counter)
         return
-    workers = [start(args.other.resolve(), args.threads), start(HERE, args.threads)]
+    options = ["--threads", str(args.threads), *(["--processor-time"] if args.processor_time else [])]
+    workers = [start(args.other.resolve(), options), start(HERE, options)]
     lists = [json.loads(worker.stdout.readline()) for worker in workers]
     names = [name for name, _ in lists[1]]
     seconds: dict[str, list[list[float]]] = {name: [[], []] for name in names}
     for round_index in range(args.rounds):
         for index, name in enumerate(names):
+            if args.only not in name:
+                continue
             for which in (0, 1) if round_index % 2 else (1, 0):
                 seconds[name][which].append(ask(workers[which], index, args.seconds))
     print(f"{'':28}{'before':>12}{'after':>12}{'after / before':>16}   (slowest–fastest round)")
     for name, tokens in lists[1]:
+        if args.only not in name:
+            continue
         before, after = seconds[name]
         ratios = sorted(b / a for b, a in zip(before, after, strict=True))
         rates = (f"{tokens / statistics.median(times):12,.0f}" for times in (before, after))

@@ -39,7 +39,7 @@ from smalti.engine.executors import make_executor
 from smalti.engine.generate import generate
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, new_model
-from smalti.processor import instruction_set, multiplies_bfloat16, torch_capability
+from smalti.processor import instruction_set, multiplies_bfloat16, separate_compile_cache, torch_capability
 from smalti.sequences.layout import Layout
 from smalti.sequences.request import Request
 from smalti.sequences.vocabulary import Vocabulary
@@ -426,6 +426,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the tables there")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    separate_compile_cache()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import tempfile
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from test_train_families import scenes as discs
 from test_train_families import train as train_gan
 from test_train_tokenizer import TRAINING as SMALL
 from test_train_tokenizer import train as train_small
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from training_runs import FIXED, SHAPE, arrays
 
 from smalti import precision as module
@@ -209,3 +212,18 @@ def in_old_words(checkpoint, translate):
     torch.save(state, path)
     (checkpoint / CHECKSUMS_FILE).unlink()
     assert not {"precision", "num_rows", "ema_decay"} & set(state["run"].get("training", {}))
+
+
+def test_what_is_compiled_is_kept_apart_for_each_kind_of_processor(monkeypatch, tmp_path):
+    """torch does not by itself: what was compiled for one ended processes on another."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found = []
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        monkeypatch.setattr(module.processor, "torch_capability", lambda capability=capability: capability)
+        module.processor.separate_compile_cache()
+        found.append(Path(cache_dir()))
+    assert found[0] != found[1] and {folder.parent for folder in found} == {tmp_path}
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+    module.processor.separate_compile_cache()
+    assert Path(cache_dir()) == tmp_path / "own"

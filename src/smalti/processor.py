@@ -8,7 +8,9 @@ says whether the first one took.
 
 import os
 import platform
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -43,6 +45,16 @@ def multiplies_bfloat16() -> bool:
 def torch_capability() -> str:
     """What torch's own kernels use, by its name for it: "AVX2", "AVX512", "DEFAULT" ..."""
     return torch.backends.cpu.get_cpu_capability()
+
+
+def separate_compile_cache() -> None:
+    """Has torch.compile keep what it makes apart for each `torch_capability`, unless TORCHINDUCTOR_CACHE_DIR is set.
+
+    By default it does not tell them apart (torch 2.13): what was compiled where ATEN_CPU_CAPABILITY held torch to AVX2
+    was taken up by a later process with AVX-512, whose packed weights are laid out otherwise, and ended it.
+    """
+    folder = f"smalti-torchinductor-{os.getuid()}-{torch_capability().lower()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / folder))
 
 
 @cache

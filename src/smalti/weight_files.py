@@ -110,7 +110,7 @@ def read_torch_file(path: Path) -> object:
     allowed = [argparse.Namespace, *((Unread, name) for name in _inert_names(path))]
     try:
         with torch.serialization.safe_globals(allowed), _WholeFile(io.FileIO(path)) as file:
-            # As torch tells them apart, by the first bytes: zipfile would take a list of contents at the end for enough.
+            # By the first bytes, as torch does: to zipfile a list of contents at the end is enough.
             source = path if kind_of(path) is ZIP else file
             content = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -44,6 +44,7 @@ from smalti.precision import (
     compute_precision,
     resolve_precision,
 )
+from smalti.processor import separate_compile_cache
 from smalti.sequences.layout import NO_SLOT, PARTS, Layout, Marker, Order, Packed, Span, SpanValues
 from smalti.sequences.vocabulary import SPECIAL, Vocabulary
 from smalti.training.checkpoint import (
@@ -471,7 +472,10 @@ def make_loss(
     compiled = bool(chosen.compile) and native is None
     path = "the native kernel" if native else "torch.compile" if compiled else "torch, operator by operator"
     _log.info("training by %s in %s", path, chosen.precision)
-    return cast(NextTokenLoss, torch.compile(loss)) if compiled else loss
+    if not compiled:
+        return loss
+    separate_compile_cache()
+    return cast(NextTokenLoss, torch.compile(loss))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
