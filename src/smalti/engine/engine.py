@@ -118,22 +118,26 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Draws a token of every open request, and what is certain behind it."""
-        return [event for running, start in self._step() for event in running.events(start)]
+        with torch.inference_mode():
+            self._enter()
+            before = [(running, len(running.drawn)) for running in self.active]
+            self._advance()
+        return [event for running, start in before for event in running.events(start)]
 
+    @torch.inference_mode()
     def run(self) -> None:
         """Carries out everything that was submitted."""
         while not self.is_idle:
-            self._step()
+            self._enter()
+            self._advance()
 
-    @torch.inference_mode()
-    def _step(self) -> list[tuple["_Running", int]]:
-        """Every open request, with how many tokens had been drawn of it."""
-        self._enter()
+    def _advance(self) -> None:
+        """A token of every request that has its rows."""
+        if not self.active:
+            return
         self._extend()
-        before = [(running, len(running.drawn)) for running in self.active]
         if any([self._draw(group) for group in self._groups()]):  # a list: every group draws
             self._leave([running for running in self.active if running.sequence.is_finished])
-        return before
 
     def _enter(self) -> None:
         while self.waiting and len(self.active) < self.capacity:
@@ -175,15 +179,19 @@ class Engine:
     def _extend(self) -> None:
         """Runs what the rows have not seen, where it is needed for what is drawn next."""
         nulls = [running for running in reversed(self.guided) if running.scales[running.at] != 1]
-        lengths = self.state.lengths
-        pending = [(running.null_row, running.null_pending(lengths[running.null_row])) for running in nulls]
-        pending += [(running.row, running.token_ids[lengths[running.row] :]) for running in self.active]
-        one = [(row, tokens) for row, tokens in pending if len(tokens) == 1]
-        more = [(row, tokens) for row, tokens in pending if len(tokens) > 1]
+        rows = [running.null_row for running in nulls] + [running.row for running in self.active]
+        seen = self.state.lengths[self.first : self.first + len(self.active)]
+        tokens = [running.null_pending(self.state.lengths[running.null_row]) for running in nulls]
+        tokens += [running.token_ids[length:] for running, length in zip(self.active, seen, strict=True)]
+        counts = list(map(len, tokens))
+        if counts.count(1) == len(counts):
+            whole = len(nulls) in (0, len(self.guided))  # side by side
+            self._run(slice(rows[0], rows[-1] + 1) if whole else rows, tokens)
+            return
+        one = [(row, new) for row, new in zip(rows, tokens, strict=True) if len(new) == 1]
+        more = [(row, new) for row, new in zip(rows, tokens, strict=True) if len(new) > 1]
         if one:
-            whole = len(one) == len(pending) and len(nulls) in (0, len(self.guided))
-            rows = slice(one[0][0], one[-1][0] + 1) if whole else [row for row, _ in one]
-            self._run(rows, [tokens for _, tokens in one])
+            self._run([row for row, _ in one], [new for _, new in one])
         if more:
             self._run_once(more)
 
@@ -213,9 +221,12 @@ class Engine:
 
     def _groups(self) -> list[list["_Running"]]:
         """Requests that draw from one slot with the same settings, guided or not."""
+        keys = [running.keys[running.at] for running in self.active]
+        if keys.count(keys[0]) == len(keys):  # as a rule
+            return [self.active]
         groups: dict[int, list[_Running]] = {}
-        for running in self.active:
-            groups.setdefault(running.keys[running.at], []).append(running)
+        for running, key in zip(self.active, keys, strict=True):
+            groups.setdefault(key, []).append(running)
         return list(groups.values())
 
     def _draw(self, group: list["_Running"]) -> bool:
