@@ -179,9 +179,17 @@ class _StateViews:
         ]
         first = state.both[0]
         self.num_slots = first.shape[3]
+        self.parts: dict[tuple[int, int], list[_LayerViews]] = {}
         # Zeros and then what hides, as long each: a window that starts early enough hides what is behind a position.
         self.edge = first.new_zeros(2 * self.num_slots)
         self.edge[self.num_slots :] = torch.finfo(first.dtype).min
+
+    def of(self, rows: slice) -> list[_LayerViews]:
+        """The layers for rows side by side, which as a rule are those of the step before."""
+        part = rows.start, rows.stop
+        if part not in self.parts:
+            self.parts = {part: [layer.of(rows) for layer in self.layers]}
+        return self.parts[part]
 
     def mask(self, positions: int | Int[Tensor, "..."], width: int) -> Float[Tensor, "... S"]:
         """What is added to the scores of queries at the positions, for the first `width` slots."""
@@ -204,7 +212,7 @@ class _Where:
         level = min(lengths) == max(lengths)
         begin = lengths[0] if level else torch.tensor(lengths)[:, None]
         self.is_view = isinstance(rows, slice)
-        self.layers = [layer.of(rows) for layer in views.layers] if isinstance(rows, slice) else views.layers
+        self.layers = views.of(rows) if isinstance(rows, slice) else views.layers
         self.index = None if isinstance(rows, slice) else torch.tensor(rows)
         M = shape[2]
         if T == 1:
