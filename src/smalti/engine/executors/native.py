@@ -259,7 +259,8 @@ class Native(Eager):
         bias = None if bias is None else bias.detach().contiguous()
         matrix = _Matrix(weight.data_ptr(), None if bias is None else bias.data_ptr(), k, n, gated)
         memory = torch.empty(self.library.packed_floats(byref(matrix)))
-        self.library.pack(byref(matrix), memory.data_ptr(), torch.get_num_threads())
+        threads = torch.get_num_threads() if weight.numel() >= 2**20 else 1  # waking one takes as long as a small matrix
+        self.library.pack(byref(matrix), memory.data_ptr(), threads)
         self.kept.append(memory)
         return matrix
 
