@@ -259,7 +259,7 @@ class Native(Eager):
         bias = None if bias is None else bias.detach().contiguous()
         matrix = _Matrix(weight.data_ptr(), None if bias is None else bias.data_ptr(), k, n, gated)
         memory = torch.empty(self.library.packed_floats(byref(matrix)))
-        threads = torch.get_num_threads() if weight.numel() >= 2**20 else 1  # waking one takes as long as a small matrix
+        threads = torch.get_num_threads() if weight.numel() >= 2**20 else 1  # less is done before another one wakes
         self.library.pack(byref(matrix), memory.data_ptr(), threads)
         self.kept.append(memory)
         return matrix
