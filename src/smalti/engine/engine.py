@@ -24,6 +24,9 @@ from smalti.models.decode_state import Rows
 from smalti.sequences.layout import Layout
 from smalti.sequences.request import Generated, Request, TokenSequence
 
+MOST_CONFIGS = 1024
+"""Settings that are remembered beyond the requests that draw with them."""
+
 
 class Event(NamedTuple):
     """A token that was drawn, or that is certain behind one that was."""
@@ -75,7 +78,7 @@ class Engine:
         self.waiting: deque[_Running] = deque()
         self.finished: dict[int, TokenSequence] = {}
         self.configs: dict[SampleConfig, int] = {}
-        self.num_tickets = 0
+        self.num_configs = self.num_tickets = 0
 
     @property
     def is_idle(self) -> bool:
@@ -84,7 +87,7 @@ class Engine:
     def submit(self, request: Request, config: SampleConfig = SampleConfig()) -> int:  # noqa: B008 (frozen)
         """Takes a request in; returns its ticket. Raises ValueError for one that does not fit the layout, or lacks the
         null condition that guidance needs, or wants a span that the model was only ever given."""
-        number = self.configs.setdefault(config, len(self.configs))
+        number = self._number(config)
         sequence = TokenSequence(self.layout, request)
         for one in (sequence, sequence.null):
             if one is not None:
@@ -98,6 +101,15 @@ class Engine:
         else:
             self.waiting.append(running)
         return running.ticket
+
+    def _number(self, config: SampleConfig) -> int:
+        """Tells settings apart. A server sees ever new ones: those of requests that are gone are forgotten."""
+        if config not in self.configs:
+            if len(self.configs) >= MOST_CONFIGS:
+                self.configs = {running.config: running.number for running in (*self.active, *self.waiting)}
+            self.configs[config] = self.num_configs
+            self.num_configs += 1
+        return self.configs[config]
 
     @torch.inference_mode()
     def cancel(self, ticket: int) -> None:

@@ -31,6 +31,9 @@ class Request:
     """What stands in place of token ids at the beginning, at most as many as the layout says."""
     begun: str | None = None
     """The segment of an open span of which the given numbers are but the beginning: without it they are all of it."""
+    kept: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    """Numbers that are to stand at positions of a segment's span, behind what is given of it; what is drawn between
+    them sees those before it alone."""
     seed: int = 0
     null: "Request | None" = None
     """What guidance steers away from: the same spans ahead, under another condition or none."""
@@ -86,7 +89,9 @@ class TokenSequence:
         self.filled = 0  # tokens that part has already
         self.null: TokenSequence | None = None
         self.features = request.features
+        self.kept = {name: self._kept(name, numbers) for name, numbers in request.kept.items()}
         self._give(dict(request.given), request.begun)
+        self._check_kept()
         if request.null is not None:
             self.null = TokenSequence(layout, request.null)
 
@@ -133,8 +138,10 @@ class TokenSequence:
                 if chosen:
                     return plan
                 continue
-            coming = range(self.filled if index == self.part else 0, part.length)
+            coming, kept = range(self.filled if index == self.part else 0, part.length), self.kept.get(part.segment, {})
             _plan_tokens(plan, slot_id, [(step, part.length) for step in coming], -1)
+            for step in kept.keys() & set(coming):
+                plan.forced[step - part.length] = kept[step]
             if part.end is not None:
                 stop = self.layout.vocabulary.special(part.end)
                 _plan_tokens(plan, self.layout.end_slot_index(part), [(0, 1)], stop)
@@ -181,6 +188,31 @@ class TokenSequence:
         whole.token_ids = self.token_ids + token_ids
         whole.log_probs = whole.draw_log_probs = self.log_probs + log_probs
         return whole.finished()
+
+    def _kept(self, segment: str, numbers: Mapping[int, int]) -> dict[int, int]:
+        """The token ids that are to stand at positions of a span."""
+        span = self.order.span(segment)
+        if span.end is not None or len(self.orders) > 1:
+            raise ValueError(f"codes are kept in a span of fixed length and a named order; {self.order} has none.")
+        if not all(0 <= position < span.length for position in numbers):
+            raise ValueError(
+                f"{segment} tokens are kept at {sorted(numbers)}; the span has positions to {span.length}."
+            )
+        size, values = self.layout.vocabulary[segment].size, list(numbers.values())
+        if not all(0 <= number < size for number in values):
+            raise ValueError(f"a kept {segment} token is outside 0..{size - 1}: {values}.")
+        ids = self.layout.vocabulary.ids(segment, torch.tensor(values, dtype=torch.long)).tolist()
+        return dict(zip(numbers, ids, strict=True))
+
+    def _check_kept(self) -> None:
+        """What comes next is drawn: a number that is kept there belongs to what is given."""
+        part = None if self.is_finished or self.chooses_order else self.order.parts[self.part]
+        for segment, numbers in self.kept.items():
+            first = self.filled if isinstance(part, Span) and part.segment == segment else -1
+            if self.is_finished or (numbers and min(numbers) <= first):
+                raise ValueError(
+                    f"{segment} token {min(numbers, default=0)} is kept next to what is given; give it too."
+                )
 
     def _give(self, given: dict[str, Int[Tensor, " L"]], begun: str | None) -> None:
         """Pushes what is certain: markers, and given spans as far as they reach."""

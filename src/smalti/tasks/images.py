@@ -26,6 +26,7 @@ from smalti.engine.generate import Generated, Request, generate, job_executor, s
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, InputWarning, shortened
 from smalti.image_files import Picture, checked_scale, listed, to_images, to_pictures, with_receipt
+from smalti.image_tokenizers import TiTok
 from smalti.likelihood import score
 from smalti.sequences.layout import Layout, SpanValues
 from smalti.text_tokenizer import TextTokenizer
@@ -138,8 +139,8 @@ class Pipeline:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         checked_scale(self.pictures, scale)  # before the work, not after it
-        config = self._sample_config(self.sampling.picture, sampling)
-        executor = self._executor(len(prompts) * n * best_of, batch_size)
+        config = self.sample_config(self.sampling.picture, sampling)
+        executor = self.executor(len(prompts) * n * best_of, batch_size)
         drawn = self._draw_pictures(prompts, config, seed, n, best_of, rerank, negative_prompt, batch_size, executor)
         codes = self._codes([found for _, found in drawn])
         pictures = self.decode(codes, scale=scale)
@@ -150,9 +151,7 @@ class Pipeline:
         return [
             with_receipt(
                 picture,
-                self._receipt(
-                    task="generate", prompt=prompt, seed=drawn_seed, codes=found.flatten().tolist(), **shared
-                ),
+                self.receipt(task="generate", prompt=prompt, seed=drawn_seed, codes=found.flatten().tolist(), **shared),
             )
             for picture, prompt, (drawn_seed, _), found in zip(pictures, repeated, drawn, codes, strict=True)
         ]
@@ -172,7 +171,7 @@ class Pipeline:
     ) -> Codes:
         """The codes of what `generate` draws. `executor` is one of `EXECUTORS`; by default as there."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        config = self._sample_config(self.sampling.picture, sampling)
+        config = self.sample_config(self.sampling.picture, sampling)
         drawn = self._draw_pictures(prompts, config, seed, n, best_of, rerank, negative_prompt, batch_size, executor)
         return self._codes([found for _, found in drawn])
 
@@ -186,14 +185,15 @@ class Pipeline:
         **sampling: Any,
     ) -> Iterator[Partial]:
         """The picture of a prompt as it comes, code by code; the last is what `generate` returns."""
-        config = self._sample_config(self.sampling.picture, sampling)
-        request = self._picture_request(self._whole(prompt), seed, negative_prompt, config)
+        config = self.sample_config(self.sampling.picture, sampling)
+        request = self.picture_request(self.whole(prompt), seed, negative_prompt, config)
         offset, found = self.layout.vocabulary["image"].offset, []
         for step in stream(self.model, self.layout, [request], config):
             found.append(step.token_id - offset)
-            yield Partial(torch.tensor(found), self._partial_picture(found, scale))
+            yield Partial(torch.tensor(found), self.partial_picture(found, scale))
 
-    def _partial_picture(self, found: list[int], scale: int | None) -> Image.Image:
+    def partial_picture(self, found: list[int], scale: int | None) -> Image.Image:
+        """The picture of its first codes, in raster order; what is not drawn yet is grey."""
         rest = self.bundle.image_length - len(found)
         codes = torch.tensor(found + found[:1] * rest).view(1, *self.grid)
         image = self.decode_images(codes)
@@ -215,12 +215,12 @@ class Pipeline:
         executor: str | None,
     ) -> list[tuple[int, Generated]]:
         """Each kept sequence with the seed it was drawn from."""
-        self._check_drawing(n, best_of, rerank)
+        self.check_drawing(n, best_of, rerank)
         seeds = [int(seed)] * len(prompts) if isinstance(seed, int | Integral) else [int(one) for one in seed]
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for all, or one each.")
         requests = [
-            self._picture_request(words, first + i, negative_prompt, config)
+            self.picture_request(words, first + i, negative_prompt, config)
             for words, first in zip(self._all_whole(prompts), seeds, strict=True)
             for i in range(n * best_of)
         ]
@@ -228,11 +228,12 @@ class Pipeline:
         seeded = [(request.seed, drawn) for request, drawn in zip(requests, found, strict=True)]
         if best_of == 1:
             return seeded
-        return [seeded[i] for i in self._best(found, best_of, rerank, batch_size)]
+        return [seeded[i] for i in self.best(found, best_of, rerank, batch_size)]
 
-    def _picture_request(
+    def picture_request(
         self, words: Int[Tensor, " L"], seed: int, negative_prompt: str | None, config: SampleConfig
     ) -> Request:
+        """A picture of a whole caption, with what guidance steers away from if there is any."""
         order = self.bundle.order("text", "image")
         request = Request(order=order, given={"text": words}, seed=seed)
         if config.guidance_scale == 1:
@@ -243,10 +244,11 @@ class Pipeline:
                 )
             return request
         if negative_prompt is not None:
-            return replace(request, null=Request(order=order, given={"text": self._whole(negative_prompt)}))
-        return replace(request, null=self._uncaptioned())
+            return replace(request, null=Request(order=order, given={"text": self.whole(negative_prompt)}))
+        return replace(request, null=self.uncaptioned())
 
-    def _check_drawing(self, n: int, best_of: int, rerank: str | None) -> None:
+    def check_drawing(self, n: int, best_of: int, rerank: str | None) -> None:
+        """Raises InputError or ValueError for numbers of pictures and candidates that cannot be."""
         if n < 1 or best_of < 1:
             raise ValueError(f"n is {n} and best_of {best_of}; both must be at least 1.")
         if rerank is not None and rerank not in RERANKERS:
@@ -264,7 +266,7 @@ class Pipeline:
         """Those of RERANKERS that this bundle has, what tells most of the caption first."""
         return ("caption", "pmi", "picture") if self.bundle.has_order("image", "text") else ("pmi", "picture")
 
-    def _best(self, found: Sequence[Generated], best_of: int, rerank: str | None, batch_size: int) -> list[int]:
+    def best(self, found: Sequence[Generated], best_of: int, rerank: str | None, batch_size: int) -> list[int]:
         """Which of every `best_of` sequences is kept."""
         words = [sequence.spans["text"] for sequence in found]
         scores = self.score_codes(self._codes(found), words, batch_size=batch_size)
@@ -283,12 +285,15 @@ class Pipeline:
 
     def caption_codes(self, codes: Codes, *, seed: int = 0, batch_size: int = 64, **sampling: Any) -> list[str]:
         """`caption` of codes."""
-        config = self._sample_config(self.sampling.caption, sampling)
-        null = None if config.guidance_scale == 1 else Request(order=self.bundle.order("text", "image"))
-        order = self.bundle.order("image", "text")
-        requests = [Request(order=order, given={"image": row.flatten()}, seed=seed, null=null) for row in codes]
+        config = self.sample_config(self.sampling.caption, sampling)
+        requests = [self.caption_request(row, seed, config) for row in codes]
         found = generate(self.model, self.layout, requests, config, batch_size=batch_size)
-        return [self._text(sequence) for sequence in found]
+        return [self.text(sequence) for sequence in found]
+
+    def caption_request(self, codes: Int[Tensor, "h w"], seed: int, config: SampleConfig) -> Request:
+        """A caption of a picture's codes."""
+        null = None if config.guidance_scale == 1 else Request(order=self.bundle.order("text", "image"))
+        return Request(order=self.bundle.order("image", "text"), given={"image": codes.flatten()}, seed=seed, null=null)
 
     def pairs(self, n: int, seed: int = 0, *, scale: int | None = None, **settings: Any) -> list[Pair]:
         """`n` pictures with captions, both from nothing; `settings` are those of `pair_codes`."""
@@ -310,8 +315,8 @@ class Pipeline:
         with the seeds from `seed + i · m` on. `order` names the layout's order to follow; by default the model chooses.
         Drawn from the model's own distribution unless `sampling` says otherwise. With guidance the caption comes first
         and the picture is guided by it."""
-        config = self._sample_config(SampleConfig(), sampling)
-        self._check_drawing(n, best_of, rerank)
+        config = self.sample_config(SampleConfig(), sampling)
+        self.check_drawing(n, best_of, rerank)
         guided = config.guidance_scale != 1
         if guided and order not in (None, self.bundle.order("text", "image")):
             raise ValueError(f"guidance needs the caption before the picture; order {order!r} has it behind.")
@@ -321,11 +326,11 @@ class Pipeline:
         found = generate(self.model, self.layout, requests, unguided, batch_size=batch_size)
         if guided:
             words = [sequence.spans["text"] for sequence in found]
-            requests = [self._picture_request(w, seed + i, None, config) for i, w in enumerate(words)]
+            requests = [self.picture_request(w, seed + i, None, config) for i, w in enumerate(words)]
             found = generate(self.model, self.layout, requests, config, batch_size=batch_size)
         if best_of > 1:
-            found = [found[i] for i in self._best(found, best_of, rerank, batch_size)]
-        return self._codes(found), [self._text(sequence) for sequence in found]
+            found = [found[i] for i in self.best(found, best_of, rerank, batch_size)]
+        return self._codes(found), [self.text(sequence) for sequence in found]
 
     # Completing what is begun ----------------------------------------------------------------------------------
 
@@ -345,13 +350,13 @@ class Pipeline:
         if not 0 <= rows <= self.grid[0]:
             raise ValueError(f"rows is {rows}; expected 0 to {self.grid[0]}, the rows of codes in a picture.")
         kept = self.encode([picture])[0, :rows]
-        config = self._sample_config(self.sampling.picture if caption else SampleConfig(), sampling)
-        executor = self._executor(n)
+        config = self.sample_config(self.sampling.picture if caption else SampleConfig(), sampling)
+        executor = self.executor(n)
         codes = self.complete_codes(kept, caption=caption, seed=seed, n=n, executor=executor, **asdict(config))
         sampling = asdict(config)
         details = {"task": "complete", "prompt": caption, "rows": rows, "sampling": sampling, "executor": executor}
         return [
-            with_receipt(drawn, self._receipt(seed=seed + i, codes=row.flatten().tolist(), **details))
+            with_receipt(drawn, self.receipt(seed=seed + i, codes=row.flatten().tolist(), **details))
             for i, (drawn, row) in enumerate(zip(self.decode(codes, scale=scale), codes, strict=True))
         ]
 
@@ -366,26 +371,32 @@ class Pipeline:
         **sampling: Any,
     ) -> Codes:
         """The codes of what `complete` draws below the rows of codes `kept`."""
-        config = self._sample_config(self.sampling.picture if caption else SampleConfig(), sampling)
+        config = self.sample_config(self.sampling.picture if caption else SampleConfig(), sampling)
         _check_completing(n, config, caption is not None)
-        alone = self._uncaptioned(image=kept.flatten())
-        request = alone
-        if caption is not None:
-            given = {"text": self._whole(caption), "image": kept.flatten()}
-            null = None if config.guidance_scale == 1 else alone
-            request = Request(order=self.bundle.order("text", "image"), given=given, seed=seed, null=null)
+        request = self.complete_request(kept, caption, seed, config)
         requests = [replace(request, seed=seed + i) for i in range(n)]
         return self._codes(generate(self.model, self.layout, requests, config, executor=executor))
+
+    def complete_request(
+        self, kept: Int[Tensor, "rows w"], caption: str | None, seed: int, config: SampleConfig
+    ) -> Request:
+        """A picture that begins with rows of codes."""
+        alone = replace(self.uncaptioned(image=kept.flatten()), seed=seed)
+        if caption is None:
+            return alone
+        given = {"text": self.whole(caption), "image": kept.flatten()}
+        null = None if config.guidance_scale == 1 else alone
+        return Request(order=self.bundle.order("text", "image"), given=given, seed=seed, null=null)
 
     def complete_caption(self, beginning: str, *, seed: int = 0, n: int = 1, **sampling: Any) -> list[str]:
         """`n` captions that start with the given words, which may be none. Raises InputError if the bundle has not
         learned how captions go on without a picture."""
-        config = self._sample_config(SampleConfig(), sampling)
+        config = self.sample_config(SampleConfig(), sampling)
         _check_completing(n, config, False)
         layout, given = self._captions_alone(), {"text": self._words(beginning)}
         [order] = layout.orders
         requests = [Request(order=order, given=given, begun="text", seed=seed + i) for i in range(n)]
-        return [self._text(sequence) for sequence in generate(self.model, layout, requests, config)]
+        return [self.text(sequence) for sequence in generate(self.model, layout, requests, config)]
 
     def _captions_alone(self) -> Layout:
         """The order that learns p(caption), up to the caption's end: no picture is drawn behind it."""
@@ -470,7 +481,7 @@ class Pipeline:
         device = self.bundle.device
         return torch.cat([self.image_tokenizer.decode_codes(c.to(device)).cpu() for c in codes.split(batch_size)])
 
-    def _executor(self, num_requests: int, batch_size: int = 64) -> str:
+    def executor(self, num_requests: int, batch_size: int = 64) -> str:
         """What draws so many pictures; their receipts name it."""
         return job_executor(self.model, self.layout, num_requests, batch_size)
 
@@ -478,19 +489,26 @@ class Pipeline:
     def grid(self) -> tuple[int, int]:
         return self.image_tokenizer.config.grid
 
+    @property
+    def has_patches(self) -> bool:
+        """Whether a code stands for the patch of its cell. TiTok's stand for the whole picture."""
+        return not isinstance(self.image_tokenizer, TiTok)
+
     # Small things ----------------------------------------------------------------------------------------------
 
     def _codes(self, found: Sequence[Generated]) -> Codes:
         rows = [sequence.spans["image"].view(self.grid) for sequence in found]
         return torch.stack(rows) if rows else torch.zeros(0, *self.grid, dtype=torch.long)
 
-    def _text(self, sequence: Generated) -> str:
+    def text(self, sequence: Generated) -> str:
+        """The caption that a sequence has."""
         return self.text_tokenizer.decode(sequence.spans["text"].tolist())
 
     def _words(self, caption: str) -> Int[Tensor, " L"]:
         return torch.tensor(self.text_tokenizer.encode(caption), dtype=torch.long)
 
-    def _whole(self, caption: str) -> Int[Tensor, " L"]:
+    def whole(self, caption: str) -> Int[Tensor, " L"]:
+        """The numbers of a caption that must be whole. Raises InputError for unknown words."""
         return self._all_whole([caption])[0]
 
     def _all_whole(self, captions: Sequence[str]) -> list[Int[Tensor, " L"]]:
@@ -519,7 +537,7 @@ class Pipeline:
             )
         return found
 
-    def _uncaptioned(self, **given: Int[Tensor, " L"]) -> Request:
+    def uncaptioned(self, **given: Int[Tensor, " L"]) -> Request:
         """A picture without a caption, what guidance steers away from: behind an empty caption where captions may have
         any length, else in the order that has the picture first."""
         if (order := self._empty_caption_order()) is not None:
@@ -533,14 +551,16 @@ class Pipeline:
         order = self.layout[self.bundle.order("text", "image")]
         return order.name if order.span("text").end is not None else None
 
-    def _sample_config(self, default: SampleConfig, given: Mapping[str, Any]) -> SampleConfig:
+    def sample_config(self, default: SampleConfig, given: Mapping[str, Any]) -> SampleConfig:
+        """The default with the settings that are given. Raises ValueError for unknown ones."""
         known = [known.name for known in fields(SampleConfig)]
         for name in given:
             if name not in known:
                 raise ValueError(f"sampling has no setting {name!r}; there are {', '.join(known)}.")
         return replace(default, **given)
 
-    def _receipt(self, **details: Any) -> dict[str, Any]:
+    def receipt(self, **details: Any) -> dict[str, Any]:
+        """How a picture was made: what is known of the bundle, and the details."""
         return {
             "smalti_version": version("smalti"),
             "bundle": self.name,

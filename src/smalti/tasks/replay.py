@@ -16,13 +16,17 @@ from torch import Tensor
 from smalti.documents import config_of
 from smalti.engine.executors import EXECUTORS
 from smalti.engine.executors.native import load
+from smalti.engine.generate import Request, generate
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, first_line, shortened
 from smalti.image_files import GRID_GAP, grid_columns, read_picture, read_receipts, to_grid, with_receipt
+from smalti.tasks.edit import edit_request
 from smalti.tasks.images import Pipeline
 
 ENTRIES = {"task": str, "seed": int, "sampling": dict, "weights_sha256": str, "codes": list, "bundle": str}
 """What a receipt must hold, whatever the picture is."""
+TASK_ENTRIES = {"generate": {"prompt": str}, "complete": {"rows": int}, "edit": {"prompt": str, "redrawn": list}}
+"""And what of each task."""
 
 
 class Replayed(NamedTuple):
@@ -44,7 +48,7 @@ def replay(path: Path | str, bundle: str | Path | None = None) -> Replayed:
     with, naming both.
     """
     given = read_picture(path)
-    receipts = _checked(path, read_receipts(path))
+    receipts = checked_receipts(path, read_receipts(path))
     pipe = _load(path, receipts[0], bundle)
     for receipt in receipts:
         if receipt["weights_sha256"] != pipe.weights_sha256:
@@ -52,7 +56,7 @@ def replay(path: Path | str, bundle: str | Path | None = None) -> Replayed:
                 f"{path} was drawn with weights {receipt['weights_sha256']}, the bundle {bundle or pipe.name} has "
                 f"{pipe.weights_sha256}; name the bundle it was drawn with by --bundle."
             )
-    _check_kept(path, receipts, pipe)
+    check_kept(path, receipts, pipe)
     for receipt in receipts:
         _check_executor(path, receipt.get("executor"))
     try:
@@ -68,13 +72,15 @@ def replay(path: Path | str, bundle: str | Path | None = None) -> Replayed:
         )
     ]
     picture = to_grid(pictures) if len(pictures) > 1 else pictures[0]
-    difference = _code_difference(codes, receipts) or _pixel_difference(np.asarray(picture), np.asarray(given))
+    difference = code_difference(codes, receipts) or _pixel_difference(np.asarray(picture), np.asarray(given))
     return Replayed(picture, len(pictures), codes.numel(), difference)
 
 
-def _checked(path: Path | str, receipts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def checked_receipts(path: Path | str, receipts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The receipts of the picture in a file, or of that name. Raises InputError if they do not say how it was made."""
     for receipt in receipts:
-        wanted = ENTRIES | ({"rows": int} if receipt.get("task") == "complete" else {"prompt": str})
+        task = receipt.get("task")
+        wanted = ENTRIES | TASK_ENTRIES.get(task if isinstance(task, str) else "", TASK_ENTRIES["generate"])
         for name, kind in wanted.items():
             if not isinstance(receipt.get(name), kind) or isinstance(receipt[name], bool):
                 raise InputError(
@@ -84,9 +90,10 @@ def _checked(path: Path | str, receipts: list[dict[str, Any]]) -> list[dict[str,
         for name in ("prompt", "negative_prompt"):
             if not isinstance(receipt.get(name), str | None):
                 raise _damaged(path, f"{name} is {shortened(repr(receipt[name]))}, expected text")
-        if not all(isinstance(code, int) and not isinstance(code, bool) for code in receipt["codes"]):
-            raise _damaged(path, "not all of its codes are whole numbers")
-        if receipt["task"] not in ("generate", "complete"):
+        for name in ("codes", "redrawn"):
+            if not all(isinstance(code, int) and not isinstance(code, bool) for code in receipt.get(name, [])):
+                raise _damaged(path, f"not all of its {name} are whole numbers")
+        if receipt["task"] not in TASK_ENTRIES:
             raise InputError(f"{path}: a picture of the task {receipt['task']!r} cannot be drawn again.")
         config_of(SampleConfig, receipt["sampling"], f"{path}: its receipt is damaged: sampling")
     return receipts
@@ -96,9 +103,17 @@ def _damaged(path: Path | str, what: str) -> InputError:
     return InputError(f"{path}: its receipt is damaged: {what}; draw the picture again.")
 
 
-def _check_kept(path: Path | str, receipts: list[dict[str, Any]], pipe: Pipeline) -> None:
-    """Raises InputError if the codes that a completion kept are none that the bundle's pictures can have."""
+def check_kept(path: Path | str, receipts: list[dict[str, Any]], pipe: Pipeline) -> None:
+    """Raises InputError if the codes that a completion or an edit kept are none that the bundle's pictures can have."""
     size, (rows, columns) = pipe.layout.vocabulary["image"].size, pipe.grid
+    for receipt in (receipt for receipt in receipts if receipt["task"] == "edit"):
+        codes, cells = receipt["codes"], receipt["redrawn"]
+        if len(codes) != rows * columns or not cells or not all(0 <= cell < rows * columns for cell in cells):
+            raise _damaged(
+                path, f"it has {len(codes)} codes of which {len(cells)} were drawn, for {rows}×{columns} cells"
+            )
+        if not all(0 <= code < size for code in codes):
+            raise _damaged(path, f"not all of its codes are in 0..{size - 1}")
     for receipt in (receipt for receipt in receipts if receipt["task"] == "complete"):
         kept = receipt["codes"][: max(receipt["rows"], 0) * columns]
         if not 0 <= receipt["rows"] <= rows or len(kept) != receipt["rows"] * columns:
@@ -137,11 +152,11 @@ def _draw_codes(pipe: Pipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "
         return _drawn_by_named(pipe, receipts)
     codes = _drawn_by_named(pipe, receipts)
     for executor in EXECUTORS:
-        if _code_difference(codes, receipts) is None:
+        if code_difference(codes, receipts) is None:
             break
         if not EXECUTORS[executor].why_not(pipe.model):
             other = _drawn_by_named(pipe, [{"executor": executor, **receipt} for receipt in receipts])
-            codes = other if _code_difference(other, receipts) is None else codes
+            codes = other if code_difference(other, receipts) is None else codes
     return codes
 
 
@@ -160,32 +175,36 @@ def _check_executor(path: Path | str, executor: Any) -> None:
 
 def _drawn_by_named(pipe: Pipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
     drawn = []
-    for _, alike in groupby(receipts, lambda receipt: (receipt["task"] == "complete", _settings(receipt))):
-        group = list(alike)
-        if group[0]["task"] == "complete":
-            drawn += [_complete(pipe, receipt) for receipt in group]
-        else:
-            prompts, seeds = [receipt["prompt"] for receipt in group], [receipt["seed"] for receipt in group]
-            drawn.append(pipe.generate_codes(prompts, seed=seeds, **_settings(group[0])))
-    return torch.cat(drawn)
+    for (config, executor), alike in groupby(receipts, lambda one: (receipt_config(pipe, one), one.get("executor"))):
+        requests = [receipt_request(pipe, receipt) for receipt in alike]
+        drawn += generate(pipe.model, pipe.layout, requests, config, executor=executor)
+    return torch.stack([found.spans["image"].view(pipe.grid) for found in drawn])
 
 
-def _complete(pipe: Pipeline, receipt: dict[str, Any]) -> Int[Tensor, "1 h w"]:
-    width, settings = pipe.grid[1], _settings(receipt)
-    del settings["negative_prompt"]
-    kept = torch.tensor(receipt["codes"][: receipt["rows"] * width], dtype=torch.long).view(-1, width)
-    return pipe.complete_codes(kept, caption=receipt.get("prompt"), seed=receipt["seed"], **settings)
-
-
-def _settings(receipt: dict[str, Any]) -> dict[str, Any]:
-    settings = {**receipt["sampling"], "negative_prompt": receipt.get("negative_prompt")}
-    settings["executor"] = receipt.get("executor")
+def receipt_config(pipe: Pipeline, receipt: dict[str, Any]) -> SampleConfig:
+    """How a picture was drawn; what an older receipt does not tell is the bundle's own."""
+    settings = dict(receipt["sampling"])
     if "guidance_interval" in settings:  # JSON knows no tuples
         settings["guidance_interval"] = tuple(settings["guidance_interval"])
-    return settings
+    return pipe.sample_config(SampleConfig() if receipt.get("prompt") is None else pipe.sampling.picture, settings)
 
 
-def _code_difference(codes: Int[Tensor, "N h w"], receipts: list[dict[str, Any]]) -> str | None:
+def receipt_request(pipe: Pipeline, receipt: dict[str, Any]) -> Request:
+    """What draws the picture of a receipt that was checked. Raises InputError or ValueError where it cannot be."""
+    config, prompt, seed = receipt_config(pipe, receipt), receipt.get("prompt"), receipt["seed"]
+    if receipt["task"] == "complete":
+        kept = torch.tensor(receipt["codes"][: receipt["rows"] * pipe.grid[1]], dtype=torch.long)
+        return pipe.complete_request(kept.view(-1, pipe.grid[1]), prompt, seed, config)
+    negative_prompt = receipt.get("negative_prompt")
+    if receipt["task"] == "edit":
+        codes, redrawn = torch.tensor(receipt["codes"]).view(pipe.grid), torch.zeros(pipe.grid, dtype=torch.bool)
+        redrawn.view(-1)[receipt["redrawn"]] = True
+        return edit_request(pipe, codes, redrawn, prompt or "", seed, negative_prompt, config)
+    return pipe.picture_request(pipe.whole(prompt or ""), seed, negative_prompt, config)
+
+
+def code_difference(codes: Int[Tensor, "N h w"], receipts: list[dict[str, Any]]) -> str | None:
+    """The first place where codes are not those of the receipts; None if there is none."""
     for number, (found, receipt) in enumerate(zip(codes, receipts, strict=True), 1):
         wanted, columns = receipt["codes"], found.shape[1]
         where = f"picture {number}, " if len(receipts) > 1 else ""
