@@ -18,6 +18,10 @@ CONFIGS = [
     SampleConfig(guidance_scale=2.5),
     SampleConfig(guidance_scale=3.0, guidance_interval=(2, 4), top_p=0.9),
     SampleConfig(guidance_scale=1.5, guidance_schedule="linear"),
+    SampleConfig(speculative=3),
+    SampleConfig(speculative=2, guidance_scale=3.0, guidance_interval=(2, 4), temperature=0.8),
+    SampleConfig(speculative=9, coupling="gumbel", guidance_scale=1.5),
+    SampleConfig(speculative=3, coupling="inverse", top_k=4),
 ]
 
 

@@ -53,6 +53,22 @@ def test_every_kind_of_bundle_writes_what_replay_needs(bundles, tmp_path, capsys
     assert again.read_bytes() == (tmp_path / "a.png").read_bytes()
 
 
+@pytest.mark.parametrize("coupling", ["maximal", "gumbel", "inverse"])
+def test_a_picture_drawn_with_drafts_is_drawn_again(bundles, tmp_path, capsys, coupling: str):
+    """The receipt says how many drafts there were, and how they were verified."""
+    plain, ahead = tmp_path / "plain.png", tmp_path / "ahead.png"
+    command = ["generate", PROMPTS["tiny"], "--bundle", str(bundles["tiny"]), "--seed", "5"]
+    assert run([*command, "-o", str(plain)]) == 0
+    assert run([*command, "--speculative", "6", "--coupling", coupling, "-o", str(ahead)]) == 0
+    receipt = read_receipt(ahead)
+    assert (receipt["sampling"]["speculative"], receipt["sampling"]["coupling"]) == (6, coupling)
+    assert (receipt["codes"] == read_receipt(plain)["codes"]) == (coupling == "inverse")
+    assert run(["replay", str(ahead), "--bundle", str(bundles["tiny"])]) == 0
+    assert "drawn again identically (49 codes" in capsys.readouterr().out
+    assert run([*command, "--speculative", "-2", "-o", str(tmp_path / "b.png")]) == 2
+    assert "speculative is -2; expected 0 (off) to 1024 drafts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("n", [2, 5])
 def test_a_grid_is_drawn_again_with_all_its_pictures(bundles, tmp_path, capsys, n: int):
     path = tmp_path / "grid.png"

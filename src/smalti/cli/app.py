@@ -63,6 +63,16 @@ Guidance = Annotated[
 Schedule = Annotated[
     str | None, typer.Option(help="How the guidance grows from 1 over a picture: constant, linear, cosine.")
 ]
+Speculative = Annotated[
+    int | None, typer.Option(help="Draft N codes ahead and verify them in one pass, exactly; 0 is off.", metavar="N")
+]
+Coupling = Annotated[
+    str | None,
+    typer.Option(
+        help="How drafts are verified: maximal keeps most; with gumbel the picture does not depend on N; with inverse "
+        "it is the same as without drafts."
+    ),
+]
 OF_PICTURES, OF_LINES = "For a bundle of pictures", "For a bundle of lines"
 
 
@@ -131,6 +141,8 @@ def generate(
     min_p: MinP = None,
     guidance_scale: Guidance = None,
     guidance_schedule: Schedule = None,
+    speculative: Speculative = None,
+    coupling: Coupling = None,
 ) -> None:
     """Draw pictures of a caption. Each PNG says in itself how it was made; `smalti replay` draws it again."""
     outputs = _output_names(output, 1 if grid else n)
@@ -167,6 +179,8 @@ def generate(
             min_p=min_p,
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
+            speculative=speculative,
+            coupling=coupling,
         ),
     )
     if grid:

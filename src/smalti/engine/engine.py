@@ -1,4 +1,4 @@
-"""The engine: requests come and go, and every step draws one token of each that is open.
+"""The engine: requests come and go, and every step draws one token of each that is open, or several ahead.
 
 A request is carried out alone, whatever else runs: its seed gives one uniform number a position, drawn up front, its
 settings are its own, and an executor computes a row to the same bits in any company. A guided picture is one request of
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from smalti.engine.executors import make_executor
 from smalti.engine.sampling import SampleConfig
+from smalti.engine.speculative import Drafts, Window, num_kept, redraw
+from smalti.errors import InputError
 from smalti.models.base import SequenceModel
 from smalti.models.decode_state import Rows
 from smalti.sequences.layout import Layout
@@ -73,6 +75,8 @@ class Engine:
         with torch.inference_mode():
             self.state = self.executor.new_state(self.first + capacity, layout.max_length)
             self.hidden: Float[Tensor, "rows D"] = torch.zeros(0)
+        self.ahead: dict[int, Float[Tensor, "k D"]] = {}
+        """Of rows that ran drafts: the hidden states of the last token that is certain and of the drafts."""
         self.active: list[_Running] = []  # number i is in row first + i
         self.guided: list[_Running] = []  # the null row of number j is first − 1 − j
         self.waiting: deque[_Running] = deque()
@@ -92,6 +96,9 @@ class Engine:
         for one in (sequence, sequence.null):
             if one is not None:
                 self.executor.model.check_request(one)
+        reasons = self.executor.why_no_drafts(self.executor.model) if config.speculative else []
+        if reasons:
+            raise InputError(f"speculative {config.speculative}: {'; '.join(reasons)}.")
         running = _Running(self.num_tickets, sequence, config, number)
         if running.is_guided and not self.first:
             raise ValueError("this engine was made without room for guided requests (guided_capacity=0).")
@@ -190,28 +197,45 @@ class Engine:
 
     def _extend(self) -> None:
         """Runs what the rows have not seen, where it is needed for what is drawn next."""
-        nulls = [running for running in reversed(self.guided) if running.scales[running.at] != 1]
+        nulls = [running for running in reversed(self.guided) if running.wants_null]
         rows = [running.null_row for running in nulls] + [running.row for running in self.active]
         seen = self.state.lengths[self.first : self.first + len(self.active)]
         tokens = [running.null_pending(self.state.lengths[running.null_row]) for running in nulls]
         tokens += [running.token_ids[length:] for running, length in zip(self.active, seen, strict=True)]
+        drafts = [running.run_drafts for running in (*nulls, *self.active)]
+        together: Rows = slice(rows[0], rows[-1] + 1) if len(nulls) in (0, len(self.guided)) else rows
         counts = list(map(len, tokens))
-        if counts.count(1) == len(counts):
-            whole = len(nulls) in (0, len(self.guided))  # side by side
-            self._run(slice(rows[0], rows[-1] + 1) if whole else rows, tokens)
+        self.ahead = {}
+        if not any(drafts) and counts.count(1) == len(counts):
+            self._run(together, tokens)
             return
-        one = [(row, new) for row, new in zip(rows, tokens, strict=True) if len(new) == 1]
-        more = [(row, new) for row, new in zip(rows, tokens, strict=True) if len(new) > 1]
+        if all(drafts):
+            self._run_ahead(together, list(zip(rows, tokens, drafts, strict=True)))
+            return
+        pending = list(zip(rows, tokens, drafts, strict=True))
+        one = [(row, new) for row, new, ahead in pending if not ahead and len(new) == 1]
+        more = [(row, new) for row, new, ahead in pending if not ahead and len(new) > 1]
+        drafted = [one_row for one_row in pending if one_row[2]]
         if one:
             self._run([row for row, _ in one], [new for _, new in one])
         if more:
             self._run_once(more)
+        if drafted:
+            self._run_ahead([row for row, _, _ in drafted], drafted)
 
     def _run(self, rows: Rows, tokens: list[list[int]]) -> None:
         hidden = self.executor.extend(self.state, rows, tokens)
         if not len(self.hidden):
             self.hidden = hidden.new_zeros(self.state.capacity, hidden.shape[1])
         self.hidden[rows] = hidden
+
+    def _run_ahead(self, rows: Rows, ahead: list[tuple[int, list[int], list[int]]]) -> None:
+        """Runs what rows have not seen, and drafts behind it."""
+        hidden = self.executor.extend_all(self.state, rows, [tokens + drafts for _, tokens, drafts in ahead])
+        end = 0
+        for row, tokens, drafts in ahead:
+            start, end = end + len(tokens) - 1, end + len(tokens) + len(drafts)
+            self.ahead[row] = hidden[start:end]
 
     def _run_once(self, pending: list[tuple[int, list[int]]]) -> None:
         """Runs several tokens of rows; a beginning that several share, as the candidates of a prompt do, once."""
@@ -242,8 +266,10 @@ class Engine:
         return list(groups.values())
 
     def _draw(self, group: list["_Running"]) -> bool:
-        """Draws a token of each; whether any of them is finished."""
+        """Draws a token of each, or several; whether any of them is finished."""
         first = group[0]
+        if first.drafts is not None:
+            return self._draw_ahead(group)
         slot = self.layout.slots[first.slot_ids[first.at]]
         hidden, null_hidden, scales = self.hidden[self._rows_of(group)], None, None
         if first.scales[first.at] != 1:
@@ -253,6 +279,49 @@ class Engine:
         drawn = self.executor.draw(hidden, null_hidden, slot, uniforms, scales, first.config)
         # a list: every one takes its token
         return any([running.push(token) for running, token in zip(group, drawn.rows(), strict=True)])
+
+    def _draw_ahead(self, group: list["_Running"]) -> bool:
+        """Draws at the positions of the drafts, and keeps what stands; whether any of the requests is finished."""
+        first = group[0]
+        slot = self.layout.slots[first.slot_ids[first.at]]
+        windows = [running.window for running in group]
+        hidden = torch.cat([self._hidden_ahead(running.row) for running in group])
+        given = [scale for running in group for scale in running.scales[running.at :][: 1 + len(running.run_drafts)]]
+        scales = torch.tensor(given, device=hidden.device)
+        null_hidden = None
+        if any(running.wants_null for running in group):
+            null_hidden = torch.cat(
+                [
+                    self._hidden_ahead(running.null_row) if running.wants_null else self._hidden_ahead(running.row)
+                    for running in group
+                ]
+            )
+        found = redraw(self.executor, windows, hidden, null_hidden, scales, slot, first.config)
+        tokens, probs, finished, start = found.draws.rows(), found.probs, False, 0
+        for running, window in zip(group, windows, strict=True):
+            end = start + window.size
+            sources = [None] * window.size if probs is None else list(probs[start:end])
+            finished |= self._keep(running, tokens[start:end], sources)
+            start = end
+        return finished
+
+    def _keep(self, running: "_Running", drawn: list[tuple[int, float, float]], probs: list[Tensor | None]) -> bool:
+        """Adds what stands of what was drawn, takes back what was run for the rest; whether the sequence is
+        finished."""
+        drafts, num_run = running.drafts, len(running.run_drafts)
+        assert drafts is not None
+        running.saw_all_finite &= all(math.isfinite(log_prob) for _, log_prob, _ in drawn)
+        kept, room = num_kept(drafts.token_ids, [token for token, _, _ in drawn]), running.room
+        for row, ran in ((running.row, True), (running.null_row, running.wants_null)):
+            if ran:
+                self.state.lengths[row] -= num_run - (kept - 1)
+        left = [token for token, _, _ in drawn[kept:]] or [drawn[-1][0]] * (room > kept)
+        drafts.go_on(left, probs[kept:] or [None] * len(left), room - kept)
+        # a list: every token is added
+        return any([running.push(token) for token in drawn[:kept]])
+
+    def _hidden_ahead(self, row: int) -> Float[Tensor, "k D"]:
+        return self.ahead[row] if row in self.ahead else self.hidden[row : row + 1]
 
     def _rows_of(self, group: list["_Running"]) -> Rows:
         if len(group) == len(self.active):
@@ -275,13 +344,41 @@ class _Running:
         self.is_guided = not sequence.is_finished and config.guidance_scale != 1
         if self.is_guided:
             self.null_ids = _null_of(sequence).token_ids
+        self.drafts = Drafts(sequence.seed, config) if config.speculative else None
+        self.saw_all_finite = True  # at drafts that did not stand, too
         if not sequence.is_finished:
             self._plan()
 
     @property
+    def room(self) -> int:
+        """How many positions can be drawn ahead: those of this slot. Behind a marker that ends a span, where it stands
+        is not known, so there is one alone."""
+        return self.rooms[self.at]
+
+    @property
+    def run_drafts(self) -> list[int]:
+        """The drafts to be run: not the one behind which this slot has no position."""
+        return [] if self.drafts is None else self.drafts.token_ids[: self.room - 1]
+
+    @property
+    def window(self) -> Window:
+        assert self.drafts is not None
+        uniforms = self.uniforms[self.at : self.at + 1 + len(self.run_drafts)]
+        return Window(self.drafts, len(self.token_ids), uniforms)
+
+    @property
+    def wants_null(self) -> bool:
+        """Whether any of the positions that are drawn next is guided."""
+        if self.drafts is None:
+            return self.scales[self.at] != 1
+        return any(scale != 1 for scale in self.scales[self.at : self.at + 1 + len(self.run_drafts)])
+
+    @property
     def is_finite(self) -> bool:
         """Whether neither of its rows has held what is not: the null row shows in what is drawn from alone."""
-        return all(math.isfinite(log_prob + draw_log_prob) for _, log_prob, draw_log_prob in self.drawn)
+        return self.saw_all_finite and all(
+            math.isfinite(log_prob + draw_log_prob) for _, log_prob, draw_log_prob in self.drawn
+        )
 
     def null_pending(self, num_seen: int) -> list[int]:
         """What the null row has not seen: behind its own beginning, the same tokens."""
@@ -312,6 +409,19 @@ class _Running:
             2 * (self.number * most + slot_id) + (scale != 1)
             for slot_id, scale in zip(plan.slot_ids, self.scales, strict=True)
         ]
+
+        self.rooms = [] if self.drafts is None else self._rooms()
+
+    def _rooms(self) -> list[int]:
+        """For each coming position, how many from there on draw from its slot, one after the other."""
+        slots = self.sequence.layout.slots
+        ends = [self.stop >= 0 and bool(slot.contains(torch.tensor(self.stop))) for slot in slots]
+        rooms = [1] * self.end
+        for at in range(self.end - 2, -1, -1):
+            slot_id, behind = self.slot_ids[at], self.slot_ids[at + 1]
+            if slot_id == behind and not ends[slot_id] and max(self.forced[at : at + 2]) < 0:
+                rooms[at] += rooms[at + 1]
+        return rooms
 
     def push(self, token: tuple[int, float, float]) -> bool:
         """Adds a token, and all that is certain behind it; whether the sequence is finished."""

@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 SCHEDULES = ("constant", "linear", "cosine")
+COUPLINGS = ("maximal", "gumbel", "inverse")
+MOST_DRAFTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,12 @@ class SampleConfig:
     guidance_interval: tuple[int, int | None] = (0, None)
     """Tokens [start, end) of a span are guided, the others conditional; the second pass is skipped there."""
 
+    speculative: int = 0
+    """Draft so many tokens ahead and verify them in one pass; 0 is off. The distribution stays what it is."""
+    coupling: str = "maximal"
+    """How drafts are verified (`engine/speculative.py`): maximal keeps the most; with gumbel the picture does not
+    depend on `speculative`; with inverse it is the picture that is drawn without drafts."""
+
     def __post_init__(self) -> None:
         _check(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
@@ -50,6 +58,9 @@ class SampleConfig:
         start, end = self.guidance_interval
         fine = start >= 0 and (end is None or end >= start)
         _check(fine, "guidance_interval", self.guidance_interval, "0 <= start <= end, end may be None")
+        fine = 0 <= self.speculative <= MOST_DRAFTS
+        _check(fine, "speculative", self.speculative, f"0 (off) to {MOST_DRAFTS} drafts")
+        _check(self.coupling in COUPLINGS, "coupling", self.coupling, ", ".join(COUPLINGS))
 
     def guidance_at(self, step: int, num_steps: int) -> float:
         """The scale for token `step` of a span of `num_steps`; exactly 1 where the null pass is not needed."""
@@ -116,15 +127,20 @@ def draw(probs: Float[Tensor, "B n"], uniforms: Float[Tensor, " B"]) -> Int[Tens
     return torch.searchsorted(cumulative, passed, right=True)[:, 0].clamp(max=probs.shape[1] - 1)
 
 
+def reshape(logits: Float[Tensor, "B n"], config: SampleConfig) -> Float[Tensor, "B n"]:
+    """Logits at a temperature other than 0, filtered."""
+    if config.temperature != 1:
+        logits = logits / config.temperature
+    return filter_logits(logits, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
+
+
 def sample(
     logits: Float[Tensor, "B n"], uniforms: Float[Tensor, " B"], config: SampleConfig
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
     """Draws an id per row from logits that are already guided; with the log-probability it was drawn with."""
     if config.temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))
-    if config.temperature != 1:
-        logits = logits / config.temperature
-    probs = filter_logits(logits, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p).softmax(-1)
+    probs = reshape(logits, config).softmax(-1)
     ids = draw(probs, uniforms)
     return ids, probs.gather(-1, ids[:, None])[:, 0].log()
 

@@ -76,6 +76,12 @@ class SequenceModel(Protocol):
         each row's last. Raises ValueError where a row would get too long."""
         ...
 
+    def extend_all(
+        self, state: DecodeState, rows: Rows, token_ids: Int[Tensor, "R T"], counts: Sequence[int] | None = None
+    ) -> Float[Tensor, "R T D"]:
+        """`extend`, returning what predicts the token behind each of the new ones: to verify drafts."""
+        ...
+
     def can_score(self, slot: Slot) -> bool:
         """Whether there are scores for all ids of a slot."""
         ...
@@ -84,6 +90,13 @@ class SequenceModel(Protocol):
         """Scores of a slot's ids, in the slot's own numbering; None: of all V ids, −inf for those never predicted.
         Raises ValueError for a slot that cannot be scored."""
         ...
+
+
+def last_of(hidden: Float[Tensor, "R T D"], counts: Sequence[int] | None) -> Float[Tensor, "R D"]:
+    """The hidden state of each row's last real token; `counts` tells how many are real (None: all)."""
+    if counts is None:
+        return hidden[:, -1]
+    return hidden[range(len(hidden)), [count - 1 for count in counts]]
 
 
 @contextmanager

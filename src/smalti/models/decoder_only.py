@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smalti.bounds import check_sizes
 from smalti.documents import config_of
-from smalti.models.base import Inputs, check_drawable
+from smalti.models.base import Inputs, check_drawable, last_of
 from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import DecodeState, Rows
 from smalti.models.transformer import Transformer
@@ -204,13 +204,15 @@ class DecoderOnly(nn.Module):
         Rows with fewer tokens than T are filled up on the right; `counts` tells how many are real. Raises ValueError
         where a row would get too long.
         """
+        return last_of(self.extend_all(state, rows, token_ids, counts), counts)
+
+    def extend_all(
+        self, state: DecodeState, rows: Rows, token_ids: Int[Tensor, "R T"], counts: Sequence[int] | None = None
+    ) -> Float[Tensor, "R T D"]:
+        """`extend`, returning what predicts the token behind each of the new ones."""
         if self.config.feature_width is None:
-            hidden = self.transformer.extend(self.embed_tokens(token_ids), state, rows, counts)
-        else:
-            hidden = self._extend_with_features(state, rows, token_ids, counts)
-        if counts is None:
-            return hidden[:, -1]
-        return hidden[range(len(hidden)), [count - 1 for count in counts]]
+            return self.transformer.extend(self.embed_tokens(token_ids), state, rows, counts)
+        return self._extend_with_features(state, rows, token_ids, counts)
 
     def _extend_with_features(
         self, state: DecodeState, rows: Rows, token_ids: Int[Tensor, "R T"], counts: Sequence[int] | None

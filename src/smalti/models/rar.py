@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from smalti.bounds import check_sizes
-from smalti.models.base import Inputs, check_drawable, inputs_of
+from smalti.models.base import Inputs, check_drawable, inputs_of, last_of
 from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import DecodeState, Places, Rows
 from smalti.models.transformer import Attention, FeedForward, Norm
@@ -185,6 +185,12 @@ class RAR(nn.Module):
         self, state: DecodeState, rows: Rows, token_ids: Int[Tensor, "R T"], counts: Sequence[int] | None = None
     ) -> Float[Tensor, "R D"]:
         """New tokens of rows, in raster order. A row begins with the start token and its label together."""
+        return last_of(self.extend_all(state, rows, token_ids, counts), counts)
+
+    def extend_all(
+        self, state: DecodeState, rows: Rows, token_ids: Int[Tensor, "R T"], counts: Sequence[int] | None = None
+    ) -> Float[Tensor, "R T D"]:
+        """`extend`, returning what predicts the token behind each of the new ones."""
         T = token_ids.shape[1]
         counts_or_all = T if counts is None else counts
         state.check_room(rows, counts_or_all, self.config.transformer.max_length)
@@ -199,9 +205,7 @@ class RAR(nn.Module):
         steps = places.slots.clamp(max=self.config.transformer.max_length - 1)  # what fills up needs some step too
         hidden = self._run(token_ids, steps, self._raster_targets(steps), steps, labels, places)
         state.advance(rows, counts_or_all)
-        if counts is None:
-            return hidden[:, -1]
-        return hidden[range(len(hidden)), [count - 1 for count in counts]]
+        return hidden
 
     def can_score(self, slot: Slot) -> bool:
         return all(end <= self.config.codebook_size for _, end in slot.ranges)

@@ -164,7 +164,8 @@ struct Batch {
     float* const* keys;     // for each layer (capacity, kv_heads, S, head_width), contiguous but for the first axis
     float* const* values;
     long row_stride, head_stride;
-    float* hidden;  // (size, D), of the last token of each row
+    long every;     // whether the hidden states of all tokens are wanted
+    float* hidden;  // (size, D), of the last token of each row; or (num_tokens, D)
     float* workspace;
 
     long first(long row) const { return firsts ? firsts[row] : row; }
@@ -523,10 +524,11 @@ int decode(const Model* model, const Batch* batch, int num_threads) {
         crew.wait();
         for (long layer = 0; layer < model->num_layers; ++layer)
             run_layer(*model, *batch, space, crew, space.owned + rank * space.own, layer);
-        const smalti::Share share = crew.part(crew.batch);
-        for (long b = share.begin; b < share.end; ++b)
-            model->norm.apply(space.x + (batch->first(b + 1) - 1) * space.width, batch->hidden + b * model->width,
-                              model->width);
+        const smalti::Share share = crew.part(batch->every ? tokens_of(*batch, crew) : crew.batch);
+        for (long i = share.begin; i < share.end; ++i) {
+            const long token = batch->every ? i : batch->first(i + 1) - 1;
+            model->norm.apply(space.x + token * space.width, batch->hidden + i * model->width, model->width);
+        }
     });
     return 0;
 }

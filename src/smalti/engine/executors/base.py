@@ -1,6 +1,6 @@
 """What every executor of a model's steps does, and the plain one, which is the oracle of the others.
 
-Letters: R rows, T tokens, D model width, n the ids of a slot.
+Letters: R rows, T tokens (`tokens`: of all rows together), D model width, n the ids of a slot.
 """
 
 from collections.abc import Sequence
@@ -55,6 +55,13 @@ class Eager:
         """
         return []
 
+    @classmethod
+    def why_no_drafts(cls, model: SequenceModel) -> list[str]:
+        """Everything that keeps this executor from running drafts ahead, in words."""
+        if hasattr(model, "extend_all"):
+            return []
+        return [f"{type(model).__name__} tells of the last token it runs alone (it has no extend_all)"]
+
     def __init__(self, model: SequenceModel):
         self.model = model
 
@@ -68,6 +75,14 @@ class Eager:
         """
         token_ids, counts = filled_up_on_the_right(tokens)
         return self.model.extend(state, rows, token_ids.to(self.model.device), counts)
+
+    def extend_all(self, state: DecodeState, rows: Rows, tokens: Sequence[Sequence[int]]) -> Float[Tensor, "tokens D"]:
+        """`extend`, returning what predicts the token behind each of the new ones, row after row."""
+        token_ids, counts = filled_up_on_the_right(tokens)
+        hidden = self.model.extend_all(state, rows, token_ids.to(self.model.device), counts)
+        if counts is None:
+            return hidden.flatten(0, 1)
+        return torch.cat([of_row[:count] for of_row, count in zip(hidden, counts, strict=True)])
 
     def logits(self, hidden: Float[Tensor, "R D"], slot: Slot | None = None) -> Float[Tensor, "R n"]:
         """Scores of a slot's ids, in the slot's own numbering; None: of all ids."""

@@ -1,6 +1,6 @@
 """Decode steps on a CPU in one call: `decode.cpp` from Python. The structures here mirror those there, field by field.
 
-Letters: R rows, D model width, n the ids of a slot.
+Letters: R rows, `tokens` those of all rows together, D model width, n the ids of a slot.
 """
 
 import ctypes
@@ -61,7 +61,7 @@ class _Batch(Structure):
     _fields_ = [("size", c_long), ("num_tokens", c_long)]
     _fields_ += [(name, c_void_p) for name in ("token_ids", "slots", "firsts", "rows")]
     _fields_ += [("most_slots", c_long), ("keys", c_void_p), ("values", c_void_p), ("row_stride", c_long)]
-    _fields_ += [("head_stride", c_long), ("hidden", c_void_p), ("workspace", c_void_p)]
+    _fields_ += [("head_stride", c_long), ("every", c_long), ("hidden", c_void_p), ("workspace", c_void_p)]
 
 
 class _Draw(Structure):
@@ -148,6 +148,16 @@ class Native(Eager):
             hidden[left] = self._run(state, [indices[i] for i in left], part, list(map(len, part)))
         return hidden
 
+    def extend_all(self, state: DecodeState, rows: Rows, tokens: Sequence[Sequence[int]]) -> Float[Tensor, "tokens D"]:
+        indices = state.indices(rows)
+        if self.bound is None or self.bound.state is not state:
+            self.bound = _BoundState(state)
+        counts = list(map(len, tokens))
+        at_once = max(1, MOST_ROWS // max(counts))  # rows
+        parts = [slice(start, start + at_once) for start in range(0, len(indices), at_once)]
+        found = [self._run(state, indices[part], tokens[part], counts[part], every=True) for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
     def logits(self, hidden: Float[Tensor, "R D"], slot: Slot | None = None) -> Float[Tensor, "R n"]:
         """What they take of the head is packed once."""
         if slot is None and self.model.config.head_ranges is not None:
@@ -194,9 +204,16 @@ class Native(Eager):
         return Draws(token_ids, log_probs[0], log_probs[1])
 
     def _run(
-        self, state: DecodeState, indices: Sequence[int], tokens: Sequence[Sequence[int]], counts: list[int]
+        self,
+        state: DecodeState,
+        indices: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        counts: list[int],
+        *,
+        every: bool = False,
     ) -> Float[Tensor, "R D"]:
-        """Runs new tokens into the state; returns what predicts the token behind each row's last."""
+        """Runs new tokens into the state; returns what predicts the token behind each row's last, or behind every
+        one."""
         assert self.bound is not None
         lengths = [state.lengths[row] for row in indices]
         ends = list(map(add, lengths, counts))
@@ -211,12 +228,12 @@ class Native(Eager):
         needed = self.library.workspace_floats(byref(self.fields), len(token_ids), most, threads)
         if len(self.workspace) < needed:
             self.workspace = torch.empty(needed)
-        hidden = torch.empty(len(counts), self.fields.width)
+        hidden = torch.empty(len(token_ids) if every else len(counts), self.fields.width)
         batch = self.bound.batch
         batch.size, batch.num_tokens, batch.most_slots = len(counts), len(token_ids), most
         batch.token_ids, batch.slots, batch.rows = map(_address, (token_ids, slots, rows))
         batch.firsts = None if firsts is None else _address(firsts)
-        batch.hidden, batch.workspace = hidden.data_ptr(), self.workspace.data_ptr()
+        batch.every, batch.hidden, batch.workspace = every, hidden.data_ptr(), self.workspace.data_ptr()
         if self.library.decode(byref(self.fields), byref(batch), threads):
             raise IndexError(f"a token id is outside 0..{self.fields.vocab_size - 1}.")
         for row, end in zip(indices, ends, strict=True):

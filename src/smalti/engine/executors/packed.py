@@ -11,8 +11,8 @@ What a row computes is the same to the last bit whatever rows stand beside it, a
   found to agree, and those that are missing are filled up. Where threads change a sum, one thread computes it.
 - What a vector of the processor holds last, and a scalar routine would compute instead, is filled up too.
 
-Letters: B rows of the state in a call, T tokens, R rows of a product (B·T filled up), D model width, N heads,
-M key-value heads, G = N / M, Dh head width, S slots of the state, n rows of the head.
+Letters: B rows of the state in a call, T tokens (`tokens`: of all rows), R rows of a product (B·T filled up), D model
+width, N heads, M key-value heads, G = N / M, Dh head width, S slots of the state, n rows of the head.
 """
 
 import math
@@ -95,6 +95,25 @@ class Packed(Eager):
     def extend(self, state: DecodeState, rows: Rows, tokens: Sequence[Sequence[int]]) -> Float[Tensor, "B D"]:
         token_ids, counts = filled_up_on_the_right(tokens)
         B, T = token_ids.shape
+        last = T - 1 if counts is None else torch.tensor(counts) - 1
+        return self._run(state, rows, token_ids, counts, torch.arange(B) * T + last)
+
+    def extend_all(self, state: DecodeState, rows: Rows, tokens: Sequence[Sequence[int]]) -> Float[Tensor, "tokens D"]:
+        token_ids, counts = filled_up_on_the_right(tokens)
+        B, T = token_ids.shape
+        real = torch.arange(T) < torch.tensor([T] * B if counts is None else counts)[:, None]
+        return self._run(state, rows, token_ids, counts, real.flatten().nonzero()[:, 0])
+
+    def _run(
+        self,
+        state: DecodeState,
+        rows: Rows,
+        token_ids: Int[Tensor, "B T"],
+        counts: list[int] | None,
+        wanted: Int[Tensor, " tokens"],
+    ) -> Float[Tensor, "tokens D"]:
+        """Runs new tokens into the state; returns the hidden states of those wanted, counted row after row."""
+        B, T = token_ids.shape
         state.check_room(rows, T if counts is None else counts, self.config.max_length)
         if self.views is None or self.views.state is not state:
             self.views = _StateViews(state)
@@ -105,10 +124,7 @@ class Packed(Eager):
                 block.attend(x, rotation, layer, where, self.rows.most)
                 block.feed_forward(x, self.rows.most)
             state.advance(rows, T if counts is None else counts)
-            if T == 1:
-                return self.norm(x[:B])
-            last = T - 1 if counts is None else torch.tensor(counts) - 1
-            return self.norm(x[torch.arange(B) * T + last])
+            return self.norm(x[:B] if T == 1 else x[wanted])
 
     def logits(self, hidden: Float[Tensor, "B D"], slot: Slot | None = None) -> Float[Tensor, "B n"]:
         """What several ranges of ids take of the head is gathered once."""
