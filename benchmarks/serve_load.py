@@ -2,8 +2,8 @@
 
     python benchmarks/serve_load.py [--bundles digits,emoji] [--seconds 10] [--memory 10000] [--faults] [--quick]
 
-Rates of 1, 4, 16 and 64 clients stand beside two others, taken in the same rounds: the same requests drawn offline, 16 at
-a time by the same executor with as many threads, pictures and receipts made, and one after another through the server. A
+Rates of 1, 4, 16 and 64 clients stand beside two others, taken in the same rounds: the same requests drawn offline, 16
+at a time by the same executor with as many threads, with pictures and receipts, and one after another by the server. A
 picture's processor time, of the server's process and of the offline one, is there because a rate on a machine that does
 something else says little. Clients are in a process of their own and take part of the machine; their share is printed.
 

@@ -1,4 +1,4 @@
-"""The page, in a real browser: it draws, streams, stops, redraws, looks inside, replays, and says nothing in the console."""
+"""The page in a real browser: it draws, streams, stops, redraws, looks inside, replays, and keeps the console empty."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 from serving import Gate, Running, wait_until
 from tiny_bundle import tiny_pipeline
 
-from smalti.image_files import RECEIPT, read_receipt, save_picture
+from smalti.image_files import RECEIPT, read_receipt
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra test")
 CAPTION = "dark green eight on bright cyan"

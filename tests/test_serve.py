@@ -194,8 +194,9 @@ def test_models_are_listed(client):
         ({"prompt": "a" * 4001}, "prompt", "invalid_value"),
         ({"prompt": None}, "prompt", "invalid_value"),
         ({"model": "words", "prompt": "a dog " * 30}, "prompt", "string_above_max_length"),
-        ({"temperature": float("nan")}, None, None),
-        ({"guidance_scale": 1, "negative_prompt": OTHER}, None, None),
+        ({"temperature": float("nan")}, "temperature", "invalid_value"),
+        ({"top_p": 1.5}, "top_p", "invalid_value"),
+        ({"guidance_scale": 1, "negative_prompt": OTHER}, "negative_prompt", None),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(server, asked, param, code):

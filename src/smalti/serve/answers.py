@@ -68,7 +68,7 @@ class Drawn:
         self.format = body.output_format or "png"
         self.n, self.best_of = body.n or 1, body.best_of or 1
         self.seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-        self.config = pipe.sample_config(pipe.sampling.picture, body.sampling())
+        self.config = sampled(pipe, pipe.sampling.picture, body.sampling())
         self._check()
         self.request = self._first_request()
         self.prefix = len(self.request.given.get("image", ()))
@@ -118,6 +118,9 @@ class Drawn:
         check_prompt(pipe, body.prompt, "prompt")
         if body.negative_prompt is not None:
             check_prompt(pipe, body.negative_prompt, "negative_prompt")
+            if self.config.guidance_scale == 1:
+                message = "negative_prompt steers by guidance, and guidance_scale is 1, which is none; raise it to 2."
+                raise ApiError(400, message, param="negative_prompt")
         if self.upload is None:
             words = pipe.whole(body.prompt)
             return pipe.picture_request(words, self.seed, body.negative_prompt, self.config)
@@ -167,6 +170,14 @@ class Drawn:
         if best_of > 1:
             settings |= {"best_of": best_of, "rerank": self.pipe.rerankers[0]}
         return self.pipe.receipt(task="generate", prompt=prompt, seed=seed, codes=codes.flatten().tolist(), **settings)
+
+
+def sampled(pipe: Pipeline, default: SampleConfig, given: dict[str, Any]) -> SampleConfig:
+    """The settings to draw with. Raises ApiError naming the one that cannot be."""
+    try:
+        return pipe.sample_config(default, given)
+    except ValueError as error:  # it begins with the setting's name
+        raise ApiError(400, str(error), param=str(error).split()[0], code="invalid_value") from error
 
 
 def check_prompt(pipe: Pipeline, prompt: str, param: str) -> None:
@@ -255,7 +266,7 @@ def codes_job(worker: Worker, image: bytes) -> Job:
 def caption_job(worker: Worker, body: CaptionRequest, codes: Int[Tensor, "h w"]) -> Job:
     pipe = worker.pipe
     given = {name: getattr(body, name) for name in ("temperature", "guidance_scale") if getattr(body, name) is not None}
-    config = pipe.sample_config(pipe.sampling.caption, given)
+    config = sampled(pipe, pipe.sampling.caption, given)
     request = pipe.caption_request(codes, body.seed or 0, config)
     return Job([Drawing(request, config)], lambda found: {"model": worker.name, "caption": pipe.text(found[0])})
 
@@ -356,7 +367,7 @@ def choice_job(worker: Worker, body: ChoiceRequest) -> Job:
     check_prompt(pipe, body.prompt, "prompt")
     names = ("temperature", "guidance_scale", "top_k", "top_p")
     given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
-    config = pipe.sample_config(pipe.sampling.picture, given)
+    config = sampled(pipe, pipe.sampling.picture, given)
     words = pipe.whole(body.prompt)
     request = pipe.picture_request(words, 0, body.negative_prompt, config)
     return Job([], lambda _: _choice(pipe, request, codes, body.cell, config))

@@ -59,6 +59,8 @@ def make_server(service: Service) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             create_app(service),
+            http="h11",
+            ws="none",
             log_level="warning",
             access_log=False,
             server_header=False,

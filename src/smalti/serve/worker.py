@@ -111,6 +111,7 @@ class Worker:
         self.engine = self.new_engine()
         self.executor = self.engine.executor.name
         self.pending = 0
+        self.job_s = 1.0  # a moving average
         self.commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.tickets: dict[int, tuple[Job, int]] = {}
         self.ready: deque[Job] = deque()  # jobs with work for the second thread
@@ -174,10 +175,8 @@ class Worker:
             job.messages.put_nowait(message)
 
     def _retry_after_s(self) -> int:
-        """About how long a full queue takes at the rate of late."""
-        done = self.metrics.seconds.labels(self.name)._sum.get()
-        seen = sum(bucket.get() for bucket in self.metrics.seconds.labels(self.name)._buckets)
-        return max(1, min(60, round(done / seen))) if seen else 1
+        """When some of what is ahead is done: as long as jobs took of late."""
+        return max(1, min(60, round(self.job_s)))
 
     # The engine's thread ---------------------------------------------------------------------------------------
 
@@ -304,4 +303,5 @@ class Worker:
             return
         if not isinstance(message, Exception):
             self.metrics.seconds.labels(self.name).observe(elapsed_s)
+            self.job_s += 0.1 * (elapsed_s - self.job_s)
         self._end(job, message)
