@@ -142,11 +142,16 @@ def save_picture(picture: Image.Image, path: Path | str, *, force: bool = False)
     """
     if Path(path).suffix.lower() != ".png":
         raise InputError(f"{path}: pictures are written as PNG; give a name that ends in .png.")
+    with new_file(path, force=force) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=receipt_chunks(picture))
+
+
+def receipt_chunks(picture: Image.Image) -> PngImagePlugin.PngInfo:
+    """What a PNG file holds beside the pixels: the receipt, if the picture has one."""
     chunks = PngImagePlugin.PngInfo()
     if RECEIPT in picture.info:
         chunks.add_itxt(RECEIPT, picture.info[RECEIPT])
-    with new_file(path, force=force) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=chunks)
+    return chunks
 
 
 def with_receipt(picture: Image.Image, receipt: Mapping[str, Any]) -> Image.Image:

@@ -4,6 +4,7 @@ Letters: B sequences, T tokens, N heads, M key-value heads, Dh head width, layer
 """
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,10 +68,13 @@ def attend(
 
 @torch.no_grad()
 def attention_weights(model: DecoderOnly, token_ids: Int[Tensor, "B T"]) -> list[Float[Tensor, "B N T T"]]:
-    """The attention of every layer to these sequences."""
+    """The attention of every layer to these sequences. The model may be in use by other threads meanwhile."""
     found: list[Tensor] = []
+    thread = threading.get_ident()
 
     def note(module: Attention, arguments: tuple) -> None:
+        if threading.get_ident() != thread:
+            return
         x, rotation, mask, _, _ = arguments
         found.append(attend(module, x, rotation, mask).weights)
 

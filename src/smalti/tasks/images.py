@@ -192,15 +192,19 @@ class Pipeline:
             found.append(step.token_id - offset)
             yield Partial(torch.tensor(found), self.partial_picture(found, scale))
 
-    def partial_picture(self, found: list[int], scale: int | None) -> Image.Image:
-        """The picture of its first codes, in raster order; what is not drawn yet is grey."""
-        rest = self.bundle.image_length - len(found)
-        codes = torch.tensor(found + found[:1] * rest).view(1, *self.grid)
-        image = self.decode_images(codes)
+    def partial_picture(
+        self, found: list[int], scale: int | None, *, kept: Mapping[int, int] | None = None
+    ) -> Image.Image:
+        """The picture of its first codes, in raster order, and of the codes `kept` in cells behind them; what is not
+        there yet is grey."""
+        codes = torch.tensor(found + found[:1] * (self.bundle.image_length - len(found)))
+        known = torch.arange(self.bundle.image_length) < len(found)
+        for cell, code in (kept or {}).items():
+            codes[cell], known[cell] = code, True
+        image = self.decode_images(codes.view(1, *self.grid))
         cell_height, cell_width = self.pictures.height // self.grid[0], self.pictures.width // self.grid[1]
-        drawn = torch.arange(self.bundle.image_length).view(self.grid) < len(found)
-        drawn = drawn.repeat_interleave(cell_height, 0).repeat_interleave(cell_width, 1)
-        return to_pictures(torch.where(drawn, image, 0.5), self.pictures, scale)[0]
+        known = known.view(self.grid).repeat_interleave(cell_height, 0).repeat_interleave(cell_width, 1)
+        return to_pictures(torch.where(known, image, 0.5), self.pictures, scale)[0]
 
     def _draw_pictures(
         self,

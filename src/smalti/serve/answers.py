@@ -1,0 +1,418 @@
+"""From a request to a job for the worker, and from what was drawn to the answer.
+
+Letters: h w code grid, L codes of a picture.
+"""
+
+import base64
+import binascii
+import io
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from PIL import Image
+from torch import Tensor
+
+from smalti.engine.sampling import SampleConfig
+from smalti.errors import InputError
+from smalti.image_files import MAX_SIDE, read_receipts, receipt_chunks, with_receipt
+from smalti.inspect.choices import choice_at
+from smalti.picture_files import load_picture
+from smalti.sequences.request import Generated, Request
+from smalti.serve.openai_api import (
+    COUNT,
+    MAX_PROMPT,
+    ApiError,
+    CaptionRequest,
+    ChoiceRequest,
+    ImageRequest,
+    ScoreRequest,
+    partial_marks,
+    scale_of,
+)
+from smalti.serve.worker import Drawing, Job, Worker
+from smalti.tasks.edit import check_cells, codes_of, edit_receipt, edit_request, kept_candidates, redrawn_cells
+from smalti.tasks.images import Pipeline
+from smalti.tasks.replay import check_kept, checked_receipts, code_difference, receipt_config, receipt_request
+
+MAX_OUTPUT_SIDE = 1024
+"""Pictures are enlarged so far at most, unless the bundle's own scale goes further."""
+MOST_REPLAYED = 16
+ALTERNATIVES = 8
+"""Codes that are shown of those that could have stood at a cell."""
+UPLOAD = "the picture"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """What an edit keeps and draws anew."""
+
+    codes: Int[Tensor, "h w"]
+    redrawn: Bool[Tensor, "h w"]
+
+
+class Drawn:
+    """A request for pictures, checked: the job that draws them, and what its answers say of all of them."""
+
+    def __init__(self, worker: Worker, body: ImageRequest, upload: Upload | None = None):
+        self.worker, self.pipe, self.body, self.upload = worker, worker.pipe, body, upload
+        pipe, pictures = self.pipe, self.pipe.pictures
+        most = max(pictures.scale, MAX_OUTPUT_SIDE // max(pictures.width, pictures.height))
+        self.scale = scale_of(body.size, pictures.width, pictures.height, pictures.scale, most)
+        self.size = f"{pictures.width * self.scale}x{pictures.height * self.scale}"
+        self.format = body.output_format or "png"
+        self.n, self.best_of = body.n or 1, body.best_of or 1
+        self.seed = secrets.randbelow(2**31) if body.seed is None else body.seed
+        self.config = sampled(pipe, pipe.sampling.picture, body.sampling())
+        self._check()
+        self.request = self._first_request()
+        self.prefix = len(self.request.given.get("image", ()))
+        self.kept = dict(self.request.kept.get("image", {}))
+
+    def job(self) -> Job:
+        requests = [replace(self.request, seed=self.seed + i) for i in range(self.n * self.best_of)]
+        marks = []
+        if self.body.stream:
+            length, columns = self.pipe.bundle.image_length, self.pipe.grid[1]
+            marks = partial_marks(self.body.num_partials, self.prefix, length, columns)
+        drawings = [Drawing(request, self.config) for request in requests]
+        return Job(drawings, self._answer, partial=self._partial, marks=marks)
+
+    def _check(self) -> None:
+        body = self.body
+        if self.n * self.best_of > self.worker.limit:
+            raise ApiError(
+                400,
+                f"n is {self.n} and best_of {self.best_of}: {self.n * self.best_of} pictures to draw, and this server "
+                f"has room for {self.worker.limit}; ask for fewer.",
+                param=COUNT,
+            )
+        if self.seed + self.n * self.best_of > 2**63:
+            raise ApiError(400, "seed is too large for so many pictures: the last one's would pass 2^63.", param="seed")
+        if body.partial_images is not None and not body.stream:
+            raise ApiError(
+                400, "partial_images goes with stream=true; add it, or leave it out.", param="partial_images"
+            )
+        if body.stream and self.n > 1:
+            raise ApiError(
+                400, f"n is {self.n}: a stream is of one picture; open one for each, seed by seed.", param=COUNT
+            )
+        if body.num_partials and self.best_of > 1:
+            raise ApiError(
+                400, "partial_images of several candidates are of none; leave best_of out.", param="partial_images"
+            )
+        if body.num_partials and not self.pipe.has_patches:
+            raise ApiError(
+                400,
+                f"{self.worker.name} has no partial pictures: each of its codes stands for the whole picture.",
+                param="partial_images",
+            )
+
+    def _first_request(self) -> Request:
+        body, pipe = self.body, self.pipe
+        check_prompt(pipe, body.prompt, "prompt")
+        if body.negative_prompt is not None:
+            check_prompt(pipe, body.negative_prompt, "negative_prompt")
+            if self.config.guidance_scale == 1:
+                message = "negative_prompt steers by guidance, and guidance_scale is 1, which is none; raise it to 2."
+                raise ApiError(400, message, param="negative_prompt")
+        if self.upload is None:
+            words = pipe.whole(body.prompt)
+            return pipe.picture_request(words, self.seed, body.negative_prompt, self.config)
+        codes, redrawn = self.upload.codes, self.upload.redrawn
+        return edit_request(pipe, codes, redrawn, body.prompt, self.seed, body.negative_prompt, self.config)
+
+    # On the thread that makes answers --------------------------------------------------------------------------
+
+    def _partial(self, codes: list[int]) -> dict[str, Any]:
+        picture = self.pipe.partial_picture(codes, self.scale, kept=self.kept)
+        return {"b64_json": encoded(picture, self.format)}
+
+    def _answer(self, found: list[Generated]) -> dict[str, Any]:
+        data = []
+        for number, codes in self._kept(found):
+            [picture] = self.pipe.decode(codes[None], scale=self.scale)
+            receipt = self._receipt(self.seed + number, codes)
+            data.append({"b64_json": encoded(with_receipt(picture, receipt), self.format), "smalti": receipt})
+        self.worker.metrics.pictures.labels(self.worker.name).inc(len(data))
+        text = len(self.request.given.get("text", ()))
+        output = self.pipe.bundle.image_length * len(found)
+        usage = {
+            "input_tokens": text + self.prefix,
+            "output_tokens": output,
+            "total_tokens": text + self.prefix + output,
+            "input_tokens_details": {"text_tokens": text, "image_tokens": self.prefix},
+        }
+        shared = {"background": "opaque", "output_format": self.format, "size": self.size}
+        return {"created": int(time.time()), "data": data, **shared, "usage": usage}
+
+    def _kept(self, found: list[Generated]) -> list[tuple[int, Int[Tensor, "h w"]]]:
+        if self.upload is not None:
+            return kept_candidates(self.pipe, found, self.best_of)
+        numbers = self.pipe.best(found, self.best_of, None, 64) if self.best_of > 1 else range(len(found))
+        return [(number, found[number].spans["image"].view(self.pipe.grid)) for number in numbers]
+
+    def _receipt(self, seed: int, codes: Int[Tensor, "h w"]) -> dict[str, Any]:
+        """As the library writes it, so that `smalti replay` draws the picture again."""
+        settings = {
+            "negative_prompt": self.body.negative_prompt,
+            "sampling": asdict(self.config),
+            "executor": self.worker.executor,
+        }
+        prompt, best_of = self.body.prompt, self.best_of
+        if self.upload is not None:
+            return edit_receipt(self.pipe, prompt, self.upload.redrawn, seed, codes, best_of, **settings)
+        if best_of > 1:
+            settings |= {"best_of": best_of, "rerank": self.pipe.rerankers[0]}
+        return self.pipe.receipt(task="generate", prompt=prompt, seed=seed, codes=codes.flatten().tolist(), **settings)
+
+
+def sampled(pipe: Pipeline, default: SampleConfig, given: dict[str, Any]) -> SampleConfig:
+    """The settings to draw with. Raises ApiError naming the one that cannot be."""
+    try:
+        return pipe.sample_config(default, given)
+    except ValueError as error:  # it begins with the setting's name
+        raise ApiError(400, str(error), param=str(error).split()[0], code="invalid_value") from error
+
+
+def check_prompt(pipe: Pipeline, prompt: str, param: str) -> None:
+    """Raises ApiError for a prompt that the bundle would cut: nothing of it is left out unsaid."""
+    if len(prompt) > MAX_PROMPT:
+        raise ApiError(400, f"{param} has {len(prompt)} letters, at most {MAX_PROMPT}.", param=param)
+    most = pipe.layout[pipe.bundle.order("text", "image")].span("text").length
+    try:
+        num_tokens = len(pipe.text_tokenizer.encode(prompt))
+    except InputError as error:
+        raise ApiError(400, f"{param}: {error}", param=param) from error
+    if num_tokens > most:
+        raise ApiError(
+            400, f"{param} has {num_tokens} tokens; {pipe.name} takes {most}. Shorten it.", param=param,
+            code="string_above_max_length",
+        )  # fmt: skip
+
+
+def encoded(picture: Image.Image, output_format: str) -> str:
+    """A picture file in base64; a PNG has the receipt in it."""
+    file, options = io.BytesIO(), {
+        "png": {"pnginfo": receipt_chunks(picture), "compress_level": 6},
+        "jpeg": {"quality": 95, "subsampling": 0},
+        "webp": {"lossless": True},
+    }  # fmt: skip
+    picture.save(file, format=output_format.upper(), **options[output_format])
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def file_bytes(image: str) -> bytes:
+    """The file in base64, or in a data URL. Raises ApiError."""
+    text = image.partition(",")[2] if image.startswith("data:") else image
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ApiError(
+            400, "image is no base64: give a picture file in base64, or a data URL of it.", param="image"
+        ) from error
+
+
+def read_upload(content: bytes, param: str) -> Image.Image:
+    """The picture in a file's bytes. Raises ApiError."""
+    try:
+        return load_picture(content, max_side=MAX_SIDE)
+    except InputError as error:
+        raise ApiError(
+            400, f"{param} cannot be read as a picture ({error}); give a whole file, such as a PNG.", param=param
+        ) from error
+
+
+def upload_job(worker: Worker, image: bytes, mask: bytes | None) -> Job:
+    """A job that reads the picture and the mask of an edit; its answer is an `Upload`."""
+    pipe = worker.pipe
+    check_cells(pipe)
+
+    def finish(_: list[Generated]) -> Upload:
+        picture, param = read_upload(image, "image"), "mask" if mask is not None else "image"
+        marked = picture if mask is None else read_upload(mask, "mask")
+        if "A" not in marked.getbands() and "transparency" not in marked.info:
+            raise ApiError(
+                400,
+                f"{param} has no transparent part: what is transparent in it is drawn anew. Give a mask, a PNG with an "
+                "alpha channel as large as the picture.",
+                param=param,
+            )
+        if marked.size != picture.size:
+            sizes = [f"{one.width}×{one.height}" for one in (marked, picture)]
+            raise ApiError(400, f"mask is {sizes[0]}, the picture {sizes[1]}; make them equal.", param="mask")
+        redrawn = redrawn_cells(marked.convert("RGBA").getchannel("A"), pipe.grid)
+        if not redrawn.any():
+            raise ApiError(400, f"{param} has no transparent part: there is nothing to draw.", param=param)
+        opaque = picture
+        if picture.mode != "RGB":
+            opaque = picture.convert("RGB")
+            opaque.info = dict(picture.info)
+        return Upload(codes=codes_of(pipe, opaque), redrawn=redrawn)
+
+    return Job([], finish)
+
+
+def codes_job(worker: Worker, image: bytes) -> Job:
+    """A job that reads a picture; its answer are its codes."""
+    return Job([], lambda _: codes_of(worker.pipe, read_upload(image, "image")))
+
+
+def caption_job(worker: Worker, body: CaptionRequest, codes: Int[Tensor, "h w"]) -> Job:
+    pipe = worker.pipe
+    given = {name: getattr(body, name) for name in ("temperature", "guidance_scale") if getattr(body, name) is not None}
+    config = sampled(pipe, pipe.sampling.caption, given)
+    request = pipe.caption_request(codes, body.seed or 0, config)
+    return Job([Drawing(request, config)], lambda found: {"model": worker.name, "caption": pipe.text(found[0])})
+
+
+def score_job(worker: Worker, body: ScoreRequest, image: bytes) -> Job:
+    pipe = worker.pipe
+    for caption in body.captions:
+        check_prompt(pipe, caption, "captions")
+    words = [pipe.whole(caption) for caption in body.captions]
+
+    def finish(_: list[Generated]) -> dict[str, Any]:
+        codes = codes_of(pipe, read_upload(image, "image"))
+        scores = pipe.score_codes(codes.expand(len(words), *pipe.grid), words)
+        columns = [[None] * len(words) if column is None else column.tolist() for column in scores]
+        rows = zip(body.captions, *columns, strict=True)
+        return {
+            "model": worker.name,
+            "scores": [dict(zip(("caption", *scores._fields), row, strict=True)) for row in rows],
+        }
+
+    return Job([], finish)
+
+
+# Replay --------------------------------------------------------------------------------------------------------
+
+
+def receipts_job(worker: Worker, image: bytes) -> Job:
+    """A job that reads what a picture says of itself; its answer are the picture and its receipts."""
+
+    def finish(_: list[Generated]) -> tuple[Image.Image, list[dict[str, Any]]]:
+        picture = read_upload(image, "image")
+        receipts = checked_receipts(UPLOAD, read_receipts(picture))
+        return picture, receipts
+
+    return Job([], finish)
+
+
+def worker_of_receipts(workers: Sequence[Worker], receipts: list[dict[str, Any]]) -> Worker:
+    """The bundle that drew it, known by its weights: the name in a receipt is not looked up anywhere."""
+    for worker in workers:
+        if all(receipt["weights_sha256"] == worker.pipe.weights_sha256 for receipt in receipts):
+            return worker
+    raise ApiError(
+        400, "the picture was drawn with weights that this server does not have; it draws with "
+        f"{', '.join(worker.name for worker in workers)}.", param="image",
+    )  # fmt: skip
+
+
+def replay_job(worker: Worker, picture: Image.Image, receipts: list[dict[str, Any]]) -> Job:
+    pipe = worker.pipe
+    check_kept(UPLOAD, receipts, pipe)
+    if len(receipts) > MOST_REPLAYED:
+        raise ApiError(
+            400, f"the picture holds {len(receipts)}, at most {MOST_REPLAYED} are drawn again.", param="image"
+        )
+    drawings = [Drawing(receipt_request(pipe, receipt), receipt_config(pipe, receipt)) for receipt in receipts]
+
+    def finish(found: list[Generated]) -> dict[str, Any]:
+        codes = torch.stack([one.spans["image"].view(pipe.grid) for one in found])
+        difference = code_difference(codes, receipts)
+        scale = max(1, picture.width // pipe.pictures.width) if len(found) == 1 else pipe.pictures.scale
+        drawn = pipe.decode(codes, scale=min(scale, MAX_SIDE // max(pipe.pictures.width, pipe.pictures.height)))
+        if difference is None and len(drawn) == 1:
+            same = drawn[0].size == picture.size and np.array_equal(np.asarray(drawn[0]), np.asarray(picture))
+            difference = None if same else "the codes agree, but pixels differ: the file was changed after it was drawn"
+        data = [
+            {
+                "b64_json": encoded(with_receipt(one, {**receipt, "codes": row.flatten().tolist()}), "png"),
+                "smalti": {**receipt, "codes": row.flatten().tolist()},
+            }
+            for one, receipt, row in zip(drawn, receipts, codes, strict=True)
+        ]
+        executors = {receipt.get("executor") for receipt in receipts}
+        return {
+            "model": worker.name,
+            "identical": difference is None,
+            "difference": difference,
+            "executor": worker.executor,
+            "same_executor": executors == {worker.executor},
+            "data": data,
+        }
+
+    return Job(drawings, finish)
+
+
+# What stood to choose ------------------------------------------------------------------------------------------
+
+
+def choice_job(worker: Worker, body: ChoiceRequest) -> Job:
+    """A job that tells what could have stood at a cell of a picture, and what the model looked at."""
+    pipe, codes = worker.pipe, body.codes
+    check_cells(pipe)
+    length, size = pipe.bundle.image_length, pipe.layout.vocabulary["image"].size
+    if len(codes) != length or not all(0 <= code < size for code in codes):
+        raise ApiError(400, f"codes are the {length} codes of a picture, each in 0..{size - 1}.", param="codes")
+    if body.cell >= length:
+        raise ApiError(400, f"cell is {body.cell}; a picture has the cells 0 to {length - 1}.", param="cell")
+    check_prompt(pipe, body.prompt, "prompt")
+    names = ("temperature", "guidance_scale", "top_k", "top_p")
+    given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    config = sampled(pipe, pipe.sampling.picture, given)
+    words = pipe.whole(body.prompt)
+    request = pipe.picture_request(words, 0, body.negative_prompt, config)
+    return Job([], lambda _: _choice(pipe, request, codes, body.cell, config))
+
+
+def _choice(pipe: Pipeline, request: Request, codes: list[int], cell: int, config: SampleConfig) -> dict[str, Any]:
+    found = choice_at(pipe.model, pipe.layout, request, codes, cell, config)
+    likeliest = found.probs.topk(min(ALTERNATIVES, len(found.probs))).indices.tolist()
+    shown = [*likeliest, *([] if codes[cell] in likeliest else [codes[cell]])]
+    patch = _patches(pipe, codes, cell)
+    alternatives = [
+        {
+            "code": code,
+            "probability": float(found.probs[code]),
+            "model_probability": float(found.model_probs[code]),
+            "drawn": code == codes[cell],
+            "patch": patch(code),
+        }
+        for code in shown
+        if found.probs[code] > 0 or code == codes[cell]
+    ]
+    weights = found.to_tokens.tolist()
+    order = pipe.layout[request.order or ""]
+    first = order.parts.index(order.span("text"))  # what stands before a caption are markers, a token each
+    words = request.given["text"].tolist()
+    return {
+        "cell": cell,
+        "alternatives": alternatives,
+        "attention": {
+            "cells": weights[found.given :],
+            "words": [pipe.text_tokenizer.decode([word]) for word in words],
+            "text": weights[first : first + len(words)],
+        },
+    }
+
+
+def _patches(pipe: Pipeline, codes: list[int], cell: int) -> Callable[[int], str]:
+    """How the picture looks at the cell, with a code in its place."""
+    (rows, columns), pictures = pipe.grid, pipe.pictures
+    height, width = pictures.height // rows * pictures.scale, pictures.width // columns * pictures.scale
+    left, top = cell % columns * width, cell // columns * height
+
+    def patch(code: int) -> str:
+        changed = torch.tensor([*codes[:cell], code, *codes[cell + 1 :]]).view(1, rows, columns)
+        [picture] = pipe.decode(changed)
+        return encoded(picture.crop((left, top, left + width, top + height)), "png")
+
+    return patch

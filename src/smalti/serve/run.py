@@ -1,0 +1,71 @@
+"""Starting a server: bundles, a socket, and uvicorn, which ends it in good order."""
+
+import socket
+from collections.abc import Callable, Sequence
+
+import torch
+import uvicorn
+
+from smalti.errors import InputError
+from smalti.serve.app import ServeConfig, Service, create_app
+from smalti.serve.metrics import Metrics
+from smalti.serve.worker import Worker
+from smalti.tasks.images import Pipeline
+
+
+def load_service(bundles: Sequence[str], config: ServeConfig) -> Service:
+    """The bundles, each with its engine. Raises InputError for one that cannot draw, or two of one name."""
+    metrics, workers = Metrics(), list[Worker]()
+    for bundle in bundles:
+        pipe = Pipeline.load(bundle)
+        if not pipe.bundle.can_draw:
+            raise InputError(f"{bundle} draws no pictures of captions, so there is nothing to serve.")
+        if pipe.name in [worker.name for worker in workers]:
+            raise InputError(f"two bundles have the name {pipe.name!r}, by which clients call them; leave one out.")
+        how = {"capacity": config.capacity, "max_queue": config.max_queue, "executor": config.executor}
+        workers.append(Worker(pipe, metrics, **how))
+    return Service(workers, metrics, config)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0 is any that is free. Raises InputError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot listen at {host}, port {port}: {reason}; give another --host or --port.") from error
+
+
+def serve(
+    bundles: Sequence[str], config: ServeConfig, *, host: str, port: int, announce: Callable[[str, Service], None]
+) -> None:
+    """Serves until SIGINT or SIGTERM; then takes no more requests, answers those it has, and returns.
+
+    Half of the threads step the engine while the other half make pictures of codes.
+    """
+    listening = bound_socket(host, port)
+    with listening:
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+        service = load_service(bundles, config)
+        server = make_server(service)
+        name = f"[{host}]" if ":" in host else host
+        announce(f"http://{name}:{listening.getsockname()[1]}", service)
+        server.run(sockets=[listening])
+
+
+def make_server(service: Service) -> uvicorn.Server:
+    """Of the service, in a socket that is given to its `run`."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            create_app(service),
+            http="h11",
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=int(service.config.deadline_s) + 10,
+            h11_max_incomplete_event_size=2**16,
+        )
+    )
