@@ -38,7 +38,7 @@ from smalti.engine.executors import make_executor
 from smalti.engine.generate import generate
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, new_model
-from smalti.processor import instruction_set, multiplies_bfloat16, torch_capability
+from smalti.processor import instruction_set, multiplies_bfloat16
 from smalti.sequences.layout import Layout
 from smalti.sequences.request import Request
 from smalti.sequences.vocabulary import Vocabulary
@@ -417,7 +417,7 @@ def main() -> None:
     memory, weights = limits.memory_bytes_per_s / 1e9, limits.weights_bytes_per_s / 1e9
     print(f"torch {torch.__version__} on {device.type} ({name}){', processor time' if args.processor_time else ''}")
     if device.type == "cpu":
-        print(f"  instructions: {instruction_set()} (torch's own kernels: {torch_capability()})")
+        print(f"  instructions: {instruction_set()} (torch's own kernels: {torch.backends.cpu.get_cpu_capability()})")
     print(f"  products {products}")
     print(f"  memory {memory:.0f} GB/s; as many bytes as the model's weights, read again and again: {weights:.0f} GB/s")
     tables = []

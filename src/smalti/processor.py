@@ -2,8 +2,7 @@
 
 `SMALTI_ISA` names the instructions that may be used at the most, so that a newer processor can stand for an older
 one: `avx2`, `avx512` (without bfloat16 products), `avx512_bf16`, `amx`, and `neon`, all that an ARM processor is used
-for. Torch and oneDNN have switches of their own, `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`; `torch_capability`
-says whether the first one took.
+for. Torch and oneDNN have switches of their own, `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`.
 """
 
 import os
@@ -38,11 +37,6 @@ def instruction_set() -> str:
 def multiplies_bfloat16() -> bool:
     """Whether bfloat16 products run on the processor's own units; elsewhere they are emulated, ten times as slow."""
     return instruction_set() in ("avx512_bf16", "amx")
-
-
-def torch_capability() -> str:
-    """What torch's own kernels use, by its name for it: "AVX2", "AVX512", "DEFAULT" ..."""
-    return torch.backends.cpu.get_cpu_capability()
 
 
 @cache

@@ -105,10 +105,6 @@ class Pipeline:
         """Writes the bundle as a folder (see `Bundle.save`)."""
         self.bundle.save(directory, half=half, force=force)
 
-    def save_pretrained(self, directory: Path | str) -> None:
-        """`save` under the name that Hugging Face libraries use, replacing a bundle as they do."""
-        self.save(directory, force=True)
-
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Uploads the bundle to the hub's `owner/name`; returns its address. Needs the extra "hub"."""
         return self.bundle.push_to_hub(repository, private=private)
