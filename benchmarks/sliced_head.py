@@ -29,7 +29,7 @@ from jaxtyping import Float, Int64
 
 from smalti.data.captions import read_captions
 from smalti.data.tokens import TokenBatch
-from smalti.models.config import preset_config
+from smalti.models.config import PRESETS, TransformerConfig
 from smalti.models.loss import token_nll
 from smalti.sequences.layout import Layout
 from smalti.text_tokenizer import END_OF_IMAGE, START_OF_IMAGE, BPEConfig, TextTokenizer
@@ -108,7 +108,7 @@ def measure(head: str, options: argparse.Namespace) -> dict[str, float]:
     pairs = Pairs(captions[:num_pairs], text_tokenizer, config.image_size, seed=0)
     held_out = Pairs(captions[-NUM_VALIDATION:], text_tokenizer, config.image_size, seed=1)
     shape = {"num_layers": options.num_layers, "d_model": options.d_model, "d_ff": options.d_model * 11 // 4}
-    model = preset_config("llama-60m", max_length=layout.max_length, **shape)
+    model = TransformerConfig(max_length=layout.max_length, **(PRESETS["llama-60m"] | shape))
     train = TrainConfig(
         num_steps=options.steps,
         batch_size=options.batch_size,

@@ -38,11 +38,10 @@ def test_default_sizes_are_those_of_the_card():
     assert len(SPECIALS) == 9
 
 
-def test_a_line_of_text_and_codes_parses_and_prints_exactly(small: TextTokenizer):
+def test_a_line_of_text_and_codes_parses_exactly(small: TextTokenizer):
     ids = small.parse(LINE)
     assert ids[-5:] == [37, 36, 0, 36, 38]
     assert ids[:-5] == [number + 46 for number in small.encode("two cats")]
-    assert small.to_line(ids) == LINE
     assert small.parse("") == []
 
 
@@ -54,7 +53,6 @@ def test_the_whole_vocabulary_parses_the_issues_own_line():
     )
     ids = tokenizer.parse(line)
     assert ids[-5:] == [4096, 2931, 560, 4095, 4097]
-    assert tokenizer.to_line(ids) == line
     assert tokenizer.vocab_size == 25_895
     assert 0 < num_unused < 25_895 - 256
 
@@ -99,8 +97,6 @@ def test_odd_captions(small: TextTokenizer):
         small.encode("half \ud83d of it")
     with pytest.raises(ValueError, match=r"word 1 has number 290; expected 0\.\.289"):
         small.decode([0, 290])
-    with pytest.raises(ValueError, match=r"token 0 has id 336; expected 0\.\.335"):
-        small.to_line([336])
 
 
 @given(st.text(min_size=1), st.integers(1, 20))

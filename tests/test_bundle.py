@@ -85,6 +85,7 @@ def test_bundles_of_version_1_load_as_the_same_and_are_saved_as_version_2(tmp_pa
 
 
 def test_the_shipped_bundles_are_of_version_1_still():
+    assert {"digits", "emoji"} <= set(shipped_bundles())
     for folder in shipped_bundles().values():
         assert json.loads((folder / CONFIG).read_text())["format_version"] == 1
         assert read_config(folder)["model"]["family"] == "decoder_only"

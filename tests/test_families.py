@@ -19,8 +19,9 @@ from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
 from smalti.interop.llamagen_gpt import read_llamagen
 from smalti.interop.rar import read_rar
+from smalti.models import config as transformer_config
 from smalti.models.base import Inputs, SequenceModel
-from smalti.models.config import TransformerConfig, preset_config
+from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnlyConfig, new_model
 from smalti.models.loss import slot_nll, slot_targets, token_nll
 from smalti.models.rar import PRESETS, RAR, RARConfig
@@ -416,7 +417,7 @@ def test_rars_have_the_published_parameter_counts(name, millions):
 @pytest.mark.parametrize(("name", "expected"), [("llamagen-xl", 777_678_080)])
 def test_llamagen_from_captions_has_the_published_parameter_count(name, expected):
     layout = Layout.parse(Vocabulary({FEATURES: 0, "image": 16384}), {"caption to image": "features{120} image{256}"})
-    shape = preset_config(name, max_length=376, grid=(16, 16), prefix_length=120)
+    shape = TransformerConfig(max_length=376, grid=(16, 16), prefix_length=120, **transformer_config.PRESETS[name])
     with torch.device("meta"):
         assert new_model(layout, shape, feature_width=2048).num_parameters == expected
 

@@ -129,8 +129,7 @@ def test_a_sample_that_is_not_one_picture_and_caption_says_what_it_has(tmp_path:
     shard = tar(tmp_path / "a.tar", *[(name, png(0)) for name in names], ("b.png", png(1)), ("b.txt", "whole"))
     broken, whole = read(shard)
     assert broken.fault is not None and whole.caption == "whole"
-    with pytest.raises(AssertionError, match=fault):
-        raise AssertionError(broken.fault)
+    assert re.search(fault, broken.fault)
 
 
 def test_which_of_several_pictures_is_taken_is_said(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import test_generate
 import test_likelihood
 import torch
+from noticing import fails_at
 
 import smalti.engine.executors.base
 import smalti.likelihood
@@ -20,21 +21,33 @@ from smalti.models.loss import token_nll
 from smalti.sequences.request import TokenSequence
 
 
+def test_a_check_that_fails_elsewhere_notices_nothing():
+    def check():
+        assert len("ab") == 3
+
+    fails_at('assert len("ab") == 3', check)
+    with pytest.raises(AssertionError, match="check fails at another place than `assert together == alone`"):
+        fails_at("assert together == alone", check)
+
+
+FORMULA = "assert found.draw_log_probs[-5 + step].item() == pytest.approx(expected.item(), abs=1e-4)"
+
+
 def test_a_guidance_scale_that_is_ignored_is_noticed(monkeypatch):
     """parti-pytorch always takes 3."""
     guide = smalti.engine.executors.base.guide
     monkeypatch.setattr(smalti.engine.executors.base, "guide", lambda cond, null, scale: guide(cond, null, 3.0))
-    with pytest.raises(AssertionError):
-        test_generate.test_guidance_of_one_is_the_conditional_model_and_of_zero_the_null()
-    with pytest.raises(AssertionError):
-        test_generate.test_guided_draws_follow_the_formula_at_every_step()
+    fails_at(
+        "assert torch.allclose(found.draw_log_probs[-5:], expected, atol=1e-4)",
+        test_generate.test_guidance_of_one_is_the_conditional_model_and_of_zero_the_null,
+    )
+    fails_at(FORMULA, test_generate.test_guided_draws_follow_the_formula_at_every_step)
 
 
 def test_guidance_with_its_arguments_swapped_is_noticed(monkeypatch):
     guide = smalti.engine.executors.base.guide
     monkeypatch.setattr(smalti.engine.executors.base, "guide", lambda cond, null, scale: guide(null, cond, scale))
-    with pytest.raises(AssertionError):
-        test_generate.test_guided_draws_follow_the_formula_at_every_step()
+    fails_at(FORMULA, test_generate.test_guided_draws_follow_the_formula_at_every_step)
 
 
 def test_a_prompt_that_is_lost_after_the_first_step_is_noticed(monkeypatch):
@@ -49,8 +62,7 @@ def test_a_prompt_that_is_lost_after_the_first_step_is_noticed(monkeypatch):
 
     monkeypatch.setattr(Engine, "_run", forgetful)
     test_generate.test_temperature_zero_is_greedy()
-    with pytest.raises(AssertionError, match="comparison failed"):
-        test_generate.test_guided_draws_follow_the_formula_at_every_step()
+    fails_at(FORMULA, test_generate.test_guided_draws_follow_the_formula_at_every_step)
 
 
 def test_a_second_pass_outside_the_guidance_interval_is_noticed(monkeypatch):
@@ -63,15 +75,25 @@ def test_a_second_pass_outside_the_guidance_interval_is_noticed(monkeypatch):
         extend(self)
 
     monkeypatch.setattr(Engine, "_extend", both_halves)
-    with monkeypatch.context() as inner, pytest.raises(AssertionError):
-        test_generate.test_an_interval_skips_the_null_pass_and_changes_nothing_else((0, 2), inner)
+    with monkeypatch.context() as inner:
+        fails_at(
+            "assert len([count for count in rows_run[1:] if count > 1]) <= end - interval[0]",
+            test_generate.test_an_interval_skips_the_null_pass_and_changes_nothing_else,
+            (0, 2),
+            inner,
+        )
 
 
 def test_null_rows_that_do_not_catch_up_are_noticed(monkeypatch):
     pending = _Running.null_pending
     monkeypatch.setattr(_Running, "null_pending", lambda self, num_seen: pending(self, num_seen)[-1:])
-    with monkeypatch.context() as inner, pytest.raises(AssertionError, match="comparison failed"):
-        test_generate.test_an_interval_skips_the_null_pass_and_changes_nothing_else((3, None), inner)
+    with monkeypatch.context() as inner:
+        fails_at(
+            "assert found.draw_log_probs[-5 + step].item() == pytest.approx(guided.item(), abs=1e-4)",
+            test_generate.test_an_interval_skips_the_null_pass_and_changes_nothing_else,
+            (3, None),
+            inner,
+        )
 
 
 def test_randomness_that_belongs_to_the_batch_is_noticed(monkeypatch):
@@ -83,8 +105,11 @@ def test_randomness_that_belongs_to_the_batch_is_noticed(monkeypatch):
         self.__dict__["uniforms"] = torch.rand(layout.max_length, generator=shared, dtype=torch.float64)
 
     monkeypatch.setattr(TokenSequence, "__init__", drawing_in_turn)
-    with pytest.raises(AssertionError):
-        test_generate.test_tokens_do_not_depend_on_the_batch_or_the_order_of_requests(test_generate.DIGITS)
+    fails_at(
+        "assert together == alone",
+        test_generate.test_tokens_do_not_depend_on_the_batch_or_the_order_of_requests,
+        test_generate.DIGITS,
+    )
 
 
 def test_scores_that_are_not_shifted_are_noticed(monkeypatch):
@@ -98,10 +123,15 @@ def test_scores_that_are_not_shifted_are_noticed(monkeypatch):
             return token_nll(model, packed, slots)
 
     monkeypatch.setattr(smalti.likelihood, "token_nll", unshifted)
-    with pytest.raises(AssertionError):
-        test_likelihood.test_scores_equal_a_plain_loop_and_do_not_depend_on_the_batch("text first")
-    with pytest.raises(AssertionError):
-        test_likelihood.test_scores_equal_the_generators_log_probs()
+    fails_at(
+        "assert found[name][row].item() == pytest.approx(nats, abs=1e-4)",
+        test_likelihood.test_scores_equal_a_plain_loop_and_do_not_depend_on_the_batch,
+        "text first",
+    )
+    fails_at(
+        "assert -found.log_prob == pytest.approx(total - first_nats, abs=1e-4)",
+        test_likelihood.test_scores_equal_the_generators_log_probs,
+    )
 
 
 def test_log_probs_of_the_unfiltered_distribution_are_noticed(monkeypatch):
@@ -113,8 +143,7 @@ def test_log_probs_of_the_unfiltered_distribution_are_noticed(monkeypatch):
         return ids, smalti.engine.executors.base.log_prob_of(logits, ids)
 
     monkeypatch.setattr(smalti.engine.executors.base, "sample", unfiltered)
-    with pytest.raises(AssertionError):
-        test_generate.test_guided_draws_follow_the_formula_at_every_step()
+    fails_at(FORMULA, test_generate.test_guided_draws_follow_the_formula_at_every_step)
 
 
 SIDE_EFFECTS = """

@@ -42,7 +42,8 @@ def row_nats_by_hand(model, order, spans, row):
         for start, end in LAYOUT.slots[packed.slot_ids[0, at]].ranges:
             allowed[start:end] = True
         log_probs = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
-        nats[LAYOUT.vocabulary.segment_of(int(ids[at]))] -= log_probs[ids[at]].item()
+        [owner] = [s.name for s in LAYOUT.vocabulary.segments.values() if s.offset <= ids[at] < s.end]
+        nats[owner] -= log_probs[ids[at]].item()
     return nats
 
 

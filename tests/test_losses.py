@@ -217,7 +217,7 @@ def test_a_logit_of_the_patch_discriminator_sees_70_pixels():
 
 def test_the_stylegan2_discriminator_has_the_shapes_of_the_original():
     with torch.device("meta"):
-        network = StyleGAN2Discriminator((256, 256), 128, 3)
+        network = StyleGAN2Discriminator((256, 256), 128)
 
     # rosinality's stylegan2, Discriminator(256, channel_multiplier=2), but widths capped at 8 * 128 instead of 512
     def block(a, b):

@@ -13,7 +13,7 @@ from smalti.engine.beam import beam_search
 from smalti.engine.generate import Request, generate
 from smalti.engine.sampling import SampleConfig
 from smalti.likelihood import evaluate_nll, score
-from smalti.models.config import PRESETS, TransformerConfig, preset_config
+from smalti.models.config import PRESETS, TransformerConfig
 from smalti.models.decode_state import SLOT_BLOCK
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig, new_model
 from smalti.models.loss import is_predicted, slot_nll, slot_targets, token_nll
@@ -316,7 +316,7 @@ def test_head_ranges_that_cannot_be_are_explained(ranges):
 def test_llamagens_have_the_published_parameter_counts(name):
     layout = Layout.parse(Vocabulary({"label": 1001, "image": 16384}), {"label to image": "label{1} image{256}"})
     with torch.device("meta"):
-        model = new_model(layout, preset_config(name, max_length=257, grid=(16, 16), prefix_length=1))
+        model = new_model(layout, TransformerConfig(max_length=257, grid=(16, 16), prefix_length=1, **PRESETS[name]))
     assert model.num_parameters == LLAMAGEN_PARAMETERS[name]
 
 

@@ -290,11 +290,6 @@ def test_push_and_load_go_through_the_hub_library(pipe: Pipeline, tmp_path, monk
     assert Pipeline.load("someone/digits").weights_sha256 == pipe.weights_sha256
 
 
-def test_save_pretrained_replaces_a_bundle(pipe: Pipeline, saved: Path):
-    pipe.save_pretrained(saved)
-    assert Pipeline.load(saved).weights_sha256 == pipe.weights_sha256
-
-
 # Generating ----------------------------------------------------------------------------------------------------
 
 

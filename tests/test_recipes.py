@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from smalti.errors import InputError
-from smalti.models.config import preset_config
+from smalti.models.config import PRESETS, TransformerConfig
 from smalti.recipes import Recipe, load_recipe, shipped_recipes
 from smalti.recipes.load import _keys
 from smalti.training.token_model import TrainConfig
@@ -220,8 +220,8 @@ def test_a_file_that_is_no_yaml_is_named_with_the_line(tmp_path):
 
 def test_a_preset_gives_the_model_and_other_fields_change_it():
     model = load_recipe("digits", ["data.path=mnist", "model.preset=digits", "model.dropout=0.1"]).model
-    assert model == preset_config("digits", max_length=58, dropout=0.1)
+    assert model == TransformerConfig(max_length=58, dropout=0.1, **PRESETS["digits"])
     short = load_recipe("cc3m", ["model=llama-60m", "dropout=0.2"]).model
-    assert short == preset_config("llama-60m", max_length=98, dropout=0.2)
+    assert short == TransformerConfig(max_length=98, dropout=0.2, **PRESETS["llama-60m"])
     with pytest.raises(InputError, match=r"model.preset 'large' is unknown; choose one of digits, llamagen-b"):
         load_recipe("digits", ["data.path=mnist", "model.preset=large"])

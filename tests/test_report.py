@@ -13,11 +13,11 @@ from tiny_captions import BOTH, tiny
 
 from smalti.data.digit_sources import scikit_learn_digits
 from smalti.data.digits import (
-    CaptionContent,
+    COLORS,
+    DIGITS,
     ColouringConfig,
     colour_digits,
     images_to_levels,
-    make_caption,
     read_colours,
 )
 from smalti.data.pairs import PairTable
@@ -142,7 +142,8 @@ def test_pairs_agree_needs_a_real_caption(held_out: HeldOut, judge: DigitClassif
     seen = read_colours(pictures)
     digits = classify_digits(judge, seen.mask)
     foreground, background = (tuple(colour[0].tolist()) for colour in (seen.foreground, seen.background))
-    right = make_caption(CaptionContent(foreground, int(digits[0]), background))
+    names = {colour: " ".join(name) for name, colour in COLORS.items()}
+    right = f"{names[foreground]} {DIGITS[digits[0]]} on {names[background]}"
     other_digit = right.replace(right.split()[2], "zero" if "zero" not in right else "one")
     captions = [right, "one four gray one seven pink", ""]
     assert pairs_agree(pictures, captions, judge).tolist() == [True, False, False]

@@ -12,9 +12,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from noticing import fails_at
 from torch import Tensor
 
-from smalti.models.config import TransformerConfig, preset_config
+from smalti.models.config import PRESETS, TransformerConfig
 from smalti.models.decode_state import DecodeState, Places
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
 from smalti.models.transformer import Norm, Transformer, rotary_table, rotary_table_2d, rotate, sinusoids
@@ -342,7 +343,7 @@ def test_plain_attention_needs_no_mask():
 
 
 def check_rotation_of_the_prefix(config_: TransformerConfig) -> None:
-    """Rotation keeps every query's length, and where the prefix looks hangs on what is there."""
+    """Rotation keeps every query's length, and where the prefix looks depends on what is there."""
     table = new(config_).table.double()
     x = torch.randn(2, 5, len(table), config_.head_dim, dtype=torch.float64)
     assert torch.allclose(rotate(x, table).norm(dim=-1), x.norm(dim=-1), rtol=1e-6)
@@ -357,8 +358,11 @@ LLAMAGEN = config(positions="rotary_2d", grid=(2, 4), prefix_length=3)
 
 def test_rotation_keeps_lengths_also_in_the_prefix():
     check_rotation_of_the_prefix(LLAMAGEN)
-    with pytest.raises(AssertionError):
-        check_rotation_of_the_prefix(replace(LLAMAGEN, zero_prefix_rotation=True))
+    fails_at(
+        "assert torch.allclose(rotate(x, table).norm(dim=-1), x.norm(dim=-1), rtol=1e-6)",
+        check_rotation_of_the_prefix,
+        replace(LLAMAGEN, zero_prefix_rotation=True),
+    )
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -545,8 +549,7 @@ def test_a_wrong_order_of_shared_heads_is_noticed(monkeypatch):
         return attention(q, k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1), **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", tiled)
-    with pytest.raises(AssertionError):
-        check_formulas(GROUPED)
+    fails_at("assert torch.allclose(found, expected, rtol=0, atol=1e-9)", check_formulas, GROUPED)
 
 
 def test_a_cache_as_wide_as_the_query_heads_is_noticed(monkeypatch):
@@ -564,8 +567,7 @@ def test_a_cache_as_wide_as_the_query_heads_is_noticed(monkeypatch):
     monkeypatch.setattr(DecodeState, "__init__", wide)
     monkeypatch.setattr(Places, "write", filling_up)
     check_cache(CONFIGS["gpt-2"])
-    with pytest.raises(AssertionError, match="allclose"):
-        check_cache(GROUPED)
+    fails_at("assert torch.allclose(found, full, rtol=0, atol=1e-10)", check_cache, GROUPED)
 
 
 def test_a_cache_that_holds_one_position_is_noticed(monkeypatch):
@@ -579,8 +581,7 @@ def test_a_cache_that_holds_one_position_is_noticed(monkeypatch):
         return found
 
     monkeypatch.setattr(Places, "write", last)
-    with pytest.raises(AssertionError, match="allclose"):
-        check_cache(CONFIGS["gpt-2"])
+    fails_at("assert torch.allclose(found, full, rtol=0, atol=1e-10)", check_cache, CONFIGS["gpt-2"])
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "gelu_tanh, sinusoidal, odd width", "llamagen"])
@@ -592,8 +593,7 @@ def test_positions_off_by_one_behind_the_prompt_are_noticed(monkeypatch, name):
         return forward(self, x, places=places, positions=positions, **options)
 
     monkeypatch.setattr(Transformer, "forward", late)
-    with pytest.raises(AssertionError, match="allclose"):
-        check_cache(CONFIGS[name])
+    fails_at("assert torch.allclose(found, full, rtol=0, atol=1e-10)", check_cache, CONFIGS[name])
 
 
 def test_rows_that_share_the_longest_ones_positions_are_noticed(monkeypatch):
@@ -606,8 +606,7 @@ def test_rows_that_share_the_longest_ones_positions_are_noticed(monkeypatch):
 
     monkeypatch.setattr(Transformer, "forward", shared)
     check_cache(CONFIGS["gpt-2"])
-    with pytest.raises(AssertionError, match="allclose"):
-        check_ragged(CONFIGS["gpt-2"])
+    fails_at("assert torch.allclose(found[i, : counts[row]], expected", check_ragged, CONFIGS["gpt-2"])
 
 
 def test_slots_from_before_that_are_looked_at_are_noticed(monkeypatch):
@@ -616,8 +615,7 @@ def test_slots_from_before_that_are_looked_at_are_noticed(monkeypatch):
 
     monkeypatch.setattr(Places, "mask", everything)
     check_cache(CONFIGS["gpt-2"])
-    with pytest.raises(AssertionError, match="allclose"):
-        check_ragged(CONFIGS["gpt-2"])
+    fails_at("assert torch.allclose(found[i, : counts[row]], expected", check_ragged, CONFIGS["gpt-2"])
 
 
 @pytest.mark.parametrize(
@@ -635,7 +633,7 @@ def test_slots_from_before_that_are_looked_at_are_noticed(monkeypatch):
 )
 def test_presets_have_the_published_parameter_counts(name, expected):
     with torch.device("meta"):
-        transformer = Transformer(preset_config(name, max_length=257, grid=(16, 16), prefix_length=1))
+        transformer = Transformer(TransformerConfig(max_length=257, grid=(16, 16), prefix_length=1, **PRESETS[name]))
     embeddings = (2 * 16384 + 1001) * transformer.config.d_model
     assert sum(parameter.numel() for parameter in transformer.parameters()) + embeddings == expected
 
@@ -653,14 +651,9 @@ def test_presets_have_the_published_parameter_counts(name, expected):
 )
 def test_llama_presets_have_the_parameters_they_are_named_for(name, expected):
     with torch.device("meta"):
-        config = DecoderOnlyConfig(vocab_size=30_000, transformer=preset_config(name, max_length=98))
+        config = DecoderOnlyConfig(vocab_size=30_000, transformer=TransformerConfig(max_length=98, **PRESETS[name]))
         assert DecoderOnly(config).num_parameters == expected
     # By hand: embeddings and head; a layer has four D × D and three D × F matrices and two norms; one norm at the end.
     shape = config.transformer
     D, F = shape.d_model, shape.d_ff
     assert expected == 2 * 30_000 * D + shape.num_layers * (4 * D * D + 3 * D * F + 2 * D) + D
-
-
-def test_an_unknown_preset_lists_the_known():
-    with pytest.raises(ValueError, match="transformer preset 'gpt5' is unknown; choose one of digits, llamagen-b"):
-        preset_config("gpt5", max_length=8)

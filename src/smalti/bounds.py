@@ -24,10 +24,10 @@ MAX_VOCABULARY = 2**18
 and half a minute."""
 
 
-def check_sizes(config: Any, *layers: str, but: tuple[str, ...] = ("seed",)) -> None:
+def check_sizes(config: Any, *layers: str) -> None:
     """Raises ValueError if a whole number of a config dataclass is beyond MAX_SIZE or, of the fields `layers`, each of
     which is that many modules, beyond MAX_LAYERS; or a list of numbers beyond MAX_PARTS."""
-    for name in (field.name for field in fields(config) if field.name not in but):
+    for name in (field.name for field in fields(config) if field.name != "seed"):
         value, most = getattr(config, name), MAX_LAYERS if name in layers else MAX_SIZE
         if isinstance(value, tuple | list) and len(value) > MAX_PARTS:
             raise ValueError(f"{name} has {len(value)} entries; at most {MAX_PARTS} are possible.")

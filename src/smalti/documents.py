@@ -1,4 +1,4 @@
-"""JSON and YAML from files and settings, within bounds: whatever stands there, the answer comes soon.
+"""JSON and YAML from files and settings, within bounds: whatever a document holds, reading it ends soon.
 
 Both languages can nest a value so deep that who walks it runs out of stack, YAML can name a list in a list in a list
 until a page stands for terabytes, and each library has errors of its own. So every document is read here. What comes
@@ -71,19 +71,19 @@ def parse_yaml(text: str, where: Path | str, mend: str, *, loader: type = Bounde
     return _checked(value, where, mend, kind)
 
 
-def read_json(path: Path, mend: str, *, kind: type = dict) -> Any:
+def read_json(path: Path, mend: str) -> Any:
     """The JSON in a file, as `parse_json`. Raises InputError naming the file and ending with `mend`."""
-    return parse_json(_read(path, mend, MAX_JSON_BYTES), path, mend, kind=kind)
+    return parse_json(_read(path, mend, MAX_JSON_BYTES), path, mend)
 
 
-def read_yaml(path: Path, mend: str, *, loader: type = BoundedLoader, kind: type = dict) -> Any:
+def read_yaml(path: Path, mend: str, *, loader: type = BoundedLoader) -> Any:
     """The YAML in a file, as `parse_yaml`. Raises InputError naming the file and ending with `mend`."""
     content = _read(path, mend, MAX_YAML_BYTES)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); {mend}.") from error
-    return parse_yaml(text, path, mend, loader=loader, kind=kind)
+    return parse_yaml(text, path, mend, loader=loader)
 
 
 def config_of(config_class: type[Config], values: Any, where: Path | str) -> Config:

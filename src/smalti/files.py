@@ -208,9 +208,9 @@ def write_text(path: Path | str, text: str, *, force: bool = False) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path | str, content: Any, *, force: bool = False, ascii_only: bool = True) -> None:
+def write_json(path: Path | str, content: Any, *, force: bool = False) -> None:
     """Writes JSON as `new_file` does."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=ascii_only) + "\n", force=force)
+    write_text(path, json.dumps(content, indent=1) + "\n", force=force)
 
 
 @contextmanager

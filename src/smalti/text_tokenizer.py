@@ -90,7 +90,7 @@ class Cut(NamedTuple):
 class TextTokenizer:
     """A vocabulary of words, or of pieces of words. Build it with `from_words` or `train`, or read it with `load`.
 
-    Raises ValueError if the text's numbers are not one run of the ids in `tokenizer`.
+    Raises ValueError if the ids of the text are not contiguous in `tokenizer`.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -105,7 +105,7 @@ class TextTokenizer:
         self._vocabulary = {word: i - self._offset for word, i in ids.items()}
         self._words = {number: word for word, number in self._vocabulary.items()}
         if self._words and max(self._words) >= len(self._words):
-            raise ValueError("the ids of the text are not one run: other tokens stand among them.")
+            raise ValueError("the ids of the text are not contiguous: other tokens lie among them.")
 
     def __reduce__(self) -> tuple:
         return _from_json, (type(self), self._tokenizer.to_str())  # for other processes: pickle forgets a setting
@@ -255,7 +255,7 @@ class TextTokenizer:
         return numbers
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The caption of word numbers. Raises ValueError for a number outside the vocabulary."""
+        """The caption of text ids. Raises ValueError for an id outside the vocabulary."""
         for position, number in enumerate(ids):
             if number not in self._words:
                 raise ValueError(f"word {position} has number {number}; expected 0..{self.vocab_size - 1}.")
@@ -270,14 +270,6 @@ class TextTokenizer:
         tokenizer = self._with_controls
         _check_unicode(line)
         return tokenizer.encode(line, add_special_tokens=False).ids
-
-    def to_line(self, token_ids: Sequence[int]) -> str:
-        """The line that `parse` reads as these ids. Raises ValueError for an id outside the vocabulary."""
-        size = len(self._controls) + self.vocab_size
-        for position, token_id in enumerate(token_ids):
-            if not 0 <= token_id < size:
-                raise ValueError(f"token {position} has id {token_id}; expected 0..{size - 1}.")
-        return self._with_controls.decode(list(token_ids), skip_special_tokens=False)
 
     @cached_property
     def _with_controls(self) -> Tokenizer:

@@ -24,7 +24,6 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from smalti.data.pairs import PairTable
 from smalti.data.parquet_files import ParquetReader, parquet_writer
 from smalti.errors import InputError
 from smalti.files import cause
@@ -117,7 +116,6 @@ COLOUR_PAIRS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = tuple(
     for background in COLORS
     if colour_distance(COLORS[foreground], COLORS[background]) >= MIN_COLOUR_DISTANCE
 )
-_NAMES = {colour: name for name, colour in COLORS.items()}
 
 
 # Captions ------------------------------------------------------------------------------------------------------
@@ -134,12 +132,6 @@ class CaptionContent(NamedTuple):
 def words() -> list[str]:
     """The 31 words of all captions: shades, colours, digits, "on"."""
     return [*SHADES, *COLOUR_WORDS, *DIGITS, "on"]
-
-
-def make_caption(content: CaptionContent) -> str:
-    """The six-word caption of a digit and two colours. Raises InputError for a colour without a name."""
-    foreground, background = _colour_name(content.foreground), _colour_name(content.background)
-    return f"{' '.join(foreground)} {DIGITS[content.digit]} on {' '.join(background)}"
 
 
 def normalise_caption(caption: str) -> str:
@@ -170,12 +162,6 @@ def _colour(shade: str, colour: str, caption: str) -> Colour:
         known = [s for s in SHADES if (s, colour) in COLORS]
         raise InputError(f"caption {caption!r}: there is no {shade} {colour}; {colour} is {' or '.join(known)}")
     return COLORS[shade, colour]
-
-
-def _colour_name(colour: Colour) -> tuple[str, str]:
-    if colour not in _NAMES:
-        raise InputError(f"the colour with levels {colour} has no name; digits.COLORS lists those that have")
-    return _NAMES[colour]
 
 
 def _suggest(word: str, known: tuple[str, ...]) -> str:
@@ -389,20 +375,6 @@ def write_digits(
             "choose a folder that can be written, with some 40 MB free"
         ) from error
     return paths
-
-
-def read_digits(path: Path | str) -> ColouredDigits:
-    """The pictures (levels 0..3) and captions of one table that `write_digits` made, or one like it.
-
-    Raises InputError naming the file and the row of a picture that is not 28×28 or not of values 0, 85, 170, 255.
-    """
-    pairs = PairTable(path).read()
-    if pairs.pictures.shape[1:3] != (PICTURE_SIZE, PICTURE_SIZE):
-        raise InputError(f"{path}: expected pictures of 28×28, found {'×'.join(map(str, pairs.pictures.shape[1:3]))}")
-    odd = (pairs.pictures % LEVEL_STEP).reshape(len(pairs.keys), -1).any(axis=1)
-    if odd.any():
-        raise InputError(f"{path}: row {odd.argmax()}: the picture has values other than 0, 85, 170 and 255")
-    return ColouredDigits(pairs.pictures // LEVEL_STEP, pairs.captions)
 
 
 def _note(

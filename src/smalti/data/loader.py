@@ -2,8 +2,7 @@
 
 The training set is an endless stream: epoch after epoch, each a fresh permutation of all rows. Step s takes the
 stream's places [s * batch_size, (s + 1) * batch_size), so every batch is full, no row is left out, and the step number
-alone says where to go on. With several processes each takes its share of every batch, in order: joined, they are
-the batch that one process would see.
+alone says where to go on.
 """
 
 import itertools
@@ -27,39 +26,27 @@ def row_order(num_rows: int, epoch: int, seed: int) -> Int64[np.ndarray, " rows"
 
 
 def batches(
-    num_rows: int, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world_size: int = 1
-) -> Iterator[Int64[np.ndarray, " n"]]:
-    """The row numbers of each step from `start_step` on, without end; n = batch_size / world_size of them a step.
-
-    `batch_size` counts the rows of all processes together and must divide evenly among them, so that the mean of their
-    gradients is that of the joined batch. Raises ValueError for sizes that cannot be.
-    """
+    num_rows: int, batch_size: int, seed: int, start_step: int = 0
+) -> Iterator[Int64[np.ndarray, " batch_size"]]:
+    """The row numbers of each step from `start_step` on, without end. Raises ValueError for sizes that cannot be."""
     if num_rows < 1 or batch_size < 1 or start_step < 0:
         raise ValueError(
             f"num_rows {num_rows} and batch_size {batch_size} must be at least 1, start_step {start_step} at least 0."
         )
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of world_size {world_size}: ranks count from 0 to world_size - 1.")
-    if batch_size % world_size:
-        nearest = -(-batch_size // world_size) * world_size
-        raise ValueError(f"batch_size {batch_size} is not divisible by world_size {world_size}; use {nearest}.")
-    return _batches(num_rows, batch_size, seed, start_step, rank, world_size)
+    return _batches(num_rows, batch_size, seed, start_step)
 
 
-def _batches(
-    num_rows: int, batch_size: int, seed: int, start_step: int, rank: int, world_size: int
-) -> Iterator[Int64[np.ndarray, " n"]]:
+def _batches(num_rows: int, batch_size: int, seed: int, start_step: int) -> Iterator[Int64[np.ndarray, " batch_size"]]:
     # Two epochs are needed at once only while a batch reaches from one into the next.
     order = lru_cache(maxsize=2)(lambda epoch: row_order(num_rows, epoch, seed))
-    share = batch_size // world_size
-    first = start_step * batch_size + rank * share
+    first = start_step * batch_size
     while True:
-        epochs, places = np.divmod(np.arange(first, first + share), num_rows)
+        epochs, places = np.divmod(np.arange(first, first + batch_size), num_rows)
         yield np.concatenate([order(epoch)[places[epochs == epoch]] for epoch in range(epochs[0], epochs[-1] + 1)])
         first += batch_size
 
 
-def step_rows(pairs: Sized, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Int64[np.ndarray, " n"]]:
+def step_rows(pairs: Sized, batch_size: int, seed: int, start_step: int) -> Iterator[Int64[np.ndarray, " n"]]:
     """The rows of each step's batch from `start_step` on, without end, as `pairs` number them: see `batches`. A stream
     shuffles itself, so of it they are the next places."""
     if not isinstance(pairs, TokenStream):

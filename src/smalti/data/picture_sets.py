@@ -58,7 +58,7 @@ class PictureSet:
     A table's pictures are held in memory as they are encoded. Raises InputError if there are none.
     """
 
-    def __init__(self, path: Path | str, *, image_column: str = "image"):
+    def __init__(self, path: Path | str):
         self.path = Path(path)
         self._files: list[Path] = []
         self._column: pa.ChunkedArray | None = None
@@ -68,7 +68,7 @@ class PictureSet:
             if not self._files:
                 raise InputError(f"{self.path} holds no pictures; expected files ending in {', '.join(SUFFIXES)}.")
         else:
-            self._column = _read_column(self.path, image_column)
+            self._column = _read_column(self.path)
 
     def __len__(self) -> int:
         return len(self._files) if self._column is None else len(self._column)
@@ -183,16 +183,16 @@ def _cut(
     return picture.resize((columns, rows), Image.Resampling.BICUBIC, box=box)
 
 
-def _read_column(path: Path, image_column: str) -> pa.ChunkedArray:
+def _read_column(path: Path) -> pa.ChunkedArray:
     if not path.exists():
         raise InputError(f"there is no {path}; give a folder of pictures or a parquet table.")
     try:
         reader = ParquetReader(path)
     except InputError as error:
         raise InputError(f"{error} Give a folder of pictures or a parquet table.") from error
-    reader.require_columns([image_column], "Pictures are read from a column of encoded files, or give a folder.")
-    arrow_types.require_pictures(reader.schema.field(image_column).type, path, image_column)
-    column = reader.column(image_column)
+    reader.require_columns(["image"], "Pictures are read from a column of encoded files, or give a folder.")
+    arrow_types.require_pictures(reader.schema.field("image").type, path, "image")
+    column = reader.column("image")
     if not len(column):
         raise InputError(f"{path} holds no rows.")
     return column

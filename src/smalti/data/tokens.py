@@ -182,11 +182,6 @@ class TokenTable:
         return self._columns["image_tokens"].max_value
 
     @property
-    def max_text_token(self) -> int:
-        """The largest text token in the table, -1 if there is none."""
-        return self._columns["text_tokens"].max_value
-
-    @property
     def max_text_length(self) -> int:
         """The number of text tokens of the row that has most."""
         return self._columns["text_tokens"].max_length

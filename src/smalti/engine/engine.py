@@ -415,7 +415,7 @@ class _Running:
     def _rooms(self) -> list[int]:
         """For each coming position, how many from there on draw from its slot, one after the other."""
         slots = self.sequence.layout.slots
-        ends = [self.stop >= 0 and bool(slot.contains(torch.tensor(self.stop))) for slot in slots]
+        ends = [any(start <= self.stop < end for start, end in slot.ranges) for slot in slots]
         rooms = [1] * self.end
         for at in range(self.end - 2, -1, -1):
             slot_id, behind = self.slot_ids[at], self.slot_ids[at + 1]

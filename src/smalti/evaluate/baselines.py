@@ -186,10 +186,10 @@ class PlaceBigram:
         return self.counts.interpolate(contexts, codes.reshape(-1), self.lower.probabilities(codes))
 
 
-def mixture_weights(probabilities: Float64[np.ndarray, "P M"], *, num_rounds: int = 50) -> Float64[np.ndarray, " P"]:
+def mixture_weights(probabilities: Float64[np.ndarray, "P M"]) -> Float64[np.ndarray, " P"]:
     """The weights of P predictors under which their mixture makes M tokens likeliest, by expectation-maximisation."""
     weights = np.full(len(probabilities), 1 / len(probabilities))
-    for _ in range(num_rounds):
+    for _ in range(50):
         joint = weights[:, None] * probabilities
         weights = (joint / joint.sum(0)).mean(1)
     return weights

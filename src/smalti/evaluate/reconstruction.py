@@ -275,12 +275,12 @@ def default_image_size(config: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def draw_strips(strips: Mapping[str, Float[Tensor, "_ C H W"]], side: int = 96) -> Image.Image:
-    """A sheet with one row of pictures under each name, pictures enlarged by whole pixels to about `side`."""
+def draw_strips(strips: Mapping[str, Float[Tensor, "_ C H W"]]) -> Image.Image:
+    """A sheet with one row of pictures under each name, pictures enlarged by whole pixels to about 96."""
     label, gap = 14, 2
     rows = []
     for name, images in strips.items():
-        zoom = max(1, side // images.shape[-1])
+        zoom = max(1, 96 // images.shape[-1])
         enlarged = images.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
         pixels = (enlarged.clamp(0, 1) * 255).round().byte().cpu().permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
         rows.append((name, [Image.fromarray(picture.contiguous().numpy()) for picture in pixels]))

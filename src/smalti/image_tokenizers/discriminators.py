@@ -18,19 +18,20 @@ from torch.nn import functional as F
 from smalti.image_tokenizers.losses import AdversarialConfig
 
 
-def make_discriminator(config: AdversarialConfig, image_size: tuple[int, int], image_channels: int = 3) -> nn.Module:
+def make_discriminator(config: AdversarialConfig, image_size: tuple[int, int]) -> nn.Module:
     """The discriminator that a config names, for pictures of `image_size` (rows, columns)."""
     if config.network == "stylegan2":
-        return StyleGAN2Discriminator(image_size, config.channels, image_channels)
-    return PatchDiscriminator(image_size, config.channels, image_channels)
+        return StyleGAN2Discriminator(image_size, config.channels)
+    return PatchDiscriminator(image_size, config.channels)
 
 
 class PatchDiscriminator(nn.Module):
-    """4x4 convolutions, `num_layers` of them of stride 2, with BatchNorm and leaky ReLU between: with 3, each logit
-    sees 70 x 70 pixels. Pictures must be at least 3 * 2^num_layers pixels a side."""
+    """4x4 convolutions, three of them of stride 2, with BatchNorm and leaky ReLU between: each logit sees 70 x 70
+    pixels. Pictures must be at least 24 pixels a side."""
 
-    def __init__(self, image_size: tuple[int, int], channels: int = 64, image_channels: int = 3, num_layers: int = 3):
+    def __init__(self, image_size: tuple[int, int], channels: int = 64):
         super().__init__()
+        num_layers = 3
         least = 3 * 2**num_layers
         if min(image_size) < least:
             raise ValueError(
@@ -38,7 +39,7 @@ class PatchDiscriminator(nn.Module):
                 f'they need {least} a side. Use network "stylegan2" or larger pictures.'
             )
         widths = [channels * min(2**i, 8) for i in range(num_layers + 1)]
-        layers: list[nn.Module] = [nn.Conv2d(image_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(num_layers):
             stride = 2 if i < num_layers - 1 else 1
             layers += [
@@ -70,9 +71,8 @@ class StyleGAN2Discriminator(nn.Module):
     use ("equalised learning rate"). Rows and columns must halve evenly.
     """
 
-    def __init__(self, image_size: tuple[int, int], channels: int = 64, image_channels: int = 3, group_size: int = 4):
+    def __init__(self, image_size: tuple[int, int], channels: int = 64):
         super().__init__()
-        self.group_size = group_size
         num_halvings = int(math.log2(max(1, min(image_size) / 4)))
         if any(side % 2**num_halvings for side in image_size) or min(image_size) < 4:
             raise ValueError(
@@ -80,7 +80,7 @@ class StyleGAN2Discriminator(nn.Module):
                 "4 x 4 or more, as the StyleGAN2 discriminator does; use sides such as 32, 64, 96 or 128."
             )
         widths = [channels * min(2**i, 8) for i in range(num_halvings + 1)]
-        self.colours_in = EqualisedConv(image_channels, widths[0], 1)
+        self.colours_in = EqualisedConv(3, widths[0], 1)
         self.blocks = nn.Sequential(*(_HalvingBlock(a, b) for a, b in pairwise(widths)))
         rows, columns = (side // 2**num_halvings for side in image_size)
         self.conv_out = EqualisedConv(widths[-1] + 1, widths[-1], 3)
@@ -89,7 +89,7 @@ class StyleGAN2Discriminator(nn.Module):
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
         x = self.blocks(_leaky(self.colours_in(2 * images - 1)))
-        x = _leaky(self.conv_out(torch.cat([x, batch_deviation(x, self.group_size)], dim=1)))
+        x = _leaky(self.conv_out(torch.cat([x, batch_deviation(x, group_size=4)], dim=1)))
         return self.to_logit(_leaky(self.hidden(x.flatten(1))))[:, 0]
 
 

@@ -103,8 +103,6 @@ class Head:
     """Share of the attention that each pattern gets. Patterns can overlap."""
     excess: dict[str, float]
     """The same over what even attention to all tokens so far would give."""
-    evenness: float
-    """Entropy of the attention over that of even attention, in [0, 1]."""
 
 
 def pattern_masks(num_tokens: int, first_code: int, grid: Grid | None) -> dict[str, Bool[Tensor, "T T"]]:
@@ -173,9 +171,7 @@ def name_heads(
                 even[queries[queries >= place], place].mean()
             )
             name = _head_name(shares, excess, float(evenness[head]))
-            found.append(
-                Head(layer=layer, head=head, name=name, shares=shares, excess=excess, evenness=float(evenness[head]))
-            )
+            found.append(Head(layer=layer, head=head, name=name, shares=shares, excess=excess))
     return found
 
 

@@ -54,16 +54,10 @@ class Lens(NamedTuple):
 
 
 @torch.no_grad()
-def lens_logits(model: DecoderOnly, token_ids: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T V"]]:
-    """The logit lens (nostalgebraist 2020): the final norm and the head applied to the states between layers. The last
-    entry is the model's own output."""
-    return [model.logits(model.transformer.norm(state)) for state in residual_stream(model, token_ids)]
-
-
-@torch.no_grad()
 def logit_lens(model: DecoderOnly, layout: Layout, packed: Packed, *, among: range | None = None) -> Lens:
-    """The lens at every predicted position, the softmax taken over what can stand there, as in the loss. The likeliest
-    token is chosen from the token ids `among`, wherever one of them can stand."""
+    """The logit lens (nostalgebraist 2020), the final norm and the head applied to the states between layers, at every
+    predicted position; the softmax is taken over what can stand there, as in the loss. The likeliest token is chosen
+    from the token ids `among`, wherever one of them can stand."""
     packed = to_device(packed, model.device)
     nats, agreement, likeliest = [], [], []
     states = residual_stream(model, packed.token_ids[:, :-1])
@@ -158,14 +152,12 @@ class AblationLosses:
     layers: Float[Tensor, " layers"]
 
 
-def ablation_losses(
-    model: DecoderOnly, layout: Layout, packed: Packed, positions: range, *, kind: str = "mean"
-) -> AblationLosses:
+def ablation_losses(model: DecoderOnly, layout: Layout, packed: Packed, positions: range) -> AblationLosses:
     """How much the mean nats of the tokens at `positions` rise without each head, sublayer and layer."""
     config = model.config.transformer
 
-    def loss(**parts: Sequence) -> float:
-        with ablated(model, kind=kind, **parts):
+    def loss(**parts: Any) -> float:
+        with ablated(model, **parts):
             return float(nats_of(model, layout, packed, batch_size=len(packed.token_ids))[:, positions].mean())
 
     whole = loss()
@@ -324,14 +316,12 @@ class SwapCost(NamedTuple):
     num_changed: int
 
 
-def swap_cost(
-    model: DecoderOnly, layout: Layout, packed: Packed, code: int, other: int, *, num: int = 64, seed: int = 0
-) -> SwapCost:
+def swap_cost(model: DecoderOnly, layout: Layout, packed: Packed, code: int, other: int, *, seed: int = 0) -> SwapCost:
     """What it costs in nats to put `other` for one occurrence of `code`, drawn at random in each line that has it: the
-    surprise at the changed place and everything that follows from it. At most `num` lines are changed."""
+    surprise at the changed place and everything that follows from it. At most 64 lines are changed."""
     offset = layout.vocabulary["image"].offset
     is_code = (packed.token_ids == code + offset) & (packed.slot_ids != NO_SLOT)
-    lines = is_code.any(1).nonzero()[:num, 0]
+    lines = is_code.any(1).nonzero()[:64, 0]
     if not len(lines):
         return SwapCost(float("nan"), 0)
     chosen = Packed(*(tensor[lines] for tensor in packed))

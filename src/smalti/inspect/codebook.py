@@ -115,11 +115,11 @@ def co_occurrence(
     return np.bincount(pairs.ravel(), minlength=vocab_size**2).reshape(vocab_size, vocab_size)
 
 
-def attracted_pairs(table: Integer[np.ndarray, "K K"], *, num: int = 10, min_count: int = 20) -> list[Swap]:
+def attracted_pairs(table: Integer[np.ndarray, "K K"], *, num: int = 10) -> list[Swap]:
     """The pairs of a co-occurrence table most above chance: `score` is ln p(pair) − ln p(code) p(other), in nats, among
-    pairs of different codes that occur at least `min_count` times."""
+    pairs of different codes that occur at least 20 times."""
     total = table.sum()
-    first, second = np.nonzero((table >= min_count) & ~np.eye(len(table), dtype=bool))
+    first, second = np.nonzero((table >= 20) & ~np.eye(len(table), dtype=bool))
     row, column = table.sum(1), table.sum(0)
     score = np.log(table[first, second] * total / (row[first] * column[second]))
     best = np.argsort(-score, kind="stable")[:num]

@@ -132,14 +132,13 @@ def embedding_maps(
     points: Mapping[str, Float[np.ndarray, "M 2"]],
     clusters: Integer[np.ndarray, " M"],
     codes: Sequence[int],
-    num_named: int = 25,
 ) -> Figure:
-    """Codes in the plane, coloured by cluster; the first `num_named` of them (the commonest) with their number."""
+    """Codes in the plane, coloured by cluster; the first 25 of them (the commonest) with their number."""
     rows = -(-len(points) // 2)
     figure, axes = _figure(10.0, 4.6 * rows, rows, 2)
     for place, (title, plane) in zip(axes.flat, points.items(), strict=True):
         place.scatter(plane[:, 0], plane[:, 1], c=clusters, cmap=_CLUSTERS, s=10)
-        for code, (x, y) in zip(codes[:num_named], plane[:num_named].tolist(), strict=True):
+        for code, (x, y) in zip(codes[:25], plane[:25].tolist(), strict=True):
             place.annotate(str(code), (x, y), fontsize=7)
         place.set_title(title, fontsize=10)
         place.set(xticks=[], yticks=[])

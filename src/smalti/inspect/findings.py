@@ -506,7 +506,7 @@ def _say_influence(section: Section, subject: Subject, packed, config: InspectCo
     )
 
 
-def find_swaps(subject: Subject, config: InspectConfig, grid: Grid | None, num: int = 6) -> list[codebook.Swap]:
+def find_swaps(subject: Subject, config: InspectConfig, grid: Grid | None) -> list[codebook.Swap]:
     """Codes that stand in for one another, by context and by what the model expects in their place.
 
     Codes that keep to special positions are left out: where nothing around depends on them, all are exchangeable.
@@ -518,7 +518,7 @@ def find_swaps(subject: Subject, config: InspectConfig, grid: Grid | None, num: 
     at_special = np.bincount(scored[:, special].ravel(), minlength=subject.vocab_size)
     counts = np.bincount(scored.ravel(), minlength=subject.vocab_size)
     counts = np.where(at_special < counts / 2, counts, 0)
-    return codebook.swappable_codes(similarity, counts, instead, num=num, min_count=min(20, int(counts.max())))
+    return codebook.swappable_codes(similarity, counts, instead, num=6, min_count=min(20, int(counts.max())))
 
 
 def _say_swaps(section: Section, subject: Subject, config: InspectConfig, grid: Grid | None) -> None:

@@ -32,6 +32,7 @@ OUTSIDE = -1
 MIN_EXPLAINED = 0.1
 """A grid that explains less of the mutual information than this is none."""
 _MAX_DISTANCE = 2
+_NUM_CLASSES = 24  # of codes with the same company, between which information is measured
 _NEAR, _MIRRORED_COLUMNS, _MIRRORED_ROWS, _FAR = (part * (_MAX_DISTANCE + 1) ** 2 for part in range(4))
 _NOT_INSIDE = _FAR + 1
 _NUM_KINDS = _FAR + 2
@@ -124,7 +125,6 @@ def infer_grid(
     codes: Integer[np.ndarray, "N L"],
     vocab_size: int,
     *,
-    num_classes: int = 24,
     num_halvings: int = 10,
     max_outside: int = 8,
     seed: int = 0,
@@ -134,9 +134,9 @@ def infer_grid(
     A few thousand lines are enough for 1,000 codes. Raises InputError for a code out of range.
     """
     check_codes(codes, vocab_size)
-    classes = merge_codes(codes, vocab_size, num_classes, seed=seed)[codes]
+    classes = merge_codes(codes, vocab_size, _NUM_CLASSES, seed=seed)[codes]
     generator = np.random.default_rng(seed)
-    halves = [_halves(classes, num_classes, generator) for _ in range(num_halvings)]
+    halves = [_halves(classes, generator) for _ in range(num_halvings)]
     shapes = list(_shapes(codes.shape[1], max_outside))
     strange = {
         special.position: 2 if special.kind == "constant" else 1 for special in special_positions(codes, vocab_size)
@@ -154,7 +154,7 @@ def infer_grid(
         if score.mean() > _SHUFFLE_GAIN * as_read:
             scores[reordered] = score
     line = _explained(_line_kinds(codes.shape[1]), halves)
-    found = _decide(scores, line, strange, mutual_information(classes, num_classes, seed=seed))
+    found = _decide(scores, line, strange, mutual_information(classes, _NUM_CLASSES, seed=seed))
     if found.grid is None or found.grid.column_order is None:
         return found
     as_read_shape = replace(found.grid, column_order=None)
@@ -253,10 +253,10 @@ def _line_kinds(length: int) -> Int64[np.ndarray, "L L"]:
     return np.minimum(np.abs(place[:, None] - place), _MAX_DISTANCE + 1)
 
 
-def _best_apart_from_columns(shapes: list[Grid], halves: list["_Halves"], num: int = 8) -> list[Grid]:
-    """The shapes that explain most when nothing is assumed of the order of the columns."""
+def _best_apart_from_columns(shapes: list[Grid], halves: list["_Halves"]) -> list[Grid]:
+    """The eight shapes that explain most when nothing is assumed of the order of the columns."""
     score = {shape: _explained(_kinds(shape, columns_known=False), halves).mean() for shape in shapes}
-    return sorted(shapes, key=lambda shape: score[shape], reverse=True)[:num]
+    return sorted(shapes, key=lambda shape: score[shape], reverse=True)[:8]
 
 
 # ---- fitting ----
@@ -272,12 +272,12 @@ class _Halves:
     expected: Float64[np.ndarray, "L L"]
 
 
-def _halves(classes: Integer[np.ndarray, "N L"], num_classes: int, generator: np.random.Generator) -> _Halves:
+def _halves(classes: Integer[np.ndarray, "N L"], generator: np.random.Generator) -> _Halves:
     rows = generator.permutation(len(classes))
     half = len(rows) // 2
     seed = int(generator.integers(2**31))
     fitted, judged = (
-        mutual_information(classes[chosen], num_classes, seed=seed) for chosen in (rows[:half], rows[half:])
+        mutual_information(classes[chosen], _NUM_CLASSES, seed=seed) for chosen in (rows[:half], rows[half:])
     )
     mean = np.maximum(fitted, 0).mean(1)
     return _Halves(fitted=fitted, judged=judged, expected=np.outer(mean, mean) / max(mean.mean(), 1e-12))

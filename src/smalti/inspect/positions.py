@@ -108,13 +108,11 @@ def special_positions(codes: Integer[np.ndarray, "N L"], vocab_size: int) -> lis
     return found
 
 
-def explain_by_counts(
-    codes: Integer[np.ndarray, "N L"], vocab_size: int, positions: list[int], *, threshold: float = 0.5
-) -> list[Explanation]:
+def explain_by_counts(codes: Integer[np.ndarray, "N L"], vocab_size: int, positions: list[int]) -> list[Explanation]:
     """Which of the positions hold a count of something in the rest of the line: how many different codes it has, how
     often its commonest code stands in it, how many codes equal their left neighbour.
 
-    A property counts if its mutual information with the position is at least `threshold` of the position's entropy.
+    A property counts if its mutual information with the position is at least half of the position's entropy.
     """
     check_codes(codes, vocab_size)
     rest = np.delete(codes, positions, axis=1)
@@ -128,7 +126,7 @@ def explain_by_counts(
             numbers = np.unique(property, return_inverse=True)[1].ravel()
             pair = np.stack([values, numbers], axis=1)
             share = mutual_information(pair, int(pair.max()) + 1)[0, 1] / entropy
-            if share >= threshold:
+            if share >= 0.5:
                 found.append(Explanation(position, name, float(share)))
     return found
 
@@ -190,12 +188,12 @@ def _plug_in(
 
 
 def merge_codes(
-    codes: Integer[np.ndarray, "N L"], vocab_size: int, num_classes: int = 24, *, rounds: int = 2, seed: int = 0
+    codes: Integer[np.ndarray, "N L"], vocab_size: int, num_classes: int, *, seed: int = 0
 ) -> Int64[np.ndarray, " K"]:
     """A class in [0, num_classes) for each code, so that codes with the same company share one.
 
     The company of a code is what stands at the positions that tell most of each other: first those one or two places
-    away in the line, then, round by round, the pairs with the most mutual information under the classes so far.
+    away in the line, then, in a second round, the pairs with the most mutual information under the first classes.
     Correspondence analysis of those pairs gives each code coordinates, k-means the classes.
     """
     check_codes(codes, vocab_size)
@@ -210,10 +208,10 @@ def merge_codes(
     L = codes.shape[1]
     pairs = [(i, i + lag) for lag in (1, 2) for i in range(L - lag)]
     merged = np.minimum(np.arange(num_numbers), num_classes - 1)
-    for round_ in range(rounds):
+    for is_last in (False, True):
         coordinates, mass = _correspondence(numbered, pairs or [(0, 0)], num_numbers, seed)
         merged = _k_means(coordinates, mass, num_classes, seed)
-        if round_ + 1 < rounds:
+        if not is_last:
             information = np.triu(mutual_information(merged[numbered], num_classes, seed=seed))
             strongest = np.argsort(-information, axis=None)[: 2 * L]
             pairs = [(int(place // L), int(place % L)) for place in strongest]

@@ -51,9 +51,9 @@ class Fields:
         side = self.take(name, int, default)
         return side, side
 
-    def take_square(self, name: str, default: Any = REQUIRED) -> int:
+    def take_square(self, name: str) -> int:
         """The side of something square, from one number or two equal ones."""
-        rows, columns = self.take_size(name, default)
+        rows, columns = self.take_size(name)
         if rows != columns:
             raise InputError(f"{self.where}.{name} is {rows} x {columns}; only squares are supported.")
         return rows

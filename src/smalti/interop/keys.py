@@ -230,10 +230,10 @@ def _why_dropped(key: str, droppable: Mapping[str, str]) -> str | None:
     return next((reason for start, reason in droppable.items() if key.startswith(start)), None)
 
 
-def misfit(problems: list[str], most: int = 8) -> str:
+def misfit(problems: list[str]) -> str:
     """What to say of the lines that `shape_problems` gave."""
-    shown = "; ".join(problems[:most])
-    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    shown = "; ".join(problems[:8])
+    more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
     return (
         f"the weights do not fit the network, {len(problems)} tensors differ: {shown}{more}. "
         "Check that the kind and the config belong to this file."

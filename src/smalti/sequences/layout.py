@@ -93,12 +93,6 @@ class Slot:
             token_ids = torch.where(token_ids >= end, token_ids + (start - end), token_ids)
         return token_ids
 
-    def contains(self, token_ids: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
-        found = torch.zeros_like(token_ids, dtype=torch.bool)
-        for start, end in self.ranges:
-            found |= (token_ids >= start) & (token_ids < end)
-        return found
-
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
@@ -233,7 +227,7 @@ class Layout:
         return self._end_slots[span.end]
 
     def pack(self, order: str, spans: Mapping[str, SpanValues]) -> Packed:
-        """Sequences of one order from each span's own numbers (codes, word numbers, both from 0).
+        """Sequences of one order from each span's local ids (codes, text ids, both from 0).
 
         Raises ValueError where a span is missing, has other rows than the rest, the wrong length, or a number outside
         its segment.

@@ -76,18 +76,12 @@ class Vocabulary:
         return self.specials[name]
 
     def ids(self, segment: str, local: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-        """Token ids of a segment's own numbers (codes, word numbers), which count from 0."""
+        """Token ids of a segment's local ids (codes, text ids), which count from 0."""
         return local + self[segment].offset
 
     def local(self, segment: str, token_ids: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """A segment's own numbers from token ids; the inverse of `ids`."""
         return token_ids - self[segment].offset
-
-    def segment_of(self, token_id: int) -> str:
-        for segment in self.segments.values():
-            if segment.offset <= token_id < segment.end:
-                return segment.name
-        raise ValueError(f"token id {token_id} is outside the vocabulary of {self.size} ids.")
 
     def to_dict(self) -> dict[str, int | list[str]]:
         """The form the constructor takes, ready for JSON."""

@@ -14,7 +14,7 @@ from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +29,7 @@ from smalti.image_files import Picture, checked_scale, listed, to_images, to_pic
 from smalti.image_tokenizers import TiTok
 from smalti.likelihood import score
 from smalti.sequences.layout import Layout, SpanValues
+from smalti.tasks.face import Face
 from smalti.text_tokenizer import TextTokenizer
 
 RERANKERS = ("picture", "caption", "pmi")
@@ -71,7 +72,7 @@ class Partial(NamedTuple):
     """Their picture; what is not drawn yet is grey."""
 
 
-class Pipeline:
+class Pipeline(Face):
     """A bundle that draws pictures of captions, and what it does. `load` reads one.
 
     Raises InputError for a bundle without both tokenizers, or without an order that has the caption first.
@@ -84,31 +85,9 @@ class Pipeline:
                 f"{bundle.name} is a bundle of {bundle.kind}, not of pictures with captions; smalti info says what it "
                 "holds."
             )
-        self.bundle, self.model, self.layout = bundle, bundle.model, bundle.layout
+        super().__init__(bundle)
         self.image_tokenizer, self.text_tokenizer = bundle.image_tokenizer, text_tokenizer
         self.pictures, self.sampling = pictures, bundle.sampling
-
-    @classmethod
-    def load(cls, name: str | Path, *, device: torch.device | str = "auto", dtype: str = "auto") -> Self:
-        """A bundle from its folder, by the name of one that ships, or by a hub's `owner/name` (see `Bundle.load`)."""
-        return cls(Bundle.load(name, device=device, dtype=dtype))
-
-    @property
-    def name(self) -> str:
-        return self.bundle.name
-
-    @property
-    def weights_sha256(self) -> str:
-        """What receipts know the bundle by."""
-        return self.bundle.weights_sha256
-
-    def save(self, directory: Path | str, *, half: bool = False, force: bool = False) -> None:
-        """Writes the bundle as a folder (see `Bundle.save`)."""
-        self.bundle.save(directory, half=half, force=force)
-
-    def save_pretrained(self, directory: Path | str) -> None:
-        """`save` under the name that Hugging Face libraries use, replacing a bundle as they do."""
-        self.save(directory, force=True)
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Uploads the bundle to the hub's `owner/name`; returns its address. Needs the extra "hub"."""

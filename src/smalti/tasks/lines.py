@@ -9,8 +9,7 @@ Letters: N lines, L codes of a line (what the model takes is `length`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +24,7 @@ from smalti.errors import InputError
 from smalti.likelihood import to_device
 from smalti.models.loss import token_nll
 from smalti.sequences.layout import SpanValues
+from smalti.tasks.face import Face
 
 STRATEGIES = ("sample", "greedy", "beam", "best-of-n")
 
@@ -82,7 +82,7 @@ class Completions(NamedTuple):
     """The model's own ln p of what was added, given the prefix; 0 where nothing was left to add."""
 
 
-class LineModel:
+class LineModel(Face):
     """A bundle of lines, and what it does: scores and completes them. `load` reads one.
 
     Raises InputError for a bundle of anything else.
@@ -93,26 +93,9 @@ class LineModel:
             raise InputError(
                 f"{bundle.name} is a bundle of {bundle.kind}, not of lines: train one with smalti train lines."
             )
-        self.bundle, self.model, self.layout = bundle, bundle.model, bundle.layout
+        super().__init__(bundle)
         self.order, self.length = bundle.order("image"), bundle.image_length
         self.vocab_size = bundle.layout.vocabulary["image"].size
-
-    @classmethod
-    def load(cls, name: str | Path, *, device: torch.device | str = "auto", dtype: str = "auto") -> Self:
-        """A bundle of lines from its folder, or by a hub's `owner/name` (see `Bundle.load`)."""
-        return cls(Bundle.load(name, device=device, dtype=dtype))
-
-    @property
-    def name(self) -> str:
-        return self.bundle.name
-
-    @property
-    def weights_sha256(self) -> str:
-        return self.bundle.weights_sha256
-
-    def save(self, directory: Path | str, *, half: bool = False, force: bool = False) -> None:
-        """Writes the bundle as a folder (see `Bundle.save`)."""
-        self.bundle.save(directory, half=half, force=force)
 
     # Likelihood ------------------------------------------------------------------------------------------------
 

@@ -139,9 +139,9 @@ def _series(rows: Sequence[Row], name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _smoothed(values: Sequence[float], share: float = 0.02) -> list[float]:
-    """An exponential running mean over about this share of all points, its start corrected for having seen few."""
-    keep = 1 - 1 / max(1.0, share * len(values))
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """An exponential running mean over about 2 % of all points, its start corrected for having seen few."""
+    keep = 1 - 1 / max(1.0, 0.02 * len(values))
     total = weight = 0.0
     means = []
     for value in values:
