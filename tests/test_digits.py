@@ -6,8 +6,8 @@ import io
 import itertools
 import json
 import pickle
-import re
 import pickletools
+import re
 from pathlib import Path
 
 import numpy as np
