@@ -65,7 +65,7 @@ def receipt_of(page) -> dict:
 
 def test_a_prompt_paints_itself_and_is_the_librarys_picture(page, server, tmp_path):
     seen = []
-    page.expose_function("seen", seen.append)
+    page.expose_function("seen", lambda source: seen.append(source))
     page.evaluate("new MutationObserver(() => seen(picture.src)).observe(picture, {attributeFilter: ['src']})")
     page.fill("#seed", "5")
     page.click("#draw")
