@@ -69,7 +69,7 @@ def test_tokens_need_their_text_tokenizer(recipe, given, tmp_path, capsys):  # n
     tokenize(tmp_path, capsys)
     tokens = f"data.train={tmp_path / 'tokens.parquet'}"
     assert run(["train", str(recipe), "--quiet", tokens]) == 2
-    assert "is tokens: give the text_tokenizer that goes with them" in capsys.readouterr().err
+    assert "holds tokens: give the text_tokenizer that goes with them" in capsys.readouterr().err
     assert run([*given, tokens]) == 2
     assert "does not say which text tokenizer made its text_tokens" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""A picture drawn again from what its file tells: the same, or an error that says what is not."""
+"""A picture redrawn from its receipt: the same, or an error that says what is not."""
 
 import json
 from pathlib import Path

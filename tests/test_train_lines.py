@@ -240,7 +240,7 @@ def test_lines_become_a_bundle_and_a_report(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ([], "which lines? Give the table of smalti data import-lines: data=lines.parquet"),
+        ([], "no lines are given: give the table of smalti data import-lines, data=lines.parquet"),
         (["data=TMP/ragged.parquet"], "has lines of different lengths"),
         (["data=TMP/lines.parquet", "vocab_size=5"], "expected 0 to 4"),
         (["data=TMP/lines.parquet", "validation=TMP/lines.parquet"], "nothing is left to train on"),

@@ -541,7 +541,7 @@ def test_going_on_with_other_settings_is_refused(tmp_path):
     run(tmp_path)
     with pytest.raises(
         InputError,
-        match=r"a run with other settings \(training.learning_rate is 0.001 there, 0.1 here\): go on with the same",
+        match=r"a run with other settings \(training.learning_rate is 0.001 there, 0.1 here\): resume it with the same",
     ):
         run(tmp_path, replace(SHORT, learning_rate=0.1))
     with pytest.raises(InputError, match=r"other settings \(data.num_rows is 29 there, 30 here\)"):

@@ -22,7 +22,7 @@ class InputWarning(UserWarning):
 def require_finite(loss: float, step: int, mend: str) -> None:
     """Raises InputError if a training's loss is not finite; `mend` says what to do."""
     if not math.isfinite(loss):
-        raise InputError(f"the loss of step {step} is {loss}: training went astray. {mend}")
+        raise InputError(f"the loss of step {step} is {loss}: training diverged. {mend}")
 
 
 def shortened(text: str, most: int = 80) -> str:

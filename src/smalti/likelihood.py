@@ -2,7 +2,7 @@
 
 Nats are sums of −ln p(token | tokens before), the softmax taken over what can stand at the place (the slot), with
 dropout and guidance off. Averages are micro averages: total nats over total tokens. Standard errors treat sequences,
-not tokens, as the independent draws, since the tokens of one picture hang together.
+not tokens, as the independent draws, since the tokens of one picture are correlated.
 
 Letters: N sequences, B batch, T tokens.
 """

@@ -198,7 +198,7 @@ def _fill(
     if nonfinite is not None:
         raise InputError(
             f"{path}: the tensor {shortened(nonfinite)} holds numbers that are not finite, with which nothing can be "
-            "drawn: the training went astray, or the file was damaged before its checksum was made; train it anew."
+            "drawn: the training diverged, or the file was damaged before its checksum was made; train it anew."
         )
 
 

@@ -50,9 +50,11 @@ Seed = Annotated[int, typer.Option(help="The same seed and prompt give the same 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Count = Annotated[
-    int, typer.Option("-n", min=1, max=MAX_PICTURES, help="How many; the i-th is drawn with the seed SEED + i.")
+    int, typer.Option("-n", min=1, max=MAX_PICTURES, help="How many to draw; the i-th is drawn with the seed SEED + i.")
 ]
-Scale = Annotated[int | None, typer.Option(help="Enlarge every pixel to so many by so many (default: the bundle's).")]
+Scale = Annotated[
+    int | None, typer.Option(help="Enlarge each pixel to this many by this many (default: the bundle's).")
+]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy, 1 the model's own distribution.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the K most likely tokens; 0 keeps all.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the fewest tokens whose probability reaches P, in (0, 1].")]
@@ -100,7 +102,7 @@ def options(
         ),
     ] = False,
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Autoregressive image generation with discrete tokens: tokenize, train, measure, generate."""
@@ -120,13 +122,14 @@ def generate(
     seed: Seed = 0,
     n: Count = 1,
     grid: Annotated[
-        bool, typer.Option("--grid", help="Put all pictures into one file, as near a square as can be.")
+        bool, typer.Option("--grid", help="Put all pictures into one file, in a nearly square grid.")
     ] = False,
     force: Force = False,
     scale: Scale = None,
     negative_prompt: Annotated[str | None, typer.Option(help="A caption to steer away from; needs guidance.")] = None,
     best_of: Annotated[
-        int, typer.Option(min=1, max=MAX_CANDIDATES, help="Draw so many for each picture and keep the best.")
+        int,
+        typer.Option(min=1, max=MAX_CANDIDATES, help="Candidates for each picture, of which the best is kept."),
     ] = 1,
     rerank: Annotated[
         str | None,
@@ -144,7 +147,7 @@ def generate(
     speculative: Speculative = None,
     coupling: Coupling = None,
 ) -> None:
-    """Draw pictures of a caption. Each PNG says in itself how it was made; `smalti replay` draws it again."""
+    """Draw pictures of a caption. Each PNG carries a receipt, from which `smalti replay` redraws it."""
     outputs = _output_names(output, 1 if grid else n)
     _refuse_existing(outputs, force)
     if rerank and best_of == 1:
@@ -194,16 +197,16 @@ def generate(
 
 @app.command(epilog="Examples: smalti replay eight.png · smalti replay bird.png -o again.png --bundle out/cc3m/bundle")
 def replay(
-    picture: Annotated[Path, typer.Argument(help="PNG file that generate or complete wrote, a grid too.")],
+    picture: Annotated[Path, typer.Argument(help="PNG file that generate or complete wrote, or a grid of them.")],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="PNG file for the picture drawn again (default: none).")
     ] = None,
     bundle: Annotated[
-        str | None, typer.Option(help="The bundle it was drawn with (default: of the name that it tells itself).")
+        str | None, typer.Option(help="The bundle it was drawn with (default: the one that its receipt names).")
     ] = None,
     force: Force = False,
 ) -> None:
-    """Draw a picture again from what its file tells, and check that all codes and pixels are the same.
+    """Redraw a picture from its receipt, and check that all codes and pixels are the same.
 
     The exit code is 0 if they are, and 1 if not: then the first difference is printed.
     """
@@ -288,14 +291,14 @@ def complete(
             "-n",
             min=1,
             max=MAX_PICTURES,
-            help="How many: 1; the i-th is drawn with the seed SEED + i.",
+            help="How many to make: 1; the i-th is drawn with the seed SEED + i.",
             rich_help_panel=OF_PICTURES,
         ),
     ] = None,
     force: Force = False,
     scale: Annotated[
         int | None,
-        typer.Option(help="Enlarge every pixel to so many by so many.", rich_help_panel=OF_PICTURES),
+        typer.Option(help="Enlarge each pixel to this many by this many.", rich_help_panel=OF_PICTURES),
     ] = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -321,10 +324,10 @@ def complete(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.", rich_help_panel=OF_LINES)] = False,
 ) -> None:
-    """Complete a caption that is begun, a picture of which the upper rows are given, or a file of lines.
+    """Complete the beginning of a caption, a picture from its upper rows, or every line of a file.
 
     With a bundle of lines every prefix of a text file is completed: same tags, same order, the prefix untouched; OUTPUT
-    .log_probs.csv gets each line's own log-likelihood, and a run that was stopped goes on when it is started again.
+    .log_probs.csv gets each line's own log-likelihood, and a run that was stopped resumes when it is started again.
     """
     from smalti.bundle import Bundle
 
@@ -420,7 +423,7 @@ def score(
     """How well captions fit a picture, in nats: −ln p(picture | caption), −ln p(caption | picture), information.
 
     With a bundle of lines: nats per token of each line of a file (text, or a token table) and of all, with standard
-    error, and by position. A run that was stopped goes on when it is started again.
+    error, and by position. A run that was stopped resumes when it is started again.
     """
     from smalti.bundle import Bundle
 
@@ -436,7 +439,7 @@ def score(
         return
     _refuse_options(_given(output=output, batch_size=batch_size, force=force or None), bundle, loaded.kind)
     if not captions:
-        raise ValueError("which captions? Give one or more behind the picture.")
+        raise ValueError("no caption is given; write one or more after the picture.")
     from smalti.tasks.images import Pipeline
 
     scores = Pipeline(loaded).score([source] * len(captions), captions)
@@ -551,7 +554,7 @@ def data_digits(
         Path | None, typer.Option(help="Folder with MNIST's idx files (default: scikit-learn's digits).")
     ] = None,
     pickle: Annotated[Path | None, typer.Option(help="The original colored_mnist_with_text.pkl.")] = None,
-    seed: Annotated[int, typer.Option(help="Draws the colours.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the colours.")] = 0,
     colourings: Annotated[int, typer.Option(min=1, help="How many pairs of colours each digit gets.")] = 1,
     force: Force = False,
     quiet: Quiet = False,
@@ -587,8 +590,8 @@ def data_import_lines(
     output: Annotated[Path, typer.Option("-o", "--output", help="Parquet file of tokens.")],
     vocab_size: Annotated[int | None, typer.Option(help="Codes are below this (default: as found).")] = None,
     length: Annotated[int | None, typer.Option(help="Codes on each line (default: as found).")] = None,
-    skip_bad: Annotated[int, typer.Option(min=0, help="Set aside up to so many bad lines instead of stopping.")] = 0,
-    allow_short: Annotated[bool, typer.Option("--allow-short", help="Admit lines shorter than the length.")] = False,
+    skip_bad: Annotated[int, typer.Option(min=0, help="Set aside up to this many bad lines instead of stopping.")] = 0,
+    allow_short: Annotated[bool, typer.Option("--allow-short", help="Accept lines shorter than the length.")] = False,
     no_tags: Annotated[
         bool, typer.Option("--no-tags", help="Lines hold codes alone; they are named by their numbers.")
     ] = False,
@@ -631,7 +634,7 @@ def data_export_lines(
     after: Annotated[
         str, typer.Option(help="The same behind it; the word distinct: how many different codes the picture has.")
     ] = "",
-    code_offset: Annotated[int, typer.Option(min=0, help="What every code is raised by, to make room for them.")] = 0,
+    code_offset: Annotated[int, typer.Option(min=0, help="Number added to every code, to make room for them.")] = 0,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
@@ -672,7 +675,7 @@ def tokenize(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Parquet file of tokens.")],
     bundle: Annotated[
-        str | None, typer.Option(help=f"Whose tokenizers to use, if none is given: {DEFAULT_BUNDLE}.")
+        str | None, typer.Option(help=f"Bundle whose tokenizers to use, if none is given: {DEFAULT_BUNDLE}.")
     ] = None,
     image_tokenizer: Annotated[Path | None, typer.Option(help="Folder of an image tokenizer.")] = None,
     text_tokenizer: Annotated[
@@ -682,7 +685,7 @@ def tokenize(
         str | None,
         typer.Option(help="Crop and resize pictures to ROWSxCOLUMNS, or a square (default: as they are)."),
     ] = None,
-    max_text_length: Annotated[int | None, typer.Option(help="Cut captions to so many tokens.")] = None,
+    max_text_length: Annotated[int | None, typer.Option(help="Cut captions to this many tokens.")] = None,
     on_error: Annotated[
         str, typer.Option(help="What to do about a broken picture: stop, or skip and name it.")
     ] = "stop",
@@ -701,7 +704,7 @@ def tokenize(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Turn pictures and captions into tokens. Run again after it was stopped, it goes on where it was."""
+    """Turn pictures and captions into tokens. If it is stopped, run it again: it resumes."""
     _refuse_existing([output], force)
     from smalti.data.tokenize_pairs import TokenizeConfig, tokenize_pairs
 
@@ -796,15 +799,15 @@ def inspect(
         ),
     ] = None,
     code_offset: Annotated[
-        int, typer.Option(min=0, help="What a line's code is above the image tokenizer's (as export-lines raised it).")
+        int, typer.Option(min=0, help="Number that was added to the image tokenizer's codes, as export-lines does.")
     ] = 0,
-    lines: Annotated[int, typer.Option(min=2, help="Lines for what the codes alone tell.")] = 20_000,
+    lines: Annotated[int, typer.Option(min=2, help="Lines for the findings about codes alone.")] = 20_000,
     scored: Annotated[int, typer.Option(min=10, help="Lines run through the model.")] = 512,
-    seed: Annotated[int, typer.Option(help="Draws the lines.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of lines.")] = 0,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Explain codes and model: one page of findings in words, numbers and pictures, that needs no network."""
+    """Explain codes and model: one page of findings in words, numbers and pictures, which opens without a network."""
     from smalti.inspect.findings import InspectConfig
     from smalti.inspect.report import PAGE, inspect_bundle
 

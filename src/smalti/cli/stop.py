@@ -46,7 +46,7 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def resuming() -> Iterator[None]:
-    """What is stopped in here goes on when the same command is run again."""
+    """What is stopped in here resumes when the same command is run again."""
     try:
         yield
     except Stopped as stopped:

@@ -38,11 +38,12 @@ app = typer.Typer(
 def recipe(
     recipe: Annotated[str, typer.Argument(help=f"A shipped recipe ({RECIPE_NAMES}), or a YAML file.")],
     settings: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, each key=value; the last word of a key will often do.")
+        list[str] | None,
+        typer.Argument(help="Settings to change, each key=value; the last word of a key is often enough."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Train a whole system, from data to bundle and report. Run again, it goes on where it stopped."""
+    """Train a whole system, from data to bundle and report. If it is stopped, run it again: it resumes."""
     import shlex
 
     from smalti.recipes import load_recipe
@@ -104,11 +105,12 @@ def tokenizer(
         str, typer.Argument(help=f"A shipped recipe for image tokenizers ({TOKENIZER_RECIPE_NAMES}), or a YAML file.")
     ],
     settings: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, each key=value; pictures=FOLDER_OR_PARQUET is needed.")
+        list[str] | None,
+        typer.Argument(help="Settings, each key=value; pictures=FOLDER_OR_PARQUET is needed."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Train an image tokenizer on a folder or a table of pictures. Run again, it goes on where it stopped."""
+    """Train an image tokenizer on a folder or a table of pictures. If it is stopped, run it again: it resumes."""
     from smalti.recipes import TokenizerRecipe, load_recipe
 
     checked = load_recipe(family, settings or [])

@@ -31,7 +31,7 @@ def open_tokens(
 
     `split` and `seed` are for the hub's. Captions come as `text_tokens` where the writer says that this text tokenizer
     made them; else they are encoded from `text`, but only as a stream. Raises InputError naming both tokenizers if the
-    tokens are of others; and naming file and row if one has not what it must.
+    tokens are of others; and naming file and row if one fails validation.
     """
     rows, columns = image_tokenizer.config.grid
     checks = {

@@ -74,7 +74,7 @@ class TokenStream:
         Only footers are read here. As rows come, each must have `image_length` image tokens in [0, image_vocab_size)
         and text tokens in [0, text_vocab_size), if given; longer captions are cut to `max_text_length` tokens, and a
         warning counts those of the first block that has some. Raises InputError where there is no such data set or
-        split, its files are no token tables, or a row has not what it must, naming file and row. Needs the extra
+        split, its files are no token tables, or a row fails validation, naming file and row. Needs the extra
         "data".
         """
         library = _import_datasets()
@@ -206,7 +206,7 @@ class _Checks(NamedTuple):
     max_text_length: int | None
 
     def require(self, table: pa.Table, url: str, first_row: int) -> None:
-        """Raises InputError naming the first row that has not what it must."""
+        """Raises InputError naming the first row that fails validation."""
         for name, vocab_size in self.vocab_sizes.items():
             lengths, values = token_values(table[name].combine_chunks(), url, first_row, name)
             if name == "image_tokens" and self.image_length is not None and (lengths != self.image_length).any():

@@ -376,7 +376,7 @@ def _require_same(path: Path, manifest: dict[str, Any], tokens: Path) -> None:
     found = read_json(path, f"remove the folder {path.parent}, or start anew with --force")
     if found == manifest:
         return
-    mend = "Go on with the same, or start anew with --force."
+    mend = "Resume it with the same, or start anew with --force."
     tokenizers = found.get("tokenizers")
     if isinstance(tokenizers, dict):
         require_tokenizers(tokenizers, manifest["tokenizers"], f"the unfinished {tokens}", mend)

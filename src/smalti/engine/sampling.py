@@ -1,8 +1,8 @@
 """From logits to ids: pure functions. There is one sampler, and this is it.
 
 The order is guide, temperature, filter, draw. Randomness comes in as one uniform number per token, and the token is
-the inverse of the cumulative distribution at that number: what a sequence draws hangs on its own numbers alone, not
-on who shares the batch, and it costs a tenth of `torch.multinomial` on a CPU.
+the inverse of the cumulative distribution at that number: what a sequence draws depends only on its own random numbers,
+not on the rest of the batch, and it costs a tenth of `torch.multinomial` on a CPU.
 
 Letters: B batch, n the ids of a slot.
 """

@@ -9,7 +9,7 @@ from smalti.errors import InputError
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqvae import DeepulVQVAE, DeepulVQVAEConfig
 from smalti.interop.fields import HEADER, Fields, check_header
-from smalti.interop.keys import Foreign, KeyMap, Layout, check_expressible, learned_codebook, rename_all
+from smalti.interop.keys import Foreign, KeyMap, Layout, check_expressible, first_renamed, learned_codebook, rename_all
 from smalti.interop.verifying import ReferenceArrays
 
 CLASS_NAME = "deepul.models.vqvae.VQVAE"
@@ -29,11 +29,7 @@ RENAMES = (
 
 
 def foreign_key(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name, found = re.subn(pattern, replacement, name)
-        if found:
-            break
-    return name
+    return first_renamed(name, RENAMES)
 
 
 def key_map(image_tokenizer: DeepulVQVAE) -> KeyMap:

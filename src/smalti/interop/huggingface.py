@@ -57,7 +57,7 @@ _UNUSED_FIELDS = (  # what a config says beside the network itself
     *("attn_implementation", "tokenizer_class", "task_specific_params", "finetuning_task", "torchscript", "is_decoder"),
     *("sep_token_id", "decoder_start_token_id", "max_sequence_length", "use_bfloat16", "_commit_hash", "prefix"),
 )
-_REFUSED_FIELDS = {  # what other architectures have, and a Llama of transformers has not
+_REFUSED_FIELDS = {  # what other architectures have, and a Llama of transformers does not
     "sliding_window": "attention to a window of the last tokens",
     "layer_types": "layers of several kinds",
     "quantization_config": "quantized weights",
@@ -137,7 +137,7 @@ def pairs_to_halves(rows: Float[Tensor, "rows ..."], num_heads: int) -> Float[Te
 
 
 def fuse(state: Mapping[str, Tensor], parts: Mapping[str, Sequence[Part]]) -> dict[str, Tensor]:
-    """Our state dict from the foreign one, but for biases that it has not."""
+    """Our state dict from the foreign one, except for biases that it does not have."""
 
     def piece(part: Part) -> Tensor:
         rows = state[part.key].float()

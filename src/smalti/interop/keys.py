@@ -4,7 +4,8 @@ A key map says for every tensor of ours the foreign key and the foreign shape. I
 map, so that one undoes the other.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -129,6 +130,15 @@ def export_foreign(layout: Layout, module: nn.Module) -> dict[str, Tensor]:
         for name, foreign in layout.key_map(module).items()
         for key in (foreign.key, *foreign.copies)
     }
+
+
+def first_renamed(name: str, renames: Sequence[tuple[str, str]]) -> str:
+    """The name with the first pattern of `renames` that matches replaced; as it is if none does."""
+    for pattern, replacement in renames:
+        new, found = re.subn(pattern, replacement, name)
+        if found:
+            return new
+    return name
 
 
 def rename_all(module: nn.Module, foreign_key: Callable[[str], str]) -> KeyMap:

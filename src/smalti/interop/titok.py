@@ -1,6 +1,5 @@
 """TiTok of 1d-tokenizer (bytedance/1d-tokenizer, modeling/titok.py), two-stage and one-stage."""
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ from smalti.errors import InputError
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.titok import BASE, LARGE, PRESETS, SMALL, TiTok, TiTokConfig, ViTConfig
 from smalti.interop.fields import Fields, check_header
-from smalti.interop.keys import Foreign, KeyMap, Layout, check_expressible, learned_codebook, rename_all
+from smalti.interop.keys import Foreign, KeyMap, Layout, check_expressible, first_renamed, learned_codebook, rename_all
 from smalti.interop.maskgit_vq import read_sections, write_sections
 from smalti.interop.verifying import ReferenceArrays
 from smalti.interop.vqgan_keys import maskgit_key
@@ -50,11 +49,7 @@ def key_map(image_tokenizer: TiTok) -> KeyMap:
     def foreign_key(name: str) -> str:
         if name.startswith("proxy_decoder."):
             return "pixel_" + maskgit_key(name.removeprefix("proxy_"), num_levels)
-        for pattern, replacement in RENAMES:
-            name, found = re.subn(pattern, replacement, name)
-            if found:
-                break
-        return name
+        return first_renamed(name, RENAMES)
 
     renamed = rename_all(image_tokenizer, foreign_key)
     added_axes = {

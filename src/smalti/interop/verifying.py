@@ -96,7 +96,7 @@ def read_arrays(path: Path) -> ReferenceArrays:
     arrays = read_npz(path, "fetch or make the reference folder again")
     try:
         return ReferenceArrays({name: torch.from_numpy(array) for name, array in arrays.items()})
-    except TypeError as error:  # numbers that torch has not, such as some unsigned ones
+    except TypeError as error:  # numbers that torch does not have, such as some unsigned ones
         raise InputError(f"{path} cannot be read as reference arrays: {first_line(error)}.") from error
 
 

@@ -1,6 +1,5 @@
 """ViT-VQGAN of enhancing-transformers (thuanz123/enhancing-transformers, enhancing/modules/stage1)."""
 
-import re
 from collections.abc import Callable
 
 from torch import Tensor
@@ -9,7 +8,7 @@ from smalti.errors import InputError
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vit_vqgan import PRESETS, ViTConfig, ViTVQGAN, ViTVQGANConfig
 from smalti.interop.fields import HEADER, Fields, check_header
-from smalti.interop.keys import Foreign, KeyMap, Layout, check_expressible, learned_codebook, rename_all
+from smalti.interop.keys import Foreign, KeyMap, Layout, check_expressible, first_renamed, learned_codebook, rename_all
 from smalti.interop.verifying import ReferenceArrays, grid_outputs, quantized
 
 CLASS_NAME = "enhancing.modules.stage1.vitvqgan.ViTVQ"
@@ -34,11 +33,7 @@ RENAMES = (
 
 
 def foreign_key(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name, found = re.subn(pattern, replacement, name)
-        if found:
-            break
-    return name
+    return first_renamed(name, RENAMES)
 
 
 def key_map(image_tokenizer: ViTVQGAN) -> KeyMap:

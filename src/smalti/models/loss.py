@@ -24,7 +24,7 @@ def token_nll(
     The softmax runs over the position's slot; `full_softmax` takes all V ids instead, for comparison. A slot of one
     id costs exactly 0 nats and no arithmetic. Positions of one slot are gathered, so the head computes only rows
     and columns that are wanted. A position whose slot the head has no rows for is not predicted: `is_predicted` tells.
-    Raises ValueError for `full_softmax` if the head has not rows for all ids.
+    Raises ValueError for `full_softmax` if the head does not have rows for all ids.
     """
     if full_softmax:
         check_full_head(model)
@@ -52,7 +52,7 @@ def is_predicted(model: SequenceModel, slot_ids: Int[Tensor, "B T"], slots: Sequ
 
 
 def check_full_head(model: SequenceModel) -> None:
-    """Raises ValueError if the head has not rows for all ids."""
+    """Raises ValueError if the head does not have rows for all ids."""
     if not model.can_score(Slot(((0, model.vocab_size),))):
         raise ValueError(
             "a softmax over the whole vocabulary (full_softmax) needs a head with rows for all ids; this one has only "

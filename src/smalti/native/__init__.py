@@ -1,4 +1,4 @@
-"""Kernels in C++, compiled on the user's machine when they first repay it. Everything works without them, only slower.
+"""Kernels in C++, compiled on the user's machine when it first pays off. Everything works without them, only slower.
 
 `load("decode")` gives `decode.cpp` of this folder as a library of plain C functions: arguments are numbers and
 addresses (`Tensor.data_ptr()`), so that nothing but a C++ compiler is needed, neither torch's headers nor Python's.
@@ -6,7 +6,7 @@ A library is built for the processor at hand and kept in the user's cache folder
 `~/.cache/smalti/native`, under a name that tells what it was built from and what it must hold.
 
 The environment variable SMALTI_NATIVE=0 turns all of it off; SMALTI_NATIVE=1 compiles at the first use of anything,
-without waiting until it repays.
+without waiting until it pays off.
 """
 
 import ctypes

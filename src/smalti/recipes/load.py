@@ -294,6 +294,6 @@ def claim_folder(recipe: BaseModel, folder: Path, *, free: Collection[str]) -> N
     found = read_json(path, "remove this file if the run there is of the settings you give, or give another folder")
     if (difference := first_difference(renamed_in_sections(found, path), recipe, (*FREE, *free))) is not None:
         raise InputError(
-            f"{folder} holds a run with other settings ({difference}; see {path}): go on with the same settings, or "
-            "give another folder, output=FOLDER."
+            f"{folder} holds a run with other settings ({difference}; see {path}): resume it with the same "
+            "settings, or give another folder, output=FOLDER."
         )

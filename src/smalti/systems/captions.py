@@ -126,7 +126,7 @@ def _given_text_tokenizer(recipe: CaptionsRecipe, layout: Layout, ready: dict[st
         return given
     if ready:
         raise InputError(
-            f"{next(iter(ready.values()))} is tokens: give the text_tokenizer that goes with them, a file."
+            f"{next(iter(ready.values()))} holds tokens: give the text_tokenizer that goes with them, a file."
         )
     return None
 

@@ -4,7 +4,7 @@ The folder of a run (see stages.py):
 
     data/              pictures and captions: train, validation and test as parquet
     image_tokenizer/   the trained image tokenizer, and its training in image_tokenizer_training/
-    tokens/            the same three tables as codes and word numbers
+    tokens/            the same three tables as codes and text ids
     model/             the transformer's training: checkpoints, curves.csv, curves.png, tensorboard
     bundle/            what `Pipeline.load` reads
     report.md, report.json, and the 3×3 figures

@@ -80,7 +80,7 @@ def train_lines(recipe: LinesRecipe, *, command: str = "", show_progress: bool =
 def read_data(recipe: LinesRecipe, *, show_progress: bool = False) -> LineData:
     """See `read_line_data`. Raises InputError if the recipe names no table."""
     if recipe.data is None:
-        raise InputError("which lines? Give the table of smalti data import-lines: data=lines.parquet.")
+        raise InputError("no lines are given: give the table of smalti data import-lines, data=lines.parquet.")
     return read_line_data(
         recipe.data,
         recipe.validation,

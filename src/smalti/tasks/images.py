@@ -302,7 +302,7 @@ class Pipeline(Face):
         self.check_drawing(n, best_of, rerank)
         guided = config.guidance_scale != 1
         if guided and order not in (None, self.bundle.order("text", "image")):
-            raise ValueError(f"guidance needs the caption before the picture; order {order!r} has it behind.")
+            raise ValueError(f"guidance needs the caption before the picture; order {order!r} has it after.")
         order = self.bundle.order("text", "image") if guided else order
         requests = [Request(order=order, seed=seed + i) for i in range(n * best_of)]
         unguided = replace(config, guidance_scale=1.0)
@@ -407,7 +407,7 @@ class Pipeline(Face):
         return self.score_codes(self.encode(pictures, batch_size=batch_size), words, batch_size=batch_size)
 
     def score_codes(self, codes: Codes, words: Sequence[Int[Tensor, " L"]], *, batch_size: int = 64) -> Scores:
-        """`score` of codes and word numbers."""
+        """`score` of codes and text ids."""
         if not len(codes):
             return Scores(*torch.zeros(3, 0))
         lengths = torch.tensor([len(ids) for ids in words])

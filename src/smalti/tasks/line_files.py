@@ -194,8 +194,8 @@ def _require_job(path: Path, job: dict[str, Any]) -> None:
     differing = [key for key in job if found.get(key) != job[key]]
     if differing:
         raise InputError(
-            f"{path.parent} holds an unfinished run with another {differing[0]}: go on with the same one, or --force "
-            "to start anew."
+            f"{path.parent} holds an unfinished run with another {differing[0]}: resume it with the same one, or "
+            "--force to start anew."
         )
 
 

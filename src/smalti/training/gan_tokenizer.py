@@ -66,7 +66,7 @@ ENCODER_SIDE = ("patches_in", "gather", "latent_tokens", "encoder", "to_code", "
 """The modules and parameters that make codes of pictures, in all three families."""
 
 WORSE_DB = 0.5
-"""A run says so when held-out PSNR falls this far below its best from before the discriminator was listened to."""
+"""A run says so when held-out PSNR falls this far below its best from before the adversarial loss was enabled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +226,8 @@ class GANLearner(Learner):
         scale = torch.tensor(weight, device=images.device)
         if self.adversarial.adaptive:
             scale = weight * adaptive_weight(found.total, verdict, last_weight(self.model))
-        heard = {"generator": verdict.detach(), "adversarial_weight": scale}
-        return found._replace(total=found.total + scale * verdict, parts=found.parts | heard)
+        adversarial = {"generator": verdict.detach(), "adversarial_weight": scale}
+        return found._replace(total=found.total + scale * verdict, parts=found.parts | adversarial)
 
     def learn_besides(
         self, images: Float[Tensor, "B C H W"], found: Losses, step: int, precision: str
@@ -318,8 +318,8 @@ def last_weight(model: nn.Module) -> Tensor:
 
 @dataclass
 class _Memory:
-    """What evaluations must remember across a restart: the best figure, the best PSNR before the discriminator was
-    listened to, and whether the warning was given."""
+    """What evaluations must remember across a restart: the best figure, the best PSNR before the
+    adversarial loss was enabled, and whether the warning was given."""
 
     best: float | None = None
     psnr_before: float | None = None
@@ -336,7 +336,7 @@ class _Memory:
         return True
 
     def warning(self, figures: Figures, config: AdversarialConfig, step: int) -> str | None:
-        """What to say, once, if reconstruction is worse than before the discriminator was listened to."""
+        """What to say, once, if reconstruction is worse than before the adversarial loss was enabled."""
         psnr_db = cast(float, figures["psnr_db"])
         if config.weight_at(step) == 0 or step == config.start + config.warmup_steps:
             self.psnr_before = max(psnr_db, -math.inf if self.psnr_before is None else self.psnr_before)
@@ -345,8 +345,8 @@ class _Memory:
             return None
         self.warned = True
         return (
-            f"held-out PSNR is {psnr_db:.2f} dB, after {self.psnr_before:.2f} dB before the discriminator had a "
-            f"say; lower adversarial.weight ({config.weight}), lengthen warmup_steps ({config.warmup_steps}) or "
+            f"held-out PSNR is {psnr_db:.2f} dB, after {self.psnr_before:.2f} dB before the adversarial loss was "
+            f"enabled; lower adversarial.weight ({config.weight}), lengthen warmup_steps ({config.warmup_steps}) or "
             "ramp_steps, or set adaptive."
         )
 

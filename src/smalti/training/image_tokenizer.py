@@ -14,12 +14,12 @@ Letters: B batch, N pictures, C H W image.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from smalti.files import new_file
 from smalti.image_tokenizers import FAMILIES, load_image_tokenizer, save_image_tokenizer
 from smalti.image_tokenizers.quantizer import CodebookHealth, Quantized
 from smalti.precision import AUTO, autocast, check_precision, resolve_precision
+from smalti.progress import Stage
 from smalti.training.checkpoint import check_writable, one_run_at_a_time, random_state, set_random_state
 from smalti.training.curves import CsvLog, read_columns
 from smalti.training.estimate import Estimate, why_slow
@@ -246,39 +247,33 @@ def train_loop(
 ) -> nn.Module:
     """The image tokenizer of the best evaluation, as `directory` has it. `stream` gives the batches from a step on,
     `settings` are all that decides the weights besides `config`."""
-    model = learner.model
-    averaged = deepcopy(model)
+    model, averaged, mend = learner.model, deepcopy(learner.model), how_to_mend(config)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         learning, lr=config.learning_rate, weight_decay=config.weight_decay, betas=config.betas, fused=True
     )
-    model_config: Any = model.config
-    window = CodebookHealth(model_config.codebook_size)
-    mend = how_to_mend(config)
+    losses = RecentLosses(learner.parts, cast(Any, model.config).codebook_size, mend)
 
     # Where to write, and what an earlier start of this run has left there
     weights_bytes = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     check_writable(directory, expected_bytes=(config.keep_checkpoints + 1) * 4 * weights_bytes)
     run = Run(directory)
     config = replace(config, precision=resolve_precision(config.precision, config.device, begun=run.precision))
-    start, pending = 0, []
+    start = 0
     if (checkpoint := run.claim({**settings, "training": config})) is not None:
         start, weights, state = checkpoint
         averaged.load_state_dict(weights)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         learner.load_state(state)
-        pending = [row.to(config.device) for row in state["pending"]]
+        losses.pending = [row.to(config.device) for row in state["pending"]]
         set_random_state(state["random"])
-    kept_to = start if checkpoint else -1  # a run killed before its first checkpoint begins its tables anew
-    training_log = CsvLog(directory / "training.csv", ["step", "learning_rate", *learner.columns], keep_to=kept_to)
-    evaluation_log = CsvLog(directory / "evaluation.csv", ["step", *learner.figures], keep_to=kept_to)
-    warnings_log = CsvLog(directory / "warnings.csv", ["step", "warning"], keep_to=kept_to)
-    board = SummaryWriter(str(directory), purge_step=start)
+    # A run killed before its first checkpoint begins its tables anew.
+    logs = Logs(directory, learner, start, keep_to=start if checkpoint else -1)
 
     why = partial(why_slow, config.precision, config.device)
     shown = training_stage(STAGE, config.num_steps, completed=start, show=show_progress, estimate=estimate, why=why)
-    with shown as progress, board:
+    with shown as progress, logs.board:
         images_from_start = stream(start)
         for step in range(start, config.num_steps + 1):
             last = step == config.num_steps
@@ -286,38 +281,22 @@ def train_loop(
             evaluates = (is_due(config.evaluate_every, step) or last) and not resumed_here
             saves = (is_due(config.checkpoint_every, step) and step > start) or last
             if evaluates or saves:  # weights that are not finite are neither measured nor saved
-                if pending:
-                    require_finite(float(torch.stack(pending)[:, 0].mean()), step, mend)
+                losses.require_finite(step)
                 require_finite_weights(model, step, mend)
 
-            # Evaluate, and keep the best
             if evaluates:
-                with going_astray(averaged, step, mend):
-                    figures = learner.measure(averaged)
-                evaluation_log.write(step, figures)
-                for name, value in figures.items():
-                    if value is not None:
-                        board.add_scalar(f"held_out/{name}", value, step)
-                if learner.is_best(figures):
-                    save_image_tokenizer(averaged, directory / "image_tokenizer")
-                if (warning := learner.warning(figures, step)) is not None:
-                    warnings_log.write(step, {"warning": warning})
-                    progress.say(f"step {step}: {warning}")
-                draw_curves(directory)
-                progress.update(step, f"{figures['psnr_db']:.1f} dB, usage {figures['codebook_usage']:.0%}")
+                _evaluate_and_keep(learner, averaged, step, directory, logs, progress, mend)
 
-            # Sample
             if (is_due(config.sample_every, step) or last) and not resumed_here:
                 path = directory / "reconstructions" / f"step_{step:08d}.png"
                 with going_astray(averaged, step, mend):
                     draw_reconstructions(averaged, learner.held_out[:16], learner.max_value, path)
 
-            # Save
             if saves:
                 state = {
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
-                    "pending": pending,
+                    "pending": losses.pending,
                     "random": random_state(),
                     **learner.state(),
                 }
@@ -325,42 +304,116 @@ def train_loop(
             if last:
                 break
 
-            # Step
-            note = None
-            model.train()
-            learning_rate = config.learning_rate_at(step)
-            set_learning_rate(optimizer, learning_rate)
-            images = next(images_from_start)
+            images, note = next(images_from_start), None
+            set_learning_rate(optimizer, config.learning_rate_at(step))
             with going_astray(model, step, mend):
-                found = learner.losses(images, step, config.precision)
-                optimizer.zero_grad(set_to_none=True)
-                found.total.backward()
-                norm = nn.utils.clip_grad_norm_(learning, config.max_grad_norm or math.inf)
-                optimizer.step()
-                # The first average is a copy.
-                update_average(averaged, model, step, config.ema_decay if step else 0.0)
-                parts = {**found.parts, "gradient_norm": norm}
-                parts |= learner.learn_besides(images, found, step, config.precision)
-
-            # Log. The losses stay on the device until a row is due: reading them makes the host wait.
-            window.update(found.quantized.codes)
-            nothing = torch.tensor(math.nan, device=images.device)
-            pending.append(torch.stack([parts.get(name, nothing).detach().float() for name in learner.parts]))
+                parts, codes = _learn(learner, averaged, optimizer, learning, images, step, config)
+            losses.add(parts, codes)
             if is_due(config.log_every, step + 1):
-                logged, pending = torch.stack(pending), []
-                require_finite(float(logged[:, 0].mean()), step + 1, mend)
-                means = logged.nanmean(0).tolist()
-                note = f"loss {means[0]:.4g}"
-                row = {name: value for name, value in zip(learner.parts, means, strict=True) if not math.isnan(value)}
-                row |= {"learning_rate": learning_rate, **window.report()._asdict()}
-                training_log.write(step + 1, row)
-                for name, value in row.items():
-                    board.add_scalar(f"training/{name}", value, step + 1)
+                row = losses.take(step + 1)
+                note = f"loss {row[learner.parts[0]]:.4g}"
+                logs.training(step + 1, {**row, "learning_rate": config.learning_rate_at(step)})
             progress.update(step + 1, note)
 
     if not (directory / "image_tokenizer").exists():  # a run that ended before there was one from every evaluation
         save_image_tokenizer(averaged, directory / "image_tokenizer")
     return load_image_tokenizer(directory / "image_tokenizer")
+
+
+class RecentLosses:
+    """The losses since the last row of training.csv, and how much of the codebook is used. The losses stay on the
+    device until the row is due: reading them makes the host wait."""
+
+    def __init__(self, parts: Sequence[str], codebook_size: int, mend: str):
+        self.parts, self.mend = parts, mend
+        self.pending: list[Float[Tensor, " parts"]] = []
+        self.health = CodebookHealth(codebook_size)
+
+    def add(self, values: Mapping[str, Tensor], codes: Tensor) -> None:
+        """One step's losses by name, some of which may be missing, and its codes."""
+        self.health.update(codes)
+        nothing = torch.tensor(math.nan, device=codes.device)
+        self.pending.append(torch.stack([values.get(name, nothing).detach().float() for name in self.parts]))
+
+    def require_finite(self, step: int) -> None:
+        """Raises InputError if the first of the losses is not finite."""
+        if self.pending:
+            require_finite(float(torch.stack(self.pending)[:, 0].mean()), step, self.mend)
+
+    def take(self, step: int) -> dict[str, float]:
+        """The row's means by name, without those that no step had. Raises InputError if the first is not finite."""
+        self.require_finite(step)
+        means = torch.stack(self.pending).nanmean(0).tolist()
+        self.pending = []
+        row = {name: value for name, value in zip(self.parts, means, strict=True) if not math.isnan(value)}
+        return {**row, **self.health.report()._asdict()}
+
+
+class Logs:
+    """The tables of a run and the same for tensorboard, from the step `start` on. Of an earlier start's rows those up
+    to `keep_to` stay."""
+
+    def __init__(self, directory: Path, learner: Learner, start: int, *, keep_to: int):
+        def table(name: str, columns: Sequence[str]) -> CsvLog:
+            return CsvLog(directory / f"{name}.csv", ["step", *columns], keep_to=keep_to)
+
+        self._training = table("training", ["learning_rate", *learner.columns])
+        self._evaluation = table("evaluation", learner.figures)
+        self._warnings = table("warnings", ["warning"])
+        self.board = SummaryWriter(str(directory), purge_step=start)
+
+    def training(self, step: int, row: Figures) -> None:
+        self._write(self._training, "training", step, row)
+
+    def evaluation(self, step: int, figures: Figures) -> None:
+        self._write(self._evaluation, "held_out", step, figures)
+
+    def warning(self, step: int, text: str) -> None:
+        self._warnings.write(step, {"warning": text})
+
+    def _write(self, table: CsvLog, group: str, step: int, row: Figures) -> None:
+        table.write(step, row)
+        for name, value in row.items():
+            if value is not None:
+                self.board.add_scalar(f"{group}/{name}", value, step)
+
+
+def _evaluate_and_keep(
+    learner: Learner, averaged: nn.Module, step: int, directory: Path, logs: Logs, progress: Stage, mend: str
+) -> None:
+    """Measures the averaged weights on held-out pictures, writes the figures down, and keeps the best tokenizer."""
+    with going_astray(averaged, step, mend):
+        figures = learner.measure(averaged)
+    logs.evaluation(step, figures)
+    if learner.is_best(figures):
+        save_image_tokenizer(averaged, directory / "image_tokenizer")
+    if (warning := learner.warning(figures, step)) is not None:
+        logs.warning(step, warning)
+        progress.say(f"step {step}: {warning}")
+    draw_curves(directory)
+    progress.update(step, f"{figures['psnr_db']:.1f} dB, usage {figures['codebook_usage']:.0%}")
+
+
+def _learn(
+    learner: Learner,
+    averaged: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    learning: Sequence[nn.Parameter],
+    images: Float[Tensor, "B C H W"],
+    step: int,
+    config: LoopConfig,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One step on a batch; returns its losses by name, and the codes of its pictures."""
+    learner.model.train()
+    found = learner.losses(images, step, config.precision)
+    optimizer.zero_grad(set_to_none=True)
+    found.total.backward()
+    norm = nn.utils.clip_grad_norm_(learning, config.max_grad_norm or math.inf)
+    optimizer.step()
+    # The first average is a copy.
+    update_average(averaged, learner.model, step, config.ema_decay if step else 0.0)
+    besides = learner.learn_besides(images, found, step, config.precision)
+    return {**found.parts, "gradient_norm": norm, **besides}, found.quantized.codes
 
 
 class ReconstructionReport(NamedTuple):
@@ -496,7 +549,7 @@ def _to_images(
 
 
 def how_to_mend(config: LoopConfig) -> str:
-    """What helps a training that went astray."""
+    """What helps a training that diverged."""
     return (
         f"Start anew in another folder with a lower learning_rate ({config.learning_rate}) or max_grad_norm "
         f"({config.max_grad_norm}), or with precision=float32."

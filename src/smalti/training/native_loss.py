@@ -100,7 +100,7 @@ class NativeLoss:
         self.model, self.library = model, library
         library.smalti_train_bytes.restype = ctypes.c_int64
         self.workspace: Tensor | None = None
-        """What the last way back has left: memory that is new costs as much time as what is done in it."""
+        """Buffers of the last backward pass: new memory costs as much time as what is done in it."""
 
     def __call__(
         self, token_ids: Int[Tensor, "B T"], targets: Sequence[SlotTargets], slots: Sequence[Slot]
@@ -122,7 +122,7 @@ class NativeLoss:
 
 
 class _Call:
-    """A forward pass and its way back: the task, and the tensors that its addresses point to."""
+    """A forward pass and its backward pass: the task, and the tensors that its addresses point to."""
 
     def __init__(self, loss: NativeLoss, token_ids: Tensor, targets: Sequence[SlotTargets], slots: Sequence[Slot]):
         self.loss, self.workspace = loss, None

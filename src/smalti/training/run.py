@@ -43,8 +43,8 @@ class Run:
             return None
         if (difference := first_difference(self._begun, settings)) is not None:
             raise InputError(
-                f"{self.directory} holds a run with other settings ({difference}): go on with the same settings, or "
-                "give another folder."
+                f"{self.directory} holds a run with other settings ({difference}): resume it with the same "
+                "settings, or give another folder."
             )
         return load_checkpoint(self.found)
 
@@ -94,7 +94,7 @@ def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: floa
 def require_finite_weights(model: nn.Module, step: int, mend: str) -> None:
     """Raises InputError if a weight is not finite; `mend` says what to do."""
     if not bool(nn.utils.get_total_norm(list(model.parameters())).isfinite()):
-        raise InputError(f"the weights after step {step} are not finite: training went astray. {mend}")
+        raise InputError(f"the weights after step {step} are not finite: training diverged. {mend}")
 
 
 @contextmanager
@@ -108,5 +108,5 @@ def going_astray(model: nn.Module, step: int, mend: str) -> Iterator[None]:
         require_finite_weights(model, step, mend)
         unsolved = isinstance(error, torch.linalg.LinAlgError)  # pyright: ignore[reportPrivateImportUsage]
         if unsolved or re.search(r"\b(inf|nan)\b", str(error), re.IGNORECASE):
-            raise InputError(f"step {step} cannot be computed: training went astray. {mend}") from error
+            raise InputError(f"step {step} cannot be computed: training diverged. {mend}") from error
         raise

@@ -75,7 +75,7 @@ OPTIMIZERS = ("adamw", "muon")
 EVALUATION_BATCH_SIZE = 256
 CHECKPOINTS, BEST = "checkpoints", "best"
 COMPILE_FROM_TOKENS = 10_000_000
-"""Tokens a training must have for compiling to repay itself: some minutes' worth on two cores, at the digits' size."""
+"""Tokens a training must have for compiling to pay off: some minutes' worth on two cores, at the digits' size."""
 NATIVE_FROM_TOKENS = 200_000
 """Tokens a training must have for the native kernel to be taken: compiling it takes as long as they would without."""
 STAGE = "transformer"
@@ -150,7 +150,8 @@ class TrainConfig:
     """Of products: "float32", "bfloat16" (weights and optimizer stay in float32), or "auto", bfloat16 where the
     hardware multiplies in it."""
     compile: bool | None = None
-    """Pass the model through `torch.compile`. None: where training is long enough to repay a minute or two of it."""
+    """Pass the model through `torch.compile`. None: where training is long enough for a minute or two of compiling to
+    pay off."""
     full_softmax: bool = False
     """Take the softmax over the whole vocabulary instead of what can stand at a position, for comparison."""
     dropout_from: float = 0.0
@@ -580,6 +581,20 @@ class LossLog:
         return float(means[-1, 0])
 
 
+class Pace:
+    """Tokens per second since the last `restart`: only while steps are made, not while something else is."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.num_tokens, self._started_at = 0, time.perf_counter()
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / (time.perf_counter() - self._started_at)
+
+
 def train_model(
     model: DecoderOnly | TransformerConfig,
     layout: Layout,
@@ -608,22 +623,13 @@ def train_model(
     """
     directory = Path(directory)
     with processes() as (rank, world_size), ExitStack() as stack:
-        # What there is to do.
+        # The run and its model.
         _check_task(layout, train, validation, config, world_size)
-        num_steps = config.steps(len(train))
-        evaluation_rows = min(len(validation), config.evaluation_rows or len(validation))
-        evaluation_steps = _evaluation_steps(len(train), num_steps, config)
-
-        # The model, wrapped for the loss.
-        device = own_device(device)
+        num_steps, device = config.steps(len(train)), own_device(device)
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(run_lock(directory, rank))
         run = Run(directory / CHECKPOINTS)
-        if isinstance(model, TransformerConfig):
-            torch.manual_seed(config.seed)
-            model = new_model(layout, model, full_head=config.full_softmax or _has_full_head(run))
-        model.to(device).train()
-        asked = config
+        model, asked = _ready_model(model, layout, config, run, device), config
         dtype = model.embed_tokens.weight.dtype
         config = with_choices(config, layout, num_steps, device, parameters_dtype=dtype, begun=run.precision)
         loss_module = make_loss(model, layout, asked, config, num_steps)
@@ -633,7 +639,7 @@ def train_model(
         averaged = deepcopy(model).eval() if config.ema_decay else None
         state = TrainState(step=0, model=model, averaged=averaged, optimizer=make_optimizer(model, config, device))
 
-        # Where it goes on, and where it is written down.
+        # Where it goes on.
         if run.found is not None and not resume:
             raise InputError(f"{directory} holds a run already: resume it, or give a new folder.")
         data = {"num_rows": len(train)}
@@ -642,6 +648,8 @@ def train_model(
             state.load(checkpoint)
         if state.step == num_steps or state.has_stalled(config.patience):
             return _result(state, config, directory)
+
+        # Where it is written down.
         curves = None
         if rank == 0:
             check_writable(run.directory, state.num_bytes * (config.keep_checkpoints + 1))
@@ -655,24 +663,20 @@ def train_model(
         stream = prefetch(micro_batches(layout, train, config, start_step=state.step, rank=rank, world_size=world_size))
         stack.callback(stream.close)
 
-        num_tokens, started_at = 0, time.perf_counter()
-        first_step = state.step
+        evaluation_rows = min(len(validation), config.evaluation_rows or len(validation))
+        evaluation_steps = _evaluation_steps(len(train), num_steps, config)
+        first_step, pace = state.step, Pace()
         for step in range(first_step, num_steps + 1):
             if step in evaluation_steps:
                 log.fetch(step, curves)
                 nats = evaluate(state.trained, layout, validation, evaluation_rows, rank=rank, world_size=world_size)
-                state.evaluations[step] = cast(float, nats["nats_per_token"])
-                if curves is not None:
-                    curves.add("validation", step, step * config.batch_size / len(train), nats)
-                    curves.draw()
-                    if config.patience is not None and state.best_step == step:
-                        save_checkpoint(directory / BEST, step, state.trained.state_dict(), {}, keep=1)
-                num_tokens, started_at = 0, time.perf_counter()
+                _keep_evaluation(state, nats, curves, step * config.batch_size / len(train), config, directory)
+                pace.restart()
 
             ends_here = step == num_steps or state.has_stalled(config.patience)
             if sampler is not None and rank == 0 and (step % sample_every == 0 or ends_here):
                 sampler(state.trained, step)
-                num_tokens, started_at = 0, time.perf_counter()
+                pace.restart()
 
             if step > first_step and (step % config.checkpoint_every == 0 or ends_here):
                 log.fetch(step, curves)
@@ -683,39 +687,81 @@ def train_model(
             if ends_here:
                 break
 
-            model.train(step >= config.dropout_from * num_steps)  # dropout is all that differs
-            seed_step(config.seed, step, rank)
-            set_learning_rate(state.optimizer, learning_rate(step, num_steps, config))
             pieces = [piece.to(device) for piece in next(stream)]
-            counts = torch.stack([piece.counts for piece in pieces]).sum(0)
-            total = summed(counts.sum().to(device), world_size) if world_size > 1 else counts.sum()
-            nats = torch.zeros(len(counts), dtype=torch.float32, device=device)
-            for piece in pieces:
-                with (
-                    gradients_kept_back(loss_module, piece is not pieces[-1]),
-                    compute_precision(device, config.precision),
-                ):
-                    nll = loss_module(piece.token_ids, piece.targets)
-                    # Processes average their gradients: times their number, it is the sum over the joined batch.
-                    (nll.sum() * (world_size / total)).backward()
-                nats.index_add_(0, piece.parts, nll.detach().float())
-            if config.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
-            if state.averaged is not None:
-                update_average(state.averaged, model, step, config.ema_decay)
-            state.step = step + 1
-
-            log.add(nats, counts)
-            num_tokens += world_size * sum(piece.token_ids.numel() for piece in pieces)
+            log.add(*train_step(state, loss_module, pieces, config, num_steps, rank=rank, world_size=world_size))
+            pace.num_tokens += world_size * sum(piece.token_ids.numel() for piece in pieces)
             progress.update(step + 1)
             if (step + 1) % LOG_EVERY == 0:
                 loss = log.fetch(step + 1, curves)
-                speed = num_tokens / (time.perf_counter() - started_at)
-                progress.update(step + 1, f"loss {loss:.4f} nats/token, {speed:,.0f} tokens/s")
+                progress.update(step + 1, f"loss {loss:.4f} nats/token, {pace.tokens_per_s:,.0f} tokens/s")
         wait_for_all(world_size)  # the first process has written the best weights
         return _result(state, config, directory)
+
+
+def _ready_model(
+    model: DecoderOnly | TransformerConfig, layout: Layout, config: TrainConfig, run: Run, device: torch.device
+) -> DecoderOnly:
+    """The model on its device, in training mode: the one given, or a fresh one of this shape."""
+    if isinstance(model, TransformerConfig):
+        torch.manual_seed(config.seed)
+        model = new_model(layout, model, full_head=config.full_softmax or _has_full_head(run))
+    return model.to(device).train()
+
+
+def _keep_evaluation(
+    state: TrainState,
+    nats: dict[str, float | None],
+    curves: Curves | None,
+    epoch: float,
+    config: TrainConfig,
+    directory: Path,
+) -> None:
+    """Notes the validation loss of this step; the process that has the curves writes it down, and the weights if they
+    are the best so far and the run may stop early."""
+    state.evaluations[state.step] = cast(float, nats["nats_per_token"])
+    if curves is not None:
+        curves.add("validation", state.step, epoch, nats)
+        curves.draw()
+        if config.patience is not None and state.best_step == state.step:
+            save_checkpoint(directory / BEST, state.step, state.trained.state_dict(), {}, keep=1)
+
+
+def train_step(
+    state: TrainState,
+    loss_module: nn.Module,
+    pieces: Sequence[MicroBatch],
+    config: TrainConfig,
+    num_steps: int,
+    *,
+    rank: int,
+    world_size: int,
+) -> tuple[Float[Tensor, " P"], Int[Tensor, " P"]]:
+    """One step of the optimizer on this process's pieces of a batch, and of the average; returns the pieces' sum of
+    nats, and their number of counted positions, by part."""
+    model, step, device = state.model, state.step, pieces[0].token_ids.device
+    model.train(step >= config.dropout_from * num_steps)  # dropout is all that differs
+    seed_step(config.seed, step, rank)
+    set_learning_rate(state.optimizer, learning_rate(step, num_steps, config))
+    counts = torch.stack([piece.counts for piece in pieces]).sum(0)
+    total = summed(counts.sum().to(device), world_size) if world_size > 1 else counts.sum()
+    nats = torch.zeros(len(counts), dtype=torch.float32, device=device)
+    for piece in pieces:
+        with (
+            gradients_kept_back(loss_module, piece is not pieces[-1]),
+            compute_precision(device, config.precision),
+        ):
+            nll = loss_module(piece.token_ids, piece.targets)
+            # Processes average their gradients: times their number, it is the sum over the joined batch.
+            (nll.sum() * (world_size / total)).backward()
+        nats.index_add_(0, piece.parts, nll.detach().float())
+    if config.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.averaged is not None:
+        update_average(state.averaged, model, step, config.ema_decay)
+    state.step = step + 1
+    return nats, counts
 
 
 def _result(state: TrainState, config: TrainConfig, directory: Path) -> DecoderOnly:
