@@ -89,9 +89,11 @@ class Pipeline:
         self.pictures, self.sampling = pictures, bundle.sampling
 
     @classmethod
-    def load(cls, name: str | Path, *, device: torch.device | str = "auto", dtype: str = "auto") -> Self:
+    def load(
+        cls, name: str | Path, *, device: torch.device | str = "auto", dtype: str = "auto", weights: str = "float32"
+    ) -> Self:
         """A bundle from its folder, by the name of one that ships, or by a hub's `owner/name` (see `Bundle.load`)."""
-        return cls(Bundle.load(name, device=device, dtype=dtype))
+        return cls(Bundle.load(name, device=device, dtype=dtype, weights=weights))
 
     @property
     def name(self) -> str:
@@ -565,6 +567,7 @@ class Pipeline:
             "smalti_version": version("smalti"),
             "bundle": self.name,
             "weights_sha256": self.weights_sha256,
+            "weights": self.model.storage,
             **details,
         }
 

@@ -98,9 +98,11 @@ class LineModel:
         self.vocab_size = bundle.layout.vocabulary["image"].size
 
     @classmethod
-    def load(cls, name: str | Path, *, device: torch.device | str = "auto", dtype: str = "auto") -> Self:
+    def load(
+        cls, name: str | Path, *, device: torch.device | str = "auto", dtype: str = "auto", weights: str = "float32"
+    ) -> Self:
         """A bundle of lines from its folder, or by a hub's `owner/name` (see `Bundle.load`)."""
-        return cls(Bundle.load(name, device=device, dtype=dtype))
+        return cls(Bundle.load(name, device=device, dtype=dtype, weights=weights))
 
     @property
     def name(self) -> str:
