@@ -69,6 +69,19 @@ def test_a_picture_drawn_with_drafts_is_drawn_again(bundles, tmp_path, capsys, c
     assert "speculative is -2; expected 0 (off) to 1024 drafts" in capsys.readouterr().err
 
 
+def test_a_picture_of_stored_weights_is_drawn_again_with_them(bundles, tmp_path, capsys):
+    path = tmp_path / "int8.png"
+    command = ["generate", PROMPTS["tiny"], "--bundle", str(bundles["tiny"]), "-o", str(path)]
+    assert run([*command, "--weights", "int8"]) == 0
+    assert read_receipt(path)["weights"] == "int8"
+    assert run(["replay", str(path), "--bundle", str(bundles["tiny"])]) == 0
+    assert "drawn again identically (49 codes" in capsys.readouterr().out
+    with pytest.raises(InputError, match="receipt is damaged: weights is 'int3', expected float32, bfloat16, int8"):
+        replay(tampered(path, weights="int3"), bundles["tiny"])
+    assert run([*command, "--weights", "int3", "--force"]) == 2
+    assert "weights 'int3' is unknown; choose one of float32, bfloat16, int8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("n", [2, 5])
 def test_a_grid_is_drawn_again_with_all_its_pictures(bundles, tmp_path, capsys, n: int):
     path = tmp_path / "grid.png"

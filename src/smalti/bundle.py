@@ -32,6 +32,7 @@ from smalti.files import new_folder
 from smalti.image_files import PictureConfig
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from smalti.models.stored_weights import STORAGES
 from smalti.sequences.layout import Layout, Marker, Span
 from smalti.text_tokenizer import TextTokenizer
 from smalti.weights import (
@@ -169,13 +170,17 @@ class Bundle:
     # Reading and writing ---------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, name: str | Path, *, device: torch.device | str = "auto", dtype: str = "auto") -> Self:
+    def load(
+        cls, name: str | Path, *, device: torch.device | str = "auto", dtype: str = "auto", weights: str = "float32"
+    ) -> Self:
         """A bundle from its folder, by the name of one that ships, or by a hub's `owner/name` (extra "hub").
 
         `device` "auto" is a GPU where there is one; on "meta" a bundle has its shapes and no weights. `dtype` is the
-        transformer's, of DTYPES; "auto" is float32. The image tokenizer is always in float32: codes would change at
-        near ties. Every file is read once and compared with its checksum on the way. Raises InputError if there is no
-        such bundle or device, a file of it is missing or damaged, or a newer version wrote it.
+        transformer's, of DTYPES; "auto" is float32. `weights` of STORAGES is how its matrices are kept: in bfloat16 or
+        int8 they take a half or a quarter of the memory, and are computed with in float32 all the same. The image
+        tokenizer is always in float32: codes would change at near ties. Every file is read once and compared with its
+        checksum on the way. Raises InputError if there is no such bundle or device, a file of it is missing or damaged,
+        or a newer version wrote it.
         """
         directory = find_bundle(name)
         config = read_config(directory)
@@ -183,8 +188,12 @@ class Bundle:
         device = _device(device)
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
-        weights = {WEIGHTS, *([f"{IMAGE_TOKENIZER}/{WEIGHTS}"] if "pictures" in config else [])}
-        for file in sha256.keys() - weights:
+        if weights not in STORAGES:
+            raise InputError(f"weights {weights!r} is unknown; choose one of {', '.join(STORAGES)}.")
+        if weights != "float32" and DTYPES[dtype] != torch.float32:
+            raise InputError(f"weights {weights!r} are computed with in float32; leave out dtype {dtype!r}.")
+        weight_files = {WEIGHTS, *([f"{IMAGE_TOKENIZER}/{WEIGHTS}"] if "pictures" in config else [])}
+        for file in sha256.keys() - weight_files:
             check_sha256(directory / file, sha256[file])
         with described_by(path):
             for entry, kind in (("about", dict), ("figures", dict), ("sampling", dict), ("name", str)):
@@ -200,14 +209,17 @@ class Bundle:
                     "image_tokenizer": load_image_tokenizer(folder, sha256=image_sha256, device=device),
                     "text_tokenizer": TextTokenizer.load(text_tokenizer) if text_tokenizer else None,
                 }
+            model = load_module(
+                lambda: DecoderOnly(model_config),
+                directory / WEIGHTS,
+                sha256=sha256[WEIGHTS],
+                device=device,
+                dtype=DTYPES[dtype],
+            )
+            if weights != "float32":
+                model.store_weights(weights)
             return cls(
-                model=load_module(
-                    lambda: DecoderOnly(model_config),
-                    directory / WEIGHTS,
-                    sha256=sha256[WEIGHTS],
-                    device=device,
-                    dtype=DTYPES[dtype],
-                ),
+                model=model,
                 layout=Layout.from_dict(config["layout"]),
                 sampling=config_of(Sampling, config["sampling"], f"{path}: sampling"),
                 about=config["about"],
@@ -219,8 +231,13 @@ class Bundle:
     def save(self, directory: Path | str, *, half: bool = False, force: bool = False) -> None:
         """Writes the bundle as a folder, the weights in float16 if `half`; loaded, they are float32 again.
 
-        Raises InputError if the folder exists and is not empty, unless `force`; then it must be a bundle.
+        Raises InputError if the folder exists and is not empty, unless `force`; then it must be a bundle. So it does
+        where the weights are not float32: what was lost would be saved for good.
         """
+        if self.model.storage != "float32":
+            raise InputError(
+                f"the weights of {self.name} are kept as {self.model.storage}; load it with float32 to save it."
+            )
         write_bundle(directory, lambda folder: self._write_files(folder, half), force=force)
 
     def _write_files(self, folder: Path, half: bool) -> dict[str, Any]:

@@ -146,6 +146,9 @@ def generate(
     guidance_schedule: Schedule = None,
     speculative: Speculative = None,
     coupling: Coupling = None,
+    weights: Annotated[
+        str, typer.Option(help="How matrices are kept: float32, or in a half or a quarter of it: bfloat16, int8.")
+    ] = "float32",
 ) -> None:
     """Draw pictures of a caption. Each PNG carries a receipt, from which `smalti replay` redraws it."""
     outputs = _output_names(output, 1 if grid else n)
@@ -158,7 +161,7 @@ def generate(
     if bundle is None:
         chosen = bundle_for_prompt(prompt, negative_prompt or "")
         bundle = chosen.name
-    pipe = Pipeline.load(bundle)
+    pipe = Pipeline.load(bundle, weights=weights)
     if grid:
         from smalti.image_files import grid_size
 

@@ -83,6 +83,7 @@ class Engine:
         self.finished: dict[int, TokenSequence] = {}
         self.configs: dict[SampleConfig, int] = {}
         self.num_configs = self.num_tickets = 0
+        self.speculates = False  # whether any request ever asked for drafts
 
     @property
     def is_idle(self) -> bool:
@@ -103,6 +104,7 @@ class Engine:
         if running.is_guided and not self.first:
             raise ValueError("this engine was made without room for guided requests (guided_capacity=0).")
         self.num_tickets += 1
+        self.speculates |= bool(config.speculative)
         if running.sequence.is_finished:
             self.finished[running.ticket] = running.sequence
         else:
@@ -202,7 +204,7 @@ class Engine:
         seen = self.state.lengths[self.first : self.first + len(self.active)]
         tokens = [running.null_pending(self.state.lengths[running.null_row]) for running in nulls]
         tokens += [running.token_ids[length:] for running, length in zip(self.active, seen, strict=True)]
-        drafts = [running.run_drafts for running in (*nulls, *self.active)]
+        drafts = [running.run_drafts for running in (*nulls, *self.active)] if self.speculates else [[]] * len(rows)
         together: Rows = slice(rows[0], rows[-1] + 1) if len(nulls) in (0, len(self.guided)) else rows
         counts = list(map(len, tokens))
         self.ahead = {}
@@ -277,8 +279,15 @@ class Engine:
             scales = torch.tensor([running.scales[running.at] for running in group], device=hidden.device)
         uniforms = torch.tensor([running.uniforms[running.at] for running in group], dtype=torch.float64)
         drawn = self.executor.draw(hidden, null_hidden, slot, uniforms, scales, first.config)
-        # a list: every one takes its token
-        return any([running.push(token) for running, token in zip(group, drawn.rows(), strict=True)])
+        is_finished = False
+        for running, token in zip(group, drawn.rows(), strict=True):
+            if running.goes_on[running.at] and token[0] != running.stop:  # as a rule: `push`, in short
+                running.drawn.append(token)
+                running.token_ids.append(token[0])
+                running.at += 1
+            else:
+                is_finished |= running.push(token)
+        return is_finished
 
     def _draw_ahead(self, group: list["_Running"]) -> bool:
         """Draws at the positions of the drafts, and keeps what stands; whether any of the requests is finished."""
@@ -376,9 +385,7 @@ class _Running:
     @property
     def is_finite(self) -> bool:
         """Whether neither of its rows has held what is not: the null row shows in what is drawn from alone."""
-        return self.saw_all_finite and all(
-            math.isfinite(log_prob + draw_log_prob) for _, log_prob, draw_log_prob in self.drawn
-        )
+        return self.saw_all_finite and math.isfinite(sum(sum(token[1:]) for token in self.drawn))
 
     def null_pending(self, num_seen: int) -> list[int]:
         """What the null row has not seen: behind its own beginning, the same tokens."""
@@ -397,6 +404,8 @@ class _Running:
         plan = self.sequence.plan()
         self.forced, self.slot_ids, self.stop = plan.forced, plan.slot_ids, plan.stop
         self.at, self.end = 0, len(plan.forced)
+        self.goes_on = [forced < 0 for forced in plan.forced[1:]] + [False]
+        """For each token, whether the next one is drawn, unless it is the one that stops."""
         self.uniforms: list[float] = self.sequence.uniforms[len(self.token_ids) :].tolist()
         self.scales = [1.0] * self.end
         if self.is_guided:

@@ -20,6 +20,7 @@ from smalti.documents import config_of
 from smalti.models.base import Inputs, check_drawable, last_of
 from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import DecodeState, Rows
+from smalti.models.stored_weights import STORAGES, StoredWeight, store_linears
 from smalti.models.transformer import Transformer
 from smalti.sequences.layout import Layout, Slot, Span
 from smalti.sequences.request import TokenSequence
@@ -111,6 +112,7 @@ class DecoderOnly(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.transformer.d_model)
         self.transformer = Transformer(config.transformer)
+        self.stored_head: StoredWeight | None = None
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         if not config.tie_embeddings:
             # Drawn for all ids and then chosen from, so that weights do not depend on which rows are left out.
@@ -126,7 +128,31 @@ class DecoderOnly(nn.Module):
     @property
     def head_weight(self) -> Float[Tensor, "rows D"]:
         """A row for each id of `config.head_slot`, in their order."""
+        if self.stored_head is not None:
+            return self.stored_head.expanded()
         return self.embed_tokens.weight if self.config.tie_embeddings else self.head
+
+    @property
+    def storage(self) -> str:
+        """How the weights are stored, one of STORAGES."""
+        stored = [module.storage for module in self.modules() if isinstance(module, StoredWeight)]
+        return stored[0] if stored else "float32"
+
+    def store_weights(self, storage: str) -> None:
+        """Stores the matrices in fewer bits from now on, for generation and scoring alone. Embeddings stay, and so does
+        a head that is tied to them. Raises ValueError unless the weights are float32 and not stored yet."""
+        if storage not in STORAGES:
+            raise ValueError(f"weights {storage!r} is unknown; choose one of {', '.join(STORAGES)}.")
+        if self.storage != "float32" or self.embed_tokens.weight.dtype != torch.float32:
+            found = self.storage if self.storage != "float32" else self.embed_tokens.weight.dtype
+            raise ValueError(f"the weights are {found}; only those of float32 can be stored as {storage}.")
+        if storage == "float32":
+            return
+        self.requires_grad_(False)
+        store_linears(self.transformer, storage)
+        if not self.config.tie_embeddings:
+            self.stored_head = StoredWeight(self.head, storage)
+            del self.head
 
     @property
     def vocab_size(self) -> int:
@@ -268,11 +294,16 @@ class DecoderOnly(nn.Module):
         row. Raises ValueError for a slot that the head cannot score."""
         if slot is None and self.config.head_ranges is not None:
             return self.spread(self.logits(hidden, self.config.head_slot))
-        weight = self.head_weight
-        if slot is not None:
-            pieces = [weight[start:end] for start, end in self.head_rows(slot)]
-            weight = pieces[0] if len(pieces) == 1 else torch.cat(pieces)  # one range is a view: nothing is copied
+        if slot is None:
+            return F.linear(hidden, self.head_weight.to(hidden.dtype))
+        pieces = [self._head_piece(start, end) for start, end in self.head_rows(slot)]
+        weight = pieces[0] if len(pieces) == 1 else torch.cat(pieces)  # one range is a view: nothing is copied
         return F.linear(hidden, weight.to(hidden.dtype))
+
+    def _head_piece(self, start: int, end: int) -> Float[Tensor, "n D"]:
+        if self.stored_head is not None:
+            return self.stored_head.expanded(slice(start, end))
+        return self.head_weight[start:end]
 
     def spread(self, logits: Float[Tensor, "... rows"]) -> Float[Tensor, "... V"]:
         """Scores of all ids from those of the ids that the head has rows for; −inf for the others."""

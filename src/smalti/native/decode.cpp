@@ -1,4 +1,5 @@
-// A transformer's pass over a few new tokens of each row of a batch, behind the keys and values of a state; float32.
+// A transformer's pass over a few new tokens of each row of a batch, behind the keys and values of a state; float32, with
+// weights that may be stored in fewer bits.
 //
 // Reads top to bottom: the arithmetic of a vector, the matrix product, attention, the pass, the head.
 // `engine/executors/native.py` is the other side of the C functions at the end and mirrors the structures, field by
@@ -9,6 +10,11 @@
 #include <math.h>
 #include <string.h>
 #include <time.h>
+
+#include <type_traits>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "threads.h"
 #include "vectors.h"
@@ -44,19 +50,58 @@ inline float dot(const float* a, const float* b, long n) {
 
 // ---- matrices ----
 
+// How weights are stored. They are expanded to float32 in registers, so that all sums are of float32.
+struct Bfloat16 {
+    uint16_t bits;
+};
+enum Storage : long { FLOAT32, BFLOAT16, INT8 };
+
+inline Vector expanded(const float* x) { return load(x); }
+inline Vector expanded(const Bfloat16* x) {
+    typedef uint16_t Narrow __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+    typedef smalti::Lanes<LANES>::Unsigned Wide;
+    const Wide bits = __builtin_convertvector(*reinterpret_cast<const Narrow*>(x), Wide) << 16;
+    return reinterpret_cast<Vector>(bits);
+}
+inline Vector expanded(const int8_t* x) {
+    // GCC 12 makes ten instructions, or sixty, of the conversion below.
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+#else
+    typedef int8_t Narrow __attribute__((vector_size(LANES), aligned(1), may_alias));
+    typedef smalti::Lanes<LANES>::Int Wide;
+    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Narrow*>(x), Wide), Vector);
+#endif
+}
+
+// Calls use(weights) with the weights as what they are stored as.
+template <class Use>
+void with_weights(long storage, const void* weight, const Use& use) {
+    if (storage == FLOAT32)
+        use(static_cast<const float*>(weight));
+    else if (storage == BFLOAT16)
+        use(static_cast<const Bfloat16*>(weight));
+    else
+        use(static_cast<const int8_t*>(weight));
+}
+
 // y = W x + b. As torch has it, W is (outputs, inputs), and there may be no bias. Packed, it is panels of PANEL
 // outputs, each (inputs, PANEL), so that what one step of a sum reads lies side by side; zeros fill the last panel, and
 // the bias.
 struct Matrix {
-    const float* weight;
+    const void* weight;
     const float* bias;
+    const float* scales;  // int8: what the weights of each output are multiplied by; else null
     long inputs, outputs, is_gated;  // gated: the first half of the outputs are SwiGLU's gates, the others its values
+    long storage;
 
     long num_panels() const {
         const long half = PANEL / 2;
         return is_gated ? (outputs / 2 + half - 1) / half : (outputs + PANEL - 1) / PANEL;
     }
-    const float* panel(long number) const { return weight + number * inputs * PANEL; }
+    long panel_bytes() const { return inputs * PANEL * (storage == FLOAT32 ? 4 : storage == BFLOAT16 ? 2 : 1); }
 
     // The output in a place of a panel, or -1. Half of a gated panel are gates, the other half their values.
     long output_at(long panel, long place) const {
@@ -66,38 +111,55 @@ struct Matrix {
     }
 };
 
-void pack_panel(const Matrix& matrix, long panel, float* packed, float* bias) {
-    constexpr long RUN = 64 / sizeof(float);  // of a cache line
+template <class Weight>
+void pack_panel(const Matrix& matrix, const Weight* weight, long panel, Weight* packed) {
+    constexpr long RUN = 64 / sizeof(Weight);  // of a cache line
     for (long first = 0; first < matrix.inputs; first += RUN)
         for (long place = 0; place < PANEL; ++place) {
             const long output = matrix.output_at(panel, place);
             const long end = first + RUN < matrix.inputs ? first + RUN : matrix.inputs;
             for (long k = first; k < end; ++k)
-                packed[k * PANEL + place] = output < 0 ? 0.0f : matrix.weight[output * matrix.inputs + k];
-            bias[place] = output < 0 || !matrix.bias ? 0.0f : matrix.bias[output];
+                packed[k * PANEL + place] = output < 0 ? Weight{} : weight[output * matrix.inputs + k];
         }
+}
+
+void pack_outputs(const Matrix& matrix, long panel, const float* given, float* packed) {
+    for (long place = 0; place < PANEL; ++place) {
+        const long output = matrix.output_at(panel, place);
+        packed[place] = output < 0 || !given ? 0.0f : given[output];
+    }
 }
 
 // One panel for a few rows. A row's sums run over the inputs in their order, whatever other rows there are: that makes
 // what a row computes independent of its batch, to the last bit.
-template <int ROWS>
-void multiply_tile(const float* x, long stride, const float* panel, const float* bias, long inputs, const float* ahead,
-                   long ahead_step, float* sums) {
+//
+// Meanwhile `ahead` is fetched, a part of the next panel: of each step of the sum `ahead_step` weights.
+template <int ROWS, class Weight>
+void multiply_tile(const float* x, long stride, const Weight* panel, const float* bias, const float* scales,
+                   long inputs, const Weight* ahead, long ahead_step, float* sums) {
+    constexpr long LINE = 64 / sizeof(Weight);
     Vector sum[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) sum[r][v] = load(bias + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = scales ? Vector{} : load(bias + v * LANES);
     for (long k = 0; k < inputs; ++k, panel += PANEL, ahead += ahead_step) {
         if (ROWS > 1)
-            for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(ahead + v * LANES, 0, 2);
+            for (long i = 0; i < PANEL; i += LINE) __builtin_prefetch(ahead + i, 0, 2);
+        Vector weights[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) weights[v] = expanded(panel + v * LANES);
         for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < VECTORS; ++v) sum[r][v] += load(panel + v * LANES) * x[r * stride + k];
+            for (int v = 0; v < VECTORS; ++v) sum[r][v] += weights[v] * x[r * stride + k];
     }
     for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) store(sums + r * PANEL + v * LANES, sum[r][v]);
+        for (int v = 0; v < VECTORS; ++v) {
+            if (scales) sum[r][v] = sum[r][v] * load(scales + v * LANES) + load(bias + v * LANES);
+            store(sums + r * PANEL + v * LANES, sum[r][v]);
+        }
 }
 
-constexpr decltype(&multiply_tile<1>) MULTIPLY_TILE[TILE_ROWS] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
-                                                                  multiply_tile<4>, multiply_tile<5>, multiply_tile<6>};
+template <class Weight>
+constexpr decltype(&multiply_tile<1, Weight>) MULTIPLY_TILE[TILE_ROWS] = {
+    multiply_tile<1, Weight>, multiply_tile<2, Weight>, multiply_tile<3, Weight>,
+    multiply_tile<4, Weight>, multiply_tile<5, Weight>, multiply_tile<6, Weight>};
 
 // Calls use(row, panel, sums) with PANEL sums for each of the rows and panels.
 template <class Use>
@@ -105,15 +167,21 @@ void multiply(const Matrix& matrix, const float* x, long stride, smalti::Share r
               const Use& use) {
     const long count = rows.end - rows.begin, tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
     alignas(64) float sums[TILE_ROWS * PANEL];
-    for (long panel = panels.begin; panel < panels.end; ++panel)
-        for (long t = 0; t < tiles; ++t) {
-            const smalti::Share tile(count, static_cast<int>(t), static_cast<int>(tiles));
-            const long first = rows.begin + tile.begin, height = tile.end - tile.begin, ahead_step = PANEL / tiles;
-            const float* ahead = panel + 1 < panels.end ? matrix.panel(panel + 1) : matrix.panel(panel);
-            MULTIPLY_TILE[height - 1](x + first * stride, stride, matrix.panel(panel), matrix.bias + panel * PANEL,
-                                      matrix.inputs, ahead + t * ahead_step * matrix.inputs, ahead_step, sums);
-            for (long r = 0; r < height; ++r) use(first + r, panel, sums + r * PANEL);
-        }
+    with_weights(matrix.storage, matrix.weight, [&](auto* weight) {
+        typedef std::remove_const_t<std::remove_reference_t<decltype(*weight)>> Weight;
+        for (long panel = panels.begin; panel < panels.end; ++panel)
+            for (long t = 0; t < tiles; ++t) {
+                const smalti::Share tile(count, static_cast<int>(t), static_cast<int>(tiles));
+                const long first = rows.begin + tile.begin, height = tile.end - tile.begin, ahead_step = PANEL / tiles;
+                const Weight* at = weight + panel * PANEL * matrix.inputs;
+                const Weight* ahead = panel + 1 < panels.end ? at + PANEL * matrix.inputs : at;
+                const float* scales = matrix.scales ? matrix.scales + panel * PANEL : nullptr;
+                MULTIPLY_TILE<Weight>[height - 1](x + first * stride, stride, at, matrix.bias + panel * PANEL, scales,
+                                                  matrix.inputs, ahead + t * ahead_step * matrix.inputs, ahead_step,
+                                                  sums);
+                for (long r = 0; r < height; ++r) use(first + r, panel, sums + r * PANEL);
+            }
+    });
 }
 
 // ---- the model ----
@@ -495,18 +563,27 @@ void draw_row(const Draw& draw, long r, long n, const float* logits, float* guid
 
 extern "C" {
 
-// Floats that a packed matrix takes.
-long packed_floats(const Matrix* matrix) { return matrix->num_panels() * PANEL * (matrix->inputs + 1); }
+// Bytes that a packed matrix takes.
+long packed_bytes(const Matrix* matrix) {
+    return matrix->num_panels() * (matrix->panel_bytes() + PANEL * (matrix->scales ? 2 : 1) * (long)sizeof(float));
+}
 
 // Packs a matrix into memory that is to stay as long as it is used.
-void pack(Matrix* matrix, float* memory, int num_threads) {
-    float* bias = memory + matrix->num_panels() * PANEL * matrix->inputs;
+void pack(Matrix* matrix, char* memory, int num_threads) {
+    float* bias = reinterpret_cast<float*>(memory + matrix->num_panels() * matrix->panel_bytes());
+    float* scales = matrix->scales ? bias + matrix->num_panels() * PANEL : nullptr;
     smalti::parallel(num_threads, [&](int rank, int size) {
         const smalti::Share panels(matrix->num_panels(), rank, size);
-        for (long p = panels.begin; p < panels.end; ++p)
-            pack_panel(*matrix, p, memory + p * PANEL * matrix->inputs, bias + p * PANEL);
+        for (long p = panels.begin; p < panels.end; ++p) {
+            with_weights(matrix->storage, matrix->weight, [&](auto* weight) {
+                typedef std::remove_const_t<std::remove_reference_t<decltype(*weight)>> Weight;
+                pack_panel(*matrix, weight, p, reinterpret_cast<Weight*>(memory) + p * PANEL * matrix->inputs);
+            });
+            pack_outputs(*matrix, p, matrix->bias, bias + p * PANEL);
+            if (scales) pack_outputs(*matrix, p, matrix->scales, scales + p * PANEL);
+        }
     });
-    matrix->weight = memory, matrix->bias = bias;
+    matrix->weight = memory, matrix->bias = bias, matrix->scales = scales;
 }
 
 long workspace_floats(const Model* model, long rows, long slots, int threads) {

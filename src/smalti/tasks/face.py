@@ -15,9 +15,11 @@ class Face:
         self.bundle, self.model, self.layout = bundle, bundle.model, bundle.layout
 
     @classmethod
-    def load(cls, name: str | Path, *, device: torch.device | str = "auto", dtype: str = "auto") -> Self:
+    def load(
+        cls, name: str | Path, *, device: torch.device | str = "auto", dtype: str = "auto", weights: str = "float32"
+    ) -> Self:
         """A bundle from its folder, by the name of one that ships, or by a hub's `owner/name` (see `Bundle.load`)."""
-        return cls(Bundle.load(name, device=device, dtype=dtype))
+        return cls(Bundle.load(name, device=device, dtype=dtype, weights=weights))
 
     @property
     def name(self) -> str:

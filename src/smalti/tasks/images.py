@@ -548,6 +548,7 @@ class Pipeline(Face):
             "smalti_version": version("smalti"),
             "bundle": self.name,
             "weights_sha256": self.weights_sha256,
+            "weights": self.model.storage,
             **details,
         }
 

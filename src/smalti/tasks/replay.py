@@ -20,6 +20,7 @@ from smalti.engine.generate import Request, generate
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, first_line, shortened
 from smalti.image_files import GRID_GAP, grid_columns, read_picture, read_receipts, to_grid, with_receipt
+from smalti.models.stored_weights import STORAGES
 from smalti.tasks.edit import edit_request
 from smalti.tasks.images import Pipeline
 
@@ -93,6 +94,8 @@ def checked_receipts(path: Path | str, receipts: list[dict[str, Any]]) -> list[d
         for name in ("codes", "redrawn"):
             if not all(isinstance(code, int) and not isinstance(code, bool) for code in receipt.get(name, [])):
                 raise _damaged(path, f"not all of its {name} are whole numbers")
+        if receipt.get("weights", "float32") not in STORAGES:
+            raise _damaged(path, f"weights is {shortened(repr(receipt['weights']))}, expected {', '.join(STORAGES)}")
         if receipt["task"] not in TASK_ENTRIES:
             raise InputError(f"{path}: a picture of the task {receipt['task']!r} cannot be drawn again.")
         config_of(SampleConfig, receipt["sampling"], f"{path}: its receipt is damaged: sampling")
@@ -123,10 +126,11 @@ def check_kept(path: Path | str, receipts: list[dict[str, Any]], pipe: Pipeline)
 
 
 def _load(path: Path | str, receipt: dict[str, Any], bundle: str | Path | None) -> Pipeline:
+    weights = receipt.get("weights", "float32")  # receipts of before there was a choice
     if bundle is not None:
-        return Pipeline.load(bundle)
+        return Pipeline.load(bundle, weights=weights)
     try:
-        return Pipeline.load(receipt["bundle"])
+        return Pipeline.load(receipt["bundle"], weights=weights)
     except InputError as error:
         raise InputError(
             f"{path} was drawn with the bundle {receipt['bundle']!r} of weights {receipt['weights_sha256']}: say by "

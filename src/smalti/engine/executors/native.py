@@ -24,6 +24,7 @@ from smalti.models.base import SequenceModel
 from smalti.models.config import FEED_FORWARDS
 from smalti.models.decode_state import DecodeState, Rows
 from smalti.models.decoder_only import DecoderOnly
+from smalti.models.stored_weights import STORAGES, StoredLinear, StoredWeight
 from smalti.models.transformer import Block, Norm
 from smalti.sequences.layout import Slot
 
@@ -43,7 +44,8 @@ class _Norm(Structure):
 
 
 class _Matrix(Structure):
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("inputs", c_long), ("outputs", c_long), ("gated", c_long)]
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("scales", c_void_p)]
+    _fields_ += [("inputs", c_long), ("outputs", c_long), ("gated", c_long), ("storage", c_long)]
 
 
 class _Layer(Structure):
@@ -75,8 +77,8 @@ def load(*, build: bool = True) -> ctypes.CDLL | None:
     """The library, its functions declared; None where there is none, see `native.load`."""
     library = native.load("decode", build=build)
     if library is not None:
-        library.packed_floats.restype = library.workspace_floats.restype = c_long
-        library.packed_floats.argtypes = [c_void_p]
+        library.packed_bytes.restype = library.workspace_floats.restype = c_long
+        library.packed_bytes.argtypes = [c_void_p]
         library.pack.argtypes = [c_void_p, c_void_p, c_int]
         library.workspace_floats.argtypes = [c_void_p, c_long, c_long, c_int]
         library.decode.argtypes = [c_void_p, c_void_p, c_int]
@@ -95,8 +97,8 @@ class Native(Eager):
 
     @classmethod
     def why_not(cls, model: SequenceModel, num_steps: int | None = None) -> list[str]:
-        reasons = why_no_copy(model, {torch.float32})
-        if isinstance(model, DecoderOnly) and 4 * model.num_parameters > MOST_PACKED_BYTES:
+        reasons = why_no_copy(model, {torch.float32}, STORAGES)
+        if isinstance(model, DecoderOnly) and _weight_bytes(model) > MOST_PACKED_BYTES:
             reasons.append(f"the weights take more than {MOST_PACKED_BYTES} bytes")
         build = num_steps is None or num_steps >= STEPS_THAT_REPAY_COMPILING
         if not reasons and load(build=build) is None:
@@ -242,10 +244,11 @@ class Native(Eager):
 
     def _head(self, slot: Slot | None) -> "_Head":
         if slot not in self.heads:
-            weight = self.model.head_weight.detach()
-            ids = ((0, len(weight)),) if slot is None else slot.ranges
+            weight: StoredWeight | Tensor = self.model.stored_head or self.model.head_weight
+            num_rows = len(weight.values if isinstance(weight, StoredWeight) else weight)
+            ids = ((0, num_rows),) if slot is None else slot.ranges
             rows = ids if slot is None else self.model.head_rows(slot)
-            matrix = self._matrix(torch.cat([weight[start:end] for start, end in rows]))
+            matrix = self._matrix(weight, rows=rows)
             self.heads[slot] = _Head(matrix, torch.cat([torch.arange(start, end) for start, end in ids]))
         return self.heads[slot]
 
@@ -267,16 +270,29 @@ class Native(Eager):
             return _Norm()
         return _Norm(self._address(norm.weight), self._address(norm.bias), norm.eps)
 
-    def _linear(self, linear: nn.Linear, *, gated: bool = False) -> _Matrix:
-        return self._matrix(linear.weight, linear.bias, gated=gated)
+    def _linear(self, linear: nn.Linear | StoredLinear, *, gated: bool = False) -> _Matrix:
+        weight = linear.stored if isinstance(linear, StoredLinear) else linear.weight
+        return self._matrix(weight, linear.bias, gated=gated)
 
-    def _matrix(self, weight: Float[Tensor, "n k"], bias: Float[Tensor, " n"] | None = None, *, gated=False) -> _Matrix:
-        n, k = weight.shape
-        weight = weight.detach().contiguous()
+    def _matrix(
+        self,
+        weight: StoredWeight | Float[Tensor, "n k"],
+        bias: Float[Tensor, " n"] | None = None,
+        *,
+        gated: bool = False,
+        rows: tuple[tuple[int, int], ...] | None = None,
+    ) -> _Matrix:
+        """Packed weights, as they are stored; `rows`: of these ranges of outputs."""
+        stored = isinstance(weight, StoredWeight)
+        storage, scales = (weight.storage, weight.scales) if stored else ("float32", None)
+        values = _rows_of((weight.values if stored else weight).detach(), rows)
+        scales = None if scales is None else _rows_of(scales, rows)
         bias = None if bias is None else bias.detach().contiguous()
-        matrix = _Matrix(weight.data_ptr(), None if bias is None else bias.data_ptr(), k, n, gated)
-        memory = torch.empty(self.library.packed_floats(byref(matrix)))
-        threads = torch.get_num_threads() if weight.numel() >= 2**20 else 1  # less is done before another one wakes
+        n, k = values.shape
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in (values, bias, scales)]
+        matrix = _Matrix(*addresses, k, n, gated, STORAGES.index(storage))
+        memory = torch.empty(self.library.packed_bytes(byref(matrix)), dtype=torch.uint8)
+        threads = torch.get_num_threads() if values.numel() >= 2**20 else 1  # less is done before another one wakes
         self.library.pack(byref(matrix), memory.data_ptr(), threads)
         self.kept.append(memory)
         return matrix
@@ -293,6 +309,16 @@ class _Head(NamedTuple):
 
     matrix: _Matrix
     ids: Int[Tensor, " n"]
+
+
+def _rows_of(tensor: Tensor, ranges: tuple[tuple[int, int], ...] | None) -> Tensor:
+    if ranges is None:
+        return tensor.contiguous()
+    return torch.cat([tensor[start:end] for start, end in ranges])
+
+
+def _weight_bytes(model: DecoderOnly) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _address(numbers: array) -> int:

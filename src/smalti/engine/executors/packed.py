@@ -39,6 +39,7 @@ from smalti.engine.executors.products import (
 from smalti.models.base import SequenceModel
 from smalti.models.decode_state import SLOT_BLOCK, DecodeState, Rows
 from smalti.models.decoder_only import DecoderOnly
+from smalti.models.stored_weights import StoredWeight
 from smalti.models.transformer import Block, Norm
 from smalti.sequences.layout import Slot
 
@@ -50,14 +51,17 @@ GRAIN = 2**15
 """Numbers that torch's elementwise kernels leave to one thread."""
 
 
-def why_no_copy(model: SequenceModel, dtypes: set[torch.dtype]) -> list[str]:
-    """What keeps an executor for CPUs that copies float weights from a model, in words."""
+def why_no_copy(model: SequenceModel, dtypes: set[torch.dtype], storages: tuple[str, ...] = ("float32",)) -> list[str]:
+    """What keeps an executor for CPUs that copies weights, of these dtypes and stored so, from a model, in words."""
     if not isinstance(model, DecoderOnly):
         return why_not_plain(model)
     reasons, config = why_not_plain(model), model.config.transformer
     if model.device.type != "cpu":
         reasons.append(f"the model is on {model.device}, not on a CPU")
-    found = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
+    if model.storage not in storages:
+        reasons.append(f"it reads weights stored as {' or '.join(storages)}, not as {model.storage}")
+    stored = {id(module.values) for module in model.modules() if isinstance(module, StoredWeight)}
+    found = {tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in stored}
     if not found <= dtypes or torch.is_autocast_enabled("cpu"):
         given = "autocast" if found <= dtypes else ", ".join(sorted(map(str, found)))
         reasons.append(f"it computes in {' or '.join(sorted(map(str, dtypes)))}, not in {given}")
