@@ -439,8 +439,7 @@ class _Running:
             self.token_ids.append(token[0])
             self.at += 1
             if self.at == self.end or token[0] == self.stop:
-                for settled in self.drawn[self.num_settled :]:
-                    self.sequence.push(*settled)
+                self.sequence.push_all(self.drawn[self.num_settled :])
                 self.num_settled = len(self.drawn)
                 if self.sequence.is_finished:
                     return True

@@ -5,7 +5,7 @@ Nothing here knows a model; the engine carries out the plans.
 Letters: L tokens of a span, T tokens of a sequence.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -166,6 +166,23 @@ class TokenSequence:
             full = token == self.layout.vocabulary.special(part.end)
         if full:
             self.part, self.filled = self.part + 1, 0
+
+    def push_all(self, tokens: Sequence[tuple[int, float, float]]) -> None:
+        """`push` of each; what goes into one span of fixed length at once."""
+        start = 0
+        while start < len(tokens):
+            part = self.order.parts[self.part]
+            if isinstance(part, Marker) or part.end is not None or len(self.orders) > 1:
+                self.push(*tokens[start])
+                start += 1
+                continue
+            new = tokens[start : start + part.length - self.filled]
+            columns = zip(*new, strict=True)
+            for held, values in zip((self.token_ids, self.log_probs, self.draw_log_probs), columns, strict=True):
+                held += values
+            start, self.filled = start + len(new), self.filled + len(new)
+            if self.filled == part.length:
+                self.part, self.filled = self.part + 1, 0
 
     def finished(self) -> Generated:
         spans = {}
