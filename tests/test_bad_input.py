@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -120,3 +121,36 @@ def test_a_text_tokenizer_that_is_none(smalti, tmp_path):
     options = ["--image-tokenizer", tmp_path / "image_tokenizer", "--text-tokenizer", tmp_path / "words.json"]
     code, err = smalti("tokenize", tmp_path, "-o", tmp_path / "t.parquet", *options)
     assert code == 2 and "words.json is not a text tokenizer of the tokenizers library" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("data", "import-lines", "PIPE.txt", "-o", "OUT.parquet"),
+        ("data", "export-lines", "PIPE.parquet", "-o", "OUT.txt"),
+        ("train", "text-tokenizer", "PIPE.parquet", "-o", "OUT.json"),
+        ("train", "text-tokenizer", "PIPE.csv", "-o", "OUT.json"),
+        ("tokenize", "PIPE.parquet", "-o", "OUT.parquet", "--bundle", "BUNDLE"),
+        ("tokenize", "PIPE*.tar", "-o", "OUT.parquet", "--bundle", "BUNDLE"),
+        ("evaluate", "tokenizer", "BUNDLE", "PIPE.parquet"),
+        ("evaluate", "tokenizer", "BUNDLE", "FOLDER"),
+        ("evaluate", "BUNDLE", "--data", "PIPE.parquet"),
+        ("inspect", "digits", "--data", "PIPE.txt", "-o", "OUT"),
+        ("caption", "PIPE.png", "--bundle", "BUNDLE"),
+        ("replay", "PIPE.png", "--bundle", "BUNDLE"),
+        ("import", "hf-llama", "PIPE.safetensors", "-o", "OUT"),
+        ("import", "llamagen-vq", "PIPE.pt", "-o", "OUT"),
+    ],
+)
+def test_a_pipe_in_place_of_a_file_is_named_and_never_waited_for(smalti, bundle: Path, tmp_path, arguments):
+    """As `<(zcat lines.gz)` of a shell gives one. Nobody writes to these: whoever opened one would wait for ever."""
+    (tmp_path / "pictures").mkdir()
+    for name in ("p.txt", "p.parquet", "p.csv", "p.tar", "p.png", "p.safetensors", "p.pt", "pictures/p.png"):
+        os.mkfifo(tmp_path / name)
+    names = {"BUNDLE": bundle, "FOLDER": tmp_path / "pictures"}
+    given = [
+        names.get(word) or word.replace("PIPE", f"{tmp_path}/p").replace("OUT", f"{tmp_path}/out") for word in arguments
+    ]
+    code, err = smalti(*given)
+    assert code == 2 and "is a pipe or a device" in err and "save what comes out of it to a file" in err
+    assert not list(tmp_path.glob("out*"))

@@ -347,6 +347,22 @@ def test_a_damaged_manifest_of_a_tokenizing_is_named_and_force_begins_anew(tmp_p
     assert [path.name for path in parts.iterdir()] == ["manifest.json"]
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut", "in a page"])
+def test_a_damaged_part_of_a_tokenizing_says_what_to_remove_and_force_begins_anew(tmp_path, damage: str):
+    tokens, parts = tmp_path / "t.parquet", tmp_path / ".t.parquet.parts"
+    manifest = {"source": "s", "settings": {}, "tokenizers": {}}
+    _claim(parts, manifest, tokens, force=False)
+    part = parts / "00000000.parquet"
+    write_token_table(part, [token_rows(["a", "b"], np.arange(98).reshape(2, 49))], {"skipped": []})
+    _claim(parts, manifest, tokens, force=False)  # goes on
+    whole = part.read_bytes()
+    part.write_bytes({"empty": b"", "cut": whole[:-30], "in a page": whole[:40] + b"\0" * 30 + whole[70:]}[damage])
+    with pytest.raises(InputError, match=r"00000000\.parquet.* remove .*00000000\.parquet: the next start makes it"):
+        _claim(parts, manifest, tokens, force=False)
+    _claim(parts, manifest, tokens, force=True)
+    assert not part.exists()
+
+
 @pytest.mark.parametrize("name", ["n" * 1000, "\0", "../outside"])
 def test_what_no_file_of_a_bundle_can_be_called_is_not_there(tmp_path, name: str):
     (tmp_path / "outside").write_text("")

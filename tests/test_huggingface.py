@@ -307,6 +307,10 @@ def test_shards_bfloat16_and_derived_tensors_are_read(foreign):
     index.write_text(json.dumps({"weight_map": places | {"lm_head.weight": "../secret.safetensors"}}))
     with pytest.raises(InputError, match=r"names the shard '\.\./secret\.safetensors'"):
         read_llama(folder)
+    for name, shown in ((["a"], r"\['a'\]"), (7, "7"), (None, "None")):
+        index.write_text(json.dumps({"weight_map": places | {"lm_head.weight": name}}))
+        with pytest.raises(InputError, match=rf"index\.json names the shard {shown}; expected the name of a file"):
+            read_llama(folder)
 
 
 def test_tensors_that_do_not_fit_are_named(foreign):

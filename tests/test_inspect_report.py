@@ -186,6 +186,11 @@ def test_what_does_not_fit_is_refused(lines_and_bundle, tmp_path, capsys):
     for tokenizer in (picture_bundle, picture_bundle / "image_tokenizer"):
         found = load_subject(lines_and_bundle / "bundle", lines, num_lines=9, image_tokenizer=tokenizer)
         assert found.image_tokenizer.config.codebook_size == CODEBOOK_SIZE
+    for content, num in (("", 0), ("one 1 2\n", 1)):
+        path = tmp_path / "few.txt"
+        path.write_text(content.replace("1 2", " ".join(["1"] * 38)))
+        with pytest.raises(InputError, match=rf"few\.txt has {num} lines; at least 2 are needed"):
+            load_subject(bundle, path, num_lines=300)
     with pytest.raises(InputError, match="there is no bundle 'nowhere'"):
         load_subject(lines_and_bundle / "bundle", lines, num_lines=9, image_tokenizer="nowhere")
     with pytest.raises(ValueError, match="has an image tokenizer of its own"):

@@ -6,6 +6,7 @@ import json
 import lzma
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +362,30 @@ def test_lines_are_compressed_by_name(tmp_path: Path, suffix: str, compression: 
     with pa.input_stream(str(tmp_path / f"a.txt{suffix}"), compression=compression) as stream:
         assert stream.read().decode() == text_of(rows)
     assert flat(read_lines(tmp_path / f"a.txt{suffix}")) == rows
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_no_byte_of_compressed_lines_can_change_unseen(tmp_path: Path, suffix: str) -> None:
+    rows = random_rows(23)
+    path = tmp_path / f"a.txt{suffix}"
+    write_lines(path, [lines_of(rows)])
+    whole = path.read_bytes()
+    assert flat(read_lines(path)) == rows
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            read = flat(read_lines(path))
+        except InputError:
+            continue
+        assert read == rows  # a byte of the header that says nothing of the content, such as its time
+
+
+def test_zstd_without_its_package_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_rows(23)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.warns(InputWarning, match=r"without a checksum.*pip install 'smalti\[zstd\]', or write \.gz"):
+        write_lines(tmp_path / "a.txt.zst", [lines_of(rows)])
+    assert flat(read_lines(tmp_path / "a.txt.zst")) == rows
 
 
 @pytest.mark.parametrize("tag", ["", "a b", "a\n"])

@@ -4,12 +4,14 @@ People often have something else than they believe: the pointer that git-lfs lea
 download that asks for a sign-in, an archive that is still packed.
 """
 
+import os
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from smalti.errors import InputWarning
+from smalti.errors import InputError, InputWarning
 
 _NUM_BYTES = 512  # a tar file is known by its bytes 257 to 261
 
@@ -51,6 +53,11 @@ HDF5 = FileKind("hdf5", "an HDF5 file", "convert it: HDF5 is not read")
 PICTURE = FileKind("picture", "a picture")
 SAFETENSORS = FileKind("safetensors", "a safetensors file")
 PICKLE = FileKind("pickle", "a Python pickle")
+PIPE = FileKind(
+    "pipe",
+    "a pipe or a device, which cannot be read twice or from its end",
+    "save what comes out of it to a file, and give that",
+)
 PDF = FileKind("pdf", "a PDF document", "give the file itself, not a document about it")
 
 _MAGIC = (
@@ -81,9 +88,27 @@ _TESTS: tuple[tuple[Callable[[bytes], bool], FileKind], ...] = (
 
 
 def kind_of(path: Path | str) -> FileKind | None:
-    """The kind of a file; None if it is not known, a plain text for example. Raises OSError if it cannot be read."""
+    """The kind of a file; None if it is not known, a plain text for example. Raises OSError if it cannot be read. A
+    pipe is not opened: that could wait for ever."""
+    if is_pipe(path):
+        return PIPE
     with Path(path).open("rb") as file:
         return kind_of_bytes(file.read(_NUM_BYTES))
+
+
+def refuse_pipe(path: Path | str) -> None:
+    """Raises InputError if a path is there but is neither a file nor a folder, as `<(zcat lines.gz)` of a shell."""
+    if is_pipe(path):
+        raise InputError(f"{path} is {PIPE.what}: {PIPE.advice}.")
+
+
+def is_pipe(path: Path | str) -> bool:
+    """Whether a path is there but is neither a file nor a folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # who opens it says what is wrong with it
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def kind_of_bytes(start: bytes) -> FileKind | None:

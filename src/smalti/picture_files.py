@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from smalti.errors import InputError, first_line
-from smalti.file_kinds import EMPTY, PICTURE, kind_of, kind_of_bytes
+from smalti.file_kinds import EMPTY, PICTURE, PIPE, is_pipe, kind_of, kind_of_bytes
 
 _ORIENTATION = 0x0112
 
@@ -19,6 +19,8 @@ _ORIENTATION = 0x0112
 def load_picture(source: Path | str | bytes, *, max_side: int | None = None) -> Image.Image:
     """The whole picture in a file, or in a file's bytes, upright. Raises InputError saying what is wrong, without a
     name; FileNotFoundError and IsADirectoryError as they are."""
+    if not isinstance(source, bytes) and is_pipe(source):
+        raise InputError(f"it is {PIPE.what}: {PIPE.advice}")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             if max_side is not None and max(picture.size) > max_side:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from smalti.documents import read_json, read_yaml
 from smalti.errors import InputError, shortened
-from smalti.file_kinds import PICKLE, SAFETENSORS, ZIP, FileKind, kind_of
+from smalti.file_kinds import PICKLE, SAFETENSORS, ZIP, FileKind, kind_of, refuse_pipe
 
 EMA_NAMES = ("ema", "model_ema", "state_dict_ema")
 CONTAINER_NAMES = ("model", "module", "state_dict")
@@ -72,6 +72,7 @@ def read_weights(path: Path) -> ForeignWeights:
 
 def _weight_kind(path: Path) -> FileKind | None:
     """What a weight file is by its first bytes. Raises InputError if it is surely none, saying what it is."""
+    refuse_pipe(path)
     if not path.is_file():
         what = "a folder" if path.is_dir() else "not a file"
         raise InputError(f"{path} is {what}; give the weight file itself.")
@@ -87,6 +88,7 @@ def _weight_kind(path: Path) -> FileKind | None:
 
 def read_config(path: Path) -> dict:
     """A config as a dict, from JSON, YAML, or a dict or Namespace that `torch.save` wrote."""
+    refuse_pipe(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file; give a JSON, YAML or .pt file with the original's config.")
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
@@ -105,6 +107,7 @@ def read_config(path: Path) -> dict:
 
 def read_torch_file(path: Path) -> object:
     """What `torch.save` wrote, on the CPU. Raises InputError on anything but tensors and plain values."""
+    refuse_pipe(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file; give the weight file itself.")
     allowed = [argparse.Namespace, *((Unread, name) for name in _inert_names(path))]

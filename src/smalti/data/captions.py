@@ -8,7 +8,7 @@ from smalti.data import arrow_types
 from smalti.data.parquet_files import ParquetReader
 from smalti.data.text_tables import caption_column, find_column, open_text_table, text_lines
 from smalti.errors import InputError, shortened
-from smalti.file_kinds import why_not
+from smalti.file_kinds import refuse_pipe, why_not
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 
@@ -21,6 +21,7 @@ def read_captions(path: Path | str, column: str | None = None, *, delimiter: str
     columns if it is not among them, and naming the row that has no caption.
     """
     path = Path(path)
+    refuse_pipe(path)
     if path.suffix.lower() not in SUFFIXES:
         kinds = f"captions are read from {', '.join(SUFFIXES)} files"
         raise InputError(f"{path}: {why_not(path, kinds, f'{kinds}; rename it to what it is')}.")

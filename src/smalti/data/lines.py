@@ -29,7 +29,7 @@ from smalti.data.code_files import CodeRows, array_rows, json_rows
 from smalti.data.loader import prefetch
 from smalti.data.tokens import PAD, ROWS_PER_GROUP, TokenTable, token_rows, write_token_table
 from smalti.errors import InputError, InputWarning, first_line
-from smalti.file_kinds import NPY, ZIP, kind_of
+from smalti.file_kinds import NPY, ZIP, kind_of, refuse_pipe
 from smalti.files import new_file, refuse_existing
 from smalti.progress import stage
 
@@ -155,6 +155,7 @@ class _TagsSeen:
 def _paths(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     found = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     for path in found:
+        refuse_pipe(path)
         if not path.is_file():
             raise InputError(
                 f"no such file: {path}. Expected lines of text, plain or compressed, .npy, .npz or .jsonl."
@@ -689,13 +690,34 @@ def write_lines(path: str | Path, blocks: Iterable[Lines], *, force: bool = Fals
     """Writes lines in the order given and returns their number; a name ending in .gz or .zst compresses. Raises
     InputError if a tag is empty or has white space, or if the file exists and `force` is not set."""
     num_lines = 0
-    with new_file(path, force=force) as temporary:
-        compression = _SUFFIXES.get(Path(path).suffix)
-        with pa.output_stream(str(temporary), compression=compression) as stream:
-            for lines in blocks:
-                stream.write("".join(_formatted(lines)).encode())
-                num_lines += len(lines.lengths)
+    with new_file(path, force=force) as temporary, _compressed(temporary, Path(path).suffix) as stream:
+        for lines in blocks:
+            stream.write("".join(_formatted(lines)).encode())
+            num_lines += len(lines.lengths)
     return num_lines
+
+
+@contextmanager
+def _compressed(path: Path, suffix: str) -> Iterator[Any]:
+    """A new file, compressed as a name that ends so says, with a checksum of the content. Arrow writes none into zstd,
+    where one flipped bit can then be read as other codes; it verifies one that is there."""
+    if suffix == ".zst":
+        try:
+            from zstandard import ZstdCompressor
+        except ImportError:
+            warnings.warn(
+                "without the package zstandard, .zst is written without a checksum, so that damage to the file may "
+                "pass unseen; pip install 'smalti[zstd]', or write .gz.",
+                InputWarning,
+                stacklevel=4,
+            )
+        else:
+            compressor = ZstdCompressor(write_checksum=True)
+            with path.open("wb") as file, compressor.stream_writer(file, closefd=False) as stream:
+                yield stream
+            return
+    with pa.output_stream(str(path), compression=_SUFFIXES.get(suffix)) as stream:
+        yield stream
 
 
 def _formatted(lines: Lines) -> Iterator[str]:

@@ -25,7 +25,7 @@ from smalti.data.text_tables import (
 )
 from smalti.data.text_tables import SUFFIXES as TABLE_SUFFIXES
 from smalti.errors import InputError, shortened
-from smalti.file_kinds import PARQUET, TAR, is_hidden, kind_of, visible
+from smalti.file_kinds import PARQUET, TAR, is_hidden, kind_of, refuse_pipe, visible
 
 
 class PairSource(Protocol):
@@ -62,7 +62,10 @@ def open_pairs(
         if not files:
             return PictureFolder(path, caption_column=caption_column, delimiter=delimiter)
     else:
+        refuse_pipe(path)
         files = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(str(path)))
+    for file in files:
+        refuse_pipe(file)
     if files and all(file.suffix == ".tar" for file in files):
         return TarShards(files)
     if files and all(file.suffix == ".parquet" for file in files):

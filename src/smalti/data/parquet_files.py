@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smalti.errors import InputError, first_line
-from smalti.file_kinds import PARQUET, why_not
+from smalti.file_kinds import PARQUET, refuse_pipe, why_not
 
 ROWS_AT_ONCE = 256
 """Bounds the memory of reading pictures, however large a table's row groups are."""
@@ -29,6 +29,8 @@ class ParquetReader:
 
     def __init__(self, path: Path | str, *, opened: IO[bytes] | None = None) -> None:
         self.path = path
+        if opened is None:
+            refuse_pipe(path)
         try:
             # Without pre-buffering, pages are read as they are needed: a file of one huge row group stays cheap.
             # Without its checksums verified, a flipped bit in a page can pass as another caption.

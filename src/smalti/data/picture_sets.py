@@ -26,7 +26,7 @@ from smalti.data.pairs import decode_picture
 from smalti.data.parquet_files import ParquetReader
 from smalti.data.tar_shards import PICTURE_SUFFIXES as SUFFIXES
 from smalti.errors import InputError
-from smalti.file_kinds import visible
+from smalti.file_kinds import refuse_pipe, visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,7 @@ class PictureSet:
         name = str(self._files[row]) if self._column is None else f"{self.path}: row {row}"
         try:
             if self._column is None:
+                refuse_pipe(self._files[row])
                 encoded = self._files[row].read_bytes()
             else:
                 encoded, fault = arrow_types.encoded_picture(self._column[row].as_py())

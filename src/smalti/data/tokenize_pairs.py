@@ -34,7 +34,7 @@ from smalti.data.parquet_files import ParquetReader
 from smalti.data.tokens import SCHEMA, token_rows, write_token_table
 from smalti.documents import parse_json, read_json
 from smalti.errors import InputError
-from smalti.files import lock_of, locked, refuse_existing, write_json
+from smalti.files import lock_of, locked, made_again, refuse_existing, write_json
 from smalti.image_files import MAX_SIDE
 from smalti.progress import stage
 from smalti.text_tokenizer import TextTokenizer
@@ -363,7 +363,7 @@ def _claim(folder: Path, manifest: dict[str, Any], tokens: Path, *, force: bool)
         try:
             _require_same(path, manifest, tokens)
             for part in sorted(folder.glob("*.parquet")):
-                _counts(ParquetReader(part))
+                _check(part)
             return
         except InputError:
             if not force:
@@ -382,6 +382,15 @@ def _require_same(path: Path, manifest: dict[str, Any], tokens: Path) -> None:
         require_tokenizers(tokenizers, manifest["tokenizers"], f"the unfinished {tokens}", mend)
     what = "settings" if found.get("source") == manifest["source"] else "pictures and captions"
     raise InputError(f"the unfinished {tokens} was begun with other {what}. {mend}")
+
+
+def _check(part: Path) -> None:
+    """Raises InputError naming a part that is damaged anywhere: better now than when all others are done."""
+    with made_again(part):
+        reader = ParquetReader(part)
+        for _ in reader.batches(SCHEMA.names, rows_at_once=65_536):
+            pass
+    _counts(reader)
 
 
 def _counts(reader: ParquetReader) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from smalti.data import arrow_types
 from smalti.data.parquet_files import ParquetReader, parquet_writer
 from smalti.documents import read_json
 from smalti.errors import InputError
-from smalti.file_kinds import visible
+from smalti.file_kinds import refuse_pipe, visible
 from smalti.files import new_file, write_json
 
 SCHEMA = pa.schema(
@@ -236,6 +236,7 @@ class TokenTable:
 
 def _table_files(path: str | Path) -> list[Path]:
     path = Path(path)
+    refuse_pipe(path)
     if path.is_file():
         return [path.resolve()]
     if path.is_dir():

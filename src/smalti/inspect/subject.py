@@ -132,14 +132,15 @@ def _read(
         if needs_text:
             raise InputError(f"{path} is a file of lines, without the captions that {order!r} needs; give a parquet.")
         line_format = LineFormat(vocab_size=vocab_size, length=length)
-        codes = np.concatenate([lines.padded() for lines in read_lines(path, line_format)])
-        return codes[_some(len(codes), num_lines, generator)], None
+        blocks = [lines.padded() for lines in read_lines(path, line_format)]
+        codes = np.concatenate([np.zeros((0, length), np.int64), *blocks])
+        return codes[_some(path, len(codes), num_lines, generator)], None
     table = TokenTable.open(path, image_length=length, image_vocab_size=vocab_size)
-    batch = table.batch(_some(len(table), num_lines, generator))
+    batch = table.batch(_some(path, len(table), num_lines, generator))
     return batch.image_tokens, batch.text_tokens if needs_text else None
 
 
-def _some(num_there: int, num_wanted: int, generator: np.random.Generator) -> Int[np.ndarray, " n"]:
+def _some(path: Path, num_there: int, num_wanted: int, generator: np.random.Generator) -> Int[np.ndarray, " n"]:
     if num_there < 2:
-        raise InputError(f"the data has {num_there} lines; at least 2 are needed to compare any.")
+        raise InputError(f"{path} has {num_there} lines; at least 2 are needed to compare any.")
     return generator.permutation(num_there)[:num_wanted]  # in random order: the first few are to be any

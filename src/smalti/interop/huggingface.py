@@ -23,7 +23,7 @@ from smalti.bundle import Bundle
 from smalti.documents import read_json
 from smalti.engine.generate import Request, generate
 from smalti.engine.sampling import SampleConfig
-from smalti.errors import InputError
+from smalti.errors import InputError, shortened
 from smalti.file_kinds import GGUF, is_hidden
 from smalti.files import new_folder
 from smalti.interop.fields import Fields
@@ -469,11 +469,12 @@ def _refuse_other_layouts(state: Mapping[str, Tensor], source: Path) -> None:
 
 def _read_shards(index: Path) -> ForeignWeights:
     places = Fields(read_config(index), str(index)).take("weight_map", dict)
+    for name in places.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{index} names the shard {shortened(repr(name))}; expected the name of a file beside it.")
     names = sorted(set(places.values()))
     tensors: dict[str, Tensor] = {}
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise InputError(f"{index} names the shard {name!r}; expected the name of a file beside it.")
         if not (index.parent / name).is_file():
             raise InputError(f"{index} names the shard {name}, which is not there; fetch it into the same folder.")
         tensors |= read_weights(index.parent / name).tensors

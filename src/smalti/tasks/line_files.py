@@ -27,6 +27,7 @@ from smalti.data.lines import LineFormat, Lines, read_lines, table_lines, write_
 from smalti.data.tokens import TokenTable
 from smalti.documents import read_json
 from smalti.errors import InputError
+from smalti.file_kinds import refuse_pipe
 from smalti.files import lock_of, locked, new_file, refuse_existing, write_json
 from smalti.progress import stage
 from smalti.tasks.lines import CompleteConfig, LineModel
@@ -268,6 +269,7 @@ def _score_file(
 
 
 def _existing(path: Path | str) -> Path:
+    refuse_pipe(path)
     if not Path(path).is_file():
         raise InputError(
             f"no such file: {path}. Expected lines as text, plain, gzip or zstd, or a token table (.parquet)."

@@ -60,6 +60,7 @@ def replay(path: Path | str, bundle: str | Path | None = None) -> Replayed:
     check_kept(path, receipts, pipe)
     for receipt in receipts:
         _check_executor(path, receipt.get("executor"))
+    scale = _scale(path, given, len(receipts), pipe)  # before the work: a picture made smaller has no place for them
     try:
         codes = _draw_codes(pipe, receipts)
     except InputError as error:
@@ -68,9 +69,7 @@ def replay(path: Path | str, bundle: str | Path | None = None) -> Replayed:
         raise _damaged(path, first_line(error)) from error
     pictures = [
         with_receipt(picture, {**receipt, "codes": row.tolist()})
-        for picture, receipt, row in zip(
-            pipe.decode(codes, scale=_scale(path, given, len(receipts), pipe)), receipts, codes.flatten(1), strict=True
-        )
+        for picture, receipt, row in zip(pipe.decode(codes, scale=scale), receipts, codes.flatten(1), strict=True)
     ]
     picture = to_grid(pictures) if len(pictures) > 1 else pictures[0]
     difference = code_difference(codes, receipts) or _pixel_difference(np.asarray(picture), np.asarray(given))

@@ -99,6 +99,8 @@ class Packed(Eager):
     def extend(self, state: DecodeState, rows: Rows, tokens: Sequence[Sequence[int]]) -> Float[Tensor, "B D"]:
         token_ids, counts = filled_up_on_the_right(tokens)
         B, T = token_ids.shape
+        if T == 1:
+            return self._run(state, rows, token_ids, counts, slice(B))
         last = T - 1 if counts is None else torch.tensor(counts) - 1
         return self._run(state, rows, token_ids, counts, torch.arange(B) * T + last)
 
@@ -114,10 +116,10 @@ class Packed(Eager):
         rows: Rows,
         token_ids: Int[Tensor, "B T"],
         counts: list[int] | None,
-        wanted: Int[Tensor, " tokens"],
+        wanted: slice | Int[Tensor, " tokens"],
     ) -> Float[Tensor, "tokens D"]:
         """Runs new tokens into the state; returns the hidden states of those wanted, counted row after row."""
-        B, T = token_ids.shape
+        T = token_ids.shape[1]
         state.check_room(rows, T if counts is None else counts, self.config.max_length)
         if self.views is None or self.views.state is not state:
             self.views = _StateViews(state)
@@ -128,7 +130,7 @@ class Packed(Eager):
                 block.attend(x, rotation, layer, where, self.rows.most)
                 block.feed_forward(x, self.rows.most)
             state.advance(rows, T if counts is None else counts)
-            return self.norm(x[:B] if T == 1 else x[wanted])
+            return self.norm(x[wanted])
 
     def logits(self, hidden: Float[Tensor, "B D"], slot: Slot | None = None) -> Float[Tensor, "B n"]:
         """What several ranges of ids take of the head is gathered once."""
