@@ -51,7 +51,7 @@ def milliseconds(pipe: Pipeline, executor: str, clock, config: SampleConfig, wor
     start = clock()
     for seed, one in enumerate(words):
         engine = Engine(pipe.model, pipe.layout, capacity=1, executor=executor)
-        engine.submit(pipe._picture_request(one, seed, None, config), config)
+        engine.submit(pipe.picture_request(one, seed, None, config), config)
         engine.run()
     return 1e3 * (clock() - start) / len(words)
 
@@ -59,9 +59,9 @@ def milliseconds(pipe: Pipeline, executor: str, clock, config: SampleConfig, wor
 def compare(args: argparse.Namespace, name: str, clock) -> None:
     pipes = {weights: Pipeline.load(name, weights=weights) for weights in STORAGES}
     first = pipes["float32"]
-    words = [first._whole(prompt) for prompt in PROMPTS["digits" if first.name == "digits" else "emoji"]]
+    words = [first.whole(prompt) for prompt in PROMPTS["digits" if first.name == "digits" else "emoji"]]
     plain = SampleConfig()
-    requests = [first._picture_request(words[i % len(words)], i, None, plain) for i in range(args.n)]
+    requests = [first.picture_request(words[i % len(words)], i, None, plain) for i in range(args.n)]
     drawn = generate(first.model, first.layout, requests, plain)
     reference = log_probs(first, drawn)
     times: dict[tuple[str, str], list[float]] = {}
