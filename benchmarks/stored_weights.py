@@ -40,7 +40,8 @@ def log_probs(pipe: Pipeline, drawn: list[Generated]) -> Float[Tensor, "N L n"]:
     slot = pipe.layout.slots[pipe.layout.slot_index(order.name, index)]
     found = []
     for one in drawn:  # captions have any length
-        is_code = slot.contains(one.token_ids).nonzero()[:, 0]
+        (start, end), *_ = slot.ranges
+        is_code = ((one.token_ids >= start) & (one.token_ids < end)).nonzero()[:, 0]
         hidden = pipe.model.hidden(one.token_ids[None])[0, is_code - 1]
         found.append(pipe.model.logits(hidden, slot).double().log_softmax(-1))
     return torch.stack(found)
