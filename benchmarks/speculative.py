@@ -35,8 +35,8 @@ def draw(
     """The codes of n pictures, passes a picture, and seconds a picture."""
     prompts = DIGITS if pipe.name == "digits" else EMOJI
     engine = Engine(pipe.model, pipe.layout, capacity=batch_size, executor=executor)
-    words = [pipe._whole(prompts[i % len(prompts)]) for i in range(n)]
-    tickets = [engine.submit(pipe._picture_request(words[i], i, None, config), config) for i in range(n)]
+    words = [pipe.whole(prompts[i % len(prompts)]) for i in range(n)]
+    tickets = [engine.submit(pipe.picture_request(words[i], i, None, config), config) for i in range(n)]
     passes, start = 0, clock()
     while not engine.is_idle:
         passes += len({event.ticket for event in engine.step()})

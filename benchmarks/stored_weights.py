@@ -40,7 +40,8 @@ def log_probs(pipe: Pipeline, drawn: list[Generated]) -> Float[Tensor, "N L n"]:
     slot = pipe.layout.slots[pipe.layout.slot_index(order.name, index)]
     found = []
     for one in drawn:  # captions have any length
-        is_code = slot.contains(one.token_ids).nonzero()[:, 0]
+        (start, end), *_ = slot.ranges
+        is_code = ((one.token_ids >= start) & (one.token_ids < end)).nonzero()[:, 0]
         hidden = pipe.model.hidden(one.token_ids[None])[0, is_code - 1]
         found.append(pipe.model.logits(hidden, slot).double().log_softmax(-1))
     return torch.stack(found)
@@ -51,7 +52,7 @@ def milliseconds(pipe: Pipeline, executor: str, clock, config: SampleConfig, wor
     start = clock()
     for seed, one in enumerate(words):
         engine = Engine(pipe.model, pipe.layout, capacity=1, executor=executor)
-        engine.submit(pipe._picture_request(one, seed, None, config), config)
+        engine.submit(pipe.picture_request(one, seed, None, config), config)
         engine.run()
     return 1e3 * (clock() - start) / len(words)
 
@@ -59,9 +60,9 @@ def milliseconds(pipe: Pipeline, executor: str, clock, config: SampleConfig, wor
 def compare(args: argparse.Namespace, name: str, clock) -> None:
     pipes = {weights: Pipeline.load(name, weights=weights) for weights in STORAGES}
     first = pipes["float32"]
-    words = [first._whole(prompt) for prompt in PROMPTS["digits" if first.name == "digits" else "emoji"]]
+    words = [first.whole(prompt) for prompt in PROMPTS["digits" if first.name == "digits" else "emoji"]]
     plain = SampleConfig()
-    requests = [first._picture_request(words[i % len(words)], i, None, plain) for i in range(args.n)]
+    requests = [first.picture_request(words[i % len(words)], i, None, plain) for i in range(args.n)]
     drawn = generate(first.model, first.layout, requests, plain)
     reference = log_probs(first, drawn)
     times: dict[tuple[str, str], list[float]] = {}
