@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 import warnings
@@ -28,7 +30,7 @@ from smalti.bounds import MAX_CANDIDATES, MAX_PICTURES, MAX_VOCABULARY
 from smalti.cli import app as cli
 from smalti.data.lines import import_lines
 from smalti.data.tokenize_pairs import _claim
-from smalti.data.tokens import token_rows, write_token_table
+from smalti.data.tokens import TokenTable, token_rows, write_token_table
 from smalti.documents import MAX_DEPTH, config_of, parse_json, parse_yaml, read_json
 from smalti.errors import InputError, InputWarning
 from smalti.files import lock_of, locked, new_file, write_json
@@ -478,6 +480,27 @@ def test_a_full_disk_spoils_nothing_that_is_written(tmp_path):
         pipe.text_tokenizer.save(tmp_path / "words.json")  # small enough
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "words.json"]
     assert (tmp_path / "bundle" / "config.json").read_bytes() == before
+
+
+def test_a_full_disk_of_temporary_files_says_which_it_is(tmp_path, monkeypatch):
+    lines = write_text(tmp_path / "l.txt", np.random.default_rng(0).integers(0, 37, (3000, 49)))
+    import_lines(lines, tmp_path / "t.parquet")
+    advice = rf"cannot be written in {re.escape(tempfile.gettempdir())}: .*(no space left|grew beyond).*; set TMPDIR"
+    with (
+        full_disk(),
+        pytest.raises(InputError, match=rf"opening the table .*t\.parquet needs temporary files.*{advice}"),
+    ):
+        TokenTable.open(tmp_path / "t.parquet")
+    with full_disk(), pytest.raises(InputError, match=rf"u\.parquet needs temporary files.*{advice}"):
+        import_lines(lines, tmp_path / "u.parquet")
+    monkeypatch.setattr("smalti.data.tokens.KEEP_IN_MEMORY_BYTES", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    message = r"t\.parquet cannot be unpacked in .*cache.*: .*(no space left|grew beyond).*Set XDG_CACHE_HOME"
+    with full_disk(), pytest.raises(InputError, match=message):
+        TokenTable.open(tmp_path / "t.parquet")
+    assert [path.suffix for path in (tmp_path / "cache" / "smalti" / "tables").iterdir()] == [".lock"]
+    assert len(TokenTable.open(tmp_path / "t.parquet")) == 3000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "l.txt", "t.parquet"]
 
 
 def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,9 +50,10 @@ def cause(error: OSError | ValueError) -> str:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What safetensors, torch, pyarrow, Pillow and zlib make of a write that failed.
+# What safetensors, torch, numpy, pyarrow, Pillow and zlib make of a write that failed.
 _FAILED_WRITE = re.compile(
-    r"No space left|quota exceeded|File too large|os error (28|122|27)\b|file write failed|failed writing file"
+    r"\d+ requested and \d+ written"
+    r"|No space left|quota exceeded|File too large|os error (28|122|27)\b|file write failed|failed writing file"
     r"|[Ee]rror writing bytes|encoder error -\d+ when writing|unexpected pos \d+ vs \d+"
 )
 
@@ -92,6 +94,23 @@ def named_failure(path: Path) -> Iterator[None]:
         if reason := failed_write(error):
             raise InputError(f"{path}: {reason}; free some, or write elsewhere.") from error
         raise
+
+
+@contextmanager
+def temporary_files(what: Path | str) -> Iterator[None]:
+    """What fails where only temporary files are written, as InputErrors: they say what for, and how to choose another
+    folder for them."""
+    try:
+        yield
+    except OSError as error:
+        try:
+            folder = tempfile.gettempdir()
+        except OSError:
+            folder = os.environ.get("TMPDIR", "/tmp")
+        raise InputError(
+            f"{what} needs temporary files, which cannot be written in {folder}: "
+            f"{failed_write(error) or cause(error)}; set TMPDIR to a folder with room."
+        ) from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -30,7 +30,7 @@ from smalti.data.loader import prefetch
 from smalti.data.tokens import PAD, ROWS_PER_GROUP, TokenTable, token_rows, write_token_table
 from smalti.errors import InputError, InputWarning, first_line
 from smalti.file_kinds import NPY, ZIP, kind_of, refuse_pipe
-from smalti.files import new_file, refuse_existing
+from smalti.files import new_file, refuse_existing, temporary_files
 from smalti.progress import stage
 
 # Small enough that the arrays made of a block stay in the processor's cache, large enough to hide Python's own time.
@@ -559,13 +559,13 @@ def import_lines(
     metadata: dict[str, Any] = {}
     seen = _TagsSeen(paths)
     with (
-        tempfile.TemporaryFile(prefix="smalti-hashes-") as hashes_file,
+        _hashes_file(output) as hashes_file,
         _BadLines(skip_bad, bad_lines_path, advice) as bad_lines,
         stage("reading lines", _megabytes(paths), unit="MB", show=show_progress) as progress,
         # Reading and parsing run in a thread beside the writing; both are array code that leaves Python's lock free.
         closing(prefetch(_read(paths, line_format, bad_lines, seen))) as blocks,
     ):
-        found = _Found(hashes_file)
+        found = _Found(hashes_file, output)
 
         def rows() -> Iterator[pa.RecordBatch]:
             for num_bytes, lines in blocks:
@@ -598,28 +598,42 @@ def import_lines(
     )
 
 
+@contextmanager
+def _hashes_file(output: Path) -> Iterator[IO[bytes]]:
+    with temporary_files(output):
+        file = tempfile.TemporaryFile(prefix="smalti-hashes-")  # noqa: SIM115 (closed below, whatever it says)
+    try:
+        yield file
+    finally:
+        with suppress(OSError):  # what a full disk kept in its buffer is not needed any more
+            file.close()
+
+
 class _Found:
     """What the lines tell when all are read. Their hashes wait in a temporary file, so that memory stays flat."""
 
-    def __init__(self, hashes_file: IO[bytes]) -> None:
+    def __init__(self, hashes_file: IO[bytes], output: Path) -> None:
         self.num_lines = 0
         self.max_code = -1
         self._lengths: set[int] = set()  # at most two: one length is worth knowing, others are just "several"
         self._hashes_file = hashes_file
+        self._output = output
 
     def add(self, lines: Lines) -> None:
         self.num_lines += len(lines.lengths)
         self.max_code = max(self.max_code, int(lines.codes.max(initial=-1)))
         if len(self._lengths) < 2 and len(lines.lengths):
             self._lengths |= {int(lines.lengths.min()), int(lines.lengths.max())}
-        self._hashes_file.write(code_hashes(lines.codes, lines.lengths).tobytes())
+        with temporary_files(self._output):
+            self._hashes_file.write(code_hashes(lines.codes, lines.lengths).tobytes())
 
     @property
     def length(self) -> int | None:
         return next(iter(self._lengths)) if len(self._lengths) == 1 else None
 
     def num_duplicates(self) -> int:
-        self._hashes_file.flush()
+        with temporary_files(self._output):
+            self._hashes_file.flush()
         hashes = np.memmap(self._hashes_file, np.uint64, mode="r+")
         hashes.sort()
         return int(np.count_nonzero(hashes[1:] == hashes[:-1]))

@@ -30,7 +30,7 @@ from smalti.data.parquet_files import ParquetReader, parquet_writer
 from smalti.documents import read_json
 from smalti.errors import InputError
 from smalti.file_kinds import refuse_pipe, visible
-from smalti.files import new_file, write_json
+from smalti.files import cause, failed_write, new_file, temporary_files, write_json
 
 SCHEMA = pa.schema(
     [
@@ -408,7 +408,10 @@ def _unpacked_in_memory(
     asked: a damaged one lies, and reading the columns' part of it, where it is damaged, can end the process."""
     if sum(path.stat().st_size for path in paths) > KEEP_IN_MEMORY_BYTES:
         return None
-    with tempfile.TemporaryDirectory(prefix="smalti-table-") as folder:
+    with (
+        temporary_files(f"opening the table {paths[0]}"),
+        tempfile.TemporaryDirectory(prefix="smalti-table-") as folder,
+    ):
         try:
             _unpack(paths, Path(folder), most_bytes=KEEP_IN_MEMORY_BYTES)
         except _TooLarge:
@@ -488,12 +491,15 @@ def _cached(paths: list[Path]) -> Path:
                 for outdated in root.glob(f"{of_paths}-*"):
                     shutil.rmtree(outdated)
                 unfinished = root / f"{of_paths}-unfinished"
-                unfinished.mkdir()
-                _unpack(paths, unfinished)
-                unfinished.rename(folder)
+                try:
+                    unfinished.mkdir()
+                    _unpack(paths, unfinished)
+                    unfinished.rename(folder)
+                finally:
+                    shutil.rmtree(unfinished, ignore_errors=True)  # a disk that is full stays so otherwise
     except OSError as error:
         raise InputError(
-            f"the table {paths[0]} cannot be unpacked in {root}: {error.strerror}. "
+            f"the table {paths[0]} cannot be unpacked in {root}: {failed_write(error) or cause(error)}. "
             "Set XDG_CACHE_HOME to a folder with room, about the size of the tokens at 2 bytes each."
         ) from error
     return folder
