@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from smalti.sequences.request import Generated as Generated
     from smalti.sequences.request import Request as Request
     from smalti.sequences.vocabulary import Vocabulary as Vocabulary
+    from smalti.tasks.classes import ClassPipeline as ClassPipeline
     from smalti.tasks.images import Pipeline as Pipeline
     from smalti.tasks.lines import CompleteConfig as CompleteConfig
     from smalti.tasks.lines import LineModel as LineModel
@@ -41,6 +42,7 @@ _HOMES = {
     "sequences.layout": "Layout",
     "sequences.request": "Generated Request",
     "sequences.vocabulary": "Vocabulary",
+    "tasks.classes": "ClassPipeline",
     "tasks.images": "Pipeline",
     "tasks.lines": "CompleteConfig LineModel",
     "tasks.replay": "replay",

@@ -9,6 +9,7 @@ README.md               the model card
 What a bundle can do follows from its layout and its parts, and is asked of it: `can_draw`, `can_caption`, `is_lines`.
 """
 
+import difflib
 import json
 import os
 import re
@@ -31,9 +32,11 @@ from smalti.errors import InputError, first_line, shortened
 from smalti.files import new_folder
 from smalti.image_files import PictureConfig
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
-from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from smalti.models.decoder_only import DecoderOnly
+from smalti.models.families import AnyModel, build_model, describe_model, read_model_config
 from smalti.models.stored_weights import STORAGES
 from smalti.sequences.layout import Layout, Marker, Span
+from smalti.sequences.vocabulary import FEATURES
 from smalti.text_tokenizer import TextTokenizer
 from smalti.weights import (
     ANEW,
@@ -51,10 +54,12 @@ FORMAT = "smalti bundle"
 FORMAT_VERSION = 2
 TEXT_TOKENIZER = "text_tokenizer.json"
 IMAGE_TOKENIZER = "image_tokenizer"
+LABEL = "label"
+"""The segment of a vocabulary that classes stand in."""
+NO_CLASSES = "the layout has labels; give the classes that they stand for."
 CARD = "README.md"
 PARTS = (WEIGHTS, TEXT_TOKENIZER, f"{IMAGE_TOKENIZER}/config.json", f"{IMAGE_TOKENIZER}/model.safetensors")
 """Files of which a bundle's config must know the checksum, where they are there."""
-MODEL_FAMILY = "decoder_only"
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -66,6 +71,38 @@ class Sampling:
     caption: SampleConfig = field(default_factory=lambda: SampleConfig(temperature=0.0))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Classes:
+    """What the labels of a layout stand for: label i is class i, and one label more is the null condition. Raises
+    ValueError for a name that is not unique."""
+
+    num: int
+    names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise ValueError(f"there are {self.num} classes; expected at least 1.")
+        if self.names is not None and len(self.names) != self.num:
+            raise ValueError(f"{len(self.names)} names are given for {self.num} classes; give one for each.")
+        if self.names is not None and len(set(self.names)) != self.num:
+            twice = next(name for name in self.names if self.names.count(name) > 1)
+            raise ValueError(f"two classes are named {shortened(repr(twice))}; names must differ.")
+
+    def find(self, name: str | int) -> int:
+        """The number of a class that is given by it or by its name. Raises InputError saying which there are."""
+        text = str(name).strip()
+        if self.names is not None and text in self.names:
+            return self.names.index(text)
+        if not re.fullmatch(r"-?\d+", text):
+            near = difflib.get_close_matches(text, self.names or (), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"give its number, 0 to {self.num - 1}."
+            known = "no names of classes are known here" if self.names is None else "no class has that name"
+            raise InputError(f"there is no class {shortened(repr(text))}: {known}; {hint}")
+        if not 0 <= int(text) < self.num:
+            raise InputError(f"class {shortened(text)} is out of range; expected 0 to {self.num - 1}.")
+        return int(text)
+
+
 @dataclass(kw_only=True, eq=False)
 class Bundle:
     """A model in evaluation mode, its layout, and what else it has. `load` reads one, `save` writes one.
@@ -73,7 +110,7 @@ class Bundle:
     Raises ValueError where the parts do not fit together.
     """
 
-    model: DecoderOnly
+    model: AnyModel
     layout: Layout
     text_tokenizer: TextTokenizer | Path | None = None
     """A path: a file of the `tokenizers` library that goes with the model and is not read, as an imported language
@@ -82,6 +119,8 @@ class Bundle:
     """Of any family: `smalti.image_tokenizers` says what all have."""
     pictures: PictureConfig | None = None
     """Those that the image tokenizer reads and draws; there if it is."""
+    classes: Classes | None = None
+    """What the labels are, where the layout has any."""
     sampling: Sampling = Sampling()
     about: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
@@ -91,7 +130,14 @@ class Bundle:
         self.model.eval()
         self.about, self.figures = dict(self.about), dict(self.figures)
         vocabulary = self.layout.vocabulary
-        fits = [("the model's vocab_size", self.model.config.vocab_size, vocabulary.size)]
+        fits = [("the model's vocab_size", self.model.vocab_size, vocabulary.size)]
+        if (self.classes is not None) != (LABEL in vocabulary):
+            raise ValueError("classes are given, but the layout has no labels." if self.classes else NO_CLASSES)
+        if self.classes is not None and vocabulary[LABEL].size - self.classes.num not in (0, 1):
+            raise ValueError(
+                f"there are {self.classes.num} classes and {vocabulary[LABEL].size} labels; expected as many, or one "
+                "label more for the null condition."
+            )
         if isinstance(self.text_tokenizer, TextTokenizer):
             self.text_tokenizer.check_vocabulary(vocabulary)
             fits.append(("the text tokenizer's size", self.text_tokenizer.vocab_size, vocabulary["text"].size))
@@ -120,6 +166,24 @@ class Bundle:
         return self._has_both_tokenizers and self.has_order("image", "text")
 
     @property
+    def can_draw_classes(self) -> bool:
+        """Whether it draws pictures of classes."""
+        return self.image_tokenizer is not None and self.has_order(LABEL, "image")
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that says that no class is given; None: there is none, and so no guidance."""
+        if self.classes is None or self.layout.vocabulary[LABEL].size == self.classes.num:
+            return None
+        return self.classes.num
+
+    def decoder_only(self, what: str) -> DecoderOnly:
+        """The model, for `what` knows decoder-only ones alone. Raises InputError for another."""
+        if not isinstance(self.model, DecoderOnly):
+            raise InputError(f"the model of {self.name} is a {type(self.model).__name__}; {what} takes none.")
+        return self.model
+
+    @property
     def is_lines(self) -> bool:
         """Whether its sequences are lines of codes behind a marker, and what the codes look like is not known."""
         return self.image_tokenizer is None and is_lines(self.layout)
@@ -127,6 +191,10 @@ class Bundle:
     @property
     def kind(self) -> str:
         """What it is a bundle of, in a word, for messages."""
+        if self.classes is not None:
+            return "classes" if self.image_tokenizer is not None else "classes without an image tokenizer"
+        if FEATURES in self.layout.vocabulary:
+            return "features of captions"
         return "lines" if self.is_lines else "token ids alone" if self.image_tokenizer is None else "pictures"
 
     @property
@@ -199,7 +267,7 @@ class Bundle:
             for entry, kind in (("about", dict), ("figures", dict), ("sampling", dict), ("name", str)):
                 if not isinstance(config[entry], kind):
                     raise ValueError(f"the entry {entry} is {shortened(repr(config[entry]))}")
-            model_config = _model_config(config["model"], path)
+            model_config = read_model_config(config["model"], path)
             text_tokenizer = directory / TEXT_TOKENIZER if TEXT_TOKENIZER in sha256 else None
             parts: dict[str, Any] = {"text_tokenizer": text_tokenizer}
             if "pictures" in config:
@@ -209,8 +277,10 @@ class Bundle:
                     "image_tokenizer": load_image_tokenizer(folder, sha256=image_sha256, device=device),
                     "text_tokenizer": TextTokenizer.load(text_tokenizer) if text_tokenizer else None,
                 }
+            if "classes" in config:
+                parts["classes"] = config_of(Classes, config["classes"], f"{path}: classes")
             model = load_module(
-                lambda: DecoderOnly(model_config),
+                lambda: build_model(model_config),
                 directory / WEIGHTS,
                 sha256=sha256[WEIGHTS],
                 device=device,
@@ -254,8 +324,9 @@ class Bundle:
             "name": self.name,
             "smalti_version": version("smalti"),
             "layout": self.layout.to_dict(),
-            "model": {"family": MODEL_FAMILY, "config": self.model.config.to_dict()},
+            "model": describe_model(self.model),
             **({} if self.pictures is None else {"pictures": asdict(self.pictures)}),
+            **({} if self.classes is None else {"classes": asdict(self.classes)}),
             "sampling": asdict(self.sampling),
             "about": self.about,
             "figures": self.figures,
@@ -277,6 +348,9 @@ class Bundle:
             "pictures": (CARD_OF_PICTURES, USE_OF_PICTURES),
             "lines": (CARD_OF_LINES, USE_OF_LINES),
             "token ids alone": (CARD_OF_TOKEN_IDS, USE_OF_TOKEN_IDS),
+            "features of captions": (CARD_OF_FEATURES, USE_OF_FEATURES),
+            "classes": (CARD_OF_CLASSES, USE_OF_CLASSES),
+            "classes without an image tokenizer": (CARD_OF_CODES, USE_OF_CODES),
         }[self.kind]
         sizes = {segment.name: segment.size for segment in self.layout.vocabulary.segments.values()}
         what = what.format(
@@ -285,6 +359,8 @@ class Bundle:
             codebook_size=f"{sizes.get('image', 0):,}",
             max_code=sizes.get("image", 0) - 1,
             length=self.layout.max_length - 1,
+            num_classes="" if self.classes is None else f"{self.classes.num:,}",
+            num_codes=self.image_length if "image" in self.layout.vocabulary else 0,
             size=f"{self.pictures.width}×{self.pictures.height}" if self.pictures else "",
         )
         orders = "\n".join(f"    {order}" for order in self.layout.orders.values())
@@ -311,13 +387,6 @@ def _device(device: torch.device | str) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {str(device)!r} is not there: torch finds no GPU; give auto or cpu.")
     return chosen
-
-
-def _model_config(content: Any, path: Path) -> DecoderOnlyConfig:
-    if not isinstance(content, dict) or content.get("family") != MODEL_FAMILY:
-        found = content.get("family") if isinstance(content, dict) else content
-        raise InputError(f"{path}: model: unknown family {shortened(repr(found))}; known is {MODEL_FAMILY!r}.")
-    return DecoderOnlyConfig.from_dict(content["config"], f"{path}: model")
 
 
 # Folders -------------------------------------------------------------------------------------------------------
@@ -427,7 +496,7 @@ def _upgraded(config: dict[str, Any], path: Path) -> dict[str, Any]:
         config |= {"sampling": {}, "about": {}}
     elif "pictures" not in config:
         raise InputError(f"{path} does not describe a bundle (the entry 'pictures' is missing); {ANEW}.")
-    return {**config, "model": {"family": MODEL_FAMILY, "config": config.get("model")}, "format_version": 2}
+    return {**config, "model": {"family": "decoder_only", "config": config.get("model")}, "format_version": 2}
 
 
 def _is_bundle(directory: Path) -> bool:
@@ -488,6 +557,20 @@ USE_OF_LINES = """\
     smalti score lines.txt --bundle THIS_FOLDER -o scores/
     smalti complete prefixes.txt --bundle THIS_FOLDER -o completed.txt
 """
+CARD_OF_CLASSES = """\
+A transformer of {num_parameters} parameters that draws pictures of {num_classes} classes: {num_codes} codes of
+{codebook_size} a picture, which are {size} pixels."""
+USE_OF_CLASSES = """\
+    smalti generate --class 0 -o picture.png --bundle THIS_FOLDER
+"""
+CARD_OF_CODES = """\
+A transformer of {num_parameters} parameters over {num_codes} picture codes of {codebook_size}, for {num_classes}
+classes. There is no image tokenizer: import it again with --image-tokenizer to draw pictures."""
+USE_OF_CODES = "    smalti doctor THIS_FOLDER\n"
+CARD_OF_FEATURES = """\
+A transformer of {num_parameters} parameters over {num_codes} picture codes of {codebook_size}, behind features that a
+text encoder makes of a caption."""
+USE_OF_FEATURES = "    smalti doctor THIS_FOLDER\n"
 CARD_OF_TOKEN_IDS = "A decoder-only transformer of {num_parameters} parameters, without an image tokenizer."
 USE_OF_TOKEN_IDS = (
     "`smalti export hf THIS_FOLDER DIRECTORY` writes it as a Llama that `transformers` and LLM servers load.\n"

@@ -86,6 +86,21 @@ def read_yaml(path: Path, mend: str, *, loader: type = BoundedLoader) -> Any:
     return parse_yaml(text, path, mend, loader=loader)
 
 
+def read_text_list(path: Path, mend: str) -> list[str]:
+    """The entries of a JSON list of text, or else the lines of a text file that are not empty. Raises InputError naming
+    the file and ending with `mend`."""
+    if path.suffix == ".json":
+        entries = read_json(path, mend, kind=list)
+        if odd := [entry for entry in entries if not isinstance(entry, str)]:
+            raise InputError(f"{path} holds {shortened(repr(odd[0]))}, expected text; {mend}.")
+        return entries
+    try:
+        lines = _read(path, mend, MAX_JSON_BYTES).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); {mend}.") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
 def config_of(config_class: type[Config], values: Any, where: Path | str) -> Config:
     """The config dataclass of JSON or YAML values, of which each must be of the field's own type: no text for a number,
     no number for text. Raises InputError naming `where`, the field and what was expected."""

@@ -13,7 +13,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
 
@@ -42,6 +42,8 @@ class ForeignWeights:
 
     tensors: dict[str, Tensor]
     notes: tuple[str, ...]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """What a training script noted of itself beside its weights, under `args`."""
 
 
 class Unread(dict):
@@ -67,7 +69,11 @@ def read_weights(path: Path) -> ForeignWeights:
     _require_plain(tensors, path)
     if prefixes:
         more.append(f"took off the prefix {' and '.join(prefixes)}")
-    return ForeignWeights(tensors=tensors, notes=(*notes, *more))
+    noted = content.get("args") if isinstance(content, dict) else None
+    settings = vars(noted) if isinstance(noted, argparse.Namespace) else noted
+    return ForeignWeights(
+        tensors=tensors, notes=(*notes, *more), settings=settings if isinstance(settings, dict) else {}
+    )
 
 
 def _weight_kind(path: Path) -> FileKind | None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from smalti.bounds import MAX_CANDIDATES, MAX_PICTURES
+from smalti.cli.doctor import app as doctor_app
 from smalti.cli.evaluate import app as evaluate_app
 from smalti.cli.evaluate import parse_size
 from smalti.cli.interop import app as interop_app
@@ -36,6 +37,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make the tables that training reads.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(interop_app)
+app.add_typer(doctor_app)
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
 
@@ -75,6 +77,12 @@ Coupling = Annotated[
         "it is the same as without drafts."
     ),
 ]
+Power = Annotated[
+    float | None, typer.Option(help="Its time to this power: with cosine, RAR's power-cosine (default: 1).")
+]
+Interval = Annotated[
+    str | None, typer.Option(help="Guide only the codes START:END of a picture, as 0:64 or 16: (default: all).")
+]
 OF_PICTURES, OF_LINES = "For a bundle of pictures", "For a bundle of lines"
 
 
@@ -108,10 +116,20 @@ def options(
     """Autoregressive image generation with discrete tokens: tokenize, train, measure, generate."""
 
 
-@app.command(epilog='Example: smalti generate "dark green eight on bright cyan" -o eight.png')
+@app.command(
+    epilog='Examples: smalti generate "dark green eight on bright cyan" -o eight.png · '
+    "smalti generate --class 207 -o dog.png --bundle out/c2i-b --guidance-scale 4"
+)
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The caption: any text, or words that the bundle knows.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="The caption: any text, or words that the bundle knows.", show_default=False)
+    ] = None,
+    *,
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file; with -n 3: NAME-1.png to NAME-3.png.")],
+    class_: Annotated[
+        str | None,
+        typer.Option("--class", help="Instead of a caption, for a bundle of classes: a class's number or name."),
+    ] = None,
     bundle: Annotated[
         str | None,
         typer.Option(
@@ -144,24 +162,45 @@ def generate(
     min_p: MinP = None,
     guidance_scale: Guidance = None,
     guidance_schedule: Schedule = None,
+    guidance_power: Power = None,
+    guidance_interval: Interval = None,
     speculative: Speculative = None,
     coupling: Coupling = None,
     weights: Annotated[
         str, typer.Option(help="How matrices are kept: float32, or in a half or a quarter of it: bfloat16, int8.")
     ] = "float32",
 ) -> None:
-    """Draw pictures of a caption. Each PNG carries a receipt, from which `smalti replay` redraws it."""
+    """Draw pictures of a caption, or of a class. Each PNG carries a receipt, from which `smalti replay` redraws it."""
     outputs = _output_names(output, 1 if grid else n)
     _refuse_existing(outputs, force)
     if rerank and best_of == 1:
         raise InputError(f"--rerank {rerank} has one picture to choose from; give --best-of 2 or more as well.")
-    from smalti.tasks.images import Pipeline
-
+    sampling = _given(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        guidance_scale=guidance_scale,
+        guidance_schedule=guidance_schedule,
+        guidance_power=guidance_power,
+        guidance_interval=None if guidance_interval is None else _interval(guidance_interval),
+        speculative=speculative,
+        coupling=coupling,
+    )
     chosen = None
-    if bundle is None:
-        chosen = bundle_for_prompt(prompt, negative_prompt or "")
-        bundle = chosen.name
-    pipe = Pipeline.load(bundle, weights=weights)
+    if class_ is not None:
+        of_captions = _given(prompt=prompt, negative_prompt=negative_prompt, rerank=rerank)
+        of_captions |= {} if best_of == 1 else {"best_of": best_of}
+        pipe = _class_pipeline(bundle, of_captions, weights)
+    elif prompt is None:
+        raise InputError("what to draw? Give a caption, or --class with a bundle of classes.")
+    else:
+        from smalti.tasks.images import Pipeline
+
+        if bundle is None:
+            chosen = bundle_for_prompt(prompt, negative_prompt or "")
+            bundle = chosen.name
+        pipe = Pipeline(_loaded_for_prompt(bundle, weights))
     if grid:
         from smalti.image_files import grid_size
 
@@ -170,25 +209,11 @@ def generate(
             pipe.pictures.width * (scale or pipe.pictures.scale),
             pipe.pictures.height * (scale or pipe.pictures.scale),
         )
-    pictures = pipe.generate(
-        prompt,
-        seed=seed,
-        n=n,
-        scale=scale,
-        negative_prompt=negative_prompt,
-        best_of=best_of,
-        rerank=rerank,
-        **_given(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            guidance_scale=guidance_scale,
-            guidance_schedule=guidance_schedule,
-            speculative=speculative,
-            coupling=coupling,
-        ),
-    )
+    if prompt is not None:
+        how = {"negative_prompt": negative_prompt, "best_of": best_of, "rerank": rerank}
+        pictures = pipe.generate(prompt, seed=seed, n=n, scale=scale, **how, **sampling)
+    else:
+        pictures = pipe.generate(class_, seed=seed, n=n, scale=scale, **sampling)
     if grid:
         from smalti.image_files import to_grid
 
@@ -196,6 +221,39 @@ def generate(
     _save(pictures, outputs, force)
     if chosen:
         typer.echo(f"drawn by the bundle {chosen.name} ({chosen.why}); --bundle chooses another", err=True)
+
+
+def _class_pipeline(bundle: str | None, of_captions: dict[str, Any], weights: str) -> Any:
+    """What draws classes. Raises InputError for what only captions have a use for."""
+    from smalti.tasks.classes import ClassPipeline
+
+    for name in of_captions:
+        what = "a caption" if name == "prompt" else f"--{name.replace('_', '-')}"
+        raise InputError(f"a class is drawn by itself, without {what}; leave it out.")
+    if bundle is None:
+        raise InputError("no bundle of classes ships with the package: name one with --bundle.")
+    return ClassPipeline.load(bundle, weights=weights)
+
+
+def _loaded_for_prompt(name: str, weights: str) -> Any:
+    """A bundle that a caption was given for. Raises InputError, saying how, for one that draws something else."""
+    from smalti.bundle import Bundle
+
+    loaded = Bundle.load(name, weights=weights)
+    if loaded.classes is not None:
+        raise InputError(
+            f"{name} draws classes, not captions: give --class, a number from 0 to {loaded.classes.num - 1}"
+            f"{' or a name' if loaded.classes.names else ''}."
+        )
+    return loaded
+
+
+def _interval(text: str) -> tuple[int, int | None]:
+    found = re.fullmatch(r"\s*(\d*):(\d*)\s*", text)
+    if found is None:
+        raise InputError(f"--guidance-interval is {shortened(text)!r}; expected START:END, such as 0:64, or 16:.")
+    start, end = found.groups()
+    return int(start or 0), int(end) if end else None
 
 
 @app.command(epilog="Examples: smalti replay eight.png · smalti replay bird.png -o again.png --bundle out/cc3m/bundle")
@@ -540,6 +598,11 @@ def _info(bundle: Any) -> Iterator[tuple[str, str]]:
     if image_tokenizer is not None:
         rows, columns = image_tokenizer.config.grid
         yield "pictures", f"{pictures.width}×{pictures.height}, codes {rows}×{columns}"
+    if bundle.classes is not None:
+        names = bundle.classes.names
+        null = "none" if bundle.null_label is None else f"label {bundle.null_label}"
+        named = "" if names is None else f": {', '.join(names) if len(names) <= 20 else ', '.join(names[:3]) + ' …'}"
+        yield "classes", f"{bundle.classes.num:,}{named}; null condition: {null}"
     if bundle.is_lines:
         yield "lines", f"{bundle.image_length} codes in 0..{layout.vocabulary['image'].size - 1}"
     for name, order in layout.orders.items():

@@ -10,16 +10,22 @@ from smalti.tables import print_table
 app = typer.Typer()
 
 TOKENIZERS = "llamagen-vq, taming, titok, maskgit-vq, vit-vqgan, deepul"
+TRANSFORMERS = "llamagen, rar"
+OF_TRANSFORMERS = f"For {TRANSFORMERS}"
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 
 
 @app.command(
-    "import", epilog="Examples: smalti import llamagen-vq vq_ds16_c2i.pt -o out/vq16 · with --verify REFERENCE_FOLDER"
+    "import",
+    epilog="Examples: smalti import llamagen-vq vq_ds16_c2i.pt -o out/vq16 · smalti import llamagen c2i_B_256.pt "
+    "-o out/c2i-b --image-size 256 --image-tokenizer vq_ds16_c2i.pt · smalti import rar rar_b.bin -o out/rar-b "
+    "--image-tokenizer maskgit-vqgan-imagenet-f16-256.bin",
 )
 def import_(
-    kind: Annotated[str, typer.Argument(help=f"Whose layout the file has: {TOKENIZERS}, hf-llama.")],
+    kind: Annotated[str, typer.Argument(help=f"Whose layout the file has: {TOKENIZERS}; {TRANSFORMERS}, hf-llama.")],
     file: Annotated[
-        Path, typer.Argument(help="Weight file, as torch.save wrote it or safetensors; of hf-llama also the folder.")
+        Path,
+        typer.Argument(help="Weight file, as torch.save wrote it or safetensors; of a transformer also its folder."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the image tokenizer, or the bundle.")],
     config: Annotated[
@@ -29,19 +35,45 @@ def import_(
         Path | None,
         typer.Option(help="Reference folder (config.json, weights, io.npz) whose every output must come out the same."),
     ] = None,
+    image_tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="What makes pictures of the codes: a folder, or the weight file that was published with it "
+            "(llamagen-vq for llamagen, maskgit-vq for rar).",
+            rich_help_panel=OF_TRANSFORMERS,
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of llamagen's pictures in pixels: 256, 384 or 512; its weights do not tell.",
+            rich_help_panel=OF_TRANSFORMERS,
+        ),
+    ] = None,
+    class_names: Annotated[
+        Path | None,
+        typer.Option(
+            help="Names of the classes, one a line or a JSON list, for generate --class.",
+            rich_help_panel=OF_TRANSFORMERS,
+        ),
+    ] = None,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Read weights that hold NaN or infinity too.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out the list of tensors.")] = False,
     force: Force = False,
 ) -> int:
-    """Read the weights of another project's image tokenizer or language model. Nothing in the file is run.
+    """Read the weights of another project's image tokenizer, class or language model. Nothing in the file is run.
 
     Prints every tensor's old and new name. With --verify, the status is 1 if an output differs.
     """
     from smalti.interop.commands import error_table, import_weights
+    from smalti.interop.token_models import Extras
 
-    imported = import_weights(kind, file, output, config, verify, force=force, allow_nonfinite=allow_nonfinite)
+    extras = Extras(image_tokenizer=image_tokenizer, image_size=image_size, class_names=class_names)
+    imported = import_weights(
+        kind, file, output, config, verify, extras=extras, force=force, allow_nonfinite=allow_nonfinite
+    )
     lines = imported.report.lines()
     for line in (*(lines[-2:] if quiet else lines), *imported.report.notes, *imported.notes):
         typer.echo(line)
@@ -55,11 +87,16 @@ def import_(
 
 
 @app.command(
-    "export", epilog="Examples: smalti export llamagen-vq out/vq16 vq_ds16.pt · smalti export hf out/bundle out/llama"
+    "export",
+    epilog="Examples: smalti export llamagen-vq out/vq16 vq_ds16.pt · smalti export rar out/rar-b rar_b.bin · "
+    "smalti export hf out/bundle out/llama",
 )
 def export(
     kind: Annotated[
-        str, typer.Argument(help=f"Whose layout to write: {TOKENIZERS}; or hf, a bundle's model as a Llama.")
+        str,
+        typer.Argument(
+            help=f"Whose layout to write: {TOKENIZERS}; {TRANSFORMERS}; or hf, a bundle's model as a Llama."
+        ),
     ],
     bundle: Annotated[Path, typer.Argument(help="Folder of an image tokenizer, or of a bundle with one.")],
     file: Annotated[
@@ -68,8 +105,8 @@ def export(
     ],
     force: Force = False,
 ) -> None:
-    """Write weights as another project lays them out, with their config: an image tokenizer's, or a model's for
-    transformers and LLM servers."""
+    """Write weights as another project lays them out, with their config: an image tokenizer's, a class model's, or a
+    language model's for transformers and LLM servers."""
     if kind == "hf":
         from smalti.interop.huggingface import export_llama
 

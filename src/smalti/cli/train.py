@@ -33,7 +33,7 @@ app = typer.Typer(
 
 @app.command(
     epilog="Examples: smalti train demo · smalti train digits data.path=mnist train.num_epochs=2 output=out/short · "
-    "smalti train lines data=lines.parquet"
+    "smalti train lines data=lines.parquet · smalti train c2i data.train=photos image_tokenizer=out/vq16"
 )
 def recipe(
     recipe: Annotated[str, typer.Argument(help=f"A shipped recipe ({RECIPE_NAMES}), or a YAML file.")],
@@ -54,7 +54,7 @@ def recipe(
 
 
 def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
-    from smalti.recipes import CaptionsRecipe, LinesRecipe, TokenizerRecipe
+    from smalti.recipes import CaptionsRecipe, ClassesRecipe, LinesRecipe, TokenizerRecipe
 
     if isinstance(checked, TokenizerRecipe):
         _train_tokenizer(checked, quiet)
@@ -72,6 +72,18 @@ def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
         )
         return
     output = checked.output
+    if isinstance(checked, ClassesRecipe):
+        from smalti.systems.classes import train_classes
+
+        bundle = train_classes(checked, command=command, show_progress=not quiet)
+        typer.echo(
+            f"\nOpen {output}/report.md (guidance.png, and classes.png: ten pictures of each class) and\n"
+            f"{output}/model/curves.png. The bundle is {bundle}.\n"
+            "Try next:\n"
+            f"  smalti generate --class 0 -o picture.png --bundle {bundle}\n"
+            f"  smalti doctor {bundle}"
+        )
+        return
     if isinstance(checked, LinesRecipe):
         from smalti.systems.lines import train_lines
 

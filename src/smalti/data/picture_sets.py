@@ -73,6 +73,11 @@ class PictureSet:
     def __len__(self) -> int:
         return len(self._files) if self._column is None else len(self._column)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Of a folder, in the order of the rows."""
+        return tuple(self._files)
+
     def picture(self, row: int) -> Image.Image:
         """The picture of a row, RGB. Raises InputError naming the file, or the file and row."""
         name = str(self._files[row]) if self._column is None else f"{self.path}: row {row}"

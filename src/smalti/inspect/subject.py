@@ -99,14 +99,15 @@ def load_subject(
         raise InputError(f"{bundle} has an image tokenizer of its own; leave out --image-tokenizer and --code-offset.")
     order = picture_order(loaded.layout)
     segment = loaded.layout.vocabulary["image"]
-    if not loaded.model.can_score(Slot(((segment.offset, segment.end),))):
+    model = loaded.decoder_only("inspect")
+    if not model.can_score(Slot(((segment.offset, segment.end),))):
         raise InputError(
             f"{bundle} was trained to be given pictures, not to predict them: there is nothing to inspect."
         )
     codes, text_tokens = _read(Path(data), loaded.layout, order, num_lines, seed)
     return Subject(
         name=loaded.name,
-        model=loaded.model,
+        model=model,
         layout=loaded.layout,
         order=order,
         codes=codes,

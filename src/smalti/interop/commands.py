@@ -14,8 +14,19 @@ from smalti.bundle import Bundle
 from smalti.errors import InputError
 from smalti.files import new_file, new_folder, refuse_existing
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
-from smalti.interop import deepul, huggingface, llamagen_vq, maskgit_vq, taming, titok, verifying, vit_vqgan
+from smalti.interop import (
+    deepul,
+    huggingface,
+    llamagen_vq,
+    maskgit_vq,
+    taming,
+    titok,
+    token_models,
+    verifying,
+    vit_vqgan,
+)
 from smalti.interop.keys import ImportReport, Layout, export_foreign, import_foreign
+from smalti.interop.token_models import TOKEN_MODELS, Extras
 from smalti.interop.verifying import ArrayError
 from smalti.weight_files import read_config, read_weights
 
@@ -50,16 +61,24 @@ def import_weights(
     config: Path | None = None,
     verify_dir: Path | None = None,
     *,
+    extras: Extras = Extras(),  # noqa: B008 (frozen)
     force: bool = False,
     allow_nonfinite: bool = False,
 ) -> Imported:
-    """Writes the image tokenizer in a foreign weight file as a folder that `load_image_tokenizer` reads; of the kind
-    "hf-llama" a language model, from a file or a folder, as a bundle.
+    """Writes the image tokenizer in a foreign weight file as a folder that `load_image_tokenizer` reads; of the kinds
+    of TOKEN_MODELS and "hf-llama" a transformer, from a file or a folder, as a bundle.
 
     With `verify_dir` every output array of that reference folder is recomputed first, and nothing is written
     unless all of them hold. Raises InputError if a file cannot be read or does not fit, or holds values that are not
     finite, unless `allow_nonfinite`.
     """
+    if kind in TOKEN_MODELS:
+        return _import_token_model(
+            kind, file, output_dir, config, verify_dir, extras, force=force, allow_nonfinite=allow_nonfinite
+        )
+    for name, value in vars(extras).items():
+        if value is not None:
+            raise InputError(f"--{name.replace('_', '-')} goes with {', '.join(TOKEN_MODELS)}, not with {kind}.")
     if kind == huggingface.KIND:
         return _import_llama(file, output_dir, config, verify_dir, force=force, allow_nonfinite=allow_nonfinite)
     layout = layout_of(kind)
@@ -80,13 +99,18 @@ def verify(kind: str, directory: Path) -> list[ArrayError]:
     """The largest error of every output array of a reference folder, from the folder's own weights and config."""
     if kind == huggingface.KIND:
         return huggingface.verify_llama_folder(directory)
+    if kind in TOKEN_MODELS:
+        return token_models.verify_token_model(TOKEN_MODELS[kind], None, directory)[0]
     layout = layout_of(kind)
     return verifying.compare(layout, *verifying.read_reference(layout, directory))
 
 
 def export_weights(kind: str, bundle_dir: Path, file: Path, *, force: bool = False) -> Path:
-    """Writes an image tokenizer's weights in a foreign layout, as safetensors if `file` is called so and as the
-    original saves them otherwise, and beside it the original's config, whose path is returned."""
+    """Writes an image tokenizer's weights, or of the kinds of TOKEN_MODELS a transformer's, in a foreign layout: as
+    safetensors if `file` is called so and as the original saves them otherwise. The original's config comes beside it;
+    its path is returned."""
+    if kind in TOKEN_MODELS:
+        return token_models.export_token_model(TOKEN_MODELS[kind], bundle_dir, file, force=force)
     layout = layout_of(kind)
     config_file = file.with_suffix(".config.json")
     refuse_existing([file, config_file], force=force)
@@ -107,7 +131,9 @@ def export_weights(kind: str, bundle_dir: Path, file: Path, *, force: bool = Fal
 
 def layout_of(kind: str) -> Layout:
     if kind not in KINDS:
-        raise InputError(f"there is no kind {kind!r}; known are {', '.join((*KINDS, huggingface.KIND))}.")
+        raise InputError(
+            f"there is no kind {kind!r}; known are {', '.join((*KINDS, *TOKEN_MODELS, huggingface.KIND))}."
+        )
     return KINDS[kind]
 
 
@@ -164,6 +190,30 @@ def _import_llama(
         name = (source if source.is_dir() else source.parent).resolve().name
         made = Bundle(model=found.model, layout=found.layout, name=name, text_tokenizer=found.tokenizer)
         made.save(output_dir, force=force)
+    return imported
+
+
+def _import_token_model(
+    kind: str,
+    source: Path,
+    output_dir: Path,
+    config: Path | None,
+    verify_dir: Path | None,
+    extras: Extras,
+    *,
+    force: bool,
+    allow_nonfinite: bool,
+) -> Imported:
+    refuse_existing([output_dir], force=force)
+    found = token_models.import_token_model(TOKEN_MODELS[kind], source, config, extras, allow_nonfinite=allow_nonfinite)
+    errors: list[ArrayError] = []
+    notes = found.notes
+    if verify_dir is not None:
+        errors, note = token_models.verify_token_model(TOKEN_MODELS[kind], found.bundle, verify_dir)
+        notes = (*notes, note)
+    imported = Imported(report=found.report, notes=notes, errors=tuple(errors))
+    if imported.holds:
+        found.bundle.save(output_dir, force=force)
     return imported
 
 

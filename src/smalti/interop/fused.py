@@ -1,14 +1,17 @@
 """Reading a foreign state dict into a token model of ours, whose tensors may be made of several foreign ones."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from smalti.errors import InputError
+from smalti.errors import InputError, first_line
 from smalti.interop.keys import Foreign, ImportReport, Moved, misfit, shape_problems
 from smalti.weight_files import require_values
+from smalti.weights import BUILD_ERRORS, build_within
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Piece(NamedTuple):
@@ -24,6 +27,17 @@ PieceMap: TypeAlias = "dict[str, tuple[Piece, ...]]"
 """For every tensor of ours the foreign pieces it is made of, one above the other."""
 
 
+def build_of(build: Callable[[], Module], state: Mapping[str, Tensor]) -> Module:
+    """The module of a foreign config, which must not ask for much more memory than the weights take. Raises InputError
+    where it does, and where no network can be built of it."""
+    try:
+        return build_within(build, sum(tensor.numel() for tensor in state.values()), "the file")
+    except InputError:
+        raise
+    except BUILD_ERRORS as error:
+        raise InputError(f"no network can be built of the config: {first_line(error)}.") from error
+
+
 def read_fused(
     module: nn.Module,
     state: Mapping[str, Tensor],
@@ -33,7 +47,8 @@ def read_fused(
     sizes: str,
     allow_nonfinite: bool = False,
 ) -> ImportReport:
-    """Fills the module, which is then in evaluation mode. `droppable` holds beginnings and ends of keys to pass over,
+    """Fills the module, which is then in evaluation mode, with float32 weights that may share the memory of `state`.
+    `droppable` holds beginnings and ends of keys to pass over,
     with the reason. Raises InputError if a tensor is missing, has another shape, is left over, or holds values that are
     not finite, unless `allow_nonfinite`."""
     dropped = {
@@ -43,8 +58,11 @@ def read_fused(
     if problems := shape_problems(state, key_map, dropped):
         raise InputError(misfit(problems))
     notes = require_values(state, key_map, allow_nonfinite=allow_nonfinite)
-    ours = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    module.load_state_dict({name: _joined(state, made_of, ours[name]) for name, made_of in pieces.items()})
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    # assigned, not copied: what is one foreign tensor is in memory once
+    module.load_state_dict(
+        {name: _joined(state, made_of, shapes[name]) for name, made_of in pieces.items()}, assign=True
+    )
     module.eval()
     moved = tuple(Moved(piece.key, name, piece.shape) for name, made_of in pieces.items() for piece in made_of)
     return ImportReport(sizes=sizes, moved=moved, dropped=tuple(dropped.items()), notes=notes)
@@ -52,4 +70,19 @@ def read_fused(
 
 def _joined(state: Mapping[str, Tensor], made_of: Sequence[Piece], shape: torch.Size) -> Tensor:
     rows = [state[piece.key].float().reshape(-1, *shape[1:])[piece.first : piece.end] for piece in made_of]
-    return torch.cat(rows)
+    return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)
+
+
+def write_fused(module: nn.Module, pieces: PieceMap) -> dict[str, Tensor]:
+    """The foreign state dict of a module: the inverse of `read_fused`. Rows of a foreign tensor that have no place in
+    ours are zero."""
+    ours, state = module.state_dict(), dict[str, Tensor]()
+    for name, made_of in pieces.items():
+        at, tensor = 0, ours[name].detach().cpu()
+        for piece in made_of:
+            if piece.key not in state:
+                state[piece.key] = torch.zeros(piece.shape, dtype=tensor.dtype)
+            rows = state[piece.key].view(-1, *tensor.shape[1:])[piece.first : piece.end]
+            rows.copy_(tensor[at : at + len(rows)])
+            at += len(rows)
+    return state

@@ -425,7 +425,7 @@ def _read_all_weights(source: Path) -> ForeignWeights:
             return read_weights(source / name)
     for name in INDEXES:
         if (source / name).is_file():
-            return _read_shards(source / name)
+            return read_shards(source / name)
     raise InputError(
         f"{source} holds no weights: expected {WEIGHTS}, pytorch_model.bin, or one of {', '.join(INDEXES)} with its "
         f"shards.{_what_instead(source)}"
@@ -461,13 +461,14 @@ def _refuse_other_layouts(state: Mapping[str, Tensor], source: Path) -> None:
     if "tok_embeddings.weight" in state:
         if any("cls_embedding" in key or "attention.wqkv" in key for key in state):
             raise InputError(
-                f"{source} is a GPT of LlamaGen (it has tok_embeddings.weight and attention.wqkv), which is not read; "
-                "only Llamas of transformers are."
+                f"{source} is a GPT of LlamaGen (it has tok_embeddings.weight and attention.wqkv), not a Llama of "
+                "transformers: read it by `smalti import llamagen`."
             )
         raise InputError(f"{source} is a Llama in Meta's own layout (it has tok_embeddings.weight); {_CONVERT}.")
 
 
-def _read_shards(index: Path) -> ForeignWeights:
+def read_shards(index: Path) -> ForeignWeights:
+    """The tensors of all shards that an index names."""
     places = Fields(read_config(index), str(index)).take("weight_map", dict)
     for name in places.values():
         if not isinstance(name, str) or Path(name).name != name:
@@ -533,17 +534,24 @@ def export_llama(bundle: Path | str, directory: Path, *, force: bool = False) ->
     model's own. Returns the files and notes. Raises InputError for what a Llama cannot be, and if the folder exists,
     unless `force`; then it must be such a folder."""
     found = Bundle.load(bundle, device="cpu")
-    config = write_llama_config(found.model.config, found.layout, biased_halves(found.model))
+    model = found.decoder_only("a Llama")
+    _refuse_features(model.config)
+    config = write_llama_config(model.config, found.layout, biased_halves(model))
     generation = {"_from_model_config": False} | write_generation_config(found.layout)
     with new_folder(directory, force=force, holds=_is_llama, what="Llama") as folder:
-        save_file(split(found.model), folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(split(model), folder / WEIGHTS, metadata={"format": "pt"})
         _write_json(folder / CONFIG, config)
         _write_json(folder / "generation_config.json", generation)
         notes = (
-            *_head_note(found.model.config),
+            *_head_note(model.config),
             *_export_tokenizer(found.text_tokenizer, found.layout, folder),
         )
     return sorted(directory.iterdir()), notes
+
+
+def _refuse_features(config: DecoderOnlyConfig) -> None:
+    if config.feature_width is not None:
+        raise InputError("this model cannot be written as a Llama: it reads features in place of its first tokens.")
 
 
 def _head_note(config: DecoderOnlyConfig) -> tuple[str, ...]:

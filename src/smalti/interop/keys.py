@@ -48,10 +48,11 @@ class ImportReport:
 
     def lines(self) -> list[str]:
         """The report as text, one line per tensor."""
+        num_read = len({moved.foreign_key for moved in self.moved})
         return [
             *(f"{m.foreign_key} -> {m.our_key} {list(m.shape)}" for m in self.moved),
             *(f"{key} dropped: {reason}" for key, reason in self.dropped),
-            f"{len(self.moved)} tensors read, {len(self.dropped)} dropped, none missing or unexpected",
+            f"{num_read} tensors read, {len(self.dropped)} dropped, none missing or unexpected",
             f"sizes: {self.sizes}",
         ]
 

@@ -7,15 +7,17 @@ masked; here it is left out, which is the same, since nothing else sees it and t
 """
 
 import math
+import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from smalti.errors import InputError
 from smalti.interop.fields import HEADER, Fields, check_header
-from smalti.interop.fused import Piece, PieceMap, read_fused
+from smalti.interop.fused import Piece, PieceMap, build_of, read_fused
 from smalti.interop.keys import ImportReport
-from smalti.models.config import TransformerConfig
+from smalti.models.config import PRESETS, TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import FEATURES, Vocabulary
@@ -30,6 +32,15 @@ SECTIONS = ("ModelArgs", "generate", "smallest_top2_logit_gap", "filters", *HEAD
 
 def read_config(config: dict) -> tuple[DecoderOnlyConfig, Layout]:
     """Ours from the fields of LlamaGen's `ModelArgs`, alone or in a section of that name."""
+    try:
+        return _read_config(config)
+    except InputError:
+        raise
+    except ValueError as error:  # sizes that do not go together
+        raise InputError(f"config: {error}") from error
+
+
+def _read_config(config: dict) -> tuple[DecoderOnlyConfig, Layout]:
     check_header(config, CLASS_NAME, None)
     fields = Fields(config, "config")
     args = fields.section("ModelArgs") if "ModelArgs" in config else fields
@@ -75,6 +86,103 @@ def read_config(config: dict) -> tuple[DecoderOnlyConfig, Layout]:
         feature_width=width if kind == "t2i" else None,
     )
     return ours, Layout.parse(vocabulary, {"label to image" if kind == "c2i" else "caption to image": line})
+
+
+def num_classes(config: dict) -> int | None:
+    """How many classes a config speaks of, the null condition left out; None for captions."""
+    args = config.get("ModelArgs", config)
+    return args.get("num_classes", 1000) if args.get("model_type", "c2i") == "c2i" else None
+
+
+def infer_config(state: Mapping[str, Tensor], num_codes: int) -> tuple[dict, str]:
+    """LlamaGen's config of a state dict of one of the published sizes, and the name of that size. How many codes a
+    picture has the weights do not say. Raises InputError if the shapes are of none of them."""
+    layers = {int(found[1]) for key in state if (found := re.match(r"layers\.(\d+)\.attention\.wqkv\.", key))}
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    codes, wide = shapes.get("tok_embeddings.weight"), shapes.get("layers.0.feed_forward.w1.weight")
+    if not layers or codes is None or wide is None or len(codes) != 2 or len(wide) != 2:
+        raise InputError(
+            "this is no transformer of LlamaGen: expected tok_embeddings.weight, layers.0.attention.wqkv.weight and "
+            f"layers.0.feed_forward.w1.weight; found {', '.join(list(state)[:4])} …"
+        )
+    found = (len(layers), codes[1], wide[0])
+    sizes = {name: PRESETS[name] for name in PRESETS if name.startswith("llamagen-")}
+    fitting = [name for name, size in sizes.items() if (size["num_layers"], size["d_model"], size["d_ff"]) == found]
+    if not fitting:
+        raise InputError(
+            "the shapes are of no published LlamaGen ({} layers, width {}, feed-forward {}), and do not say how many "
+            "heads there are: give the original's config.".format(*found)
+        )
+    config: dict[str, Any] = {
+        "dim": codes[1],
+        "n_layer": len(layers),
+        "n_head": sizes[fitting[0]]["num_heads"],
+        "vocab_size": codes[0],
+        "block_size": num_codes,
+    }
+    labels = shapes.get("cls_embedding.embedding_table.weight")
+    captions = shapes.get("cls_embedding.uncond_embedding")
+    if labels is not None:
+        config |= {"model_type": "c2i", "num_classes": labels[0] - 1, "cls_token_num": 1}
+    elif captions is not None:
+        config |= {"model_type": "t2i", "cls_token_num": captions[0], "caption_dim": captions[-1]}
+    else:
+        raise InputError(
+            "this transformer of LlamaGen has no condition: expected cls_embedding.embedding_table.weight (classes) or "
+            "cls_embedding.uncond_embedding (captions)."
+        )
+    return config, fitting[0]
+
+
+def write_config(config: DecoderOnlyConfig, layout: Layout, classes: int | None) -> dict:
+    """LlamaGen's fields of a model that it can express. Raises InputError for another, saying why."""
+    ours = config.transformer
+    codes = layout.vocabulary["image"].size
+    labels = layout.vocabulary["label"].size if "label" in layout.vocabulary else 0
+    args = {
+        "dim": ours.d_model,
+        "n_layer": ours.num_layers,
+        "n_head": ours.num_heads,
+        "n_kv_head": ours.num_kv_heads,
+        **_wide_fields(ours),
+        "rope_base": ours.rotary_base,
+        "norm_eps": ours.norm_eps,
+        "resid_dropout_p": ours.dropout,
+        "attn_dropout_p": ours.attention_dropout,
+        "num_classes": 1000 if classes is None else classes,
+        "class_dropout_prob": 0.1 if classes is None or labels > classes else 0.0,
+        "caption_dim": config.feature_width or 2048,
+        "model_type": "t2i" if classes is None else "c2i",
+        "vocab_size": codes,
+        "cls_token_num": ours.prefix_length,
+        "block_size": ours.max_length - ours.prefix_length,
+    }
+    written = {"class": CLASS_NAME, "ModelArgs": args}
+    try:
+        read_back = read_config(written)
+    except ValueError as error:
+        raise InputError(f"this model is none that LlamaGen has: {error}") from error
+    if (read_back[0], read_back[1].to_dict()) != (config, layout.to_dict()):
+        raise InputError(f"this model is none that LlamaGen has: {_difference(config, layout, *read_back)}.")
+    return written
+
+
+def _difference(config: DecoderOnlyConfig, layout: Layout, theirs: DecoderOnlyConfig, their_layout: Layout) -> str:
+    mine, other = config.to_dict(), theirs.to_dict()
+    mine, other = mine | mine.pop("transformer"), other | other.pop("transformer")
+    for name in mine:
+        if mine[name] != other.get(name):
+            return f"its {name} is {mine[name]}, there it is {other.get(name)}"
+    return f"its sequences are {layout!r}, there they are {their_layout!r}"
+
+
+def _wide_fields(ours: TransformerConfig) -> dict[str, Any]:
+    """What LlamaGen makes the width of the feed-forward of."""
+    plain = int(2 * (4 * ours.d_model) / 3)
+    for step in (256, 128, 64, 32, 16, 8, 4, 2, 1):
+        if -(-plain // step) * step == ours.d_ff:
+            return {"multiple_of": step, "ffn_dim_multiplier": None}
+    return {"multiple_of": 1, "ffn_dim_multiplier": (ours.d_ff + 0.5) / plain}
 
 
 def _wide(args: Fields, d_model: int) -> int:
@@ -123,10 +231,11 @@ def piece_map(config: DecoderOnlyConfig) -> PieceMap:
 def read_llamagen(
     state: Mapping[str, Tensor], config: dict, *, allow_nonfinite: bool = False
 ) -> tuple[DecoderOnly, Layout, ImportReport]:
-    """The model of a LlamaGen state dict, in evaluation mode, and its layout. Raises InputError if a tensor is missing,
+    """The model of a LlamaGen state dict, in evaluation mode, and its layout; its weights may share the memory of
+    `state`. Raises InputError if a tensor is missing,
     has another shape or is left over, and for a config that says what is not known here."""
     ours, layout = read_config(config)
-    model = DecoderOnly(ours)
+    model = build_of(lambda: DecoderOnly(ours), state)
     report = read_fused(
         model,
         state,

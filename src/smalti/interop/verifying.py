@@ -63,9 +63,14 @@ def compare(layout: Layout, module: nn.Module, arrays: ReferenceArrays) -> list[
 
 @torch.inference_mode()
 def compare_outputs(
-    kind: str, outputs: Mapping[str, Callable[[], Tensor]], arrays: ReferenceArrays, inputs: Sequence[str]
+    kind: str,
+    outputs: Mapping[str, Callable[[], Tensor]],
+    arrays: ReferenceArrays,
+    inputs: Sequence[str],
+    tolerances: Mapping[str, float] | None = None,
 ) -> list[ArrayError]:
-    """The largest error of every array that is not among `inputs`, as `outputs` computes it; infinite where a code it
+    """The largest error of every array that is not among `inputs`, as `outputs` computes it, allowed up to TOLERANCE or
+    what `tolerances` says of it; infinite where a code it
     is computed from lies outside the codebook. Raises InputError if there is no such array, or one that `outputs` does
     not know."""
     wanted = [name for name in arrays if name not in inputs]
@@ -77,7 +82,8 @@ def compare_outputs(
             f"io.npz holds {', '.join(unknown)}, which is not known for {kind}; known outputs are "
             f"{', '.join(outputs)}, and inputs {', '.join(inputs)}."
         )
-    return [_array_error(name, arrays[name], outputs[name]) for name in wanted]
+    allowed = tolerances or {}
+    return [_array_error(name, arrays[name], outputs[name], allowed.get(name, TOLERANCE)) for name in wanted]
 
 
 def find_weights(directory: Path) -> Path:
@@ -100,10 +106,10 @@ def read_arrays(path: Path) -> ReferenceArrays:
         raise InputError(f"{path} cannot be read as reference arrays: {first_line(error)}.") from error
 
 
-def _array_error(name: str, expected: Tensor, compute: Callable[[], Tensor]) -> ArrayError:
+def _array_error(name: str, expected: Tensor, compute: Callable[[], Tensor], allowed: float) -> ArrayError:
     shape = tuple(expected.shape)
     whole = not expected.is_floating_point()
-    tolerance = 0.0 if whole else TOLERANCE
+    tolerance = 0.0 if whole else allowed
     try:
         ours = compute()
     except InputError:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from smalti.models.base import SequenceModel
+from smalti.models.base import Inputs, SequenceModel
 from smalti.models.transformer import at_least_float32
 from smalti.sequences.layout import NO_SLOT, Packed, Slot
 
@@ -91,10 +91,18 @@ def slot_targets(packed: Packed, slots: Sequence[Slot], *, full_softmax: bool = 
 
 
 def slot_nll(
-    model: SequenceModel, token_ids: Int[Tensor, "B T"], targets: Sequence[SlotTargets], slots: Sequence[Slot]
+    model: SequenceModel,
+    token_ids: Int[Tensor, "B T"],
+    targets: Sequence[SlotTargets],
+    slots: Sequence[Slot],
+    positions: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, " n"]:
-    """The values of `token_nll` at the targets alone, one after the other: what training minimises the sum of."""
-    hidden = model.hidden(token_ids[:, :-1]).flatten(0, 1)  # (B * (T - 1), D)
+    """The values of `token_nll` at the targets alone, one after the other: what training minimises the sum of.
+
+    With `positions` the tokens are visited in another order than raster: each token's own, from which follows which one
+    comes next.
+    """
+    hidden = model.hidden(_inputs(token_ids, positions)).flatten(0, 1)  # (B * (T - 1), D)
     found = []
     for target in targets:
         if target.slot is None:
@@ -102,3 +110,12 @@ def slot_nll(
         logits = model.logits(hidden.index_select(0, target.rows), None if target.slot is None else slots[target.slot])
         found.append(F.cross_entropy(at_least_float32(logits), target.local, reduction="none"))
     return torch.cat(found)
+
+
+def _inputs(token_ids: Int[Tensor, "B T"], positions: Int[Tensor, "B T"] | None) -> Inputs | Int[Tensor, "B T_1"]:
+    """What predicts the tokens behind the first."""
+    if positions is None:
+        return token_ids[:, :-1]
+    targets = positions[:, 1:].clone()
+    targets[:, 0] = -1  # the start token is told of none
+    return Inputs(token_ids[:, :-1], positions[:, :-1], targets)

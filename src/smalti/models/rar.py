@@ -10,7 +10,8 @@ Letters: B batch, R rows of a state, T tokens, D model width, L codes of a pictu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from smalti.bounds import check_sizes
+from smalti.documents import config_of
 from smalti.models.base import Inputs, check_drawable, inputs_of, last_of
 from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import DecodeState, Places, Rows
@@ -73,6 +75,14 @@ class RARConfig:
         """What its sequences are made of. Label `num_classes` says that no class is given: the null condition."""
         sizes = {"image": self.codebook_size, SPECIAL: [START], "label": self.num_classes + 1}
         return Layout.parse(Vocabulary(sizes), {"label to image": f"{START} (label{{1}}) image{{{self.num_codes}}}"})
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: object, where: Path | str = "the model's config") -> "RARConfig":
+        """The config that `to_dict` gave. Raises InputError naming `where` and the field that is not as it must be."""
+        return config_of(cls, content, where)
 
 
 PRESETS = {
@@ -142,6 +152,15 @@ class RAR(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
+
+    @property
+    def storage(self) -> str:
+        """How the weights are stored."""
+        return "float32"
+
+    def store_weights(self, storage: str) -> None:
+        """Raises ValueError: its weights stay as they are."""
+        raise ValueError(f"weights {storage!r} are for decoder-only models; a RAR keeps its weights in float32.")
 
     @property
     def num_parameters(self) -> int:
@@ -250,6 +269,6 @@ class RAR(nn.Module):
 
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=0.02)  # torch's trunc_normal_ cuts at ±2, a hundred deviations away
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

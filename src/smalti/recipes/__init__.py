@@ -6,6 +6,7 @@ from smalti.recipes.load import load_recipe as load_recipe
 from smalti.recipes.load import shipped_recipes as shipped_recipes
 from smalti.recipes.schema import AnyRecipe as AnyRecipe
 from smalti.recipes.schema import CaptionsRecipe as CaptionsRecipe
+from smalti.recipes.schema import ClassesRecipe as ClassesRecipe
 from smalti.recipes.schema import DigitsData as DigitsData
 from smalti.recipes.schema import ImageTokenizer as ImageTokenizer
 from smalti.recipes.schema import LinesRecipe as LinesRecipe

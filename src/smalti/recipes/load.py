@@ -194,7 +194,7 @@ def _one_by_one(override: str, system: System) -> list[str]:
 
 
 _ANY_PACE = ("evaluate", "sample", "watch", "about", "minutes", "output", "pictures", "held_out", "text_tokenizer")
-_DATA = ("data.path", "data.train", "data.validation", "image_tokenizer", "image_tokenizer.path")
+_DATA = ("data.path", "data.train", "data.validation", "data.held_out", "image_tokenizer", "image_tokenizer.path")
 
 
 def _value(text: str, override: str) -> Any:

@@ -1,14 +1,16 @@
 """What a recipe says: its sections are the config dataclasses themselves, so their fields, ranges and defaults are
 written down once, where they are used; this file only says which sections there are."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smalti.bundle import Sampling
 from smalti.data.digits import ColouringConfig
 from smalti.data.picture_sets import PicturesConfig
+from smalti.evaluate.classes import ClassesReportConfig
 from smalti.evaluate.compositions import CompositionsConfig
 from smalti.evaluate.report import ReportConfig
 from smalti.image_tokenizers.losses import AdversarialConfig, LossConfig
@@ -241,12 +243,87 @@ class CaptionsRecipe(Section):
         return self
 
 
-AnyRecipe = Recipe | LinesRecipe | TokenizerRecipe | CaptionsRecipe
-System = type[Recipe] | type[LinesRecipe] | type[TokenizerRecipe] | type[CaptionsRecipe]
+class LabelledPicturesData(Section):
+    """Pictures of classes: a folder with one folder for each, a parquet table with the columns image and label, or
+    MNIST's four idx files."""
+
+    train: Path | None = None
+    held_out: Path | None = None
+    """Pictures of the same classes to measure on. None: a share of the training ones; MNIST has its own."""
+    held_out_share: float = Field(default=0.05, gt=0, lt=1)
+    ten_crop: bool = False
+    """Train on ten crops of each picture: corners and centre of the picture made a tenth larger, and these mirrored."""
+    scale: int = 1
+    """Drawn pictures are enlarged this many times."""
+
+
+class ClassModel(Section):
+    """The transformer: LlamaGen's (2-D rotary positions, RMSNorm, SwiGLU), or a RAR."""
+
+    family: Literal["llamagen", "rar"] = "llamagen"
+    num_layers: int
+    d_model: int
+    num_heads: int
+    d_ff: int
+    dropout: float = 0.1
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ClassModel":
+        positions: dict[str, Any] = {"positions": "rotary_2d", "grid": (1, 1)} if self.family == "llamagen" else {}
+        TransformerConfig(
+            num_layers=self.num_layers,
+            d_model=self.d_model,
+            num_heads=self.num_heads,
+            d_ff=self.d_ff,
+            max_length=1,
+            dropout=self.dropout,
+            **positions,
+        )
+        return self
+
+
+class ClassesRecipe(Section):
+    """A checked recipe of the system `classes`: pictures of classes, class-conditional image generation (c2i)."""
+
+    system: Literal["classes"]
+    description: str
+    expects: str
+    minutes: Minutes = {}
+    data: LabelledPicturesData
+    image_tokenizer: Path | None = None
+    """Folder of a trained image tokenizer, or a bundle that has one."""
+    model: ClassModel
+    permuted: tuple[float, float] = (0.5, 0.75)
+    """Of a RAR, in place of `train.permuted`: the published shares."""
+    train: TrainConfig
+    sample: Sampling = Sampling()
+    """With which settings pictures are drawn beside the guidance scale, which is that which comes nearest to real
+    pictures."""
+    evaluate: ClassesReportConfig = ClassesReportConfig()
+    about: dict[str, str] = {}
+    """What the model card says of data and licence."""
+    output: Path
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "ClassesRecipe":
+        _ = self.training
+        return self
+
+    @property
+    def training(self) -> TrainConfig:
+        """`train`, of a RAR with the shares of permuted pictures."""
+        if self.model.family == "rar" and self.train.permuted is None:
+            return replace(self.train, permuted=self.permuted)
+        return self.train
+
+
+AnyRecipe = Recipe | LinesRecipe | TokenizerRecipe | CaptionsRecipe | ClassesRecipe
+System = type[Recipe] | type[LinesRecipe] | type[TokenizerRecipe] | type[CaptionsRecipe] | type[ClassesRecipe]
 SYSTEMS: dict[str, System] = {
     "digits": Recipe,
     "lines": LinesRecipe,
     "image tokenizer": TokenizerRecipe,
     "captions": CaptionsRecipe,
+    "classes": ClassesRecipe,
 }
 """Kinds of recipes, by their entry `system`."""

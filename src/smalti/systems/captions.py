@@ -26,7 +26,7 @@ from smalti.evaluate.reconstruction import find_image_tokenizer
 from smalti.files import made_again
 from smalti.image_files import PictureConfig
 from smalti.image_tokenizers import load_image_tokenizer
-from smalti.models.decoder_only import DecoderOnly
+from smalti.models.families import AnyModel
 from smalti.progress import stage, track
 from smalti.recipes import CaptionsRecipe, claim_folder
 from smalti.sequences.layout import Layout
@@ -86,7 +86,7 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
         opened |= {split: TokenTable.open(tokens) for split, tokens in tables.items()}
         train, validation = opened["train"], opened["validation"]
 
-        def make_pipeline(model: DecoderOnly, **described: Any) -> Pipeline:
+        def make_pipeline(model: AnyModel, **described: Any) -> Pipeline:
             bundle = Bundle(
                 model=model,
                 layout=layout,

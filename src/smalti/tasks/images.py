@@ -10,8 +10,7 @@ Letters: B sequences, C H W image, h w code grid, L tokens of a caption.
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, replace
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from smalti.image_files import Picture, checked_scale, listed, to_images, to_pic
 from smalti.image_tokenizers import TiTok
 from smalti.likelihood import score
 from smalti.sequences.layout import Layout, SpanValues
+from smalti.tasks.codes import Codes, Partial, decode, decode_images, encode_images, receipt, sample_config
 from smalti.tasks.face import Face
 from smalti.text_tokenizer import TextTokenizer
 
@@ -37,7 +37,6 @@ RERANKERS = ("picture", "caption", "pmi")
 bundle that was trained in one order alone has no p(caption | picture)."""
 
 Pictures = Picture | Iterable[Picture]
-Codes = Int[Tensor, "B h w"]
 
 
 class Scores(NamedTuple):
@@ -61,15 +60,6 @@ class Scores(NamedTuple):
 class Pair(NamedTuple):
     picture: Image.Image
     caption: str
-
-
-class Partial(NamedTuple):
-    """A picture on its way."""
-
-    codes: Int[Tensor, " drawn"]
-    """The codes so far, in raster order."""
-    picture: Image.Image
-    """Their picture; what is not drawn yet is grey."""
 
 
 class Pipeline(Face):
@@ -437,32 +427,18 @@ class Pipeline(Face):
         """Codes of pictures or picture files. Raises InputError for a picture of the wrong size or mode."""
         return self.encode_images(to_images(pictures, self.pictures), batch_size=batch_size)
 
-    @torch.inference_mode()
     def encode_images(self, images: Float[Tensor, "B 3 H W"], *, batch_size: int = 64) -> Codes:
         """Codes of images in [0, 1], on the CPU."""
-        if not len(images):
-            return torch.zeros(0, *self.grid, dtype=torch.long)
-        device = self.bundle.device
-        return torch.cat([self.image_tokenizer.encode_images(i.to(device)).cpu() for i in images.split(batch_size)])
+        return encode_images(self.bundle, images, batch_size=batch_size)
 
     def decode(self, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
         """Pictures of codes, each enlarged `scale` times; on a CPU each decoded alone: none depends on the others."""
-        alone = self.bundle.device.type == "cpu"
-        return to_pictures(self.decode_images(codes, batch_size=1 if alone else 64), self.pictures, scale)
+        return decode(self.bundle, codes, scale=scale)
 
-    @torch.inference_mode()
     def decode_images(self, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
         """Images of codes as the image tokenizer gives them, not clamped to [0, 1]. Raises InputError for codes of
         another shape than the grid's, or that are no whole numbers."""
-        if codes.shape[1:] != self.grid or codes.is_floating_point():
-            raise InputError(
-                f"codes are {tuple(codes.shape)} of {codes.dtype}; expected whole numbers of the shape "
-                f"(N, {self.grid[0]}, {self.grid[1]}), such as encode and generate_codes return."
-            )
-        if not len(codes):
-            return torch.zeros(0, 3, self.pictures.height, self.pictures.width)
-        device = self.bundle.device
-        return torch.cat([self.image_tokenizer.decode_codes(c.to(device)).cpu() for c in codes.split(batch_size)])
+        return decode_images(self.bundle, codes, batch_size=batch_size)
 
     def executor(self, num_requests: int, batch_size: int = 64) -> str:
         """What draws so many pictures; their receipts name it."""
@@ -535,22 +511,13 @@ class Pipeline(Face):
         return order.name if order.span("text").end is not None else None
 
     def sample_config(self, default: SampleConfig, given: Mapping[str, Any]) -> SampleConfig:
-        """The default with the settings that are given. Raises ValueError for unknown ones."""
-        known = [known.name for known in fields(SampleConfig)]
-        for name in given:
-            if name not in known:
-                raise ValueError(f"sampling has no setting {name!r}; there are {', '.join(known)}.")
-        return replace(default, **given)
+        """The default with the settings that are given. Raises ValueError for unknown ones, and for an interval of
+        guidance beyond a picture's codes."""
+        return sample_config(default, given, self.bundle.image_length)
 
     def receipt(self, **details: Any) -> dict[str, Any]:
         """How a picture was made: what is known of the bundle, and the details."""
-        return {
-            "smalti_version": version("smalti"),
-            "bundle": self.name,
-            "weights_sha256": self.weights_sha256,
-            "weights": self.model.storage,
-            **details,
-        }
+        return receipt(self.bundle, **details)
 
 
 def _check_completing(n: int, config: SampleConfig, captioned: bool) -> None:

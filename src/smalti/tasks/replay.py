@@ -21,12 +21,19 @@ from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, first_line, shortened
 from smalti.image_files import GRID_GAP, grid_columns, read_picture, read_receipts, to_grid, with_receipt
 from smalti.models.stored_weights import STORAGES
+from smalti.tasks.classes import CLASS, ClassPipeline
 from smalti.tasks.edit import edit_request
 from smalti.tasks.images import Pipeline
 
+AnyPipeline = Pipeline | ClassPipeline
 ENTRIES = {"task": str, "seed": int, "sampling": dict, "weights_sha256": str, "codes": list, "bundle": str}
 """What a receipt must hold, whatever the picture is."""
-TASK_ENTRIES = {"generate": {"prompt": str}, "complete": {"rows": int}, "edit": {"prompt": str, "redrawn": list}}
+TASK_ENTRIES = {
+    "generate": {"prompt": str},
+    CLASS: {"label": int},
+    "complete": {"rows": int},
+    "edit": {"prompt": str, "redrawn": list},
+}
 """And what of each task."""
 
 
@@ -50,7 +57,7 @@ def replay(path: Path | str, bundle: str | Path | None = None) -> Replayed:
     """
     given = read_picture(path)
     receipts = checked_receipts(path, read_receipts(path))
-    pipe = _load(path, receipts[0], bundle)
+    pipe = _load(path, receipts, bundle)
     for receipt in receipts:
         if receipt["weights_sha256"] != pipe.weights_sha256:
             raise InputError(
@@ -105,7 +112,7 @@ def _damaged(path: Path | str, what: str) -> InputError:
     return InputError(f"{path}: its receipt is damaged: {what}; draw the picture again.")
 
 
-def check_kept(path: Path | str, receipts: list[dict[str, Any]], pipe: Pipeline) -> None:
+def check_kept(path: Path | str, receipts: list[dict[str, Any]], pipe: AnyPipeline) -> None:
     """Raises InputError if the codes that a completion or an edit kept are none that the bundle's pictures can have."""
     size, (rows, columns) = pipe.layout.vocabulary["image"].size, pipe.grid
     for receipt in (receipt for receipt in receipts if receipt["task"] == "edit"):
@@ -124,12 +131,16 @@ def check_kept(path: Path | str, receipts: list[dict[str, Any]], pipe: Pipeline)
             raise _damaged(path, f"not all of its codes are in 0..{size - 1}")
 
 
-def _load(path: Path | str, receipt: dict[str, Any], bundle: str | Path | None) -> Pipeline:
+def _load(path: Path | str, receipts: list[dict[str, Any]], bundle: str | Path | None) -> AnyPipeline:
+    receipt = receipts[0]
+    if len({one["task"] == CLASS for one in receipts}) > 1:
+        raise _damaged(path, "some of its pictures are of classes and some of captions")
+    kind = ClassPipeline if receipt["task"] == CLASS else Pipeline
     weights = receipt.get("weights", "float32")  # receipts of before there was a choice
     if bundle is not None:
-        return Pipeline.load(bundle, weights=weights)
+        return kind.load(bundle, weights=weights)
     try:
-        return Pipeline.load(receipt["bundle"], weights=weights)
+        return kind.load(receipt["bundle"], weights=weights)
     except InputError as error:
         raise InputError(
             f"{path} was drawn with the bundle {receipt['bundle']!r} of weights {receipt['weights_sha256']}: say by "
@@ -137,7 +148,7 @@ def _load(path: Path | str, receipt: dict[str, Any], bundle: str | Path | None) 
         ) from error
 
 
-def _scale(path: Path | str, given: Image.Image, num_pictures: int, pipe: Pipeline) -> int:
+def _scale(path: Path | str, given: Image.Image, num_pictures: int, pipe: AnyPipeline) -> int:
     """How often every pixel was enlarged."""
     columns = grid_columns(num_pictures) if num_pictures > 1 else 1
     width = (given.width - (columns - 1) * GRID_GAP) // columns
@@ -149,7 +160,7 @@ def _scale(path: Path | str, given: Image.Image, num_pictures: int, pipe: Pipeli
     return width // pipe.pictures.width
 
 
-def _draw_codes(pipe: Pipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
+def _draw_codes(pipe: AnyPipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
     """By the executor that each receipt names; those of before they did: by any that draws the same, if one does."""
     if all("executor" in receipt for receipt in receipts):
         return _drawn_by_named(pipe, receipts)
@@ -176,7 +187,7 @@ def _check_executor(path: Path | str, executor: Any) -> None:
         )
 
 
-def _drawn_by_named(pipe: Pipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
+def _drawn_by_named(pipe: AnyPipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
     drawn = []
     for (config, executor), alike in groupby(receipts, lambda one: (receipt_config(pipe, one), one.get("executor"))):
         requests = [receipt_request(pipe, receipt) for receipt in alike]
@@ -184,7 +195,7 @@ def _drawn_by_named(pipe: Pipeline, receipts: list[dict[str, Any]]) -> Int[Tenso
     return torch.stack([found.spans["image"].view(pipe.grid) for found in drawn])
 
 
-def receipt_config(pipe: Pipeline, receipt: dict[str, Any]) -> SampleConfig:
+def receipt_config(pipe: AnyPipeline, receipt: dict[str, Any]) -> SampleConfig:
     """How a picture was drawn; what an older receipt does not tell is the bundle's own."""
     settings = dict(receipt["sampling"])
     if "guidance_interval" in settings:  # JSON knows no tuples
@@ -192,9 +203,11 @@ def receipt_config(pipe: Pipeline, receipt: dict[str, Any]) -> SampleConfig:
     return pipe.sample_config(SampleConfig() if receipt.get("prompt") is None else pipe.sampling.picture, settings)
 
 
-def receipt_request(pipe: Pipeline, receipt: dict[str, Any]) -> Request:
+def receipt_request(pipe: AnyPipeline, receipt: dict[str, Any]) -> Request:
     """What draws the picture of a receipt that was checked. Raises InputError or ValueError where it cannot be."""
     config, prompt, seed = receipt_config(pipe, receipt), receipt.get("prompt"), receipt["seed"]
+    if isinstance(pipe, ClassPipeline):
+        return pipe.class_request(pipe.classes.find(receipt["label"]), seed, config)
     if receipt["task"] == "complete":
         kept = torch.tensor(receipt["codes"][: receipt["rows"] * pipe.grid[1]], dtype=torch.long)
         return pipe.complete_request(kept.view(-1, pipe.grid[1]), prompt, seed, config)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from smalti.files import new_file
 from smalti.image_files import read_picture, save_picture
 from smalti.models.base import evaluating
-from smalti.models.decoder_only import DecoderOnly
+from smalti.models.families import AnyModel
 from smalti.tasks.images import Pipeline
 
 TABLE_PNG, TABLE_MD = "table.png", "table.md"
@@ -43,10 +43,10 @@ class SampleTable:
     a training is resumed, it draws nothing.
     """
 
-    def __init__(self, directory: Path, config: SampleTableConfig, make_pipeline: Callable[[DecoderOnly], Pipeline]):
+    def __init__(self, directory: Path, config: SampleTableConfig, make_pipeline: Callable[[AnyModel], Pipeline]):
         self.directory, self.config, self._make_pipeline = directory, config, make_pipeline
 
-    def __call__(self, model: DecoderOnly, step: int) -> None:
+    def __call__(self, model: AnyModel, step: int) -> None:
         paths = [self._path(step, column) for column in range(len(self.config.prompts))]
         if all(path.exists() for path in paths):
             return

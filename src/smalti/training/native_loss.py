@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from smalti import native
 from smalti.models.config import FEED_FORWARDS
 from smalti.models.decoder_only import DecoderOnly
+from smalti.models.families import AnyModel
 from smalti.models.loss import SlotTargets, check_full_head
 from smalti.models.transformer import Block
 from smalti.processor import multiplies_bfloat16
@@ -64,10 +65,12 @@ class _Task(ctypes.Structure):
     )
 
 
-def why_not(model: DecoderOnly, precision: str = "float32") -> str | None:
+def why_not(model: AnyModel, precision: str = "float32") -> str | None:
     """Everything that keeps the kernel from training this model here, in words and in one order; None if it can.
 
     `precision`, "float32" or "bfloat16", is that of the products."""
+    if not isinstance(model, DecoderOnly):
+        return f"it knows decoder-only models, not {type(model).__name__}"
     config = model.config.transformer
     widths = {"d_model": config.d_model, "d_ff": config.d_ff, "key-value width": config.kv_width}
     uneven = [f"{name} {width}" for name, width in widths.items() if width % EDGE]
@@ -85,9 +88,9 @@ def why_not(model: DecoderOnly, precision: str = "float32") -> str | None:
     return "; ".join(reason for reason, fine in checks.items() if not fine) or None
 
 
-def make_native_loss(model: DecoderOnly, precision: str = "float32") -> "NativeLoss | None":
+def make_native_loss(model: AnyModel, precision: str = "float32") -> "NativeLoss | None":
     """The kernel for this model, compiled if it has not been yet; None where it does not fit or cannot be compiled."""
-    if why_not(model, precision) is not None:
+    if not isinstance(model, DecoderOnly) or why_not(model, precision) is not None:
         return None
     library = native.load(f"train_{precision}")
     return None if library is None else NativeLoss(model, library)

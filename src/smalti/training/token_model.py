@@ -34,9 +34,12 @@ from smalti.data.tokens import TokenBatch
 from smalti.engine.executors import native as native_decode
 from smalti.errors import InputError, require_finite
 from smalti.likelihood import Likelihood, evaluate_nll
+from smalti.models.base import SequenceModel
 from smalti.models.config import TransformerConfig
-from smalti.models.decoder_only import DecoderOnly, new_model
+from smalti.models.decoder_only import new_model
+from smalti.models.families import AnyModel
 from smalti.models.loss import SlotTargets, slot_nll, slot_targets
+from smalti.models.rar import RAR, RARConfig
 from smalti.precision import (
     AUTO,
     FLOAT32,
@@ -96,7 +99,7 @@ class Pairs(Protocol):
     def batch(self, rows: Integer[np.ndarray, " n"]) -> TokenBatch: ...
 
 
-Sampler = Callable[[DecoderOnly, int], None]
+Sampler = Callable[[AnyModel, int], None]
 """What may look at the model on its way, with the number of updates made; it leaves the model as it was."""
 
 
@@ -161,8 +164,11 @@ class TrainConfig:
     """Share of the input tokens, markers apart, that are replaced by random ones of their segment while training; what
     is to be predicted stays. It keeps the model from relying on any one token of its context."""
     caption_dropout: float = 0.0
-    """Share of the captions left empty where a caption comes before its picture: so the model also learns pictures
-    without one, which guidance needs."""
+    """Share of the captions left empty where a caption comes before its picture, and of the labels that are the null
+    label: so the model also learns pictures without one, which guidance needs."""
+    permuted: tuple[float, float] | None = None
+    """Of a RAR: up to the first share of the training every picture is visited in an order of its own, from the second
+    on all are in raster order, and between them fewer and fewer (arXiv:2411.00776, §3.3). None: always raster."""
     patience: int | None = None
     """Stop after so many evaluations without a lower validation loss, and return the weights of the lowest instead of
     the last. None: never stop early, return the last."""
@@ -187,8 +193,10 @@ class TrainConfig:
             "evaluation_rows checkpoint_every keep_checkpoints",
             not_negative="warmup_steps weight_decay seed",
             below_one="ema_decay dropout_from token_dropout caption_dropout betas",
-            shares="final_share",
+            shares="final_share permuted",
         )
+        if self.permuted is not None and self.permuted[0] > self.permuted[1]:
+            raise ValueError(f"permuted is {self.permuted}; the first share must not be above the second.")
 
     @property
     def length(self) -> Length:
@@ -229,12 +237,15 @@ class MicroBatch(NamedTuple):
     """Which part each target belongs to, as an index into `part_names`."""
     counts: Int[Tensor, " P"]
     """Counted positions of each part, those that cost nothing included; stays on the CPU."""
+    positions: Int[Tensor, "B T"] | None = None
+    """Where each token stands, if pictures are not all visited in raster order."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
             return self
         moved = [SlotTargets(t.slot, t.rows.to(device), t.local.to(device)) for t in self.targets]
-        return MicroBatch(self.token_ids.to(device), moved, self.parts.to(device), self.counts)
+        positions = None if self.positions is None else self.positions.to(device)
+        return MicroBatch(self.token_ids.to(device), moved, self.parts.to(device), self.counts, positions)
 
 
 def part_names(layout: Layout) -> list[str]:
@@ -262,22 +273,33 @@ def pack_rows(
     uncaptioned: Bool[np.ndarray, " n"] | None = None,
 ) -> Packed:
     """Sequences of these rows, each in its order (an index into `layout.orders`), which must ascend. Of the rows that
-    are `uncaptioned`, those with the caption before the picture have an empty one."""
+    are `uncaptioned`, those with the caption before the picture have an empty one, those with a label the null label.
+    Labels stand in the rows' `text_tokens`, one in each."""
     packed = []
     for index, order in enumerate(layout.orders):
         chosen = rows[orders == index]
         if len(chosen):
             image, image_lengths, text, text_lengths = map(torch.from_numpy, pairs.batch(chosen))
-            if uncaptioned is not None and _may_lack_caption(layout[order]):
+            if uncaptioned is not None and _has_label(layout[order]):
+                null = layout.vocabulary["label"].size - 1
+                text = text.masked_fill(torch.from_numpy(uncaptioned[orders == index])[:, None], null)
+            elif uncaptioned is not None and _may_lack_caption(layout[order]):
                 text_lengths = text_lengths.masked_fill(torch.from_numpy(uncaptioned[orders == index]), 0)
-            spans = {"image": SpanValues(image, image_lengths), "text": SpanValues(text, text_lengths)}
+            beside = SpanValues(text, text_lengths)
+            spans = {"image": SpanValues(image, image_lengths), "text": beside, "label": beside}
             packed.append(layout.pack(order, {s.segment: spans[s.segment] for s in layout[order].spans}))
     return _join(packed)
 
 
+def _has_label(order: Order) -> bool:
+    return any(span.segment == "label" for span in order.spans)
+
+
 def _may_lack_caption(order: Order) -> bool:
-    """Whether a caption of open length comes before the picture."""
-    return [span.segment for span in order.spans] == ["text", "image"] and order.spans[0].end is not None
+    """Whether a caption of open length, or a label, comes before the picture."""
+    return _has_label(order) or (
+        [span.segment for span in order.spans] == ["text", "image"] and order.spans[0].end is not None
+    )
 
 
 def _join(packed: Sequence[Packed]) -> Packed:
@@ -301,7 +323,14 @@ def make_micro_batch(layout: Layout, packed: Packed, *, full_softmax: bool) -> M
 
 
 def micro_batches(
-    layout: Layout, pairs: Pairs, config: TrainConfig, *, start_step: int, rank: int, world_size: int
+    layout: Layout,
+    pairs: Pairs,
+    config: TrainConfig,
+    *,
+    start_step: int,
+    rank: int,
+    world_size: int,
+    num_steps: int | None = None,
 ) -> Iterator[list[MicroBatch]]:
     """For each step from `start_step` on, without end, this process's share of the batch.
 
@@ -315,18 +344,47 @@ def micro_batches(
         uncaptioned = None
         if config.caption_dropout:
             uncaptioned = np.random.default_rng([config.seed, step, 3]).random(len(rows)) < config.caption_dropout
+        permutations = None
+        if config.permuted is not None:
+            share = permuted_share(step, num_steps or config.steps(len(pairs)), config.permuted)
+            permutations = draw_permutations(layout, len(rows), share, config.seed, step)
         pieces = []
         for piece in range(rank, num_pieces, world_size):
             empty = None if uncaptioned is None else uncaptioned[piece::num_pieces]
             packed = pack_rows(layout, pairs, rows[piece::num_pieces], orders[piece::num_pieces], empty)
+            positions = None if permutations is None else permutations[piece::num_pieces]
+            if positions is not None:
+                packed = packed._replace(token_ids=packed.token_ids.gather(1, positions))
             made = make_micro_batch(layout, packed, full_softmax=config.full_softmax)
             if config.token_dropout:  # the targets are made: only what the model reads is changed
                 uniforms = _dropout_uniforms(layout, config, step)[piece::num_pieces]
                 made = made._replace(
                     token_ids=drop_tokens(layout.vocabulary, made.token_ids, config.token_dropout, uniforms)
                 )
-            pieces.append(made)
+            pieces.append(made._replace(positions=positions))
         yield pieces
+
+
+def permuted_share(step: int, num_steps: int, between: tuple[float, float]) -> float:
+    """Share of the pictures that are visited in an order of their own at a step (RAR, §3.3)."""
+    first, last = (share * num_steps for share in between)
+    if step < first:
+        return 1.0
+    return 0.0 if step >= last else (last - step) / (last - first)
+
+
+def draw_permutations(layout: Layout, num_rows: int, share: float, seed: int, step: int) -> Int[Tensor, "B T"] | None:
+    """For each row of a step's batch the position that is visited at each place: what comes before the picture as it
+    is, and then the picture's cells, in raster order or any other. None: all in raster order."""
+    if share == 0:
+        return None
+    length = next(iter(layout.orders.values())).span("image").length
+    generator = np.random.default_rng([seed, step, 4])
+    chosen = generator.random(num_rows) < share
+    ranks = np.where(chosen[:, None], generator.random((num_rows, length)), np.arange(length))
+    before = layout.max_length - length
+    ahead = np.broadcast_to(np.arange(before), (num_rows, before))
+    return torch.from_numpy(np.concatenate((ahead, before + ranks.argsort(1, kind="stable")), axis=1))
 
 
 def _dropout_uniforms(layout: Layout, config: TrainConfig, step: int) -> Float[Tensor, "B T 2"]:
@@ -355,14 +413,16 @@ def drop_tokens(
 class NextTokenLoss(nn.Module):
     """The nats of a micro-batch's targets, as a module, so that it can be compiled and wrapped."""
 
-    def __init__(self, model: DecoderOnly, layout: Layout, native: NativeLoss | None = None):
+    def __init__(self, model: AnyModel, layout: Layout, native: NativeLoss | None = None):
         super().__init__()
         self.model, self.slots, self.native = model, layout.slots, native
 
-    def forward(self, token_ids: Int[Tensor, "B T"], targets: list[SlotTargets]) -> Float[Tensor, " n"]:
+    def forward(
+        self, token_ids: Int[Tensor, "B T"], targets: list[SlotTargets], positions: Int[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, " n"]:
         if self.native is not None:
             return self.native(token_ids, targets, self.slots)
-        return slot_nll(self.model, token_ids, targets, self.slots)
+        return slot_nll(self.model, token_ids, targets, self.slots, positions)
 
 
 @dataclass(kw_only=True)
@@ -371,8 +431,8 @@ class TrainState:
 
     step: int
     """Updates made."""
-    model: DecoderOnly
-    averaged: DecoderOnly | None
+    model: AnyModel
+    averaged: AnyModel | None
     optimizer: torch.optim.Optimizer | Optimizers
     evaluations: dict[int, float] = field(default_factory=dict)
     """Validation nats per token by step, in the order of the steps."""
@@ -389,7 +449,7 @@ class TrainState:
         return sum(step > self.best_step for step in self.evaluations) >= patience
 
     @property
-    def trained(self) -> DecoderOnly:
+    def trained(self) -> AnyModel:
         """The model that is evaluated and returned."""
         return self.averaged or self.model
 
@@ -413,10 +473,11 @@ class TrainState:
         self.evaluations = state.get("evaluations", {})
 
 
-def make_optimizer(model: DecoderOnly, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer | Optimizers:
+def make_optimizer(model: AnyModel, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer | Optimizers:
     """AdamW, or Muon and AdamW beside it, as `config.optimizer` says."""
     muon = config.optimizer == "muon"
-    matrices = [p for p in model.transformer.blocks.parameters() if p.ndim == 2] if muon else []
+    blocks = model.blocks if isinstance(model, RAR) else model.transformer.blocks
+    matrices = [p for p in blocks.parameters() if p.ndim == 2] if muon else []
     taken = set(matrices)
     others = [parameter for parameter in model.parameters() if parameter not in taken]
     decayed = [parameter for parameter in others if parameter.ndim >= 2]
@@ -458,7 +519,7 @@ def _has_cpp_compiler() -> bool:
 
 
 def make_loss(
-    model: DecoderOnly, layout: Layout, asked: TrainConfig, chosen: TrainConfig, num_steps: int
+    model: AnyModel, layout: Layout, asked: TrainConfig, chosen: TrainConfig, num_steps: int
 ) -> NextTokenLoss:
     """The loss by the native kernel where it covers the model and the run is long enough, else compiled if so chosen.
 
@@ -488,7 +549,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def evaluate(
-    model: DecoderOnly, layout: Layout, pairs: Pairs, num_rows: int, *, rank: int = 0, world_size: int = 1
+    model: SequenceModel, layout: Layout, pairs: Pairs, num_rows: int, *, rank: int = 0, world_size: int = 1
 ) -> dict[str, float | None]:
     """Nats per counted token, in all and by part, of the first `num_rows` pairs, each in every order.
 
@@ -525,7 +586,7 @@ def _evaluation_batches(
 
 
 def nats_by_order(
-    model: DecoderOnly, layout: Layout, pairs: Pairs, num_rows: int, *, captioned: bool = True
+    model: SequenceModel, layout: Layout, pairs: Pairs, num_rows: int, *, captioned: bool = True
 ) -> dict[str, dict[str, Likelihood]]:
     """Likelihood of the counted tokens of the first `num_rows` pairs by order and part. If not `captioned`, only of the
     orders in which a caption of open length comes before the picture, with the caption left empty."""
@@ -596,7 +657,7 @@ class Pace:
 
 
 def train_model(
-    model: DecoderOnly | TransformerConfig,
+    model: AnyModel | TransformerConfig | RARConfig,
     layout: Layout,
     train: Pairs,
     validation: Pairs,
@@ -609,7 +670,7 @@ def train_model(
     sample_every: int = 1000,
     show_progress: bool = True,
     estimate: Estimate | None = None,
-) -> DecoderOnly:
+) -> AnyModel:
     """Trains a model, or a fresh one of this shape, on pairs packed by the layout; returns it, averaged if so asked.
 
     `directory` gets `checkpoints/`, `curves.csv`, `curves.png` and `tensorboard/`, and `best/` if the run may stop
@@ -660,7 +721,10 @@ def train_model(
         progress = stack.enter_context(
             training_stage(STAGE, num_steps, completed=state.step, show=shown, estimate=estimate, why=why)
         )
-        stream = prefetch(micro_batches(layout, train, config, start_step=state.step, rank=rank, world_size=world_size))
+        batches = micro_batches(
+            layout, train, config, start_step=state.step, rank=rank, world_size=world_size, num_steps=num_steps
+        )
+        stream = prefetch(batches)
         stack.callback(stream.close)
 
         evaluation_rows = min(len(validation), config.evaluation_rows or len(validation))
@@ -699,12 +763,20 @@ def train_model(
 
 
 def _ready_model(
-    model: DecoderOnly | TransformerConfig, layout: Layout, config: TrainConfig, run: Run, device: torch.device
-) -> DecoderOnly:
+    model: AnyModel | TransformerConfig | RARConfig,
+    layout: Layout,
+    config: TrainConfig,
+    run: Run,
+    device: torch.device,
+) -> AnyModel:
     """The model on its device, in training mode: the one given, or a fresh one of this shape."""
+    torch.manual_seed(config.seed)
     if isinstance(model, TransformerConfig):
-        torch.manual_seed(config.seed)
         model = new_model(layout, model, full_head=config.full_softmax or _has_full_head(run))
+    elif isinstance(model, RARConfig):
+        model = RAR(model)
+    if config.permuted is not None and not isinstance(model, RAR):
+        raise ValueError("permuted is for a RAR, which is told which cell comes next; leave it out.")
     return model.to(device).train()
 
 
@@ -750,7 +822,7 @@ def train_step(
             gradients_kept_back(loss_module, piece is not pieces[-1]),
             compute_precision(device, config.precision),
         ):
-            nll = loss_module(piece.token_ids, piece.targets)
+            nll = loss_module(piece.token_ids, piece.targets, piece.positions)
             # Processes average their gradients: times their number, it is the sum over the joined batch.
             (nll.sum() * (world_size / total)).backward()
         nats.index_add_(0, piece.parts, nll.detach().float())
@@ -764,7 +836,7 @@ def train_step(
     return nats, counts
 
 
-def _result(state: TrainState, config: TrainConfig, directory: Path) -> DecoderOnly:
+def _result(state: TrainState, config: TrainConfig, directory: Path) -> AnyModel:
     """The trained model: the last weights, or, in a run that may stop early, those of the best evaluation."""
     if config.patience is not None and (best := latest_checkpoint(directory / BEST)) is not None:
         state.trained.load_state_dict(load_checkpoint(best).weights)
@@ -812,7 +884,7 @@ def _evaluation_steps(num_rows: int, num_steps: int, config: TrainConfig) -> set
     return {step for step in ends if step <= num_steps} | {num_steps}
 
 
-def _why_slow(model: DecoderOnly, asked: TrainConfig, chosen: TrainConfig, loss: NextTokenLoss) -> list[str]:
+def _why_slow(model: AnyModel, asked: TrainConfig, chosen: TrainConfig, loss: NextTokenLoss) -> list[str]:
     """What may keep this training from the speed it has elsewhere."""
     no_kernel = None
     if loss.native is None and not asked.compile and model.device.type == "cpu":

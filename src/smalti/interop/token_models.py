@@ -1,0 +1,465 @@
+"""Transformers of other projects that draw picture codes: read into bundles, checked against reference arrays, written.
+
+Letters: B sequences, L codes of a picture, P prefix tokens, C channels of features, n codes there are.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smalti.bundle import LABEL, Bundle, Classes, Sampling
+from smalti.documents import read_text_list
+from smalti.engine.executors import EXECUTORS
+from smalti.engine.generate import generate
+from smalti.engine.sampling import SampleConfig, filter_logits, guide
+from smalti.errors import InputError
+from smalti.evaluate.reconstruction import default_image_size, find_image_tokenizer
+from smalti.files import new_file, refuse_existing
+from smalti.image_files import PictureConfig
+from smalti.image_tokenizers import load_image_tokenizer
+from smalti.image_tokenizers.vqgan import VQGAN
+from smalti.interop import llamagen_gpt, llamagen_vq, maskgit_vq, rar
+from smalti.interop.fields import Fields
+from smalti.interop.fused import PieceMap, write_fused
+from smalti.interop.huggingface import INDEXES, read_shards
+from smalti.interop.keys import ImportReport, import_foreign
+from smalti.interop.keys import Layout as TokenizerLayout
+from smalti.interop.verifying import ArrayError, ReferenceArrays, compare_outputs, find_weights, read_arrays
+from smalti.models.base import Inputs
+from smalti.models.decoder_only import DecoderOnly
+from smalti.models.families import AnyModel
+from smalti.models.rar import PREFIX, RAR
+from smalti.sequences.layout import Layout, Slot, SpanValues
+from smalti.sequences.request import Request
+from smalti.sequences.vocabulary import FEATURE, FEATURES
+from smalti.weight_files import ForeignWeights, read_config, read_weights
+
+GUIDED_TOLERANCE = 5e-4
+"""Of guided logits: the scale multiplies the rounding of both passes."""
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+class ReadModel(NamedTuple):
+    """What a foreign checkpoint holds, in evaluation mode."""
+
+    model: AnyModel
+    layout: Layout
+    classes: Classes | None
+    sampling: Sampling
+    report: ImportReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenModelKind:
+    """All that is particular to one project's transformers."""
+
+    name: str
+    tokenizer_layout: TokenizerLayout
+    """Of the image tokenizer that its published weights go with."""
+    inputs: tuple[str, ...]
+    """Arrays of a reference folder that are given, not computed."""
+
+
+LLAMAGEN = TokenModelKind(
+    name="llamagen",
+    tokenizer_layout=llamagen_vq.LAYOUT,
+    inputs=(
+        "tokens",
+        "class_ids",
+        "null_class_ids",
+        "filter_logits",
+        "caption_embs",
+        "emb_masks",
+        "attn_mask",
+        "valid",
+    ),
+)
+RAR_KIND = TokenModelKind(name="rar", tokenizer_layout=maskgit_vq.LAYOUT, inputs=("tokens", "class_ids", "orders"))
+TOKEN_MODELS: Mapping[str, TokenModelKind] = {kind.name: kind for kind in (LLAMAGEN, RAR_KIND)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What an import may be told beside the weights."""
+
+    image_tokenizer: Path | None = None
+    """A folder of one, or the original's weight file."""
+    image_size: int | None = None
+    """Side of the pictures in pixels, which LlamaGen's weights do not tell."""
+    class_names: Path | None = None
+    """A file with a name a line, or a JSON list of them."""
+
+
+class ImportedModel(NamedTuple):
+    bundle: Bundle
+    report: ImportReport
+    notes: tuple[str, ...]
+
+
+# Reading -------------------------------------------------------------------------------------------------------
+
+
+def import_token_model(
+    kind: TokenModelKind, source: Path, config: Path | None, extras: Extras, *, allow_nonfinite: bool = False
+) -> ImportedModel:
+    """The bundle of a foreign checkpoint: a file, or a folder with one in it. Raises InputError if a file cannot be
+    read, a tensor is missing, misshapen or left over, or the sizes are known from nowhere."""
+    weights = _read_source(source)
+    notes = list(weights.notes)
+    fields = _find_config(kind, source, config, notes)
+    found = read_model(kind, weights, fields, extras.image_size, allow_nonfinite=allow_nonfinite)
+    classes = found.classes
+    if extras.class_names is not None:
+        classes = _named(classes, extras.class_names)
+    parts: dict[str, Any] = {}
+    if extras.image_tokenizer is not None:
+        image_tokenizer, note = _joined_tokenizer(kind, extras.image_tokenizer, found.layout)
+        rows, columns = default_image_size(image_tokenizer.config)
+        parts = {"image_tokenizer": image_tokenizer, "pictures": PictureConfig(height=rows, width=columns)}
+        notes.append(note)
+    name = (source if source.is_dir() else source.with_suffix("")).resolve().name
+    bundle = Bundle(
+        model=found.model,
+        layout=found.layout,
+        classes=classes,
+        sampling=found.sampling,
+        name=name,
+        about={"Weights": f"imported from {source.name} ({kind.name})"},
+        **parts,
+    )
+    return ImportedModel(bundle, found.report, tuple(notes))
+
+
+def read_model(
+    kind: TokenModelKind,
+    weights: ForeignWeights,
+    config: dict | None,
+    image_size: int | None = None,
+    *,
+    allow_nonfinite: bool = False,
+) -> ReadModel:
+    """The model of foreign weights, of the sizes that `config` says or else their shapes."""
+    state, sizes = weights.tensors, None
+    if kind is RAR_KIND:
+        if image_size is not None:
+            raise InputError("--image-size goes with llamagen; a RAR's weights tell how many codes a picture has.")
+        if config is None:
+            config, sizes = rar.infer_config(state), "from the shapes of the weights"
+        model, report = rar.read_rar(state, config, allow_nonfinite=allow_nonfinite)
+        classes, layout = Classes(num=model.config.num_classes), model.config.layout
+        sampling = Sampling(picture=rar.read_sampling(config))
+    else:
+        if config is None:
+            config, name = llamagen_gpt.infer_config(state, _num_codes(weights.settings, image_size))
+            sizes = f"of the published {name}, {config['block_size']} codes a picture"
+        elif image_size is not None:
+            raise InputError("--image-size and a config both say how large a picture is; leave out --image-size.")
+        model, layout, report = llamagen_gpt.read_llamagen(state, config, allow_nonfinite=allow_nonfinite)
+        num_classes = llamagen_gpt.num_classes(config)
+        classes = None if num_classes is None else Classes(num=num_classes)
+        # as its scripts sample_c2i.py and sample_t2i.py draw by themselves
+        guided = SampleConfig(guidance_scale=4.0 if classes else 7.5, top_k=2000 if classes else 1000)
+        sampling = Sampling(picture=guided)
+    if sizes is not None:
+        report = replace(report, sizes=sizes)
+    return ReadModel(model, layout, classes, sampling, report)
+
+
+def _read_source(source: Path) -> ForeignWeights:
+    if not source.is_dir():
+        return read_weights(source)
+    for name in INDEXES:
+        if (source / name).is_file():
+            return read_shards(source / name)
+    found = sorted(file for file in source.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found[:6]) or "none"
+        raise InputError(f"{source} holds {len(found)} weight files ({names}); give the one to read.")
+    return read_weights(found[0])
+
+
+def _find_config(kind: TokenModelKind, source: Path, config: Path | None, notes: list[str]) -> dict | None:
+    """The config that was given, or that an export left beside the weights, or that lies in the folder."""
+    if config is not None:
+        return read_config(config)
+    folder = source if source.is_dir() else source.parent
+    nearby = [folder / "config.json", folder / "config.yaml"]
+    if not source.is_dir():
+        nearby.insert(0, source.with_suffix(".config.json"))
+    for path in nearby:
+        if path.is_file():
+            notes.append(f"{path} was read")
+            return read_config(path)
+    return None
+
+
+def _num_codes(settings: Mapping[str, object], image_size: int | None) -> int:
+    """Codes of a picture, of what a LlamaGen checkpoint's training noted, or of the size that is given."""
+    step = settings.get("downsample_size", 16)
+    noted = settings.get("image_size")
+    side = image_size if image_size is not None else noted
+    if not isinstance(side, int) or not isinstance(step, int) or step < 1:
+        raise InputError(
+            "the weights do not say how large their pictures are: give --image-size 256, 384 or 512 (pixels a side, at "
+            "16 for a code: 256, 576 or 1024 codes), or the original's config."
+        )
+    if image_size is not None and isinstance(noted, int) and noted != image_size:
+        raise InputError(f"--image-size is {image_size}, but the checkpoint was trained on pictures of {noted}.")
+    if side < step or side % step:
+        raise InputError(f"--image-size is {side}; expected a multiple of {step}, as 256, 384 or 512.")
+    return (side // step) ** 2
+
+
+def _named(classes: Classes | None, path: Path) -> Classes:
+    if classes is None:
+        raise InputError(f"--class-names {path}: this model draws of captions, and has no classes.")
+    names = read_text_list(path, f"give a file with the names of {classes.num} classes, one a line")
+    if len(names) != classes.num:
+        raise InputError(f"{path} has {len(names)} names; the model has {classes.num} classes.")
+    return Classes(num=classes.num, names=tuple(names))
+
+
+def _joined_tokenizer(kind: TokenModelKind, path: Path, layout: Layout) -> tuple[Any, str]:
+    """The image tokenizer of a folder of ours, or of the original's weight file, for pictures of as many codes as the
+    layout has."""
+    if path.is_dir():
+        image_tokenizer: Any = load_image_tokenizer(find_image_tokenizer(path))
+        note = f"image tokenizer of {path}"
+    else:
+        weights = read_weights(path)
+        image_tokenizer, report = import_foreign(kind.tokenizer_layout, weights.tensors)
+        note = f"image tokenizer of {path}: {len(report.moved)} tensors, sizes {report.sizes}"
+    num_codes, codebook_size = _image_length(layout), layout.vocabulary["image"].size
+    config = image_tokenizer.config
+    if config.codebook_size != codebook_size:
+        raise InputError(
+            f"{path} has a codebook of {config.codebook_size}, the transformer draws codes of {codebook_size}: they do "
+            "not belong together."
+        )
+    side = math.isqrt(num_codes)
+    if config.grid[0] * config.grid[1] != num_codes and isinstance(image_tokenizer, VQGAN) and side * side == num_codes:
+        size = (side * config.patch_size, side * config.patch_size)  # convolutions: the same weights at any size
+        image_tokenizer.config = replace(config, image_size=size)
+    if (found := image_tokenizer.config.grid[0] * image_tokenizer.config.grid[1]) != num_codes:
+        raise InputError(f"{path} gives {found} codes a picture, the transformer draws {num_codes}.")
+    return image_tokenizer.eval(), note
+
+
+def _image_length(layout: Layout) -> int:
+    return next(iter(layout.orders.values())).span("image").length
+
+
+# Writing -------------------------------------------------------------------------------------------------------
+
+
+def export_token_model(kind: TokenModelKind, directory: Path, file: Path, *, force: bool = False) -> Path:
+    """Writes a bundle's transformer in a foreign layout, as safetensors if `file` is called so and as the original
+    saves it otherwise, and beside it the original's config, whose path is returned. Raises InputError for a model that
+    the original cannot be."""
+    config_file = file.with_suffix(".config.json")
+    refuse_existing([file, config_file], force=force)
+    bundle = Bundle.load(directory, device="cpu")
+    model, layout = bundle.model, bundle.layout
+    if kind is RAR_KIND:
+        if not isinstance(model, RAR):
+            raise InputError(f"{directory} holds a {type(model).__name__}; the rar layout is for a RAR.")
+        pieces, config = rar.piece_map(model.config), rar.write_config(model.config, bundle.sampling.picture)
+        container = None
+    else:
+        gpt = bundle.decoder_only("the llamagen layout")
+        config = llamagen_gpt.write_config(gpt.config, layout, None if bundle.classes is None else bundle.classes.num)
+        pieces, container = llamagen_gpt.piece_map(gpt.config), "model"
+    state = _foreign_state(model, pieces)
+    with new_file(file, force=force) as temporary:
+        if file.suffix == ".safetensors":
+            save_file(state, temporary)
+        else:
+            torch.save({container: state} if container else state, temporary)
+    with new_file(config_file, force=force) as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return config_file
+
+
+def _foreign_state(model: AnyModel, pieces: PieceMap) -> dict[str, Tensor]:
+    return {key: tensor.contiguous() for key, tensor in write_fused(model, pieces).items()}
+
+
+# Verifying -----------------------------------------------------------------------------------------------------
+
+
+def verify_token_model(kind: TokenModelKind, found: Bundle | None, directory: Path) -> tuple[list[ArrayError], str]:
+    """The largest error of every output of a reference folder: of the bundle's model where the folder is of its sizes,
+    of the folder's own weights otherwise (it then certifies the same code)."""
+    arrays, config = read_arrays(directory / "io.npz"), read_config(directory / "config.json")
+    own = read_model(kind, read_weights(find_weights(directory)), config)
+    note = f"{directory} is of other sizes than the imported file, so its own weights were run"
+    model, layout = own.model, own.layout
+    if found is not None and (found.model.config, found.layout.to_dict()) == (own.model.config, own.layout.to_dict()):
+        model, layout = found.model, found.layout
+        note = f"the imported weights were run on {directory / 'io.npz'}"
+    outputs = _Outputs(model, layout, arrays, config).all()
+    guided = [name for name in arrays if name.startswith(("gen_cfg", "gen_interval"))]
+    tolerances = dict.fromkeys(guided, GUIDED_TOLERANCE)
+    return compare_outputs(kind.name, outputs, arrays, kind.inputs, tolerances), note
+
+
+class _Outputs:
+    """How each array of a reference folder is computed: whole sequences at once, and greedily through the engine."""
+
+    def __init__(self, model: AnyModel, layout: Layout, arrays: ReferenceArrays, config: dict):
+        self.model, self.layout, self.arrays, self.config = model, layout, arrays, config
+        segment = layout.vocabulary["image"]
+        self.image = Slot(((segment.offset, segment.end),))
+        self.order = next(iter(layout.orders))
+        self.has_labels = LABEL in layout.vocabulary
+
+    def all(self) -> dict[str, Callable[[], Tensor]]:
+        found: dict[str, Callable[[], Tensor]] = {
+            "logits": lambda: self._logits(self.arrays["tokens"]),
+            "logits_uncond": lambda: self._logits(self.arrays["tokens"], null=True),
+        }
+        for name in ("nocfg", "cfg", "interval", "cfg_nomask"):
+            found[f"gen_{name}_ids"] = lambda name=name: self._drawn(name)
+            found[f"gen_{name}_logits"] = lambda name=name: self._drawn_logits(name)
+        if isinstance(self.model, RAR):
+            label = self.layout.vocabulary[LABEL]
+            return found | {
+                "condition_ids": lambda: label.offset + self.arrays["class_ids"],
+                "cfg_scale_per_step": lambda: torch.tensor(self._scales("cfg"), dtype=torch.float32),
+                "labels_permuted": lambda: self.arrays["tokens"].gather(1, self.arrays["orders"]),
+                "logits_permuted": self._permuted_logits,
+            }
+        model = self.model
+        found |= {"loss": self._loss, "freqs_cis": lambda: model.transformer.table}
+        for number in range(len(self.config.get("filters", []))):
+            found[f"filter_keep_{number}"] = lambda number=number: self._kept(number)
+        return found
+
+    # what is drawn -------------------------------------------------------------------------------------------
+
+    def _settings(self, name: str) -> SampleConfig:
+        if name == "nocfg":
+            return SampleConfig(temperature=0)
+        fields = Fields(self.config, "config").section("generate")
+        if isinstance(self.model, RAR):
+            return SampleConfig(
+                temperature=0,
+                guidance_scale=fields.take("guidance_scale", float),
+                guidance_schedule="cosine",
+                guidance_power=fields.take("guidance_scale_pow", float),
+            )
+        guided = SampleConfig(temperature=0, guidance_scale=fields.take("cfg_scale", float))
+        if name != "interval":
+            return guided
+        # the first token, and the loop's tokens 0 .. cfg_interval behind it
+        return replace(guided, guidance_interval=(0, fields.take("cfg_interval", int) + 2))
+
+    def _scales(self, name: str) -> list[float]:
+        config, length = self._settings(name), self.arrays["tokens"].shape[1]
+        return [config.guidance_at(step, length) for step in range(length)]
+
+    def _drawn(self, name: str) -> Int[Tensor, "B L"]:
+        """Greedy codes; the first executor's that differ from the reference, if any do."""
+        requests = self._requests(masked=name != "cfg_nomask")
+        wanted, ids = self.arrays[f"gen_{name}_ids"], torch.empty(0)
+        for executor, kind in EXECUTORS.items():
+            if not kind.why_not(self.model, self.layout.max_length):
+                drawn = generate(self.model, self.layout, requests, self._settings(name), executor=executor)
+                ids = torch.stack([one.spans["image"] for one in drawn])
+                if not torch.equal(ids, wanted):
+                    break
+        return ids
+
+    def _drawn_logits(self, name: str) -> Float[Tensor, "B L n"]:
+        """What each of the reference's codes was drawn from, by teacher forcing over them."""
+        ids, masked = self.arrays[f"gen_{name}_ids"], name != "cfg_nomask"
+        length = ids.shape[1]
+        cond = self._logits(ids, masked=masked)[:, :length]
+        if name == "nocfg":
+            return cond
+        null = self._logits(ids, null=True, masked=masked)[:, :length]
+        return guide(cond, null, torch.tensor(self._scales(name))[:, None])
+
+    def _requests(self, *, masked: bool = True) -> list[Request]:
+        if not self.has_labels:
+            return [
+                Request(order=self.order, features=features, null=Request(order=self.order, features=null))
+                for features, null in zip(self._features(masked), self._features(masked, null=True), strict=True)
+            ]
+        nulls = [Request(order=self.order, given={LABEL: label[None]}) for label in self._labels(null=True)]
+        return [
+            Request(order=self.order, given={LABEL: label[None]}, null=null)
+            for label, null in zip(self._labels(), nulls, strict=True)
+        ]
+
+    def _labels(self, *, null: bool = False) -> Int[Tensor, " B"]:
+        if null and "null_class_ids" in self.arrays:
+            return self.arrays["null_class_ids"]
+        labels = self.arrays["class_ids"]
+        return torch.full_like(labels, self.layout.vocabulary[LABEL].size - 1) if null else labels
+
+    def _features(self, masked: bool, *, null: bool = False) -> list[Float[Tensor, "P C"]]:
+        assert isinstance(self.model, DecoderOnly)
+        masks = self.arrays["emb_masks"].bool()
+        rows = [row[mask] if masked else row for row, mask in zip(self.arrays["caption_embs"], masks, strict=True)]
+        return [self.model.null_features(len(row)) for row in rows] if null else rows
+
+    # whole sequences -----------------------------------------------------------------------------------------
+
+    def _logits(self, codes: Int[Tensor, "B L"], *, null: bool = False, masked: bool = True) -> Float[Tensor, "B _ n"]:
+        """What each code is predicted by, and for a RAR what comes behind the last."""
+        if not self.has_labels:
+            rows = zip(self._features(masked, null=null), codes, strict=True)
+            return torch.stack([self._featured_logits(features, row) for features, row in rows])
+        labels = self._labels(null=null)[:, None]
+        ones = torch.ones(len(codes), dtype=torch.long)
+        spans = {LABEL: SpanValues(labels, ones), "image": SpanValues(codes, ones * codes.shape[1])}
+        token_ids = self.layout.pack(self.order, spans).token_ids
+        if isinstance(self.model, RAR):
+            return self._of(token_ids)[:, PREFIX - 1 :]
+        return self._of(token_ids[:, :-1])
+
+    def _featured_logits(self, features: Float[Tensor, "P C"], codes: Int[Tensor, " L"]) -> Float[Tensor, "L n"]:
+        given, prefix = len(features), self.layout[self.order].span(FEATURES).length
+        token_ids = torch.cat((torch.full((given,), FEATURE), codes[:-1]))[None]
+        positions = torch.arange(token_ids.shape[1])[None] + prefix - given
+        padded = F.pad(features, (0, 0, 0, len(codes) - 1))[None]
+        return self._of(Inputs(token_ids, positions, features=padded))[0, given - 1 :]
+
+    def _permuted_logits(self) -> Float[Tensor, "B _ n"]:
+        tokens, orders = self.arrays["tokens"], self.arrays["orders"]
+        label, start = self.layout.vocabulary[LABEL], self.layout.vocabulary.special("<start>")
+        begin = torch.stack((torch.full_like(self.arrays["class_ids"], start), label.offset + self._labels()), dim=1)
+        cells, none = orders + PREFIX, torch.full((len(tokens), 1), -1)
+        inputs = Inputs(
+            torch.cat((begin, tokens.gather(1, orders)), dim=1),
+            positions=torch.cat((torch.arange(PREFIX).expand(len(tokens), -1), cells), dim=1),
+            targets=torch.cat((none, cells, none), dim=1),
+        )
+        return self._of(inputs)[:, PREFIX - 1 :]
+
+    def _of(self, inputs: Inputs | Int[Tensor, "B T"]) -> Float[Tensor, "B T n"]:
+        return self.model.logits(self.model.hidden(inputs), self.image)
+
+    def _loss(self) -> Float[Tensor, ""]:
+        nats = F.cross_entropy(
+            self._logits(self.arrays["tokens"]).transpose(1, 2), self.arrays["tokens"], reduction="none"
+        ).mean(1)
+        valid = self.arrays["valid"] if not self.has_labels else torch.ones(len(nats))
+        return (nats * valid).sum() / valid.sum()
+
+    def _kept(self, number: int) -> Tensor:
+        fields = Fields(self.config["filters"][number], f"config.filters.{number}")
+        kept = filter_logits(
+            self.arrays["filter_logits"], top_k=fields.take("top_k", int), top_p=fields.take("top_p", float)
+        )
+        return kept.isfinite()

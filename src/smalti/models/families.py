@@ -1,0 +1,38 @@
+"""The models there are, by the name that bundles and checkpoints know them by."""
+
+from pathlib import Path
+from typing import Any
+
+from smalti.errors import InputError, shortened
+from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from smalti.models.rar import RAR, RARConfig
+
+AnyModel = DecoderOnly | RAR
+AnyModelConfig = DecoderOnlyConfig | RARConfig
+
+FAMILIES: dict[str, tuple[type[DecoderOnlyConfig] | type[RARConfig], type[DecoderOnly] | type[RAR]]] = {
+    "decoder_only": (DecoderOnlyConfig, DecoderOnly),
+    "rar": (RARConfig, RAR),
+}
+"""The config and the module of each family."""
+
+
+def describe_model(model: AnyModel) -> dict[str, Any]:
+    """Family and config, ready for JSON."""
+    family = next(name for name, (_, module) in FAMILIES.items() if type(model) is module)
+    return {"family": family, "config": model.config.to_dict()}
+
+
+def read_model_config(content: Any, path: Path) -> AnyModelConfig:
+    """The config that `describe_model` gave. Raises InputError naming `path` and what is not as it must be."""
+    family = content.get("family") if isinstance(content, dict) else content
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise InputError(
+            f"{path}: model: unknown family {shortened(repr(family))}; known are {', '.join(map(repr, FAMILIES))}."
+        )
+    return FAMILIES[family][0].from_dict(content["config"], f"{path}: model")
+
+
+def build_model(config: AnyModelConfig) -> AnyModel:
+    """A fresh model of a config."""
+    return RAR(config) if isinstance(config, RARConfig) else DecoderOnly(config)

@@ -1,0 +1,202 @@
+"""What a bundle of classes does: draws pictures of them, and tells what a picture costs given its class.
+
+    pipe = ClassPipeline.load("out/c2i/bundle")
+    [picture] = pipe.generate(207, seed=3, guidance_scale=2.0)
+
+Letters: B pictures, H W rows and columns of pixels, h w of codes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from numbers import Integral
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from smalti.bundle import LABEL, Bundle
+from smalti.engine.generate import Request, generate, job_executor, stream
+from smalti.engine.sampling import SampleConfig
+from smalti.errors import InputError
+from smalti.image_files import checked_scale, to_images, with_receipt
+from smalti.likelihood import score
+from smalti.sequences.layout import SpanValues
+from smalti.tasks.codes import (
+    Codes,
+    Partial,
+    decode,
+    decode_images,
+    encode_images,
+    grid_of,
+    partial_picture,
+    receipt,
+    sample_config,
+)
+from smalti.tasks.face import Face
+
+CLASS = "generate class"
+"""The task that receipts of its pictures name."""
+
+
+class ClassPipeline(Face):
+    """A bundle that draws pictures of classes. `load` reads one.
+
+    Raises InputError for a bundle without classes, or without an image tokenizer.
+    """
+
+    def __init__(self, bundle: Bundle):
+        super().__init__(bundle)
+        classes = bundle.classes
+        if classes is None:
+            raise InputError(
+                f"{bundle.name} is a bundle of {bundle.kind}, which knows no classes; smalti info says what it holds."
+            )
+        if not bundle.can_draw_classes or bundle.pictures is None:
+            raise InputError(
+                f"{bundle.name} draws codes of classes, and has no image tokenizer to make pictures of them: import it "
+                "again with --image-tokenizer."
+            )
+        self.classes = classes
+        self.image_tokenizer, self.pictures, self.sampling = bundle.image_tokenizer, bundle.pictures, bundle.sampling
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return grid_of(self.bundle)
+
+    def generate(
+        self,
+        classes: str | int | Sequence[str | int],
+        *,
+        seed: int | Sequence[int] = 0,
+        n: int = 1,
+        scale: int | None = None,
+        batch_size: int = 64,
+        **sampling: Any,
+    ) -> list[Image.Image]:
+        """`n` pictures of each class, given by its number or name, those of one class together.
+
+        Picture i of a class is drawn with the seed `seed + i`; `seed` may be one for each class. `sampling` are fields
+        of `SampleConfig`; guidance steers away from pictures of no class. Every picture carries its receipt in
+        `info["smalti"]`. Raises InputError for a class there is not, and for guidance without a null condition.
+        """
+        checked_scale(self.pictures, scale)  # before the work, not after it
+        labels, seeds = self._labels_and_seeds(classes, seed, n)
+        config = self.sample_config(self.sampling.picture, sampling)
+        executor = job_executor(self.model, self.layout, len(labels), batch_size)
+        codes = self._draw(labels, seeds, config, batch_size, executor)
+        shared = {"sampling": asdict(config), "executor": executor}
+        return [
+            with_receipt(
+                picture,
+                receipt(
+                    self.bundle,
+                    task=CLASS,
+                    label=label,
+                    class_name=None if self.classes.names is None else self.classes.names[label],
+                    seed=drawn_seed,
+                    codes=found.flatten().tolist(),
+                    **shared,
+                ),
+            )
+            for picture, label, drawn_seed, found in zip(
+                decode(self.bundle, codes, scale=scale), labels, seeds, codes, strict=True
+            )
+        ]
+
+    def generate_codes(
+        self,
+        classes: str | int | Sequence[str | int],
+        *,
+        seed: int | Sequence[int] = 0,
+        n: int = 1,
+        batch_size: int = 64,
+        executor: str | None = None,
+        **sampling: Any,
+    ) -> Codes:
+        """The codes of what `generate` draws. `executor` is one of `EXECUTORS`; by default as there."""
+        labels, seeds = self._labels_and_seeds(classes, seed, n)
+        return self._draw(labels, seeds, self.sample_config(self.sampling.picture, sampling), batch_size, executor)
+
+    def stream(
+        self, class_: str | int, *, seed: int = 0, scale: int | None = None, **sampling: Any
+    ) -> Iterator[Partial]:
+        """The picture of a class as it comes, code by code; the last is what `generate` returns."""
+        config = self.sample_config(self.sampling.picture, sampling)
+        request = self.class_request(self.classes.find(class_), seed, config)
+        offset, found = self.layout.vocabulary["image"].offset, []
+        for step in stream(self.model, self.layout, [request], config):
+            found.append(step.token_id - offset)
+            yield Partial(torch.tensor(found), partial_picture(self.bundle, found, scale))
+
+    def score_codes(self, codes: Codes, labels: Sequence[int | None], *, batch_size: int = 64) -> Float[Tensor, " B"]:
+        """−ln p(picture | class) of each picture's codes, in nats; None stands for no class. Raises InputError for
+        that where the model has no null condition."""
+        numbers = [self._null_label() if label is None else label for label in labels]
+        ones = torch.ones(len(codes), dtype=torch.long)
+        spans = {
+            LABEL: SpanValues(torch.tensor(numbers).view(-1, 1), ones),
+            "image": SpanValues(codes.flatten(1), ones * self.bundle.image_length),
+        }
+        return score(self.model, self.layout, self._order, spans, segments=["image"], batch_size=batch_size)["image"]
+
+    def encode(self, pictures: Any, *, batch_size: int = 64) -> Codes:
+        """Codes of pictures or picture files. Raises InputError for a picture of the wrong size or mode."""
+        return encode_images(self.bundle, to_images(pictures, self.pictures), batch_size=batch_size)
+
+    def decode(self, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
+        """Pictures of codes, each enlarged `scale` times."""
+        return decode(self.bundle, codes, scale=scale)
+
+    def decode_images(self, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
+        """Images of codes as the image tokenizer gives them, not clamped to [0, 1]."""
+        return decode_images(self.bundle, codes, batch_size=batch_size)
+
+    @property
+    def _order(self) -> str:
+        return self.bundle.order(LABEL, "image")
+
+    def _null_label(self) -> int:
+        if self.bundle.null_label is None:
+            raise InputError(
+                f"{self.name} was trained without a null condition, so there is nothing that guidance could steer away "
+                "from; leave it at 1."
+            )
+        return self.bundle.null_label
+
+    def class_request(self, label: int, seed: int, config: SampleConfig) -> Request:
+        """What draws the picture of a class. Raises InputError for guidance without a null condition."""
+        null = None
+        if config.guidance_scale != 1:
+            null = Request(order=self._order, given={LABEL: torch.tensor([self._null_label()])})
+        return Request(order=self._order, given={LABEL: torch.tensor([label])}, seed=seed, null=null)
+
+    def _draw(
+        self, labels: Sequence[int], seeds: Sequence[int], config: SampleConfig, batch_size: int, executor: str | None
+    ) -> Codes:
+        requests = [self.class_request(label, seed, config) for label, seed in zip(labels, seeds, strict=True)]
+        found = generate(self.model, self.layout, requests, config, batch_size=batch_size, executor=executor)
+        rows = [sequence.spans["image"].view(self.grid) for sequence in found]
+        return torch.stack(rows) if rows else torch.zeros(0, *self.grid, dtype=torch.long)
+
+    def _labels_and_seeds(
+        self, classes: str | int | Sequence[str | int], seed: int | Sequence[int], n: int
+    ) -> tuple[list[int], list[int]]:
+        """Label and seed of every picture to draw."""
+        if n < 1:
+            raise ValueError(f"n is {n}; it must be at least 1.")
+        asked = [classes] if isinstance(classes, str | int | Integral) else list(classes)
+        seeds = [int(seed)] * len(asked) if isinstance(seed, int | Integral) else [int(one) for one in seed]
+        if len(seeds) != len(asked):
+            raise ValueError(f"{len(seeds)} seeds for {len(asked)} classes; give one for all, or one each.")
+        labels = [self.classes.find(one) for one in asked]
+        return (
+            [label for label in labels for _ in range(n)],
+            [first + i for first in seeds for i in range(n)],
+        )
+
+    def sample_config(self, default: SampleConfig, given: Mapping[str, Any]) -> SampleConfig:
+        """The default with the settings that are given. Raises ValueError for unknown ones, and for an interval of
+        guidance beyond a picture's codes."""
+        return sample_config(default, given, self.bundle.image_length)

@@ -1,0 +1,106 @@
+"""What all faces of a bundle of pictures share: pictures to codes and back, settings, receipts.
+
+Letters: B pictures, H W rows and columns of pixels, h w of codes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from smalti.bundle import Bundle
+from smalti.engine.sampling import SampleConfig
+from smalti.errors import InputError
+from smalti.image_files import to_pictures
+
+Codes = Int[Tensor, "B h w"]
+
+
+class Partial(NamedTuple):
+    """A picture on its way."""
+
+    codes: Int[Tensor, " drawn"]
+    """The codes so far, in raster order."""
+    picture: Image.Image
+    """Their picture; what is not drawn yet is grey."""
+
+
+@torch.inference_mode()
+def encode_images(bundle: Bundle, images: Float[Tensor, "B 3 H W"], *, batch_size: int = 64) -> Codes:
+    """Codes of images in [0, 1], on the CPU."""
+    if not len(images):
+        return torch.zeros(0, *grid_of(bundle), dtype=torch.long)
+    device = bundle.device
+    return torch.cat([bundle.image_tokenizer.encode_images(i.to(device)).cpu() for i in images.split(batch_size)])
+
+
+def decode(bundle: Bundle, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
+    """Pictures of codes, each enlarged `scale` times; on a CPU each decoded alone: none depends on the others."""
+    assert bundle.pictures is not None
+    alone = bundle.device.type == "cpu"
+    return to_pictures(decode_images(bundle, codes, batch_size=1 if alone else 64), bundle.pictures, scale)
+
+
+@torch.inference_mode()
+def decode_images(bundle: Bundle, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
+    """Images of codes as the image tokenizer gives them, not clamped to [0, 1]. Raises InputError for codes of another
+    shape than the grid's, or that are no whole numbers."""
+    grid, pictures, device = grid_of(bundle), bundle.pictures, bundle.device
+    assert pictures is not None
+    if codes.shape[1:] != grid or codes.is_floating_point():
+        raise InputError(
+            f"codes are {tuple(codes.shape)} of {codes.dtype}; expected whole numbers of the shape "
+            f"(N, {grid[0]}, {grid[1]}), such as encode and generate_codes return."
+        )
+    if not len(codes):
+        return torch.zeros(0, 3, pictures.height, pictures.width)
+    return torch.cat([bundle.image_tokenizer.decode_codes(c.to(device)).cpu() for c in codes.split(batch_size)])
+
+
+def partial_picture(bundle: Bundle, found: list[int], scale: int | None) -> Image.Image:
+    """The picture of the first codes of a grid; the rest is grey."""
+    grid, pictures = grid_of(bundle), bundle.pictures
+    assert pictures is not None
+    rest = bundle.image_length - len(found)
+    image = decode_images(bundle, torch.tensor(found + found[:1] * rest).view(1, *grid))
+    cell_height, cell_width = pictures.height // grid[0], pictures.width // grid[1]
+    drawn = torch.arange(bundle.image_length).view(grid) < len(found)
+    drawn = drawn.repeat_interleave(cell_height, 0).repeat_interleave(cell_width, 1)
+    return to_pictures(torch.where(drawn, image, 0.5), pictures, scale)[0]
+
+
+def grid_of(bundle: Bundle) -> tuple[int, int]:
+    return bundle.image_tokenizer.config.grid
+
+
+def sample_config(default: SampleConfig, given: Mapping[str, Any], num_codes: int) -> SampleConfig:
+    """The default with the settings that are given. Raises ValueError for one that there is not, and for an interval of
+    guidance that reaches beyond a picture's codes."""
+    known = [known.name for known in fields(SampleConfig)]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"sampling has no setting {name!r}; there are {', '.join(known)}.")
+    config = replace(default, **given)
+    start, end = config.guidance_interval
+    if "guidance_interval" in given and not (start < num_codes and (end is None or end <= num_codes)):
+        raise ValueError(
+            f"guidance_interval is {config.guidance_interval}, but a picture has {num_codes} codes: expected 0 <= "
+            f"start < {num_codes}, and an end of at most {num_codes}, or none."
+        )
+    return config
+
+
+def receipt(bundle: Bundle, **details: Any) -> dict[str, Any]:
+    """What a picture's file says of how it was made."""
+    return {
+        "smalti_version": version("smalti"),
+        "bundle": bundle.name,
+        "weights_sha256": bundle.weights_sha256,
+        "weights": bundle.model.storage,
+        **details,
+    }
