@@ -71,9 +71,9 @@ def parse_yaml(text: str, where: Path | str, mend: str, *, loader: type = Bounde
     return _checked(value, where, mend, kind)
 
 
-def read_json(path: Path, mend: str) -> Any:
+def read_json(path: Path, mend: str, *, kind: type = dict) -> Any:
     """The JSON in a file, as `parse_json`. Raises InputError naming the file and ending with `mend`."""
-    return parse_json(_read(path, mend, MAX_JSON_BYTES), path, mend)
+    return parse_json(_read(path, mend, MAX_JSON_BYTES), path, mend, kind=kind)
 
 
 def read_yaml(path: Path, mend: str, *, loader: type = BoundedLoader) -> Any:

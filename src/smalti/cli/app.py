@@ -6,6 +6,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -192,6 +193,7 @@ def generate(
         of_captions = _given(prompt=prompt, negative_prompt=negative_prompt, rerank=rerank)
         of_captions |= {} if best_of == 1 else {"best_of": best_of}
         pipe = _class_pipeline(bundle, of_captions, weights)
+        draw = partial(pipe.generate, class_)
     elif prompt is None:
         raise InputError("what to draw? Give a caption, or --class with a bundle of classes.")
     else:
@@ -201,6 +203,7 @@ def generate(
             chosen = bundle_for_prompt(prompt, negative_prompt or "")
             bundle = chosen.name
         pipe = Pipeline(_loaded_for_prompt(bundle, weights))
+        draw = partial(pipe.generate, prompt, negative_prompt=negative_prompt, best_of=best_of, rerank=rerank)
     if grid:
         from smalti.image_files import grid_size
 
@@ -209,11 +212,7 @@ def generate(
             pipe.pictures.width * (scale or pipe.pictures.scale),
             pipe.pictures.height * (scale or pipe.pictures.scale),
         )
-    if prompt is not None:
-        how = {"negative_prompt": negative_prompt, "best_of": best_of, "rerank": rerank}
-        pictures = pipe.generate(prompt, seed=seed, n=n, scale=scale, **how, **sampling)
-    else:
-        pictures = pipe.generate(class_, seed=seed, n=n, scale=scale, **sampling)
+    pictures = draw(seed=seed, n=n, scale=scale, **sampling)
     if grid:
         from smalti.image_files import to_grid
 

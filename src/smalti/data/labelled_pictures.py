@@ -150,6 +150,6 @@ def _numbered(path: Path, pictures: PictureSet, classes: Sequence[str]) -> Label
 def _require_classes(path: Path, found: Labelled) -> Labelled:
     if len(found.names) < 2:
         raise InputError(
-            f"{path} holds pictures of {len(found.names)} class, {found.names[0]!r}; expected two or more."
+            f"{path} holds pictures of {len(found.names)} class, {', '.join(found.names)}; expected two or more."
         )
     return found

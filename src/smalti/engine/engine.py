@@ -309,7 +309,7 @@ class Engine:
         tokens, probs, finished, start = found.draws.rows(), found.probs, False, 0
         for running, window in zip(group, windows, strict=True):
             end = start + window.size
-            sources = [None] * window.size if probs is None else list(probs[start:end])
+            sources: list[Tensor | None] = [None] * window.size if probs is None else [*probs[start:end]]
             finished |= self._keep(running, tokens[start:end], sources)
             start = end
         return finished
