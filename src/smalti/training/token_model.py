@@ -770,7 +770,8 @@ def _ready_model(
     device: torch.device,
 ) -> AnyModel:
     """The model on its device, in training mode: the one given, or a fresh one of this shape."""
-    torch.manual_seed(config.seed)
+    if isinstance(model, TransformerConfig | RARConfig):
+        torch.manual_seed(config.seed)
     if isinstance(model, TransformerConfig):
         model = new_model(layout, model, full_head=config.full_softmax or _has_full_head(run))
     elif isinstance(model, RARConfig):
