@@ -111,7 +111,7 @@ def test_cells_are_marked_by_keyboard_and_redrawn(page):
     assert page.get_by_role("button", name="Row 2, column 3").get_attribute("aria-pressed") == "true"
     page.click("#redraw")
     page.get_by_text("Done in").wait_for()
-    page.wait_for_function("JSON.parse(receipt.textContent).task == 'edit'")
+    playwright.expect(page.locator("#receipt")).to_contain_text("redrawn", timeout=60_000)
     after = receipt_of(page)
     assert after["redrawn"] == [8, 9]
     assert [i for i in range(49) if after["codes"][i] != before[i]] in ([], [8], [9], [8, 9])
