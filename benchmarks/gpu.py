@@ -18,7 +18,7 @@ import torch
 from smalti.engine.engine import Engine
 from smalti.engine.executors import EXECUTORS
 from smalti.engine.sampling import SampleConfig
-from smalti.models.config import PRESETS, TransformerConfig
+from smalti.models.config import preset_config
 from smalti.models.decoder_only import DecoderOnly, new_model
 from smalti.sequences.layout import Layout
 from smalti.sequences.request import Request
@@ -59,7 +59,7 @@ def flops_per_s(device: torch.device, size: int) -> float:
 
 
 def model_of(shape: str, device: torch.device) -> DecoderOnly:
-    config = TransformerConfig(max_length=1 + CELLS, **PRESETS[shape] | {"grid": (SIDE, SIDE), "prefix_length": 1})
+    config = preset_config(shape, max_length=1 + CELLS, grid=(SIDE, SIDE), prefix_length=1)
     with torch.device(device):
         return new_model(LAYOUT, config).bfloat16().eval()
 
@@ -75,7 +75,7 @@ def limit_s(model: DecoderOnly, batch: int, rate: float) -> float:
 def peer_of(shape: str, device: torch.device):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = TransformerConfig(max_length=1 + CELLS, **PRESETS[shape] | {"grid": (SIDE, SIDE), "prefix_length": 1})
+    config = preset_config(shape, max_length=1 + CELLS, grid=(SIDE, SIDE), prefix_length=1)
     peer = LlamaConfig(
         vocab_size=CODES, hidden_size=config.d_model, intermediate_size=config.d_ff, bos_token_id=0, eos_token_id=None,
         num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, pad_token_id=0,

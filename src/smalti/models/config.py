@@ -147,6 +147,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def preset_config(name: str, *, max_length: int, **changes: Any) -> TransformerConfig:
+    """A preset for up to `max_length` tokens, with some fields changed. Raises ValueError for an unknown name."""
+    if name not in PRESETS:
+        raise ValueError(f"transformer preset {name!r} is unknown; choose one of {', '.join(PRESETS)}.")
+    return TransformerConfig(max_length=max_length, **(PRESETS[name] | changes))
+
+
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}.")
