@@ -495,8 +495,9 @@ def _cached(paths: list[Path]) -> Path:
                     unfinished.mkdir()
                     _unpack(paths, unfinished)
                     unfinished.rename(folder)
-                finally:
+                except OSError:
                     shutil.rmtree(unfinished, ignore_errors=True)  # a disk that is full stays so otherwise
+                    raise
     except OSError as error:
         raise InputError(
             f"the table {paths[0]} cannot be unpacked in {root}: {failed_write(error) or cause(error)}. "
