@@ -16,7 +16,7 @@ The couplings, from the one that keeps most drafts to the one that keeps the pic
 - `inverse`: y is where the cumulative p passes the position's uniform number, as without drafts: the same picture.
 
 Greedy drawing needs no random numbers, and the coupling plays no part. A new draft behind the last prediction repeats
-it: what is drafted first was seen to matter little (benchmarks/speculative.py), and this costs nothing.
+it: what is drafted first was seen to matter little (docs/decisions.md), and this costs nothing.
 
 Letters: R positions of all sequences drawn together, D model width, n the ids of a slot.
 """
