@@ -36,7 +36,6 @@ import json, sys, time
 from smalti.tasks.images import Pipeline
 bundle, executor, prompts, seconds = json.loads(sys.argv[1])
 pipe = Pipeline.load(bundle)
-from smalti.engine.executors import EXECUTORS
 import io
 from smalti.image_files import receipt_chunks
 def draw(n, seed):
