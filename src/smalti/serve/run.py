@@ -1,5 +1,6 @@
 """Starting a server: bundles, a socket, and uvicorn, which ends it in good order."""
 
+import logging
 import socket
 from collections.abc import Callable, Sequence
 
@@ -56,6 +57,7 @@ def serve(
 
 def make_server(service: Service) -> uvicorn.Server:
     """Of the service, in a socket that is given to its `run`."""
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # else a line for each form that is damaged
     return uvicorn.Server(
         uvicorn.Config(
             create_app(service),
