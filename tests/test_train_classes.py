@@ -130,7 +130,7 @@ def test_folders_that_are_no_classes(folder, spoil, message):
         ([0, -1, 2], "row 1: label is -1"),
         ([0.5, 1.0, 2.0], r"row 0: label is 0\.5"),
         ([0, 1, 10**9], "a label is 1000000000, but there are 3 pictures"),
-        (["a", "a", "a"], "pictures of 1 class, 'a'"),
+        (["a", "a", "a"], "pictures of 1 class, a;"),
     ],
 )
 def test_tables_that_are_no_classes(tmp_path, labels, message):

@@ -134,7 +134,7 @@ def frechet_distance(first: Float[Tensor, "N F"], second: Float[Tensor, "M F"]) 
     root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
     # (Σ₁ Σ₂)^½ has the eigenvalues of the symmetric (Σ₁^½ Σ₂ Σ₁^½)^½
     shared = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
-    return float(apart + covariance.trace() + other.trace() - 2 * shared)
+    return max(0.0, float(apart + covariance.trace() + other.trace() - 2 * shared))  # rounding may go below
 
 
 def _as_floats(images: UInt8[Tensor, "N H W 3"]) -> Float[Tensor, "N 3 H W"]:
