@@ -166,7 +166,7 @@ def test_a_file_whose_segments_are_mixed_is_refused(small: TextTokenizer, tmp_pa
     content = json.loads(small.to_json())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] != 40]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="other tokens stand among them"):
+    with pytest.raises(InputError, match="other tokens lie among them"):
         TextTokenizer.load(tmp_path / "tokenizer.json")
 
 

@@ -175,7 +175,7 @@ def test_a_training_on_a_stream_is_resumed_bit_for_bit(hub: Path, tmp_path, monk
 def test_places_are_steps_in_order(hub: Path):
     stream = TokenStream.open(str(hub))
     assert [rows.tolist() for rows in itertools.islice(step_rows(stream, 3, 0, 4), 2)] == [[12, 13, 14], [15, 16, 17]]
-    assert sorted(next(iter(step_rows(arrays(5), 5, 0))).tolist()) == [0, 1, 2, 3, 4]
+    assert sorted(next(iter(step_rows(arrays(5), 5, 0, 0))).tolist()) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="place -1 of a stream"):
         stream.batch(np.array([-1]))
 

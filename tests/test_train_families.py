@@ -146,6 +146,7 @@ def test_every_family_overfits_eight_pictures(tmp_path, model_config, steps):
     assert measure_reconstruction(trained, torch.from_numpy(scenes(8))).psnr_db >= 35
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model_config",
     [
@@ -220,6 +221,7 @@ def test_the_image_tokenizer_of_a_run_is_its_best(finished, held_out):
         assert getattr(report, name) == pytest.approx(float(best[name]), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("best_by", "pick"), [("frechet", min), ("last", None)])
 def test_what_is_best_can_be_chosen(tmp_path, pictures, held_out, best_by, pick):
     config = replace(SHORT, best_by=best_by, evaluate_every=2, learning_rate=1e-2)
@@ -252,6 +254,7 @@ t.train(Path({directory!r}), t.PictureSet({pictures!r}), t.PictureSet({held_out!
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_never_stopped(tmp_path, finished, pictures, held_out):
     script = SCRIPT.format(
         tests=str(Path(__file__).parent), directory=str(tmp_path), pictures=str(pictures.path),
@@ -353,6 +356,7 @@ def test_the_discriminator_learns_to_tell():
     assert losses[-1] < 0.2 < losses[0]
 
 
+@pytest.mark.slow
 def test_a_run_says_when_the_discriminator_hurts(tmp_path, pictures, held_out):
     harmful = replace(GAN, weight=300.0, adaptive=False, start=0, warmup_steps=8, ramp_steps=0, loss="hinge")
     config = replace(SHORT, num_steps=24, evaluate_every=4, learning_rate=3e-3)

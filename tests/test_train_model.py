@@ -429,7 +429,7 @@ def observed(tmp_path_factory):
 
 
 def test_the_table_of_changes_is_complete():
-    assert set(CHANGES) == {field.name for field in fields(TrainConfig)}
+    assert set(CHANGES) == {field.name for field in fields(TrainConfig)} - {"permuted"}  # of a RAR: test_train_classes
 
 
 @pytest.mark.parametrize("name", CHANGES)
