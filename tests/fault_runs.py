@@ -114,7 +114,10 @@ def main(name: str, sent: signal.Signals, folder: Path) -> None:
         time.sleep(random.random() * whole_s * (0.2 + 0.1 * attempt))
         os.kill(pid, sent)
         codes.append(status(pid))
-        if codes[-1] == 0:
+        if codes[-1] in (
+            0,
+            2,
+        ):  # 2: stopped behind its last step, it has left what it was to make, which is refused now
             break
     same = contents(folder / "whole") == contents(folder / "stopped")
     hidden = [str(p.relative_to(folder)) for p in (folder / "stopped").rglob(".*")]

@@ -262,6 +262,29 @@ def interrupted(pairs: Path, out: Path, tokenizers, monkeypatch, config: Tokeniz
             tokenize_pairs(pairs, out, *tokenizers, config, show_progress=False)
 
 
+def test_what_a_run_leaves_that_is_killed_behind_its_last_step_is_removed(tokenizers, tmp_path, monkeypatch):
+    """And what belongs to a run that was to replace the table is not."""
+    pairs, out = WRITERS["parquet"](tmp_path, [png(p) for p in PICTURES]), tmp_path / "t.parquet"
+    parts, lock = tmp_path / ".t.parquet.parts", tmp_path / ".t.parquet.parts.lock"
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_pairs_module.shutil, "rmtree", lambda *_, **__: None)
+        tokenize_pairs(pairs, out, *tokenizers, SMALL_PARTS, show_progress=False)
+    lock.write_text("1234567")
+    whole = out.read_bytes()
+    assert list(parts.iterdir())
+    for _ in range(2):
+        with pytest.raises(InputError, match="exists already"):
+            tokenize_pairs(pairs, out, *tokenizers, SMALL_PARTS, show_progress=False)
+        assert not parts.exists() and not lock.exists() and out.read_bytes() == whole
+        lock.write_text("1234567")  # killed a little later
+    parts.mkdir()
+    (parts / "00000000.parquet").write_bytes(b"newer than the table")
+    os.utime(parts / "00000000.parquet", ns=(2 * out.stat().st_mtime_ns,) * 2)
+    with pytest.raises(InputError, match="exists already"):
+        tokenize_pairs(pairs, out, *tokenizers, SMALL_PARTS, show_progress=False)
+    assert list(parts.iterdir())
+
+
 def test_parts_of_another_tokenizer_are_refused_naming_both(tokenizers, tmp_path, monkeypatch):
     pairs, out = WRITERS["parquet"](tmp_path, [png(p) for p in PICTURES]), tmp_path / "tokens.parquet"
     interrupted(pairs, out, tokenizers, monkeypatch)

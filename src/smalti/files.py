@@ -30,6 +30,9 @@ def refuse_existing(paths: Iterable[Path | str], *, force: bool = False) -> None
             raise InputError(
                 f"{path} cannot be written: the folder {folder} is not yours to write in; give a path in one that is."
             )
+        if (is_folder or is_file) and not force and (lock := lock_of(path)).exists():
+            with suppress(InputError), locked(lock, path):
+                pass  # and so it is gone, which a process left that was killed behind its last step
         if is_folder and any(path.iterdir()) and not force:
             raise InputError(f"the folder {path} exists and is not empty: give another name, or --force to replace it.")
         if is_file and not force:

@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -130,10 +131,12 @@ def tokenize_pairs(
     lie there, naming what differs.
     """
     tokens = Path(tokens)
+    folder = tokens.with_name(f".{tokens.name}.parts")
+    if not force:
+        _remove_leftovers(tokens, folder)
     refuse_existing([tokens], force=force)
     source = open_pairs(pairs, image_column=image_column, caption_column=caption_column, delimiter=delimiter)
     metadata = tokenizer_metadata(image_tokenizer, text_tokenizer)
-    folder = tokens.with_name(f".{tokens.name}.parts")
     with locked(lock_of(folder), tokens):
         _claim(folder, _manifest(source, config, metadata), tokens, force=force)
         shape = config.size or _first_size(source)
@@ -353,6 +356,18 @@ def _manifest(source: PairSource, config: TokenizeConfig, metadata: dict[str, An
     for name in ("workers", "batch_size", "on_error"):  # these change nothing in a part that is whole
         del settings[name]
     return {"source": source.fingerprint, "settings": settings, "tokenizers": metadata}
+
+
+def _remove_leftovers(tokens: Path, folder: Path) -> None:
+    """What a run left that was killed behind its last step, when its table was whole. Parts that are newer than the
+    table belong to a run with `force`."""
+    lock = lock_of(folder)
+    if not tokens.is_file() or not (folder.exists() or lock.exists()):
+        return
+    with suppress(InputError), locked(lock, tokens):  # held by another process: `tokens` is refused behind this
+        written = [path.stat().st_mtime_ns for path in folder.iterdir()] if folder.is_dir() else []
+        if written and max(written) <= tokens.stat().st_mtime_ns:
+            shutil.rmtree(folder)
 
 
 def _claim(folder: Path, manifest: dict[str, Any], tokens: Path, *, force: bool) -> None:
