@@ -28,7 +28,7 @@ def work(threads: int, clock: Callable[[], float]) -> None:
 
     torch.set_num_threads(threads)
     device = torch.device("cpu")
-    bench = own.Bench(device, quick=False)
+    bench, contestants = own.Bench(device, quick=False), []
     for bf16 in bench.precisions:
         step = own.train_ours(device, bf16, False, False, native=True)
         contestants.append((f"train {'bf16' if bf16 else 'fp32'} native", own.BATCH * own.LENGTH, step))
@@ -46,9 +46,6 @@ def work(threads: int, clock: Callable[[], float]) -> None:
             run()
             times += 1
         print((clock() - started_at) / times, flush=True)
-
-
-contestants: list = []
 
 
 def start(checkout: Path, options: list[str]) -> subprocess.Popen:

@@ -20,7 +20,7 @@ from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqgan import VQGAN, VQGANConfig
 from smalti.interop import llamagen_gpt, rar
 from smalti.interop.commands import verify
-from smalti.interop.token_models import LLAMAGEN, RAR_KIND, read_model
+from smalti.interop.token_models import LLAMAGEN, RAR_KIND
 from smalti.models.config import PRESETS, preset_config
 from smalti.models.decoder_only import new_model
 from smalti.models.rar import PRESETS as RAR_PRESETS
@@ -210,16 +210,16 @@ def test_the_size_of_pictures_is_taken_from_the_training_or_asked_for():
     config, _ = llamagen_gpt.infer_config(state, 4)
     weights = ForeignWeights(tensors={}, notes=())
     with pytest.raises(InputError, match="give --image-size 256, 384 or 512"):
-        read_model(LLAMAGEN, replace(weights, tensors=state), None)
+        LLAMAGEN.read(replace(weights, tensors=state), None)
     with pytest.raises(InputError, match="--image-size is 250; expected a multiple of 16"):
-        read_model(LLAMAGEN, replace(weights, tensors=state), None, 250)
+        LLAMAGEN.read(replace(weights, tensors=state), None, 250)
     noted = replace(weights, tensors=state, settings={"image_size": 384, "downsample_size": 16})
     with pytest.raises(InputError, match="--image-size is 256, but the checkpoint was trained on pictures of 384"):
-        read_model(LLAMAGEN, noted, None, 256)
+        LLAMAGEN.read(noted, None, 256)
     with pytest.raises(InputError, match="leave out --image-size"):
-        read_model(LLAMAGEN, noted, config, 256)
+        LLAMAGEN.read(noted, config, 256)
     with pytest.raises(InputError, match="a RAR's weights tell how many"):
-        read_model(RAR_KIND, noted, None, 256)
+        RAR_KIND.read(noted, None, 256)
 
 
 def test_every_container_gives_the_same_model(tmp_path, shared_dir, weights):

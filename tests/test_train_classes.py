@@ -16,7 +16,8 @@ from smalti.cli.app import run
 from smalti.data.labelled_pictures import open_labelled, split, write_codes
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
-from smalti.evaluate.classes import frechet_distance, look_at, train_judge
+from smalti.evaluate.classes import look_at, train_judge
+from smalti.evaluate.reconstruction import frechet_distance
 from smalti.interop.rar import read_rar
 from smalti.models.config import TransformerConfig
 from smalti.models.loss import slot_nll

@@ -17,7 +17,8 @@ from smalti.errors import InputError, first_line
 
 def refuse_existing(paths: Iterable[Path | str], *, force: bool = False) -> None:
     """Raises InputError naming the first of the paths that exists, unless `force`, or that stands in no folder which
-    can be written: before work, not after it."""
+    can be written: before work, not after it. The lock of a path that exists goes, if no process holds it: one that was
+    killed behind its last step has left it."""
     for path in map(Path, paths):
         try:
             folder = next(place for place in path.absolute().parents if place.exists())
@@ -32,7 +33,7 @@ def refuse_existing(paths: Iterable[Path | str], *, force: bool = False) -> None
             )
         if (is_folder or is_file) and not force and (lock := lock_of(path)).exists():
             with suppress(InputError), locked(lock, path):
-                pass  # and so it is gone, which a process left that was killed behind its last step
+                pass
         if is_folder and any(path.iterdir()) and not force:
             raise InputError(f"the folder {path} exists and is not empty: give another name, or --force to replace it.")
         if is_file and not force:

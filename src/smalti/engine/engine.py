@@ -48,8 +48,8 @@ class Engine:
     """Carries out requests on rows of one state.
 
     `capacity` requests run at once, of which `guided_capacity` (by default all) may be guided; more wait their turn.
-    `executor` names one of `EXECUTORS`; by default the first that takes a job of `num_steps` steps (None: as many as
-    may be). Raises InputError if the executor cannot take the model, ValueError for a model in training mode.
+    `executor` names one of `EXECUTORS`; by default the first that takes a job of any length. Raises InputError if the
+    executor cannot take the model, ValueError for a model in training mode.
     """
 
     def __init__(
@@ -60,7 +60,6 @@ class Engine:
         capacity: int = 64,
         guided_capacity: int | None = None,
         executor: str | None = None,
-        num_steps: int | None = None,
     ):
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}; an engine has room for at least one request.")
@@ -68,7 +67,7 @@ class Engine:
             raise ValueError("the model is in training mode; call its eval() first.")
         model.check_layout(layout)
         self.layout, self.capacity = layout, capacity
-        self.executor = make_executor(model, executor, num_steps)
+        self.executor = make_executor(model, executor)
         # The rows of the requests stand from `first` on, upwards, their null rows before it, downwards: together, and
         # each by themselves, they are side by side.
         self.first = capacity if guided_capacity is None else min(guided_capacity, capacity)

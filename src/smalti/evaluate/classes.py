@@ -27,6 +27,7 @@ from smalti.bounds import MAX_PICTURES
 from smalti.data.labelled_pictures import Labelled
 from smalti.engine.sampling import SampleConfig
 from smalti.evaluate.digits import binomial_rate
+from smalti.evaluate.reconstruction import frechet_distance, to_images
 from smalti.files import new_file, refuse_existing, write_text
 from smalti.progress import track
 from smalti.tasks.classes import ClassPipeline
@@ -102,7 +103,7 @@ def train_judge(
     for _ in track(range(num_steps), "judge", unit="step", show=show_progress):
         rows = torch.randint(len(pixels), (batch_size,), generator=stream)
         down, right = torch.randint(-most, most + 1, (2,), generator=stream).tolist()
-        batch = _as_floats(pixels[rows]).roll((down, right), (2, 3))
+        batch = to_images(pixels[rows]).roll((down, right), (2, 3))
         loss = F.cross_entropy(judge(batch)[1], wanted[rows].long(), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -125,22 +126,6 @@ def look_at(judge: Judge, images: Float[Tensor, "N 3 H W"]) -> Seen:
     return Seen(torch.cat([features for features, _ in found]), torch.cat([scores.argmax(1) for _, scores in found]))
 
 
-def frechet_distance(first: Float[Tensor, "N F"], second: Float[Tensor, "M F"]) -> float:
-    """|μ₁ − μ₂|² + Tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of two sets of features, in float64, covariances unbiased."""
-    one, two = first.double(), second.double()
-    apart = (one.mean(0) - two.mean(0)).square().sum()
-    covariance, other = one.T.cov(), two.T.cov()
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
-    # (Σ₁ Σ₂)^½ has the eigenvalues of the symmetric (Σ₁^½ Σ₂ Σ₁^½)^½
-    shared = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
-    return max(0.0, float(apart + covariance.trace() + other.trace() - 2 * shared))  # rounding may go below
-
-
-def _as_floats(images: UInt8[Tensor, "N H W 3"]) -> Float[Tensor, "N 3 H W"]:
-    return images.permute(0, 3, 1, 2).float() / 255
-
-
 # The report ----------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +136,10 @@ class AtScale(NamedTuple):
     class_accuracy: float
     standard_error: float
     frechet_distance: float
+
+
+def _nearest(scales: Sequence[AtScale]) -> AtScale:
+    return min(scales, key=lambda at: at.frechet_distance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +158,7 @@ class ClassesReport:
     @property
     def best(self) -> AtScale:
         """The scale that comes nearest to real pictures."""
-        return min(self.scales, key=lambda at: at.frechet_distance)
+        return _nearest(self.scales)
 
     def figures(self) -> dict[str, str]:
         best = self.best
@@ -260,7 +249,7 @@ def evaluate_classes(
         real_images, train.labels[chosen], num_classes, num_steps=config.judge_steps, show_progress=show_progress
     )
     measured = generator.permutation(len(held_out))[: config.num_pictures]
-    real = _as_floats(torch.from_numpy(held_out.images(measured.tolist(), size)))
+    real = to_images(torch.from_numpy(held_out.images(measured.tolist(), size)))
     seen, truth = look_at(judge, real), torch.from_numpy(held_out.labels[measured])
     rebuilt = look_at(judge, _in_range(_rebuilt(pipe, real)))
     labels = [i * num_classes // config.num_pictures for i in range(config.num_pictures)]
@@ -270,7 +259,6 @@ def evaluate_classes(
         rate = binomial_rate((drawn.labels == wanted).numpy())
         distance = frechet_distance(drawn.features, seen.features)
         scales.append(AtScale(scale, rate["rate"], rate["standard_error"], distance))
-    best = min(scales, key=lambda at: at.frechet_distance).guidance_scale
     return ClassesReport(
         command=command,
         nats=nats,
@@ -281,7 +269,7 @@ def evaluate_classes(
         frechet_of_reconstructions=frechet_distance(rebuilt.features, seen.features),
         num_pictures=config.num_pictures,
         scales=scales,
-        pictures=_sheet(pipe, min(SHOWN, num_classes), best, config.seed),
+        pictures=_sheet(pipe, min(SHOWN, num_classes), _nearest(scales).guidance_scale, config.seed),
     )
 
 

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from smalti.engine.sampling import SampleConfig, filter_logits, guide
+from smalti.engine.sampling import SampleConfig, guide, reshape
 from smalti.inspect.attention import attention_weights
 from smalti.models.base import SequenceModel
 from smalti.sequences.layout import Layout, Slot
 from smalti.sequences.request import Request, TokenSequence
 
 
-class Choice(NamedTuple):
+class CellChoice(NamedTuple):
     """Of one cell."""
 
     probs: Float[Tensor, " n"]
@@ -38,7 +38,7 @@ def choice_at(
     codes: Sequence[int] | Int[Tensor, " L"],
     cell: int,
     config: SampleConfig,
-) -> Choice:
+) -> CellChoice:
     """The choice at `cell` of a picture that `request` drew, of which `codes` are the codes. By one pass over the
     whole sequence, so it differs from what an executor computed by rounding. Raises ValueError for what does not fit.
     """
@@ -54,11 +54,10 @@ def choice_at(
     if config.temperature == 0:
         probs = torch.zeros_like(guided).scatter(-1, guided.argmax(-1, keepdim=True), 1.0)
     else:
-        filters = {"top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
-        probs = filter_logits(guided / config.temperature, **filters).softmax(-1)
+        probs = reshape(guided, config).softmax(-1)
     weights = attention_weights(model, token_ids[None])  # type: ignore[arg-type]
     mean = torch.stack([layer[0, :, -1].mean(0) for layer in weights]).mean(0)
-    return Choice(probs[0].cpu(), cond.softmax(-1)[0].cpu(), mean.cpu(), given)
+    return CellChoice(probs[0].cpu(), cond.softmax(-1)[0].cpu(), mean.cpu(), given)
 
 
 def _sequence_before(

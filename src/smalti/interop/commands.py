@@ -1,18 +1,15 @@
 """Import, verify and export foreign weights: what the commands of the same names do."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import nn
 
 from smalti.bundle import Bundle
 from smalti.errors import InputError
-from smalti.files import new_file, new_folder, refuse_existing
+from smalti.files import new_folder, refuse_existing
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.interop import (
     deepul,
@@ -25,7 +22,7 @@ from smalti.interop import (
     verifying,
     vit_vqgan,
 )
-from smalti.interop.keys import ImportReport, Layout, export_foreign, import_foreign
+from smalti.interop.keys import ImportReport, Layout, config_beside, export_foreign, import_foreign, write_foreign
 from smalti.interop.token_models import TOKEN_MODELS, Extras
 from smalti.interop.verifying import ArrayError
 from smalti.weight_files import read_config, read_weights
@@ -112,21 +109,13 @@ def export_weights(kind: str, bundle_dir: Path, file: Path, *, force: bool = Fal
     if kind in TOKEN_MODELS:
         return token_models.export_token_model(TOKEN_MODELS[kind], bundle_dir, file, force=force)
     layout = layout_of(kind)
-    config_file = file.with_suffix(".config.json")
-    refuse_existing([file, config_file], force=force)
+    refuse_existing([file, config_beside(file)], force=force)
     inner = bundle_dir / "image_tokenizer"
     module = load_image_tokenizer(inner if inner.is_dir() else bundle_dir)
     if type(module) is not layout.build:
         raise InputError(f"{bundle_dir} holds a {type(module).__name__}, which the {kind} layout is not for.")
     state = export_foreign(layout, module)
-    with new_file(file, force=force) as temporary:
-        if file.suffix == ".safetensors":
-            save_file(state, temporary)
-        else:
-            torch.save({layout.container: state} if layout.container else state, temporary)
-    with new_file(config_file, force=force) as temporary:
-        temporary.write_text(json.dumps(layout.write_config(module), indent=2) + "\n", encoding="utf-8")
-    return config_file
+    return write_foreign(file, state, layout.write_config(module), container=layout.container, force=force)
 
 
 def layout_of(kind: str) -> Layout:
@@ -158,7 +147,7 @@ def _import(
         return *import_foreign(
             layout, weights.tensors, read_config(config), allow_nonfinite=allow_nonfinite
         ), weights.notes
-    nearby = [file.with_suffix(".config.json"), *(f / "config.json" for f in (file.parent, verify_dir) if f)]
+    nearby = [config_beside(file), *(f / "config.json" for f in (file.parent, verify_dir) if f)]
     found = next((path for path in nearby if path.is_file()), None)
     try:
         return *import_foreign(layout, weights.tensors, allow_nonfinite=allow_nonfinite), weights.notes

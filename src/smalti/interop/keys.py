@@ -4,15 +4,19 @@ A key map says for every tensor of ours the foreign key and the foreign shape. I
 map, so that one undoes the other.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smalti.errors import InputError, first_line
+from smalti.files import new_file
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig
 from smalti.weight_files import require_values
 from smalti.weights import BUILD_ERRORS, build_within
@@ -131,6 +135,27 @@ def export_foreign(layout: Layout, module: nn.Module) -> dict[str, Tensor]:
         for name, foreign in layout.key_map(module).items()
         for key in (foreign.key, *foreign.copies)
     }
+
+
+def write_foreign(
+    file: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], *, container: str | None, force: bool = False
+) -> Path:
+    """Writes tensors as safetensors if `file` is called so, and otherwise as torch does, under `container` if there is
+    one; the original's config comes beside it, and its path is returned."""
+    config_file = config_beside(file)
+    with new_file(file, force=force) as temporary:
+        if file.suffix == ".safetensors":
+            save_file(dict(state), temporary)
+        else:
+            torch.save({container: dict(state)} if container else dict(state), temporary)
+    with new_file(config_file, force=force) as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return config_file
+
+
+def config_beside(file: Path) -> Path:
+    """Where an export leaves the original's config, and an import looks for it."""
+    return file.with_suffix(".config.json")
 
 
 def first_renamed(name: str, renames: Sequence[tuple[str, str]]) -> str:

@@ -24,10 +24,8 @@ from smalti.sequences.vocabulary import FEATURES, Vocabulary
 
 CLASS_NAME = "autoregressive.models.gpt.Transformer"
 DROPPABLE = {"freqs_cis": "computed from the config", ".k_cache": "a cache", ".v_cache": "a cache"}
-UNREAD = (  # of training, and of memory set aside
-    *("initializer_range", "token_dropout_p", "ffn_dropout_p", "drop_path_rate", "max_batch_size", "max_seq_len"),
-)
-SECTIONS = ("ModelArgs", "generate", "smallest_top2_logit_gap", "filters", *HEADER)
+UNREAD = ("initializer_range", "token_dropout_p", "ffn_dropout_p", "drop_path_rate", "max_batch_size", "max_seq_len")
+"""Of training, and of memory set aside."""
 
 
 def read_config(config: dict) -> tuple[DecoderOnlyConfig, Layout]:
@@ -232,8 +230,8 @@ def read_llamagen(
     state: Mapping[str, Tensor], config: dict, *, allow_nonfinite: bool = False
 ) -> tuple[DecoderOnly, Layout, ImportReport]:
     """The model of a LlamaGen state dict, in evaluation mode, and its layout; its weights may share the memory of
-    `state`. Raises InputError if a tensor is missing,
-    has another shape or is left over, and for a config that says what is not known here."""
+    `state`. Raises InputError if a tensor is missing, has another shape or is left over, and for a config that says
+    what is not known here."""
     ours, layout = read_config(config)
     model = build_of(lambda: DecoderOnly(ours), state)
     report = read_fused(

@@ -3,7 +3,6 @@
 Letters: B sequences, L codes of a picture, P prefix tokens, C channels of features, n codes there are.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
 
 from smalti.bundle import LABEL, Bundle, Classes, Sampling
@@ -23,7 +21,7 @@ from smalti.engine.generate import generate
 from smalti.engine.sampling import SampleConfig, filter_logits, guide
 from smalti.errors import InputError
 from smalti.evaluate.reconstruction import default_image_size, find_image_tokenizer
-from smalti.files import new_file, refuse_existing
+from smalti.files import refuse_existing
 from smalti.image_files import PictureConfig
 from smalti.image_tokenizers import load_image_tokenizer
 from smalti.image_tokenizers.vqgan import VQGAN
@@ -31,7 +29,7 @@ from smalti.interop import llamagen_gpt, llamagen_vq, maskgit_vq, rar
 from smalti.interop.fields import Fields
 from smalti.interop.fused import PieceMap, write_fused
 from smalti.interop.huggingface import INDEXES, read_shards
-from smalti.interop.keys import ImportReport, import_foreign
+from smalti.interop.keys import ImportReport, config_beside, import_foreign, write_foreign
 from smalti.interop.keys import Layout as TokenizerLayout
 from smalti.interop.verifying import ArrayError, ReferenceArrays, compare_outputs, find_weights, read_arrays
 from smalti.models.base import Inputs
@@ -58,19 +56,78 @@ class ReadModel(NamedTuple):
     report: ImportReport
 
 
+class WrittenModel(NamedTuple):
+    """A model of ours as another project keeps it."""
+
+    pieces: PieceMap
+    config: dict
+    container: str | None
+    """The name under which the original saves its tensors, if any."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenModelKind:
-    """All that is particular to one project's transformers."""
+    """All that is particular to reading and writing one project's transformers."""
 
     name: str
+    read: Callable[..., ReadModel]
+    """From weights, their config or None, and the side of the pictures in pixels where that is given."""
+    write: Callable[[Bundle, Path], WrittenModel]
+    """From a bundle and its folder. Raises InputError for a model that the original cannot be."""
     tokenizer_layout: TokenizerLayout
     """Of the image tokenizer that its published weights go with."""
     inputs: tuple[str, ...]
     """Arrays of a reference folder that are given, not computed."""
 
 
+def _read_llamagen(
+    weights: ForeignWeights, config: dict | None, image_size: int | None = None, *, allow_nonfinite: bool = False
+) -> ReadModel:
+    sizes = None
+    if config is None:
+        config, name = llamagen_gpt.infer_config(weights.tensors, _num_codes(weights.settings, image_size))
+        sizes = f"of the published {name}, {config['block_size']} codes a picture"
+    elif image_size is not None:
+        raise InputError("--image-size and a config both say how large a picture is; leave out --image-size.")
+    model, layout, report = llamagen_gpt.read_llamagen(weights.tensors, config, allow_nonfinite=allow_nonfinite)
+    num_classes = llamagen_gpt.num_classes(config)
+    classes = None if num_classes is None else Classes(num=num_classes)
+    # as its scripts sample_c2i.py and sample_t2i.py draw by themselves
+    guided = SampleConfig(guidance_scale=4.0 if classes else 7.5, top_k=2000 if classes else 1000)
+    return ReadModel(model, layout, classes, Sampling(picture=guided), replace(report, sizes=sizes or report.sizes))
+
+
+def _write_llamagen(bundle: Bundle, directory: Path) -> WrittenModel:
+    gpt = bundle.decoder_only("the llamagen layout")
+    num_classes = None if bundle.classes is None else bundle.classes.num
+    config = llamagen_gpt.write_config(gpt.config, bundle.layout, num_classes)
+    return WrittenModel(llamagen_gpt.piece_map(gpt.config), config, "model")
+
+
+def _read_rar(
+    weights: ForeignWeights, config: dict | None, image_size: int | None = None, *, allow_nonfinite: bool = False
+) -> ReadModel:
+    if image_size is not None:
+        raise InputError("--image-size goes with llamagen; a RAR's weights tell how many codes a picture has.")
+    sizes = None
+    if config is None:
+        config, sizes = rar.infer_config(weights.tensors), "from the shapes of the weights"
+    model, report = rar.read_rar(weights.tensors, config, allow_nonfinite=allow_nonfinite)
+    classes, sampling = Classes(num=model.config.num_classes), Sampling(picture=rar.read_sampling(config))
+    return ReadModel(model, model.config.layout, classes, sampling, replace(report, sizes=sizes or report.sizes))
+
+
+def _write_rar(bundle: Bundle, directory: Path) -> WrittenModel:
+    model = bundle.model
+    if not isinstance(model, RAR):
+        raise InputError(f"{directory} holds a {type(model).__name__}; the rar layout is for a RAR.")
+    return WrittenModel(rar.piece_map(model.config), rar.write_config(model.config, bundle.sampling.picture), None)
+
+
 LLAMAGEN = TokenModelKind(
     name="llamagen",
+    read=_read_llamagen,
+    write=_write_llamagen,
     tokenizer_layout=llamagen_vq.LAYOUT,
     inputs=(
         "tokens",
@@ -83,7 +140,13 @@ LLAMAGEN = TokenModelKind(
         "valid",
     ),
 )
-RAR_KIND = TokenModelKind(name="rar", tokenizer_layout=maskgit_vq.LAYOUT, inputs=("tokens", "class_ids", "orders"))
+RAR_KIND = TokenModelKind(
+    name="rar",
+    read=_read_rar,
+    write=_write_rar,
+    tokenizer_layout=maskgit_vq.LAYOUT,
+    inputs=("tokens", "class_ids", "orders"),
+)
 TOKEN_MODELS: Mapping[str, TokenModelKind] = {kind.name: kind for kind in (LLAMAGEN, RAR_KIND)}
 
 
@@ -116,7 +179,7 @@ def import_token_model(
     weights = _read_source(source)
     notes = list(weights.notes)
     fields = _find_config(kind, source, config, notes)
-    found = read_model(kind, weights, fields, extras.image_size, allow_nonfinite=allow_nonfinite)
+    found = kind.read(weights, fields, extras.image_size, allow_nonfinite=allow_nonfinite)
     classes = found.classes
     if extras.class_names is not None:
         classes = _named(classes, extras.class_names)
@@ -139,41 +202,6 @@ def import_token_model(
     return ImportedModel(bundle, found.report, tuple(notes))
 
 
-def read_model(
-    kind: TokenModelKind,
-    weights: ForeignWeights,
-    config: dict | None,
-    image_size: int | None = None,
-    *,
-    allow_nonfinite: bool = False,
-) -> ReadModel:
-    """The model of foreign weights, of the sizes that `config` says or else their shapes."""
-    state, sizes = weights.tensors, None
-    if kind is RAR_KIND:
-        if image_size is not None:
-            raise InputError("--image-size goes with llamagen; a RAR's weights tell how many codes a picture has.")
-        if config is None:
-            config, sizes = rar.infer_config(state), "from the shapes of the weights"
-        model, report = rar.read_rar(state, config, allow_nonfinite=allow_nonfinite)
-        classes, layout = Classes(num=model.config.num_classes), model.config.layout
-        sampling = Sampling(picture=rar.read_sampling(config))
-    else:
-        if config is None:
-            config, name = llamagen_gpt.infer_config(state, _num_codes(weights.settings, image_size))
-            sizes = f"of the published {name}, {config['block_size']} codes a picture"
-        elif image_size is not None:
-            raise InputError("--image-size and a config both say how large a picture is; leave out --image-size.")
-        model, layout, report = llamagen_gpt.read_llamagen(state, config, allow_nonfinite=allow_nonfinite)
-        num_classes = llamagen_gpt.num_classes(config)
-        classes = None if num_classes is None else Classes(num=num_classes)
-        # as its scripts sample_c2i.py and sample_t2i.py draw by themselves
-        guided = SampleConfig(guidance_scale=4.0 if classes else 7.5, top_k=2000 if classes else 1000)
-        sampling = Sampling(picture=guided)
-    if sizes is not None:
-        report = replace(report, sizes=sizes)
-    return ReadModel(model, layout, classes, sampling, report)
-
-
 def _read_source(source: Path) -> ForeignWeights:
     if not source.is_dir():
         return read_weights(source)
@@ -194,7 +222,7 @@ def _find_config(kind: TokenModelKind, source: Path, config: Path | None, notes:
     folder = source if source.is_dir() else source.parent
     nearby = [folder / "config.json", folder / "config.yaml"]
     if not source.is_dir():
-        nearby.insert(0, source.with_suffix(".config.json"))
+        nearby.insert(0, config_beside(source))
     for path in nearby:
         if path.is_file():
             notes.append(f"{path} was read")
@@ -265,32 +293,11 @@ def export_token_model(kind: TokenModelKind, directory: Path, file: Path, *, for
     """Writes a bundle's transformer in a foreign layout, as safetensors if `file` is called so and as the original
     saves it otherwise, and beside it the original's config, whose path is returned. Raises InputError for a model that
     the original cannot be."""
-    config_file = file.with_suffix(".config.json")
-    refuse_existing([file, config_file], force=force)
+    refuse_existing([file, config_beside(file)], force=force)
     bundle = Bundle.load(directory, device="cpu")
-    model, layout = bundle.model, bundle.layout
-    if kind is RAR_KIND:
-        if not isinstance(model, RAR):
-            raise InputError(f"{directory} holds a {type(model).__name__}; the rar layout is for a RAR.")
-        pieces, config = rar.piece_map(model.config), rar.write_config(model.config, bundle.sampling.picture)
-        container = None
-    else:
-        gpt = bundle.decoder_only("the llamagen layout")
-        config = llamagen_gpt.write_config(gpt.config, layout, None if bundle.classes is None else bundle.classes.num)
-        pieces, container = llamagen_gpt.piece_map(gpt.config), "model"
-    state = _foreign_state(model, pieces)
-    with new_file(file, force=force) as temporary:
-        if file.suffix == ".safetensors":
-            save_file(state, temporary)
-        else:
-            torch.save({container: state} if container else state, temporary)
-    with new_file(config_file, force=force) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return config_file
-
-
-def _foreign_state(model: AnyModel, pieces: PieceMap) -> dict[str, Tensor]:
-    return {key: tensor.contiguous() for key, tensor in write_fused(model, pieces).items()}
+    pieces, config, container = kind.write(bundle, directory)
+    state = {key: tensor.contiguous() for key, tensor in write_fused(bundle.model, pieces).items()}
+    return write_foreign(file, state, config, container=container, force=force)
 
 
 # Verifying -----------------------------------------------------------------------------------------------------
@@ -300,7 +307,7 @@ def verify_token_model(kind: TokenModelKind, found: Bundle | None, directory: Pa
     """The largest error of every output of a reference folder: of the bundle's model where the folder is of its sizes,
     of the folder's own weights otherwise (it then certifies the same code)."""
     arrays, config = read_arrays(directory / "io.npz"), read_config(directory / "config.json")
-    own = read_model(kind, read_weights(find_weights(directory)), config)
+    own = kind.read(read_weights(find_weights(directory)), config)
     note = f"{directory} is of other sizes than the imported file, so its own weights were run"
     model, layout = own.model, own.layout
     if found is not None and (found.model.config, found.layout.to_dict()) == (own.model.config, own.layout.to_dict()):

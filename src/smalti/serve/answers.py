@@ -36,6 +36,7 @@ from smalti.serve.openai_api import (
     scale_of,
 )
 from smalti.serve.worker import Drawing, Job, Worker
+from smalti.tasks.codes import partial_picture
 from smalti.tasks.edit import check_cells, codes_of, edit_receipt, edit_request, kept_candidates, redrawn_cells
 from smalti.tasks.images import Pipeline
 from smalti.tasks.replay import check_kept, checked_receipts, code_difference, receipt_config, receipt_request
@@ -56,7 +57,7 @@ class Upload:
     redrawn: Bool[Tensor, "h w"]
 
 
-class Drawn:
+class CheckedRequest:
     """A request for pictures, checked: the job that draws them, and what its answers say of all of them."""
 
     def __init__(self, worker: Worker, body: ImageRequest, upload: Upload | None = None):
@@ -130,7 +131,7 @@ class Drawn:
     # On the thread that makes answers --------------------------------------------------------------------------
 
     def _partial(self, codes: list[int]) -> dict[str, Any]:
-        picture = self.pipe.partial_picture(codes, self.scale, kept=self.kept)
+        picture = partial_picture(self.pipe.bundle, codes, self.scale, kept=self.kept)
         return {"b64_json": encoded(picture, self.format)}
 
     def _answer(self, found: list[Generated]) -> dict[str, Any]:

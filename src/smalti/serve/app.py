@@ -39,7 +39,7 @@ from smalti.serve.openai_api import (
     ScoreRequest,
     parsed,
 )
-from smalti.serve.worker import Job, Partial, QueueFull, Worker
+from smalti.serve.worker import Job, PartialAnswer, QueueFull, Worker
 
 _log = logging.getLogger(__name__)
 
@@ -181,20 +181,20 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def generations(request: Request) -> Response:
         body = await _json(request, ImageRequest)
         worker = service.worker(body.model)
-        return await _draw(service, request, answers.Drawn(worker, body), body, "image_generation")
+        return await _draw(service, request, answers.CheckedRequest(worker, body), body, "image_generation")
 
     @app.post("/v1/images/edits")
     async def edits(request: Request) -> Response:
         body, image, mask = await _edit_form(request)
         worker, deadline = service.worker(body.model), service.deadline(body.deadline_s)
         upload = await service.answer(request, worker, answers.upload_job(worker, image, mask), deadline)
-        return await _draw(service, request, answers.Drawn(worker, body, upload), body, "image_edit", deadline)
+        return await _draw(service, request, answers.CheckedRequest(worker, body, upload), body, "image_edit", deadline)
 
 
 async def _draw(
     service: Service,
     request: Request,
-    drawn: answers.Drawn,
+    drawn: answers.CheckedRequest,
     body: ImageRequest,
     name: str,
     deadline: float | None = None,
@@ -213,7 +213,7 @@ async def _draw(
                 yield _event("error", _api_error(error).content)
                 return
             now = {"created_at": int(time.time()), **shared}
-            if isinstance(found, Partial):
+            if isinstance(found, PartialAnswer):
                 kind = f"{name}.partial_image"
                 yield _event(kind, {"type": kind, **found.answer, "partial_image_index": found.number, **now})
                 continue

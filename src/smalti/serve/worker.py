@@ -50,7 +50,7 @@ class Drawing(NamedTuple):
     config: SampleConfig
 
 
-class Partial(NamedTuple):
+class PartialAnswer(NamedTuple):
     """A partial picture of a job, as its `partial` made it."""
 
     number: int
@@ -93,7 +93,7 @@ class Job:
 
     async def answer(self) -> Any:
         """The answer, without what comes before it."""
-        while isinstance(found := await self.next(), Partial):
+        while isinstance(found := await self.next(), PartialAnswer):
             pass
         return found
 
@@ -248,7 +248,7 @@ class Worker:
         number, partial = job.num_partials, job.partial
         job.num_partials += 1
         assert partial is not None
-        return lambda: Partial(number, partial(codes))
+        return lambda: PartialAnswer(number, partial(codes))
 
     def _start_anew(self, error: Exception) -> None:
         for job in {id(job): job for job, _ in self.tickets.values()}.values():
@@ -296,7 +296,7 @@ class Worker:
         if job.is_over:
             return
         elapsed_s = time.perf_counter() - job.started_at
-        if isinstance(message, Partial):
+        if isinstance(message, PartialAnswer):
             if message.number == 0:
                 self.metrics.first_partial.labels(self.name).observe(elapsed_s)
             job.messages.put_nowait(message)

@@ -62,16 +62,21 @@ def decode_images(bundle: Bundle, codes: Codes, *, batch_size: int = 64) -> Floa
     return torch.cat([bundle.image_tokenizer.decode_codes(c.to(device)).cpu() for c in codes.split(batch_size)])
 
 
-def partial_picture(bundle: Bundle, found: list[int], scale: int | None) -> Image.Image:
-    """The picture of the first codes of a grid; the rest is grey."""
+def partial_picture(
+    bundle: Bundle, found: list[int], scale: int | None, *, kept: Mapping[int, int] | None = None
+) -> Image.Image:
+    """The picture of its first codes, in raster order, and of the codes `kept` in cells behind them; what is not there
+    yet is grey."""
     grid, pictures = grid_of(bundle), bundle.pictures
     assert pictures is not None
-    rest = bundle.image_length - len(found)
-    image = decode_images(bundle, torch.tensor(found + found[:1] * rest).view(1, *grid))
+    codes = torch.tensor(found + found[:1] * (bundle.image_length - len(found)))
+    known = torch.arange(bundle.image_length) < len(found)
+    for cell, code in (kept or {}).items():
+        codes[cell], known[cell] = code, True
+    image = decode_images(bundle, codes.view(1, *grid))
     cell_height, cell_width = pictures.height // grid[0], pictures.width // grid[1]
-    drawn = torch.arange(bundle.image_length).view(grid) < len(found)
-    drawn = drawn.repeat_interleave(cell_height, 0).repeat_interleave(cell_width, 1)
-    return to_pictures(torch.where(drawn, image, 0.5), pictures, scale)[0]
+    known = known.view(grid).repeat_interleave(cell_height, 0).repeat_interleave(cell_width, 1)
+    return to_pictures(torch.where(known, image, 0.5), pictures, scale)[0]
 
 
 def grid_of(bundle: Bundle) -> tuple[int, int]:

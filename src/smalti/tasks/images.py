@@ -24,11 +24,20 @@ from smalti.bundle import Bundle
 from smalti.engine.generate import Generated, Request, generate, job_executor, stream
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, InputWarning, shortened
-from smalti.image_files import Picture, checked_scale, listed, to_images, to_pictures, with_receipt
+from smalti.image_files import Picture, checked_scale, listed, to_images, with_receipt
 from smalti.image_tokenizers import TiTok
 from smalti.likelihood import score
 from smalti.sequences.layout import Layout, SpanValues
-from smalti.tasks.codes import Codes, Partial, decode, decode_images, encode_images, receipt, sample_config
+from smalti.tasks.codes import (
+    Codes,
+    Partial,
+    decode,
+    decode_images,
+    encode_images,
+    partial_picture,
+    receipt,
+    sample_config,
+)
 from smalti.tasks.face import Face
 from smalti.text_tokenizer import TextTokenizer
 
@@ -159,21 +168,7 @@ class Pipeline(Face):
         offset, found = self.layout.vocabulary["image"].offset, []
         for step in stream(self.model, self.layout, [request], config):
             found.append(step.token_id - offset)
-            yield Partial(torch.tensor(found), self.partial_picture(found, scale))
-
-    def partial_picture(
-        self, found: list[int], scale: int | None, *, kept: Mapping[int, int] | None = None
-    ) -> Image.Image:
-        """The picture of its first codes, in raster order, and of the codes `kept` in cells behind them; what is not
-        there yet is grey."""
-        codes = torch.tensor(found + found[:1] * (self.bundle.image_length - len(found)))
-        known = torch.arange(self.bundle.image_length) < len(found)
-        for cell, code in (kept or {}).items():
-            codes[cell], known[cell] = code, True
-        image = self.decode_images(codes.view(1, *self.grid))
-        cell_height, cell_width = self.pictures.height // self.grid[0], self.pictures.width // self.grid[1]
-        known = known.view(self.grid).repeat_interleave(cell_height, 0).repeat_interleave(cell_width, 1)
-        return to_pictures(torch.where(known, image, 0.5), self.pictures, scale)[0]
+            yield Partial(torch.tensor(found), partial_picture(self.bundle, found, scale))
 
     def _draw_pictures(
         self,
