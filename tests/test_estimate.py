@@ -1,4 +1,4 @@
-"""The estimate of a whole recipe: said once, from the pace of the first training stage, with reasons if it is long."""
+"""The estimate of a whole recipe: said from the pace of the first training stage, with reasons if it is long."""
 
 import os
 
@@ -31,6 +31,22 @@ def test_it_is_said_once_after_twenty_steps_without_the_first_and_with_the_later
     text = "the whole will take about 5 min 15 s: image tokenizer 1 min 30 s, transformer 3 min, report 45 s"
     assert lines == {AFTER_STEPS: text}
     assert said(estimate, "transformer", first_s=1.0, pace_s=1.0) == {}
+
+
+def test_a_later_stage_that_takes_far_longer_than_was_said_is_estimated_anew():
+    """As a transformer does on a machine without a compiler, behind an image tokenizer that needs none."""
+    lengths = {
+        "image tokenizer": Length("image_tokenizer.train.num_steps", 100),
+        "transformer": Length("num_epochs", 4),
+    }
+    estimate = Estimate(MINUTES, lengths)
+    said(estimate, "image tokenizer", first_s=1.0, pace_s=0.6)  # and so 72 s for the transformer
+    assert said(estimate, "transformer", first_s=1.0, pace_s=1.4) == {}
+    lines = said(estimate, "transformer", first_s=1.0, pace_s=4.8, why=lambda: ["there is no kernel"])
+    assert lines == {
+        20: "what is left will take about 10 min: transformer 8 min, report 2 min. The recipe states 3 min 30 s. Why: "
+        "there is no kernel. In the time that it states you can have a shorter training: num_epochs=1."
+    }
 
 
 def test_what_nothing_is_stated_of_is_estimated_alone():

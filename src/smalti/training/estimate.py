@@ -1,6 +1,7 @@
 """How long a recipe will take on this machine, said once, early; and, if that is far beyond what the recipe states, why
 and what to set."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -26,34 +27,39 @@ class Length(NamedTuple):
 
 
 class Estimate:
-    """What a recipe's training takes in all, from the pace of its first training stage.
+    """What a recipe's training takes in all, from the pace of its first training stage; said anew where a later one is
+    found to take TOO_LONG times as long as was said, as a transformer does whose kernel cannot be compiled.
 
     `minutes` are what the recipe states for its stages, in their order; `lengths` the settings that shorten them.
     """
 
     def __init__(self, minutes: Mapping[Any, float] | None = None, lengths: Mapping[str, Length] | None = None):
         self.minutes, self.lengths = minutes or {}, lengths or {}
-        self.was_given = False
+        self.said_s: dict[str, float] = {}
+        """What was said of the stages."""
 
     def watch(self, why: Reasons) -> Callable[[Stage], str | None]:
-        """What a training stage calls after every step; it gets the estimate to be said after AFTER_STEPS of them, once
-        in all stages. `why` are the reasons that may make the stage slow, each with what to do about it."""
-        first_step_ended_at = None
+        """What a training stage calls after every step; it gets the estimate, if it is to be said, after AFTER_STEPS of
+        them. `why` are the reasons that may make the stage slow, each with what to do about it."""
+        first_step_ended_at, is_known = None, False
 
         def watching(stage: Stage) -> str | None:
-            nonlocal first_step_ended_at
+            nonlocal first_step_ended_at, is_known
             done = stage.completed - stage.first
-            if self.was_given or done < 1 or stage.total is None:
+            if is_known or done < 1 or stage.total is None:
                 return None
             if first_step_ended_at is None:  # that step has set up what the others find ready
                 first_step_ended_at = (stage.clock(), done)
                 return None
             if done < AFTER_STEPS:
                 return None
-            self.was_given = True
+            is_known = True
             started_at, before = first_step_ended_at
             pace_s = (stage.clock() - started_at) / (done - before)
-            return self.text(stage.name, pace_s * (stage.total - stage.first), pace_s * stage.total, why)
+            here_s = pace_s * (stage.total - stage.first)
+            if self.said_s and here_s <= TOO_LONG * self.said_s.get(stage.name, math.inf):
+                return None
+            return self.text(stage.name, here_s, pace_s * stage.total, why)
 
         return watching
 
@@ -61,21 +67,25 @@ class Estimate:
         """`here_s` is what the stage at hand takes from this start on, `whole_stage_s` from its own beginning."""
         stated_s = {stage: 60 * minutes for stage, minutes in self.minutes.items()}
         if name not in stated_s:
+            self.said_s[name] = here_s
             return f"{name} will take about {duration(here_s)}"
         slower = whole_stage_s / stated_s[name]
         names = list(stated_s)
         parts = {name: here_s} | {later: slower * stated_s[later] for later in names[names.index(name) + 1 :]}
-        text = f"the whole will take about {duration(sum(parts.values()))}"
+        what = "what is left" if self.said_s else "the whole"
+        self.said_s |= parts
+        text = f"{what} will take about {duration(sum(parts.values()))}"
         if len(parts) > 1:
             text += f": {', '.join(f'{stage} {duration(seconds)}' for stage, seconds in parts.items())}"
         if slower <= TOO_LONG:
             return text
         reasons = why() or ["nothing that can be told from here: this processor may just be slower"]
         text += f". The recipe states {duration(sum(stated_s.values()))}. Why: {'; '.join(reasons)}."
-        return text + self._shorter(slower)
+        return text + self._shorter(slower, parts)
 
-    def _shorter(self, slower: float) -> str:
-        changes = [f"{length.setting}={_shortened(length.value / slower)}" for length in self.lengths.values()]
+    def _shorter(self, slower: float, stages: Mapping[str, float]) -> str:
+        ahead = [length for stage, length in self.lengths.items() if stage in stages]
+        changes = [f"{length.setting}={_shortened(length.value / slower)}" for length in ahead]
         return f" In the time that it states you can have a shorter training: {' '.join(changes)}." if changes else ""
 
 
