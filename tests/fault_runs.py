@@ -114,14 +114,13 @@ def main(name: str, sent: signal.Signals, folder: Path) -> None:
         time.sleep(random.random() * whole_s * (0.2 + 0.1 * attempt))
         os.kill(pid, sent)
         codes.append(status(pid))
-        if codes[-1] in (
-            0,
-            2,
-        ):  # 2: stopped behind its last step, it has left what it was to make, which is refused now
+        # 2: stopped behind its last step, it has left what it was to make, which is refused now.
+        if codes[-1] in (0, 2):
             break
-    same = contents(folder / "whole") == contents(folder / "stopped")
+    expected, left = contents(folder / "whole"), contents(folder / "stopped")
+    other = sorted(key for key in expected.keys() | left.keys() if expected.get(key) != left.get(key))
     hidden = [str(p.relative_to(folder)) for p in (folder / "stopped").rglob(".*")]
-    print(json.dumps({"codes": codes, "same": same, "hidden": hidden}))
+    print(json.dumps({"codes": codes, "other": other, "hidden": hidden}))
 
 
 if __name__ == "__main__":

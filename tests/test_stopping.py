@@ -5,11 +5,15 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from smalti.cli import app as cli
-from smalti.cli.stop import Stopped, resuming, stoppable
+from smalti.progress import stage
+from smalti.stopping import Stopped, resuming, stoppable
 
 # The signal comes while the command loads its recipe or its table; a child of a background job ignores Ctrl-C.
 SCRIPT = """
@@ -59,6 +63,45 @@ def test_what_resumes_is_told_by_where_it_was_stopped(inside):
                 os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.resumes is inside and caught.value.exit_status == 143
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_what_a_library_makes_of_the_signal_is_a_stop_all_the_same(error):
+    with pytest.raises(Stopped) as caught, stoppable(), resuming():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException:
+            raise error("a file ends in the middle") from None
+    assert caught.value.resumes and isinstance(caught.value.__cause__, error)
+
+
+def test_a_stop_that_was_lost_comes_at_the_next_progress():
+    class Key:
+        pass
+
+    with pytest.raises(Stopped) as caught, stoppable(), stage("work", 3, show=False) as progress:
+        key = Key()
+        lost = weakref.ref(key, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with noticed_unraisable() as unraisable:
+            del key
+        assert lost() is None and unraisable == [Stopped]
+        try:
+            progress.advance()
+        finally:
+            progress.advance()  # what is put in order on the way out is not interrupted
+    assert progress.completed == 1 and caught.value.exit_status == 143
+    with stage("work", 3, show=False) as progress:
+        progress.advance()  # the next command knows nothing of it
+
+
+@contextmanager
+def noticed_unraisable() -> Iterator[list[type]]:
+    kinds: list[type] = []
+    before, sys.unraisablehook = sys.unraisablehook, lambda found: kinds.append(found.exc_type)
+    try:
+        yield kinds
+    finally:
+        sys.unraisablehook = before
 
 
 def test_handlers_are_put_back_and_an_ignored_signal_stays_ignored():

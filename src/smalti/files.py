@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smalti.errors import InputError, first_line
+from smalti.stopping import end_if_stopped
 
 
 def refuse_existing(paths: Iterable[Path | str], *, force: bool = False) -> None:
@@ -204,6 +205,7 @@ def new_file(path: Path | str, *, force: bool = False) -> Iterator[Path]:
                 yield temporary
                 temporary.chmod(0o644)  # safetensors lets nobody else read its files
                 sync(temporary)
+                end_if_stopped()
                 _take_name(temporary, path, force=force)
         finally:
             temporary.unlink(missing_ok=True)
@@ -257,6 +259,7 @@ def new_folder(path: Path | str, *, force: bool = False, holds: Callable[[Path],
                 yield temporary
                 for place in temporary.rglob("*"):
                     sync(place)
+                end_if_stopped()
                 _replace_folder(temporary, path, force=force)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

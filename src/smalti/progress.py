@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from smalti.stopping import end_if_stopped
+
 LINE_EVERY_S = 15.0
 Item = TypeVar("Item")
 Clock = Callable[[], float]
@@ -59,7 +61,9 @@ class Stage:
     # ---- what the work calls ----
 
     def update(self, completed: float, note: str | None = None) -> None:
-        """So many are done; `note` are some words on how it goes, which stay until there are others."""
+        """So many are done; `note` are some words on how it goes, which stay until there are others. Ends the command
+        if it was asked to stop."""
+        end_if_stopped()
         if completed > self.completed and self._first_moved is None:
             self._first_moved = self.clock(), completed
         self.completed = completed

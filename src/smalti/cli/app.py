@@ -20,11 +20,11 @@ from smalti.cli.doctor import app as doctor_app
 from smalti.cli.evaluate import app as evaluate_app
 from smalti.cli.evaluate import parse_size
 from smalti.cli.interop import app as interop_app
-from smalti.cli.stop import Stopped, resuming, stoppable
 from smalti.cli.train import RECIPE_NAMES
 from smalti.cli.train import app as train_app
 from smalti.default_bundle import DEFAULT_BUNDLE, SHIPPED, bundle_for_picture, bundle_for_prompt
 from smalti.errors import MAX_MESSAGE, InputError, InputWarning, shortened
+from smalti.stopping import Stopped, resuming, stoppable
 from smalti.tables import print_table
 
 app = typer.Typer(

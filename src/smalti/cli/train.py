@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from smalti.cli.stop import resuming
+from smalti.stopping import resuming
 
 _RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"), key=lambda path: path.stem)
 RECIPE_NAMES = ", ".join(path.stem for path in _RECIPES)

@@ -31,6 +31,7 @@ from smalti.documents import read_json
 from smalti.errors import InputError
 from smalti.file_kinds import refuse_pipe, visible
 from smalti.files import cause, failed_write, new_file, temporary_files, write_json
+from smalti.stopping import end_if_stopped
 
 SCHEMA = pa.schema(
     [
@@ -494,6 +495,7 @@ def _cached(paths: list[Path]) -> Path:
                 try:
                     unfinished.mkdir()
                     _unpack(paths, unfinished)
+                    end_if_stopped()
                     unfinished.rename(folder)
                 except OSError:
                     shutil.rmtree(unfinished, ignore_errors=True)  # a disk that is full stays so otherwise

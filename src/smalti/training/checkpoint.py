@@ -26,6 +26,7 @@ from torch import Tensor
 from smalti.documents import read_json
 from smalti.errors import InputError
 from smalti.files import cause, locked, sync, write_json
+from smalti.stopping import end_if_stopped
 from smalti.weights import file_sha256
 
 WEIGHTS_FILE = "model.safetensors"
@@ -120,6 +121,7 @@ def save_checkpoint(
         write_json(partial / CHECKSUMS_FILE, {name: file_sha256(partial / name) for name in (WEIGHTS_FILE, STATE_FILE)})
         for name in (WEIGHTS_FILE, STATE_FILE, "."):
             sync(partial / name)
+        end_if_stopped()
         _remove(final)
         os.rename(partial, final)
         sync(directory)

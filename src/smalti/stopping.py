@@ -1,7 +1,14 @@
-"""Ctrl-C and SIGTERM: a command ends with one line, which says whether the same command goes on from there."""
+"""Ctrl-C and SIGTERM: a command ends with one line, which says whether the same command goes on from there.
+
+A signal may come anywhere, also where what it raises is lost: Python drops it in the callback of a weak reference, and
+a library turns it into an error of its own, as PyTorch does while it writes a file. So it is remembered: whatever error
+leaves the command afterwards is the stop, and work that goes on all the same ends at its next sign of progress, and
+before anything it has made gets its name: a picture may have been taken for damaged because its reading was stopped.
+"""
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,27 +28,39 @@ class Stopped(BaseException):
         return "stopped; run the same command again to resume" if self.resumes else "stopped"
 
 
+_asked: Stopped | None = None
+"""The last that was raised in the command that runs."""
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Turns the signals into `Stopped`, while it lasts; in the main thread alone, where Python takes signals."""
+    global _asked
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     process, taken = os.getpid(), {}
 
     def stop(number: int, _: Any) -> None:
+        global _asked
         if os.getpid() != process:  # a worker, forked from the command: it ends without a word
             os._exit(128 + number)
-        raise Stopped(number)
+        _asked = Stopped(number)
+        raise _asked
 
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup's choice, or another library's, stays
             taken[number] = signal.signal(number, stop)
     try:
         yield
+    except BaseException as error:
+        if _asked is None or error is _asked:
+            raise
+        raise _asked from error
     finally:
         for number, handler in taken.items():
             signal.signal(number, handler)
+        _asked = None
 
 
 @contextmanager
@@ -49,6 +68,13 @@ def resuming() -> Iterator[None]:
     """What is stopped in here resumes when the same command is run again."""
     try:
         yield
-    except Stopped as stopped:
-        stopped.resumes = True
+    except BaseException:
+        if _asked is not None:
+            _asked.resumes = True
         raise
+
+
+def end_if_stopped() -> None:
+    """Raises `Stopped` once more, if a signal came and what it raised was lost. Long work calls it as it goes on."""
+    if _asked is not None and sys.exc_info()[1] is None and threading.current_thread() is threading.main_thread():
+        raise _asked
