@@ -66,10 +66,18 @@ ACTION = st.one_of(ARRIVAL, st.just("step"), st.just("step"), st.integers(0, 5))
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(actions=st.lists(ACTION, max_size=25), capacity=st.integers(1, 5), guided_capacity=st.integers(1, 5))
+@given(
+    actions=st.lists(ACTION, max_size=25),
+    capacity=st.integers(1, 5),
+    guided_capacity=st.integers(1, 5),
+    watched=st.booleans(),
+)
 @pytest.mark.parametrize("layout_name", MODELS)
-def test_arrivals_and_cancels_beside_it_change_nothing(layout_name, executor, actions, capacity, guided_capacity):
-    """Requests of all kinds and settings come at any times, some are cancelled; each that ends is as it is alone."""
+def test_arrivals_and_cancels_beside_it_change_nothing(
+    layout_name, executor, actions, capacity, guided_capacity, watched
+):
+    """Requests of all kinds and settings come at any times, some are cancelled; each that ends is as it is alone,
+    whether its tokens are watched to the end or not."""
     model, layout = MODELS[layout_name]
     engine = Engine(model, layout, capacity=capacity, guided_capacity=guided_capacity, executor=executor)
     submitted: dict[int, tuple[Request, SampleConfig]] = {}
@@ -86,16 +94,37 @@ def test_arrivals_and_cancels_beside_it_change_nothing(layout_name, executor, ac
             request, config = requests(layout_name, *action[:2]), action[2]
             if fits(layout_name, request, config):
                 submitted[engine.submit(request, config)] = request, config
-    while not engine.is_idle:
+    while watched and not engine.is_idle:
         streamed += engine.step()
+    engine.run()
     for ticket, (request, config) in submitted.items():
         found = engine.take(ticket)
         token_ids, draw_log_probs = alone(model, layout, request, config, executor)
         assert found.token_ids.tolist() == token_ids
         assert torch.allclose(found.draw_log_probs, torch.tensor(draw_log_probs), atol=1e-5)
         own = [event for event in streamed if event.ticket == ticket]
-        assert [event.token_id for event in own] == token_ids[len(token_ids) - len(own) :]
+        first = own[0].position if own else 0
+        assert [event.position for event in own] == list(range(first, first + len(own)))
+        assert [event.token_id for event in own] == token_ids[first : len(token_ids) if watched else first + len(own)]
     assert not engine.finished
+
+
+@pytest.mark.parametrize("config", CONFIGS[:6])
+def test_what_all_draw_alike_is_looked_up_once_and_is_the_same(executor, config, monkeypatch):
+    model, layout = MODELS["digits"]
+    engine = Engine(model, layout, capacity=4, executor=executor)
+    asked = [requests("digits", seed, 4) for seed in range(6)]  # two wait until the others have left
+    tickets = [engine.submit(request, config) for request in asked]
+    together: list[int] = []
+    draw_alike = engine._draw_alike
+    monkeypatch.setattr(engine, "_draw_alike", lambda number: together.append(number) or draw_alike(number))
+    engine.run()
+    assert together and min(together) > 1
+    for ticket, request in zip(tickets, asked, strict=True):
+        found = engine.take(ticket)
+        token_ids, draw_log_probs = alone(model, layout, request, config, executor)
+        assert found.token_ids.tolist() == token_ids
+        assert torch.allclose(found.draw_log_probs, torch.tensor(draw_log_probs), atol=1e-5)
 
 
 def rows_in_use(engine: Engine) -> int:

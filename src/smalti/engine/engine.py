@@ -149,7 +149,10 @@ class Engine:
         """Carries out everything that was submitted."""
         while not self.is_idle:
             self._enter()
-            self._advance()
+            if (num_tokens := self._num_alike()) > 1:
+                self._draw_alike(num_tokens)
+            else:
+                self._advance()
 
     def _advance(self) -> None:
         """A token of every request that has its rows."""
@@ -280,13 +283,56 @@ class Engine:
         drawn = self.executor.draw(hidden, null_hidden, slot, uniforms, scales, first.config)
         is_finished = False
         for running, token in zip(group, drawn.rows(), strict=True):
-            if running.goes_on[running.at] and token[0] != running.stop:  # as a rule: `push`, in short
-                running.drawn.append(token)
-                running.token_ids.append(token[0])
-                running.at += 1
+            if running.goes_on[running.at] and token[0] != running.stop:  # as a rule
+                running.add([token])
             else:
                 is_finished |= running.push(token)
         return is_finished
+
+    def _num_alike(self) -> int:
+        """How many tokens all that run draw from one slot with the same settings, and nobody finishes a span by one."""
+        if not self.active or self.speculates:
+            return 0
+        first = self.active[0]
+        key = first.keys[first.at]
+        if any(running.keys[running.at] != key for running in self.active):
+            return 0
+        return min(running.num_alike[running.at] for running in self.active)
+
+    def _draw_alike(self, num_tokens: int) -> None:
+        """Draws so many tokens of all that run; what is known of them beforehand is looked up once for all."""
+        first = self.active[0]
+        slot = self.layout.slots[first.slot_ids[first.at]]
+        ahead = [slice(running.at, running.at + num_tokens) for running in self.active]
+        taken = list(zip(self.active, ahead, strict=True))
+        uniforms = (
+            torch.tensor([running.uniforms[part] for running, part in taken], dtype=torch.float64).t().contiguous()
+        )
+        rows, null_rows, scales = self._rows_of(self.active), [], None
+        if first.wants_null:  # and so do all
+            null_rows = [running.null_row for running in self.active]
+            scales = torch.tensor([running.scales[part] for running, part in taken]).t().contiguous()
+            scales = scales.to(self.executor.model.device)
+        together = slice(self.first - len(null_rows), self.first + len(self.active))
+        # Which request's token each of the rows runs next.
+        order = [self.active.index(running) for running in reversed(self.guided)] if null_rows else []
+        self._extend()
+        drawn: list[list[tuple[int, float, float]]] = []
+        for number in range(num_tokens):
+            if number:
+                tokens = [[token[0]] for token in drawn[-1]]
+                self._run(together, [tokens[i] for i in order] + tokens)
+            draws = self.executor.draw(
+                self.hidden[rows],
+                self.hidden[null_rows] if null_rows else None,
+                slot,
+                uniforms[number],
+                None if scales is None else scales[number],
+                first.config,
+            )
+            drawn.append(draws.rows())
+        for running, tokens in zip(self.active, zip(*drawn, strict=True), strict=True):
+            running.add(tokens)
 
     def _draw_ahead(self, group: list["_Running"]) -> bool:
         """Draws at the positions of the drafts, and keeps what stands; whether any of the requests is finished."""
@@ -418,18 +464,37 @@ class _Running:
             for slot_id, scale in zip(plan.slot_ids, self.scales, strict=True)
         ]
 
+        self.num_alike = self._num_alike()
         self.rooms = [] if self.drafts is None else self._rooms()
+
+    def _ends(self) -> list[bool]:
+        """Of each slot, whether the span may end by what is drawn from it."""
+        return [any(start <= self.stop < end for start, end in slot.ranges) for slot in self.sequence.layout.slots]
+
+    def _num_alike(self) -> list[int]:
+        """For each coming position, how many from there on draw with its key, and go on."""
+        ends = self._ends()
+        found = [0] * (self.end + 1)
+        for at in range(self.end - 1, -1, -1):
+            if self.goes_on[at] and not ends[self.slot_ids[at]]:
+                found[at] = 1 + (found[at + 1] if self.keys[at] == self.keys[at + 1] else 0)
+        return found
 
     def _rooms(self) -> list[int]:
         """For each coming position, how many from there on draw from its slot, one after the other."""
-        slots = self.sequence.layout.slots
-        ends = [any(start <= self.stop < end for start, end in slot.ranges) for slot in slots]
+        ends = self._ends()
         rooms = [1] * self.end
         for at in range(self.end - 2, -1, -1):
             slot_id, behind = self.slot_ids[at], self.slot_ids[at + 1]
             if slot_id == behind and not ends[slot_id] and max(self.forced[at : at + 2]) < 0:
                 rooms[at] += rooms[at + 1]
         return rooms
+
+    def add(self, tokens: Sequence[tuple[int, float, float]]) -> None:
+        """Adds tokens behind which another one is drawn."""
+        self.drawn.extend(tokens)
+        self.token_ids.extend(token[0] for token in tokens)
+        self.at += len(tokens)
 
     def push(self, token: tuple[int, float, float]) -> bool:
         """Adds a token, and all that is certain behind it; whether the sequence is finished."""
