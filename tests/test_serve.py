@@ -94,6 +94,25 @@ def test_many_at_once_are_each_as_alone(server):
     assert server.worker.rows_in_use == 0 and server.worker.pending == 0
 
 
+@pytest.mark.parametrize("executor", ["native", "eager"])
+def test_codes_are_the_librarys_on_every_executor(executor, request):
+    """`packed` is what the others here run on."""
+    if executor == "native":
+        request.getfixturevalue("native_kernels")
+    pipe = tiny_pipeline()
+    asked = [
+        {"seed": seed, "guidance_scale": 1 + seed % 3, "temperature": 0.6 + seed / 20, "top_k": seed % 2 * 40}
+        for seed in range(12)
+    ]
+    bodies = [{"prompt": (CAPTION, OTHER)[i % 2], **one} for i, one in enumerate(asked)]
+    with Running(pipe, executor=executor) as server, ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(lambda body: server.request("POST", "/v1/images/generations", body), bodies))
+    for one, body, (status, content, _) in zip(asked, bodies, found, strict=True):
+        assert status == 200
+        codes = pipe.generate_codes(body["prompt"], executor=executor, **one)
+        assert content["data"][0]["smalti"]["codes"] == codes.flatten().tolist(), body
+
+
 def test_partial_pictures_come_row_by_row_and_then_the_whole(server, client):
     events = list(client.images.generate(prompt=CAPTION, stream=True, partial_images=3, extra_body={"seed": 5}))
     *partial, completed = events
