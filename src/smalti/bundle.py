@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -101,6 +101,12 @@ class Classes:
         if not 0 <= int(text) < self.num:
             raise InputError(f"class {shortened(text)} is out of range; expected 0 to {self.num - 1}.")
         return int(text)
+
+
+@cache
+def smalti_version() -> str:
+    """As it is installed. Looked up once: that takes a millisecond, and every picture's receipt names it."""
+    return version("smalti")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -322,7 +328,7 @@ class Bundle:
         (folder / CARD).write_text(self.card(), encoding="utf-8")
         return {
             "name": self.name,
-            "smalti_version": version("smalti"),
+            "smalti_version": smalti_version(),
             "layout": self.layout.to_dict(),
             "model": describe_model(self.model),
             **({} if self.pictures is None else {"pictures": asdict(self.pictures)}),

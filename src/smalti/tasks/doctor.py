@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from jaxtyping import Float, Int
 from rich.table import Table
 from torch import Tensor
 
-from smalti.bundle import LABEL, Bundle
+from smalti.bundle import LABEL, Bundle, smalti_version
 from smalti.engine.engine import Engine
 from smalti.engine.executors import EXECUTORS, make_executor
 from smalti.engine.sampling import SampleConfig
@@ -103,7 +102,7 @@ def examine(bundle: Bundle, *, num_tokens: int = NUM_TOKENS, seed: int = 0) -> C
         bundle=bundle.name,
         weights_sha256=bundle.weights_sha256,
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
-        smalti=version("smalti"),
+        smalti=smalti_version(),
         torch=torch.__version__,
         processor=str(bundle.device) if bundle.device.type != "cpu" else instruction_set(),
         num_tokens=num_tokens,
