@@ -118,9 +118,9 @@ class PromptTokenizer:
             )
         return Cut(numbers, False)
 
-    def null_of(self, numbers: Sequence[int]) -> list[int]:
-        """What stands for a prompt of these ids where there is none."""
-        return [self._begin, *[self._filler] * (len(numbers) - 1)]
+    def null_of(self, length: int) -> list[int]:
+        """What stands for a prompt of so many ids where there is none."""
+        return [self._begin, *[self._filler] * (length - 1)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, markers included."""

@@ -254,8 +254,8 @@ class TextTokenizer:
             )
         return numbers
 
-    def null_of(self, numbers: Sequence[int]) -> list[int]:
-        """What stands for a caption of these numbers where there is none: nothing."""
+    def null_of(self, length: int) -> list[int]:
+        """What stands for a caption of so many words where there is none: nothing."""
         return []
 
     def decode(self, ids: Sequence[int]) -> str:

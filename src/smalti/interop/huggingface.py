@@ -27,6 +27,7 @@ from smalti.errors import InputError, shortened
 from smalti.file_kinds import GGUF, is_hidden
 from smalti.files import new_folder
 from smalti.interop.fields import Fields
+from smalti.interop.fused import halves_to_pairs, pairs_to_halves
 from smalti.interop.keys import Foreign, ImportReport, Moved, misfit, shape_problems
 from smalti.interop.verifying import ArrayError, ReferenceArrays, compare_outputs, read_arrays
 from smalti.models.config import TransformerConfig
@@ -124,16 +125,6 @@ def tensor_map(config: DecoderOnlyConfig, biased: Collection[str]) -> dict[str, 
     if not config.tie_embeddings:
         parts["head"] = (Part("lm_head.weight", table),)
     return parts
-
-
-def halves_to_pairs(rows: Float[Tensor, "rows ..."], num_heads: int) -> Float[Tensor, "rows ..."]:
-    """Rows of queries or keys, from rotating halves of a head to rotating neighbours."""
-    return rows.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def pairs_to_halves(rows: Float[Tensor, "rows ..."], num_heads: int) -> Float[Tensor, "rows ..."]:
-    """The inverse of `halves_to_pairs`."""
-    return rows.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def fuse(state: Mapping[str, Tensor], parts: Mapping[str, Sequence[Part]]) -> dict[str, Tensor]:

@@ -73,9 +73,8 @@ class JanusConfig:
     def layout(self) -> Layout:
         """What its sequences are made of."""
         sizes = {"text": self.text_size, SPECIAL: [START], "image": self.codebook_size}
-        return Layout.parse(
-            Vocabulary(sizes), {ORDER: f"(text{{..{self.max_text}}}) {START} image{{{self.num_codes}}}"}
-        )
+        line = f"(text{{..{self.max_text}}}) {START} image{{{self.num_codes}}}"
+        return Layout.parse(Vocabulary(sizes), {ORDER: line})
 
     @property
     def first_code(self) -> int:

@@ -413,7 +413,7 @@ class Pipeline(Face):
         caption_nll_nats = None if image_first is None else image_first["text"]
         alone = image_first
         if empty is not None:
-            nothing = [self._null_of(ids) for ids in words]
+            nothing = [self._null_of(len(ids)) for ids in words]
             lengths = torch.tensor([len(ids) for ids in nothing])
             spans["text"] = SpanValues(nn.utils.rnn.pad_sequence(nothing, batch_first=True), lengths)
             alone = nats(empty, "image")
@@ -462,8 +462,9 @@ class Pipeline(Face):
         """The caption that a sequence has."""
         return self.text_tokenizer.decode(sequence.spans["text"].tolist())
 
-    def _null_of(self, words: Int[Tensor, " L"] | Sequence[int]) -> Int[Tensor, " L"]:
-        return torch.tensor(self.text_tokenizer.null_of(list(words)), dtype=torch.long)
+    def _null_of(self, length: int) -> Int[Tensor, " L"]:
+        """What stands for a caption of so many tokens where there is none."""
+        return torch.tensor(self.text_tokenizer.null_of(length), dtype=torch.long)
 
     def _words(self, caption: str) -> Int[Tensor, " L"]:
         return torch.tensor(self.text_tokenizer.encode(caption), dtype=torch.long)
@@ -503,7 +504,7 @@ class Pipeline(Face):
         captions may have any length (or what stands for one of that length), else in the order that has the picture
         first."""
         if (order := self._empty_caption_order()) is not None:
-            return Request(order=order, given={"text": self._null_of([] if words is None else words), **given})
+            return Request(order=order, given={"text": self._null_of(0 if words is None else len(words)), **given})
         return Request(order=self.bundle.order("image", "text"), given=given)
 
     def _empty_caption_order(self) -> str | None:
