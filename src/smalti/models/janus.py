@@ -111,7 +111,7 @@ def _published(num_layers: int, d_model: int, num_heads: int, d_ff: int) -> Janu
 PRESETS = {
     # Janus-Pro's config.json files; parameters of what draws pictures, without the head for text (102,400 × d_model).
     "janus-pro-1b": _published(24, 2048, 16, 5632),  # 1,485,053,952
-    "janus-pro-7b": _published(30, 4096, 32, 11008),  # 6,594,396,160
+    "janus-pro-7b": _published(30, 4096, 32, 11008),  # 6,591,791,104
 }
 
 
