@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ SHAPES = {
 ALIGNER_DEPTHS = {"plain": 2, "grouped": 2, "deep": 3}
 
 
+@cache
 def tokenizer() -> Tokenizer:
     """Bytes, and markers behind them, as the published one has them in small."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -83,12 +85,13 @@ def transformers_config(shape: str = "plain") -> Any:
         )
 
 
-def transformers_model(shape: str = "plain", seed: int = 0) -> Any:
+@cache
+def transformers_model(shape: str = "plain") -> Any:
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         from transformers import JanusForConditionalGeneration
 
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = JanusForConditionalGeneration(transformers_config(shape)).eval()
         for name, parameter in model.named_parameters():
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)

@@ -63,7 +63,7 @@ def import_(
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out the list of tensors.")] = False,
     force: Force = False,
 ) -> int:
-    """Read the weights of another project's image tokenizer, class, prompt or language model. Nothing in the file is run.
+    """Read the weights of another project: an image tokenizer, a model that draws, or a language model. Nothing is run.
 
     Prints every tensor's old and new name. With --verify, the status is 1 if an output differs.
     """
