@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from smalti.bounds import check_sizes
 from smalti.documents import config_of
 from smalti.models.base import Inputs, check_drawable, inputs_of, last_of
-from smalti.models.config import LLAMA, TransformerConfig
+from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import DecodeState, Rows
 from smalti.models.stored_weights import STORAGES, StoredWeight, store_linears
 from smalti.models.transformer import Transformer
@@ -95,7 +95,6 @@ class JanusConfig:
 
 
 def _published(num_layers: int, d_model: int, num_heads: int, d_ff: int) -> JanusConfig:
-    body = LLAMA | dict(num_layers=num_layers, d_model=d_model, num_heads=num_heads, d_ff=d_ff)
     return JanusConfig(
         text_size=102_400,
         start_id=100_016,
@@ -104,7 +103,18 @@ def _published(num_layers: int, d_model: int, num_heads: int, d_ff: int) -> Janu
         num_codes=576,
         max_text=447,
         head_width=d_model,
-        transformer=TransformerConfig(max_length=16_384, norm_eps=1e-6, **body),
+        transformer=TransformerConfig(
+            num_layers=num_layers,
+            d_model=d_model,
+            num_heads=num_heads,
+            d_ff=d_ff,
+            max_length=16_384,
+            norm="rms",
+            norm_eps=1e-6,
+            feed_forward="swiglu",
+            bias=False,
+            positions="rotary",
+        ),
     )
 
 
