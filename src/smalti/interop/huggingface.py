@@ -32,6 +32,7 @@ from smalti.interop.keys import Foreign, ImportReport, Moved, misfit, shape_prob
 from smalti.interop.verifying import ArrayError, ReferenceArrays, compare_outputs, read_arrays
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from smalti.prompts import PromptTokenizer
 from smalti.sequences.layout import Layout, Marker, Order, Span
 from smalti.sequences.vocabulary import Vocabulary
 from smalti.text_tokenizer import TextTokenizer
@@ -527,6 +528,7 @@ def export_llama(bundle: Path | str, directory: Path, *, force: bool = False) ->
     found = Bundle.load(bundle, device="cpu")
     model = found.decoder_only("a Llama")
     _refuse_features(model.config)
+    assert not isinstance(found.text_tokenizer, PromptTokenizer)  # a Janus has one, and was refused
     config = write_llama_config(model.config, found.layout, biased_halves(model))
     generation = {"_from_model_config": False} | write_generation_config(found.layout)
     with new_folder(directory, force=force, holds=_is_llama, what="Llama") as folder:
