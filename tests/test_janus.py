@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from serving import Running, picture_of
 from tiny_janus import (
     BEGIN,
     CODES,
@@ -203,6 +204,8 @@ def test_it_draws_from_the_command_line_and_again_from_its_receipt(imported, tmp
     assert codes[1].flatten().tolist() == receipt["codes"]  # in any company
     *_, last = pipe.stream("a red tile", seed=3)
     assert last.codes.tolist() == receipt["codes"]
+    drafted = pipe.generate_codes("a red tile", seed=3, speculative=4, coupling="inverse")
+    assert torch.equal(drafted[0], codes[1])
     other = pipe.generate_codes("a red tile", seed=3, negative_prompt="a blue tile")
     assert not torch.equal(other[0], codes[1])
     completed = pipe.complete_codes(codes[1, :2], caption="a red tile", seed=3)
@@ -269,6 +272,22 @@ def test_it_is_asked_for_codes_alone(imported):
         pipe.caption_codes(some_codes(1).view(1, SIDE, SIDE))
 
 
+def test_a_server_draws_what_the_command_draws(imported):
+    pipe = Pipeline.load(imported())
+    [expected] = pipe.generate("a red tile", seed=3)
+    with Running(pipe, executor="eager") as server:
+        asked = {"prompt": "a red tile", "seed": 3}
+        status, answer, _ = server.request("POST", "/v1/images/generations", asked)
+        assert status == 200 and picture_of(answer["data"][0]["b64_json"]).tobytes() == expected.tobytes()
+        for wrong, message in (
+            ({"size": "256x256"}, "this model draws 6x6"),
+            ({"prompt": f"a cat{START}"}, "takes for a marker"),
+            ({"prompt": "long " * 40}, "takes 87"),
+        ):
+            status, answer, _ = server.request("POST", "/v1/images/generations", asked | wrong)
+            assert status == 400 and message in answer["error"]["message"]
+
+
 # ---- there and back ----
 
 
@@ -299,8 +318,8 @@ def test_what_is_passed_over_is_named_and_counted(tmp_path, checkpoints, layout,
     before = "" if layout == "original" else "model."
     for part in (f"{before}vision_model.", f"{before}aligner."):
         count = sum(key.startswith(part) for key in state)
-        assert f"passed over: {count} tensors of {part}*, it looks at pictures" in printed
-    assert "lm_head.weight dropped: writes text, which drawing does not" in printed
+        assert f"passed over: {part}*, tensors: {count} (it looks at pictures, drawing does not)" in printed
+    assert "lm_head.weight dropped: it writes text, drawing does not" in printed
     assert all(f"{key} dropped: " in printed or f"{key} -> " in printed for key in state)
     assert "q_proj.weight -> transformer.blocks.0.attention.qkv.weight [32, 32]" in printed
 

@@ -148,7 +148,6 @@ def original_config(shape: str = "plain") -> dict[str, Any]:
         "architectures": ["MultiModalityCausalLM"],
         "model_type": "multi_modality",
         "language_config": text | sizes,
-        "gen_embed_config": {},
         "gen_vision_config": {
             "cls": "VQ-16",
             "params": {"image_token_size": CODES, "n_embed": CODE_DIM},

@@ -74,7 +74,7 @@ class KeyNames:
     """Beginnings of keys that drawing does not need, with the reason."""
 
 
-LOOKING, WRITING = "looks at pictures, which drawing does not", "writes text, which drawing does not"
+LOOKING, WRITING = "it looks at pictures, drawing does not", "it writes text, drawing does not"
 COMPUTED = {".rotary_emb.inv_freq": "computed from the config"}
 ORIGINAL = KeyNames(
     body="language_model.model.",
@@ -402,4 +402,4 @@ def read_janus(state: Mapping[str, Tensor], config: dict, start_id: int, *, allo
 def _passed_over(names: KeyNames, dropped: list[tuple[str, str]]) -> list[str]:
     """How many tensors of each part were passed over."""
     parts = Counter(part for key, _ in dropped for part in names.passed_over if key.startswith(part))
-    return [f"passed over: {count} tensors of {part}*, it {names.passed_over[part]}" for part, count in parts.items()]
+    return [f"passed over: {part}*, tensors: {count} ({names.passed_over[part]})" for part, count in parts.items()]

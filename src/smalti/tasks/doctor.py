@@ -365,7 +365,6 @@ class _Doctor:
             f"text of {len(ids)} random pieces {'comes back' if again == text else 'comes back otherwise'}",
         )
 
-
     def prompts(self) -> tuple[bool, str]:
         words, prompt = self.bundle.text_tokenizer, "two red tiles beside a blue one"
         assert isinstance(words, PromptTokenizer)
