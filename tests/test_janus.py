@@ -310,6 +310,22 @@ def test_imports_of_exports_are_bit_equal(tmp_path, imported, layout, suffix, sh
     assert original == (imported(layout, shape) / "text_tokenizer.json").read_text(encoding="utf-8")
 
 
+def test_shards_in_bfloat16_are_read_as_they_were_published(tmp_path, checkpoints):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(checkpoints() / name, folder / name)
+    state = {key: tensor.bfloat16() for key, tensor in load_file(checkpoints() / "model.safetensors").items()}
+    places = {key: f"pytorch_model-0000{1 + number % 2}-of-00002.bin" for number, key in enumerate(state)}
+    for file in set(places.values()):
+        torch.save({key: tensor for key, tensor in state.items() if places[key] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert run(["import", "janus", str(folder), "-o", str(tmp_path / "out"), "--quiet"]) == 0
+    bundle = Bundle.load(tmp_path / "out")
+    assert torch.equal(bundle.model.embed_codes.weight, state["gen_embed.weight"].float())
+    assert bundle.dtype == torch.float32
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_passed_over_is_named_and_counted(tmp_path, checkpoints, layout, capsys):
     assert run(["import", "janus", str(checkpoints(layout)), "-o", str(tmp_path / "out")]) == 0
@@ -502,6 +518,24 @@ def test_a_config_that_disagrees_with_the_weights_or_itself(tmp_path, checkpoint
     config[section] |= changes
     (tmp_path / "other.json").write_text(json.dumps(config))
     assert message in refused(tmp_path, capsys, str(checkpoints()), "--config", str(tmp_path / "other.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"template": "no place"}, "needs {prompt} once"),
+        ({"filler": "<none>"}, "it has no token '<none>'"),
+        ({"start": 3}, "prompt: start"),
+        ({"more": "x"}, "unknown field more"),
+    ],
+)
+def test_a_bundle_whose_form_of_prompts_is_damaged(tmp_path, imported, changes, message):
+    shutil.copytree(imported(), tmp_path / "bundle")
+    config = json.loads((tmp_path / "bundle" / "config.json").read_text(encoding="utf-8"))
+    config["prompt"] |= changes
+    (tmp_path / "bundle" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        Bundle.load(tmp_path / "bundle")
 
 
 def test_what_has_to_lie_beside_the_weights(tmp_path, checkpoints, capsys):
