@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from smalti.errors import InputError
-
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'smalti[ray]'")
 serve = pytest.importorskip("ray.serve", reason="ray is without Serve: pip install 'smalti[ray]'")
 

@@ -28,7 +28,11 @@ OPTIONS = {
 
 
 def application(
-    bundles: Sequence[str], config: ServeConfig = ServeConfig(), *, replicas: int = 1, cpus: int = 2  # noqa: B008
+    bundles: Sequence[str],
+    config: ServeConfig = ServeConfig(),
+    *,
+    replicas: int = 1,
+    cpus: int = 2,  # noqa: B008
 ) -> "serve.Application":
     """What `ray.serve.run` takes. `cpus` are a replica's: half of its threads step the engine."""
     if replicas < 1 or cpus < 1:
@@ -49,7 +53,7 @@ def application(
     class Smalti:
         """The routes are the service's own."""
 
-    return Smalti.bind()
+    return Smalti.bind()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def build(arguments: Mapping[str, Any]) -> "serve.Application":
