@@ -38,8 +38,8 @@ TITOK = {
     "emoji": ["train.num_steps=3000", "train.warmup_steps=200"],
 }  # fmt: skip
 MODELS = {
-    "mnist": ["train.num_steps=3000"],
-    "emoji": ["train.num_steps=3000", "data.held_out_share=0.1", "data.scale=4"],
+    "mnist": ["train.num_steps=1500"],
+    "emoji": ["train.num_steps=1500", "data.held_out_share=0.1", "data.scale=4"],
 }
 FAMILIES = {"llamagen": ["model.family=llamagen"], "rar": ["model.family=rar"]}
 
