@@ -28,6 +28,8 @@ from smalti.image_tokenizers.vqgan import (
     group_norm,
 )
 
+SIGNS = LFQConfig(num_bits=18)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenMAGVIT2Config:
@@ -35,7 +37,7 @@ class OpenMAGVIT2Config:
     each further level half of it. The latents have as many channels as a code has bits. `image_size` (rows, columns)
     is only the default: any size that halves evenly from level to level can be encoded."""
 
-    quantizer: LFQConfig = LFQConfig(num_bits=18)
+    quantizer: LFQConfig = SIGNS
     image_size: tuple[int, int] = (256, 256)
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)

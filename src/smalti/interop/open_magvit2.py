@@ -11,7 +11,7 @@ from smalti.errors import InputError
 from smalti.image_tokenizers.open_magvit2 import OpenMAGVIT2, OpenMAGVIT2Config
 from smalti.image_tokenizers.quantizer import LFQConfig
 from smalti.interop import ibq
-from smalti.interop.fields import HEADER, Fields, check_header
+from smalti.interop.fields import HEADER, check_header
 from smalti.interop.keys import KeyMap, Layout, check_expressible, rename_all
 from smalti.interop.verifying import ReferenceArrays, grid_outputs
 from smalti.interop.vqgan_keys import open_magvit2_key
