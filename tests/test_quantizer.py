@@ -569,6 +569,7 @@ def test_lfq_equals_the_oracle():
 def test_make_quantizer_follows_the_config():
     for config, kind in (
         (QuantizerConfig(codebook_size=3, code_dim=2), VectorQuantizer),
+        (IBQConfig(codebook_size=3, code_dim=2), IndexBackpropagationQuantizer),
         (FSQConfig(levels=(3, 5)), FiniteScalarQuantizer),
         (LFQConfig(num_bits=4), LookupFreeQuantizer),
     ):

@@ -19,7 +19,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")
     "import",
     epilog="Examples: smalti import llamagen-vq vq_ds16_c2i.pt -o out/vq16 · smalti import llamagen c2i_B_256.pt "
     "-o out/c2i-b --image-size 256 --image-tokenizer vq_ds16_c2i.pt · smalti import rar rar_b.bin -o out/rar-b "
-    "--image-tokenizer maskgit-vqgan-imagenet-f16-256.bin · smalti import gigatok GPT_B256_e300_VQ_BL.pt -o out/gigatok "
+    "--image-tokenizer maskgit-vqgan-imagenet-f16-256.bin · smalti import gigatok GPT_B256_e300_VQ_BL.pt -o out/giga "
     "· smalti import ibq imagenet256_16384.ckpt -o out/ibq · smalti import ibq model.ckpt --config config.yaml -o "
     "out/emu3.5 · smalti import open-magvit2 imagenet_256_L.ckpt -o out/magvit2",
 )

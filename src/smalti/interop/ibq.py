@@ -1,8 +1,8 @@
 """IBQ's image tokenizers (TencentARC/SEED-Voken, src/IBQ/models/ibqgan.py), of which Emu3.5's is one
 (baaivision/Emu3.5, src/vision_tokenizer/ibq.py).
 
-The network and its keys are taming's; the code of a latent is the entry with the largest dot product. Emu3.5 publishes
-the sizes of its tokenizer in the config.yaml beside the weights and nowhere else, so that file is needed for it.
+The network and its keys are taming's; the code of a latent is the entry with the largest dot product. Emu3.5's code
+takes the sizes of its network from the config.yaml beside the weights, so that file is needed for it.
 """
 
 from collections.abc import Callable
