@@ -242,7 +242,7 @@ class Level(nn.Module):
     """Residual blocks, each followed by attention where the level has it, then the change of resolution."""
 
     def __init__(
-        self, widths: list[int], attention: bool, resample: nn.Module, block: Callable[[int, int], ResidualBlock]
+        self, widths: list[int], attention: bool, resample: nn.Module, block: Callable[[int, int], nn.Module]
     ):
         super().__init__()
         self.blocks = nn.ModuleList(block(before, after) for before, after in pairwise(widths))
