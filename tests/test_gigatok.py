@@ -66,12 +66,6 @@ def gigatok_shapes(
 def gigatok_state() -> dict[str, torch.Tensor]:
     """Random weights."""
     random = torch.Generator().manual_seed(0)
-    return shapes
-
-
-def gigatok_state() -> dict[str, torch.Tensor]:
-    """Random weights."""
-    random = torch.Generator().manual_seed(0)
     return {
         key: torch.randn(shape, generator=random) * (0.4 if len(shape) == 2 else 0.1) + (len(shape) == 1)
         for key, shape in gigatok_shapes().items()
