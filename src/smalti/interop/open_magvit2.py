@@ -32,16 +32,16 @@ def read_config(config: dict) -> OpenMAGVIT2Config:
     check_header(config, CLASS_NAME, IMAGE_RANGE)
     params = ibq.init_args(config, "VQModel")
     network = params.section("ddconfig")
-    bits = network.take("z_channels", int)
-    for name, wanted in (("embed_dim", bits), ("n_embed", 2**bits if 0 < bits < 32 else None)):
+    codes = LFQConfig(num_bits=network.take("z_channels", int))
+    for name, wanted in (("embed_dim", codes.num_bits), ("n_embed", codes.codebook_size)):
         if (found := params.take(name, int)) != wanted:
-            raise InputError(f"{params.where}.{name} is {found}, but {bits} channels of signs make {wanted}.")
+            raise InputError(f"{params.where}.{name} is {found}, but {codes.num_bits} channels of signs make {wanted}.")
     multipliers = network.take_ints("ch_mult", (1, 2, 2, 4))
     side = _size_of_data(config) or network.take("resolution", int)
     in_channels = network.take("in_channels", int)
     network.expect("out_ch", in_channels)
     ours = OpenMAGVIT2Config(
-        quantizer=LFQConfig(num_bits=bits),
+        quantizer=codes,
         image_size=(side, side),
         channels=network.take("ch", int),
         multipliers=multipliers,
