@@ -584,7 +584,13 @@ USE_OF_CLASSES = """\
 CARD_OF_CODES = """\
 A transformer of {num_parameters} parameters over {num_codes} picture codes of {codebook_size}, for {num_classes}
 classes. There is no image tokenizer: import it again with --image-tokenizer to draw pictures."""
-USE_OF_CODES = "    smalti doctor THIS_FOLDER\n"
+USE_OF_CODES = """\
+```python
+from smalti import ClassPipeline
+
+codes = ClassPipeline.load("PATH OF THIS BUNDLE").generate_codes(0, seed=3)
+```
+"""
 CARD_OF_FEATURES = """\
 A transformer of {num_parameters} parameters over {num_codes} picture codes of {codebook_size}, behind features that a
 text encoder makes of a caption."""

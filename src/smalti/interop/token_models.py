@@ -25,7 +25,7 @@ from smalti.files import refuse_existing
 from smalti.image_files import PictureConfig
 from smalti.image_tokenizers import load_image_tokenizer
 from smalti.image_tokenizers.vqgan import VQGAN
-from smalti.interop import janus, llamagen_gpt, llamagen_vq, maskgit_vq, rar
+from smalti.interop import gigatok_gpt, janus, llamagen_gpt, llamagen_vq, maskgit_vq, rar
 from smalti.interop.fields import Fields
 from smalti.interop.fused import PieceMap, write_fused
 from smalti.interop.huggingface import INDEXES, TOKENIZER, read_shards
@@ -84,8 +84,8 @@ class TokenModelKind:
     text tokenizer where there is one."""
     write: Callable[[Bundle, Path], WrittenModel]
     """From a bundle and its folder. Raises InputError for a model that the original cannot be."""
-    tokenizer_layout: TokenizerLayout
-    """Of the image tokenizer that its published weights go with."""
+    tokenizer_layout: TokenizerLayout | None
+    """Of the image tokenizer that its published weights go with; None: no importer reads it."""
     inputs: tuple[str, ...]
     """Arrays of a reference folder that are given, not computed."""
 
@@ -98,6 +98,8 @@ def _read_llamagen(
     *,
     allow_nonfinite: bool = False,
 ) -> ReadModel:
+    if gigatok_gpt.POSITIONS in weights.tensors:
+        raise InputError(f"the weights have {gigatok_gpt.POSITIONS}, as GigaTok's have: import them as gigatok.")
     sizes = None
     if config is None:
         config, name = llamagen_gpt.infer_config(weights.tensors, _num_codes(weights.settings, image_size))
@@ -117,6 +119,36 @@ def _write_llamagen(bundle: Bundle, directory: Path) -> WrittenModel:
     num_classes = None if bundle.classes is None else bundle.classes.num
     config = llamagen_gpt.write_config(gpt.config, bundle.layout, num_classes)
     return WrittenModel(llamagen_gpt.piece_map(gpt.config), config, "model")
+
+
+def _read_gigatok(
+    weights: ForeignWeights,
+    config: dict | None,
+    image_size: int | None = None,
+    text_tokenizer: Path | None = None,
+    *,
+    allow_nonfinite: bool = False,
+) -> ReadModel:
+    if image_size is not None:
+        raise InputError("--image-size goes with llamagen; GigaTok's weights tell how many codes a picture has.")
+    sizes = None
+    if config is None:
+        config, name = gigatok_gpt.infer_config(weights.tensors)
+        sizes = f"of the published {name}, {config['block_size']} codes a picture"
+    model, layout, report = gigatok_gpt.read_gigatok(weights.tensors, config, allow_nonfinite=allow_nonfinite)
+    num_classes = llamagen_gpt.num_classes(config)
+    assert num_classes is not None
+    guided = SampleConfig(guidance_scale=4.0)  # as its README draws; its script filters nothing
+    classes, sampling = Classes(num=num_classes), Sampling(picture=guided)
+    return ReadModel(model, layout, classes, sampling, replace(report, sizes=sizes or report.sizes))
+
+
+def _write_gigatok(bundle: Bundle, directory: Path) -> WrittenModel:
+    gpt = bundle.decoder_only("the gigatok layout")
+    if bundle.classes is None:
+        raise InputError(f"{directory} holds a model without classes; the gigatok layout is for one with them.")
+    config = gigatok_gpt.write_config(gpt.config, bundle.layout, bundle.classes.num)
+    return WrittenModel(gigatok_gpt.piece_map(gpt.config), config, "model")
 
 
 def _read_rar(
@@ -219,6 +251,13 @@ RAR_KIND = TokenModelKind(
     tokenizer_layout=maskgit_vq.LAYOUT,
     inputs=("tokens", "class_ids", "orders"),
 )
+GIGATOK = TokenModelKind(
+    name="gigatok",
+    read=_read_gigatok,
+    write=_write_gigatok,
+    tokenizer_layout=None,
+    inputs=("tokens", "class_ids", "null_class_ids", "filter_logits"),
+)
 JANUS = TokenModelKind(
     name="janus",
     read=_read_janus,
@@ -226,7 +265,7 @@ JANUS = TokenModelKind(
     tokenizer_layout=llamagen_vq.LAYOUT,
     inputs=("tokens", "prompt_ids", "null_prompt_ids"),
 )
-TOKEN_MODELS: Mapping[str, TokenModelKind] = {kind.name: kind for kind in (LLAMAGEN, RAR_KIND, JANUS)}
+TOKEN_MODELS: Mapping[str, TokenModelKind] = {kind.name: kind for kind in (LLAMAGEN, RAR_KIND, GIGATOK, JANUS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,6 +398,11 @@ def _joined_tokenizer(kind: TokenModelKind, path: Path, layout: Layout) -> tuple
     if path.is_dir():
         image_tokenizer: Any = load_image_tokenizer(find_image_tokenizer(path))
         note = f"image tokenizer of {path}"
+    elif kind.tokenizer_layout is None:
+        raise InputError(
+            f"{path}: the image tokenizer that {kind.name}'s weights go with is not read. Leave out --image-tokenizer, "
+            "and the bundle draws codes; or give the folder of an image tokenizer that was imported or trained."
+        )
     else:
         weights = read_weights(path)
         image_tokenizer, report = import_foreign(kind.tokenizer_layout, weights.tensors)
@@ -451,7 +495,9 @@ class _Outputs:
         model = self.model
         if isinstance(model, Janus):
             return found
-        found |= {"loss": self._loss, "freqs_cis": lambda: model.transformer.table}
+        found["loss"] = self._loss
+        if model.config.transformer.positions == "rotary_2d":
+            found["freqs_cis"] = lambda: model.transformer.table
         for number in range(len(self.config.get("filters", []))):
             found[f"filter_keep_{number}"] = lambda number=number: self._kept(number)
         return found

@@ -1,5 +1,5 @@
-"""The keys of VQGAN checkpoints: LlamaGen, transformers, taming-transformers and MaskGIT-VQGAN name the same layers
-differently.
+"""The keys of VQGAN checkpoints: LlamaGen, transformers, taming-transformers, MaskGIT-VQGAN and Open-MAGVIT2 name the
+same layers differently.
 
 Each function gives the foreign key of a key of ours; `num_levels` counts the decoder's levels.
 """
@@ -40,6 +40,14 @@ def taming_key(name: str, num_levels: int) -> str:
 def maskgit_key(name: str, num_levels: int) -> str:
     """As in taming, but the middle is a plain list and the convolution after an upsampling has its own name."""
     return _down_and_up(_common(name), num_levels).replace(".resample.conv.", ".upsample_conv.")
+
+
+def open_magvit2_key(name: str, num_levels: int) -> str:
+    """As in taming, but for the middle, the resampling, and the norms that stand in a list of their own."""
+    name = _down_and_up(_common(name), num_levels).replace(".mid.", ".mid_block.")
+    name = name.replace(".resample.conv.", ".upsample.conv1.").replace(".resample.", ".downsample.")
+    name = re.sub(r"^decoder\.norms\.(\d+)\.", lambda m: f"decoder.adaptive.{num_levels - 1 - int(m[1])}.", name)
+    return re.sub(r"^(decoder\.adaptive\.\d+)\.scale\.", r"\1.gamma.", name).replace(".shift.", ".beta.")
 
 
 def _middle(name: str) -> str:
