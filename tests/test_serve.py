@@ -12,6 +12,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from http.client import HTTPConnection
 from typing import Any
 
 import numpy as np
@@ -365,6 +366,18 @@ ROUTES = ["images/generations", "images/edits", "caption", "score", "replay", "c
 def test_bodies_of_any_kind_get_an_answer_and_never_a_fault(server, route, body):
     status, found, _ = server.request("POST", f"/v1/{route}", body)
     assert status in (200, 400, 404, 415) and (status == 200 or found["error"]["message"])
+
+
+def test_answers_do_not_wait_for_nagles_algorithm(server):
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("GET", "/healthz")
+    assert connection.getresponse().read()
+    told = [
+        held.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        for held in list(server.server.server_state.connections)
+    ]
+    connection.close()
+    assert told and all(told)
 
 
 # Keys, limits, and who goes away -----------------------------------------------------------------------------------
