@@ -29,10 +29,10 @@ OPTIONS = {
 
 def application(
     bundles: Sequence[str],
-    config: ServeConfig = ServeConfig(),
+    config: ServeConfig = ServeConfig(),  # noqa: B008 (frozen)
     *,
     replicas: int = 1,
-    cpus: int = 2,  # noqa: B008
+    cpus: int = 2,
 ) -> "serve.Application":
     """What `ray.serve.run` takes. `cpus` are a replica's: half of its threads step the engine."""
     if replicas < 1 or cpus < 1:
