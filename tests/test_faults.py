@@ -433,6 +433,7 @@ def exportable(tmp_path_factory):
     from dataclasses import replace
 
     from test_import_commands import DEEPUL_CONFIG, TINY_TITOK, TINY_VQGAN, VIT_CONFIG
+    from test_seed_voken import CONFIGS
 
     from smalti.image_tokenizers.quantizer import QuantizerConfig
     from smalti.image_tokenizers.titok import TiTok
@@ -443,7 +444,7 @@ def exportable(tmp_path_factory):
     vqgan = replace(
         TINY_VQGAN, quantizer=replace(codes, l2_normalised=True), image_size=(8, 8), encoder_attention_levels=(1,)
     )
-    from smalti.interop import deepul, vit_vqgan
+    from smalti.interop import deepul, ibq, open_magvit2, vit_vqgan
 
     makers = {
         "llamagen-vq": lambda: VQGAN(vqgan),
@@ -452,6 +453,8 @@ def exportable(tmp_path_factory):
         "titok": lambda: TiTok(replace(TINY_TITOK, mixed_latents=True)),
         "vit-vqgan": lambda: ViTVQGAN(vit_vqgan.LAYOUT.read_config(VIT_CONFIG)),
         "deepul": lambda: deepul.LAYOUT.build(deepul.LAYOUT.read_config(DEEPUL_CONFIG)),
+        "ibq": lambda: ibq.LAYOUT.build(ibq.LAYOUT.read_config(CONFIGS["ibq"])),
+        "open-magvit2": lambda: open_magvit2.LAYOUT.build(open_magvit2.LAYOUT.read_config(CONFIGS["open-magvit2"])),
     }
 
     def make(kind: str) -> Path:

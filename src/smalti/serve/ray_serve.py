@@ -17,11 +17,6 @@ from smalti.errors import InputError
 from smalti.serve.app import ServeConfig, create_app
 from smalti.serve.run import load_service
 
-try:
-    from ray import serve  # pyright: ignore[reportMissingImports]
-except ImportError as error:
-    raise InputError("this needs ray, which is in an extra: pip install 'smalti[ray]'.") from error
-
 OPTIONS = {
     "capacity": int, "max_queue": int, "deadline_s": float, "max_requests": int, "executor": str
 }  # fmt: skip
@@ -33,8 +28,12 @@ def application(
     *,
     replicas: int = 1,
     cpus: int = 2,
-) -> "serve.Application":
-    """What `ray.serve.run` takes. `cpus` are a replica's: half of its threads step the engine."""
+) -> Any:
+    """An application, which `ray.serve.run` takes. `cpus` are a replica's: half of its threads step the engine."""
+    try:
+        from ray import serve  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError("this needs ray, which is in an extra: pip install 'smalti[ray]'.") from error
     if replicas < 1 or cpus < 1:
         raise InputError(f"replicas={replicas} and cpus={cpus}: give at least 1 of each.")
 
@@ -56,7 +55,7 @@ def application(
     return Smalti.bind()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def build(arguments: Mapping[str, Any]) -> "serve.Application":
+def build(arguments: Mapping[str, Any]) -> Any:
     """For `serve run` and Serve's config files: `bundles` by commas, `replicas`, `cpus`, `api_key_env`, and what
     `ServeConfig` takes. Raises InputError for an argument that it does not know."""
     left = dict(arguments)
