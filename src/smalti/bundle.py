@@ -580,14 +580,14 @@ A transformer of {num_parameters} parameters over {num_codes} picture codes of {
 classes. There is no image tokenizer: import it again with --image-tokenizer to draw pictures."""
 USE_OF_CODES = "    smalti doctor THIS_FOLDER\n"
 CARD_OF_FEATURES = """\
-A transformer of {num_parameters} parameters that draws pictures of captions, which it reads as features of
-{text_encoder}: {num_codes} codes of {codebook_size} a picture, which are {size} pixels. The text encoder is not in it."""
+A transformer of {num_parameters} parameters that draws pictures of captions: {num_codes} codes of {codebook_size} a
+picture, which are {size} pixels. It reads captions as features of {text_encoder}, which is not part of the bundle."""
 USE_OF_FEATURES = """\
     smalti generate "A CAPTION" -o picture.png --bundle THIS_FOLDER --text-encoder FOLDER_OF_THE_TEXT_ENCODER
 """
 CARD_OF_FEATURES_ALONE = """\
 A transformer of {num_parameters} parameters over {num_codes} picture codes of {codebook_size}, behind features that
-{text_encoder} makes of a caption. There is no image tokenizer: import it again with --image-tokenizer to draw pictures."""
+{text_encoder} makes of a caption. There is no image tokenizer: import it again with --image-tokenizer to draw."""
 CARD_OF_TOKEN_IDS = "A decoder-only transformer of {num_parameters} parameters, without an image tokenizer."
 USE_OF_TOKEN_IDS = (
     "`smalti export hf THIS_FOLDER DIRECTORY` writes it as a Llama that `transformers` and LLM servers load.\n"

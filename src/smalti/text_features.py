@@ -1,4 +1,4 @@
-"""Features of captions: what a T5 encoder makes of every token of a caption, and where they are kept once they are made.
+"""Features of captions: what a T5 encoder makes of every token of a caption, and where they are kept once made.
 
 LlamaGen's models of captions read them in place of token ids (arXiv:2406.06525): up to 120 vectors of FLAN-T5-XL. The
 original fills shorter captions up on the left and masks what it filled; here a caption has as many vectors as tokens.
@@ -56,8 +56,8 @@ class TextEncoderConfig:
     """Whether captions are cleaned before (see `clean_caption`), as LlamaGen's were."""
 
 
-_DASHES = re.compile("[‐‑‒–—―−]")  # noqa: RUF001
-_DOUBLE_QUOTES, _SINGLE_QUOTES = re.compile("[`´«»“”¨]"), re.compile("[‘’]")  # noqa: RUF001
+_DASHES = re.compile("[‐‑‒–—―−]")
+_DOUBLE_QUOTES, _SINGLE_QUOTES = re.compile("[`´«»“”¨]"), re.compile("[‘’]")
 _SIGNS = re.compile(r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+")
 
 
@@ -67,8 +67,9 @@ def prepared(caption: str, *, cleaned: bool) -> str:
 
 
 def clean_caption(caption: str) -> str:
-    """A caption as LlamaGen's text encoder is given it: in lower case, typographic quotes and dashes as plain ones, signs
-    such as parentheses as spaces, white space single. The original also takes out addresses, HTML and file names."""
+    """A caption as LlamaGen's text encoder is given it: in lower case, typographic quotes and dashes as plain ones,
+    signs such as parentheses as spaces, white space single. The original takes out addresses, HTML and file names too.
+    """
     text = _DASHES.sub("-", caption.strip().lower())
     text = _SINGLE_QUOTES.sub("'", _DOUBLE_QUOTES.sub('"', text))
     return " ".join(_SIGNS.sub(" ", text).split())
@@ -95,9 +96,8 @@ class TextEncoder:
         self.folder = _find(name, fetch=fetch)
         config = read_json(self.folder / "config.json", ANEW)
         if config.get("model_type") != "t5" or not isinstance(config.get("d_model"), int):
-            raise InputError(
-                f"{self.folder} holds a model of the type {shortened(repr(config.get('model_type')))}, not a T5; {ANEW}."
-            )
+            found = shortened(repr(config.get("model_type")))
+            raise InputError(f"{self.folder} holds a model of the type {found}, not a T5; {ANEW}.")
         self.width: int = config["d_model"]
 
     @cached_property
@@ -289,12 +289,12 @@ class FeatureCache:
             with suppress(OSError):
                 file.unlink()
         self._damaged.clear()
+        self._open.cache_clear()  # the same captions make a file of the same name
         with stage("encoding captions", len(missing), unit="caption", show=show_progress and bool(missing)) as progress:
             for start in range(0, len(missing), CAPTIONS_PER_FILE):
                 part = missing[start : start + CAPTIONS_PER_FILE]
-                self._store(
-                    part, [one for batch in _split(part, batch_size) for one in self.encoder.encode(batch)], keep
-                )
+                encoded = [one for batch in _split(part, batch_size) for one in self.encoder.encode(batch)]
+                self._store(part, encoded, keep)
                 progress.update(start + len(part))
         lengths = [self._num_tokens(text) for text in texts]
         num_cut = sum(length > self.encoder.max_length for length in lengths)

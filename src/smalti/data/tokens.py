@@ -11,7 +11,6 @@ import fcntl
 import glob
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile

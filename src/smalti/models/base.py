@@ -1,6 +1,7 @@
 """What a model of token sequences is, to whoever trains, scores or draws with it.
 
-Letters: B batch, R rows of a state, T tokens, n features at most of a row, C their channels, D model width, V vocabulary, n ids of a slot.
+Letters: B batch, R rows of a state, T tokens, D model width, V vocabulary, n ids of a slot,
+or features of a row, C their channels.
 """
 
 from collections.abc import Iterator, Sequence

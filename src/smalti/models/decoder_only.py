@@ -2,7 +2,8 @@
 
 What generates and what scores sees a model only through `hidden`, `new_state`, `extend` and `logits`.
 
-Letters: B batch, T tokens, V vocabulary, D model width, n the ids of a slot, or the features of a row, C their channels.
+Letters: B batch, T tokens, V vocabulary, D model width, n the ids of a slot, or the features of a row, C
+their channels.
 """
 
 import math

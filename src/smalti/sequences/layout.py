@@ -139,7 +139,8 @@ class Packed(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Packed":
         """The batch with every tensor changed alike: rows chosen, or moved to a device."""
-        return Packed(*(None if tensor is None else change(tensor) for tensor in self))
+        features = None if self.features is None else change(self.features)
+        return Packed(change(self.token_ids), change(self.slot_ids), change(self.counted), features)
 
 
 class SpanValues(NamedTuple):
@@ -211,11 +212,9 @@ class Layout:
     @property
     def is_fixed(self) -> bool:
         """Whether every sequence has the same length, known in advance."""
-        spans = [span for order in self.orders.values() for span in order.spans]
-        return (
-            not any(span.end or span.segment == FEATURES for span in spans)
-            and len({o.max_length for o in self.orders.values()}) == 1
-        )
+        orders = self.orders.values()
+        varies = any(order.features or any(span.end for span in order.spans) for order in orders)
+        return not varies and len({order.max_length for order in orders}) == 1
 
     @cached_property
     def predicted(self) -> Slot | None:
