@@ -55,7 +55,7 @@ class FeaturePipeline(Face):
     to be read. Raises InputError for a bundle without features, or without an image tokenizer.
     """
 
-    def __init__(self, bundle: Bundle, text_encoder: str | Path | None = None):
+    def __init__(self, bundle: Bundle, text_encoder: str | Path | TextEncoder | None = None):
         super().__init__(bundle)
         if not bundle.reads_features:
             raise InputError(
@@ -94,6 +94,8 @@ class FeaturePipeline(Face):
     @cached_property
     def text_encoder(self) -> TextEncoder:
         """Raises InputError if it is not there, or is not the one that the bundle was made with."""
+        if isinstance(self._given_encoder, TextEncoder):
+            return self._given_encoder
         known = self.bundle.text_encoder
         name = self._given_encoder or (None if known is None else known.name)
         if name is None:
