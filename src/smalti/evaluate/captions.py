@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -159,7 +159,7 @@ def _figure(pipe: FeaturePipeline, held_out: FeaturedPairs, config: CaptionsRepo
     texts = held_out.table.texts(held_out.rows[rows])
     columns: dict[str, list[Image.Image]] = {"rebuilt": pipe.decode(_codes(pipe, held_out, rows), scale=1)}
     for scale in config.guidance_scales:
-        settings = asdict(pipe.sampling.picture) | {"guidance_scale": scale}
+        settings: dict[str, Any] = {**asdict(pipe.sampling.picture), "guidance_scale": scale}
         seeds = range(config.seed, config.seed + len(rows))
         codes = pipe.generate_codes(texts, seed=list(seeds), **settings)
         columns[f"guidance {scale:g}"] = pipe.decode(codes, scale=1)

@@ -26,6 +26,7 @@ from torch import nn
 from smalti.bundle import Bundle, find_bundle
 from smalti.data.featured_pairs import FeaturedPairs
 from smalti.data.lines import split_rows
+from smalti.data.pair_sources import open_pairs
 from smalti.data.tokenize_pairs import TokenizeConfig
 from smalti.data.tokens import TokenTable
 from smalti.documents import read_json
@@ -48,34 +49,42 @@ from smalti.tasks.features import FeaturePipeline
 from smalti.tasks.sample_table import SampleTable
 from smalti.text_features import FeatureCache, TextEncoder, TextEncoderConfig, prepared
 from smalti.training.distributed import own_device
+from smalti.training.estimate import Estimate
 from smalti.training.token_model import train_model
 
 ORDER = "caption to image"
 
 
 class _Stage(NamedTuple):
-    """One training: its settings, and where it lies."""
+    """One training: its settings, the size of its pictures in rows and columns, and where it lies."""
 
-    name: str
     settings: TextToImageStage
-    data: Path
-    validation: Path | None
+    size: tuple[int, int]
+    sources: dict[str, Path]
+    """Pictures with captions, "train" and perhaps "validation"."""
     folder: Path
-
-    @property
-    def sources(self) -> dict[str, Path]:
-        found = {"train": self.data}
-        return found if self.validation is None else found | {"validation": self.validation}
 
     def tokens(self, split: str) -> Path:
         return self.folder / "tokens" / f"{split}.parquet"
 
 
-class _Tables(NamedTuple):
-    """The rows of a stage."""
+Rows = tuple[TokenTable, Int64[np.ndarray, " n"]]
+"""Some rows of a table."""
 
-    train: tuple[TokenTable, Int64[np.ndarray, " n"]]
-    held_out: tuple[TokenTable, Int64[np.ndarray, " m"]]
+
+class _Tables(NamedTuple):
+    """What a stage trains and is measured on."""
+
+    train: Rows
+    held_out: Rows
+
+
+class _Trained(NamedTuple):
+    """What came of a stage."""
+
+    bundle: Bundle
+    model: DecoderOnly
+    held_out: FeaturedPairs
 
 
 def train_text_to_image(recipe: TextToImageRecipe, *, command: str = "", show_progress: bool = True) -> Path:
@@ -89,110 +98,62 @@ def train_text_to_image(recipe: TextToImageRecipe, *, command: str = "", show_pr
             "give data, pictures with captions; image_tokenizer, a folder or a bundle that has one; and text_encoder, "
             "the folder of a T5 encoder or a hub's owner/name."
         )
-    output, stages = recipe.output, _stages(recipe)
-    given = recipe.image_tokenizer
+    output, given = recipe.output, recipe.image_tokenizer
     given = find_image_tokenizer(given if given.is_dir() else find_bundle(given))
+    stages = _stages(recipe, load_image_tokenizer(given))
     encoder = TextEncoder(recipe.text_encoder, max_length=recipe.num_features, device=own_device(None))
-    sizes = _sizes(load_image_tokenizer(given), stages)
     with team(output) as processes:
         if processes.is_first:
-            claim_folder(recipe, output, free=("sample", "evaluate", "about", "watch", "features", "text_encoder"))
-            _claim_encoder(output / "text_encoder.json", encoder)
-            stored = stored_image_tokenizer(output / "image_tokenizer", lambda: load_image_tokenizer(given).eval())
-            for stage, size in zip(stages, sizes, strict=True):
-                how = TokenizeConfig(size=size, on_error=recipe.on_error)
-                for split, source in stage.sources.items():
-                    tokenizer = at_size(stored, size)
-                    stored_tokens(source, stage.tokens(split), tokenizer, None, how, show_progress=show_progress)
+            _prepare(recipe, stages, given, encoder, show_progress)
         processes.wait()
         image_tokenizer: Any = load_image_tokenizer(output / "image_tokenizer").eval()
-        tables = _open_tables(recipe, stages)
-        cache = FeatureCache(recipe.features or output / "features", encoder)
-        if processes.is_first:
-            _fill(cache, tables, recipe, show_progress)
-        processes.wait()
-        if not processes.is_first:
-            cache = FeatureCache(recipe.features or output / "features", encoder)
-        described = TextEncoderConfig(
-            name=str(recipe.text_encoder), sha256=encoder.sha256, cleaned=recipe.clean_captions
-        )
-        model: DecoderOnly | None = None
+        tables, cache = _open_tables(recipe, stages), FeatureCache(_cache_folder(recipe), encoder)
+        trained: _Trained | None = None
+        estimate = Estimate()
         measured: dict[str, CaptionNats] = {}
-        for number, (stage, size, rows) in enumerate(zip(stages, sizes, tables, strict=True)):
-            tokenizer = at_size(image_tokenizer, size)
-            layout, model = _model(recipe, tokenizer.config, encoder.width, model)
-            null_features = model.features.null_features.cpu().clone()
+        for stage, rows in zip(stages, tables, strict=True):
+            before = None if trained is None else trained.model
+            trained = _train(recipe, stage, rows, image_tokenizer, cache, before, estimate, show_progress)
+            if processes.is_first and stage is not stages[-1]:
+                pipe = FeaturePipeline(trained.bundle, encoder)
+                measured[_pixels(stage)] = caption_nats(pipe, trained.held_out, recipe.evaluate)
+        assert trained is not None
+        if processes.is_first:
+            held_out, seed = trained.held_out, stages[-1].settings.train.seed
+            trained.bundle.about = {**recipe.about, "Trained by": f"`{command}`", "Seed": str(seed)}
 
-            def pairs(of: tuple[TokenTable, Any], null: torch.Tensor = null_features) -> FeaturedPairs:
-                return FeaturedPairs(*of, cache, null, cleaned=recipe.clean_captions)
-
-            def make_pipeline(
-                model: AnyModel, layout: Layout = layout, tokenizer: Any = tokenizer, **more: Any
-            ) -> FeaturePipeline:
-                height, width = default_image_size(tokenizer.config)
-                bundle = Bundle(
-                    model=model,
-                    layout=layout,
-                    image_tokenizer=tokenizer,
-                    pictures=PictureConfig(height=height, width=width, scale=recipe.scale),
-                    text_encoder=described,
-                    sampling=recipe.sample,
-                    name=output.name,
-                    **more,
-                )
-                return FeaturePipeline(bundle, encoder)
-
-            trained = train_model(
-                model,
-                layout,
-                pairs(rows.train),
-                pairs(rows.held_out),
-                stage.settings.train,
-                stage.folder / "model",
-                sampler=SampleTable(stage.folder / "samples", recipe.watch, make_pipeline)
-                if recipe.watch.prompts
-                else None,
-                sample_every=recipe.watch.every,
-                show_progress=show_progress,
-            )
-            assert isinstance(trained, DecoderOnly)
-            model = trained.cpu()
-            if not processes.is_first:
-                continue
-            held_out = pairs(rows.held_out)
-            if number + 1 < len(stages):
-                pixels = f"{size[1]}×{size[0]} pixels"
-                measured[pixels] = caption_nats(make_pipeline(copy.deepcopy(model)), held_out, recipe.evaluate)
-                continue
-            about = {**recipe.about, "Trained by": f"`{command}`", "Seed": str(stage.settings.train.seed)}
-
-            def measure(bundle: Bundle, held_out: FeaturedPairs = held_out) -> dict[str, str]:
-                report = evaluate_captions(
-                    FeaturePipeline(bundle, encoder),
-                    held_out,
-                    recipe.evaluate,
-                    measured,
-                    command=command,
-                    show_progress=show_progress,
-                )
+            def measure(bundle: Bundle) -> dict[str, str]:
+                pipe, how = FeaturePipeline(bundle, encoder), recipe.evaluate
+                report = evaluate_captions(pipe, held_out, how, measured, command=command, show_progress=show_progress)
                 report.write(output, force=True)
                 return report.figures()
 
-            finish(make_pipeline(model, about=about).bundle, output / "bundle", measure)
+            finish(trained.bundle, output / "bundle", measure)
     return output / "bundle"
 
 
-def _stages(recipe: TextToImageRecipe) -> list[_Stage]:
+def _stages(recipe: TextToImageRecipe, image_tokenizer: nn.Module) -> list[_Stage]:
+    """Raises InputError for pictures of a size that the image tokenizer cannot take."""
     found = []
     for name, settings in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
         if settings is None:
             continue
-        own = settings.data is not None
-        validation = settings.validation if own else settings.validation or recipe.validation
         data = settings.data or recipe.data
+        validation = settings.validation or (recipe.validation if settings.data is None else None)
         assert data is not None
-        found.append(_Stage(name, settings, data, validation, recipe.output / name))
+        sources = {"train": data} if validation is None else {"train": data, "validation": validation}
+        size = settings.image_size or default_image_size(image_tokenizer.config)
+        at_size(image_tokenizer, size)
+        found.append(_Stage(settings, size, sources, recipe.output / name))
     return found
+
+
+def _pixels(stage: _Stage) -> str:
+    return f"{stage.size[1]}×{stage.size[0]} pixels"
+
+
+def _cache_folder(recipe: TextToImageRecipe) -> Path:
+    return recipe.features or recipe.output / "features"
 
 
 # Prepare -------------------------------------------------------------------------------------------------------
@@ -218,13 +179,24 @@ def at_size(image_tokenizer: nn.Module, size: tuple[int, int]) -> Any:
     return other
 
 
-def _sizes(image_tokenizer: nn.Module, stages: Sequence[_Stage]) -> list[tuple[int, int]]:
-    """Rows and columns of the pictures of each stage."""
-    own = default_image_size(image_tokenizer.config)
-    sizes = [stage.settings.image_size or own for stage in stages]
-    for size in sizes:
-        at_size(image_tokenizer, size)
-    return sizes
+def _prepare(
+    recipe: TextToImageRecipe, stages: Sequence[_Stage], given: Path, encoder: TextEncoder, show_progress: bool
+) -> None:
+    """Makes what is not there yet: the image tokenizer as the bundle holds it, tokens, and features."""
+    output = recipe.output
+    for stage in stages:  # before the folder is claimed for them
+        for split, source in stage.sources.items():
+            if not stage.tokens(split).exists():
+                open_pairs(source)
+    claim_folder(recipe, output, free=("sample", "evaluate", "about", "watch", "features", "text_encoder"))
+    _claim_encoder(output / "text_encoder.json", encoder)
+    stored = stored_image_tokenizer(output / "image_tokenizer", lambda: load_image_tokenizer(given).eval())
+    for stage in stages:
+        how = TokenizeConfig(size=stage.size, on_error=recipe.on_error)
+        for split, source in stage.sources.items():
+            tokenizer = at_size(stored, stage.size)
+            stored_tokens(source, stage.tokens(split), tokenizer, None, how, show_progress=show_progress)
+    _fill(FeatureCache(_cache_folder(recipe), encoder), _open_tables(recipe, stages), recipe, show_progress)
 
 
 def _claim_encoder(path: Path, encoder: TextEncoder) -> None:
@@ -249,15 +221,16 @@ def _open_tables(recipe: TextToImageRecipe, stages: Sequence[_Stage]) -> list[_T
         for split in stage.sources:
             with made_again(stage.tokens(split)):
                 opened[split] = TokenTable.open(stage.tokens(split))
-        table = opened["train"]
-        if "validation" in opened:
-            held_out = opened["validation"]
-            found.append(_Tables((table, np.arange(len(table))), (held_out, np.arange(len(held_out)))))
+        table, other = opened["train"], opened.get("validation")
+        if other is not None:
+            found.append(_Tables((table, np.arange(len(table))), (other, np.arange(len(other)))))
             continue
-        first = found[0] if found and stages[0].sources == stage.sources else None
-        kept, held = split_rows(table, recipe.held_out, stage.settings.train.seed)
-        if first is not None and len(first.train[0]) == len(table):
-            kept, held = first.train[1], first.held_out[1]
+        if found and stages[0].sources == stage.sources:
+            (first, kept), (_, held) = found[0]
+            if len(first) != len(table):
+                raise InputError(f"{recipe.output} holds tokens of other pictures for each stage: give another folder.")
+        else:
+            kept, held = split_rows(table, recipe.held_out, stage.settings.train.seed)
         found.append(_Tables((table, kept), (table, held)))
     return found
 
@@ -269,18 +242,63 @@ def _fill(cache: FeatureCache, tables: Sequence[_Tables], recipe: TextToImageRec
         prepared(text, cleaned=recipe.clean_captions) for table in opened for text in table.texts(np.arange(len(table)))
     ]
     filled = cache.fill(texts, show_progress=show_progress)
-    notes = {
-        f"cut to {recipe.num_features} tokens; the longest has {filled.longest}": filled.num_cut,
-        "empty: they train the null condition": sum(not text for text in texts),
-    }
-    for what, count in notes.items():
-        if count:
-            print(f"{count} of {len(texts)} captions are {what}", flush=True)
+    if filled.num_cut:
+        which = f"{filled.num_cut} of {filled.num_captions} different captions"
+        print(f"{which} are cut to {recipe.num_features} tokens; the longest has {filled.longest}", flush=True)
+    if num_empty := sum(not text for text in texts):
+        print(f"{num_empty} of {len(texts)} captions are empty: they train the null condition", flush=True)
     if filled.num_damaged:
         print(f"{filled.num_damaged} files of features were damaged, and are made again", flush=True)
 
 
-# The model -----------------------------------------------------------------------------------------------------
+# Train ---------------------------------------------------------------------------------------------------------
+
+
+def _train(
+    recipe: TextToImageRecipe,
+    stage: _Stage,
+    rows: _Tables,
+    image_tokenizer: nn.Module,
+    cache: FeatureCache,
+    before: DecoderOnly | None,
+    estimate: Estimate,
+    show_progress: bool,
+) -> _Trained:
+    """Trains a stage, from wherever it stands; `before` is the model of the stage before."""
+    tokenizer, encoder = at_size(image_tokenizer, stage.size), cache.encoder
+    layout, model = _model(recipe, tokenizer.config, encoder.width, before)
+    null_features, cleaned = model.features.null_features.clone(), recipe.clean_captions
+    train, held_out = (FeaturedPairs(*part, cache, null_features, cleaned=cleaned) for part in rows)
+
+    def bundle(of: AnyModel) -> Bundle:
+        return Bundle(
+            model=of,
+            layout=layout,
+            image_tokenizer=tokenizer,
+            pictures=PictureConfig(height=stage.size[0], width=stage.size[1], scale=recipe.scale),
+            text_encoder=TextEncoderConfig(name=recipe.text_encoder, sha256=encoder.sha256, cleaned=cleaned),
+            sampling=recipe.sample,
+            name=recipe.output.name,
+        )
+
+    def make_pipeline(of: AnyModel) -> FeaturePipeline:
+        return FeaturePipeline(bundle(of), encoder)
+
+    watch = recipe.watch
+    trained = train_model(
+        model,
+        layout,
+        train,
+        held_out,
+        stage.settings.train,
+        stage.folder / "model",
+        sampler=SampleTable(stage.folder / "samples", watch, make_pipeline) if watch.prompts else None,
+        sample_every=watch.every,
+        show_progress=show_progress,
+        estimate=estimate,
+    )
+    assert isinstance(trained, DecoderOnly)
+    return _Trained(bundle(trained.cpu()), trained, held_out)
 
 
 def _model(
@@ -292,17 +310,8 @@ def _model(
     vocabulary = Vocabulary({FEATURES: 0, "image": tokenizer.codebook_size})
     layout = Layout.parse(vocabulary, {ORDER: f"{FEATURES}{{{recipe.num_features}}} image{{{rows * columns}}}"})
     # as LlamaGen, but features are not rotated where its weights multiply queries and keys by zero
-    shape = TransformerConfig(
-        num_layers=model.num_layers,
-        d_model=model.d_model,
-        num_heads=model.num_heads,
-        d_ff=model.d_ff,
-        dropout=model.dropout,
-        max_length=layout.max_length,
-        grid=(rows, columns),
-        prefix_length=recipe.num_features,
-        **LLAMAGEN,
-    )
+    sizes: dict[str, Any] = {**LLAMAGEN, **model.model_dump(), "max_length": layout.max_length}
+    shape = TransformerConfig(grid=(rows, columns), prefix_length=recipe.num_features, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.stage1.train.seed)
         made = new_model(layout, shape, feature_width=feature_width)

@@ -136,7 +136,8 @@ class FeaturePipeline(Face):
             filled = self._cache.fill(texts, batch_size=1, keep=False)
             made |= {text: self._cache[text] for text in texts if text}
             if filled.num_cut:
-                which = "the caption was" if filled.num_captions == 1 else f"{filled.num_cut} captions were"
+                one = filled.num_captions == 1
+                which = "the caption was" if one else f"{filled.num_cut} of {filled.num_captions} captions were"
                 warnings.warn(
                     f"{which} cut to {self.reader.num_features} tokens, as many as this bundle takes; the longest has "
                     f"{filled.longest}.",

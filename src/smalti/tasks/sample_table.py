@@ -48,8 +48,8 @@ class Drawing(Protocol):
 class SampleTable:
     """Draws the prompts' pictures with a model as it is, and keeps the table of all so far in `directory`.
 
-    `make_pipeline` gives the face of the bundle that a model is part of. Called again for a step whose pictures are there, as when
-    a training is resumed, it draws nothing.
+    `make_pipeline` gives the face of the bundle that a model is part of. Called again for a step whose pictures are
+    there, as when a training is resumed, it draws nothing.
     """
 
     def __init__(self, directory: Path, config: SampleTableConfig, make_pipeline: Callable[[AnyModel], "Drawing"]):
