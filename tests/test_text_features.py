@@ -305,6 +305,7 @@ def test_an_imported_model_draws_with_the_encoder_that_is_given(tmp_path, shared
         read_receipt(picture)["sampling"] | {"guidance_scale": 7.5, "top_k": 1000} == read_receipt(picture)["sampling"]
     )
     capsys.readouterr()
+    assert run(["doctor", str(bundle), "--tokens", "8"]) == 0
     wide = save_t5(tmp_path / "wide", width=24)
     assert run([*command, "--force", "--text-encoder", str(wide)]) == 2
     assert "makes 24 features a token, the model reads 20" in capsys.readouterr().err

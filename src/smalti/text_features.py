@@ -117,12 +117,12 @@ class TextEncoder:
             write_text(kept, f"{digest}\n", force=True)
         return digest
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> "list[Encoded]":
         """The features of captions that are not empty, encoded together, on the CPU. Others beside a caption change its
         features by rounding alone."""
-        tokenizer, ids = self._tokenizer, []
-        with _as_input_error(self.folder):
+        tokenizer = self._tokenizer
+        with _as_input_error(self.folder), _quiet(_import_transformers()):  # which notes long captions
             lengths = [len(found) for found in tokenizer(list(captions))["input_ids"]]
             ids = tokenizer(list(captions), truncation=True, max_length=self.max_length)["input_ids"]
         most = max(map(len, ids))
