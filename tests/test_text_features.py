@@ -14,12 +14,13 @@ from tiny_t5 import PREFIX, WIDTH, save_t5, tiny_bundle, tiny_vqgan
 from smalti.bundle import Bundle, TextEncoderConfig
 from smalti.cli.app import run
 from smalti.errors import InputError, InputWarning
-from smalti.image_files import read_receipt
+from smalti.image_files import read_receipt, save_picture
 from smalti.image_tokenizers import save_image_tokenizer
 from smalti.models.base import Inputs
 from smalti.sequences.vocabulary import FEATURE
 from smalti.tasks.doctor import examine
 from smalti.tasks.features import FeaturePipeline, captions_face
+from smalti.tasks.replay import replay
 from smalti.text_features import FeatureCache, TextEncoder, clean_caption
 
 CAPTIONS = ["a red bar across", "the blue block", "a green bar , down , in the snow , a red fox"]
@@ -354,6 +355,12 @@ def test_a_hub_s_name_is_fetched_only_if_it_is_given(tmp_path, t5, monkeypatch):
         pipe.generate_codes("a fox")
     pipe = captions_face(tiny_bundle(TextEncoderConfig(name="owner/t5")), "owner/t5")
     assert pipe.generate_codes("a fox").shape == (1, 4, 4)
+    pipe.save(tmp_path / "bundle")
+    [picture] = pipe.generate("a fox")
+    save_picture(picture, tmp_path / "x.png")
+    with pytest.raises(InputError, match="of which there is no copy here"):
+        replay(tmp_path / "x.png", tmp_path / "bundle")
+    assert replay(tmp_path / "x.png", tmp_path / "bundle", "owner/t5").difference is None
 
 
 def test_another_encoder_does_not_draw_a_picture_again(tmp_path, t5, capsys):

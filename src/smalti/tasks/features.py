@@ -51,11 +51,12 @@ from smalti.text_features import FeatureCache, Features, TextEncoder, prepared
 class FeaturePipeline(Face):
     """A bundle that draws pictures of captions, which it reads as features of a text encoder. `load` reads one.
 
-    `text_encoder` is that of the bundle unless another place of it is given. It is looked for when the first caption is
-    to be read. Raises InputError for a bundle without features, or without an image tokenizer.
+    `text_encoder` is that of the bundle unless another place of it is given; only if one is given, and `fetch`, it may
+    be fetched from the hub. It is looked for when the first caption is to be read. Raises InputError for a bundle
+    without features, or without an image tokenizer.
     """
 
-    def __init__(self, bundle: Bundle, text_encoder: str | Path | TextEncoder | None = None):
+    def __init__(self, bundle: Bundle, text_encoder: str | Path | TextEncoder | None = None, *, fetch: bool = True):
         super().__init__(bundle)
         if not bundle.reads_features:
             raise InputError(
@@ -69,7 +70,7 @@ class FeaturePipeline(Face):
         assert isinstance(bundle.model, DecoderOnly)
         self.reader: DecoderOnly = bundle.model
         self.image_tokenizer, self.pictures, self.sampling = bundle.image_tokenizer, bundle.pictures, bundle.sampling
-        self._given_encoder = text_encoder
+        self._given_encoder, self._may_fetch = text_encoder, fetch and text_encoder is not None
 
     @classmethod
     def load(
@@ -107,7 +108,7 @@ class FeaturePipeline(Face):
             name,
             max_length=self.reader.num_features,
             device=self.bundle.device,
-            fetch=self._given_encoder is not None,
+            fetch=self._may_fetch,
         )
         if encoder.width != self.reader.config.feature_width:
             raise InputError(
@@ -327,11 +328,13 @@ class FeaturePipeline(Face):
         return sample_config(default, given, self.bundle.image_length)
 
 
-def captions_face(bundle: Bundle, text_encoder: str | Path | None = None) -> Pipeline | FeaturePipeline:
-    """What draws captions with a bundle, as it reads them. Raises InputError if it does not, and for a text encoder
-    that it has no use for."""
+def captions_face(
+    bundle: Bundle, text_encoder: str | Path | None = None, *, fetch: bool = True
+) -> Pipeline | FeaturePipeline:
+    """What draws captions with a bundle, as it reads them (see `FeaturePipeline`). Raises InputError if it does not, and
+    for a text encoder that it has no use for."""
     if bundle.reads_features:
-        return FeaturePipeline(bundle, text_encoder)
+        return FeaturePipeline(bundle, text_encoder, fetch=fetch)
     if text_encoder is not None:
         raise InputError(
             f"{bundle.name} is a bundle of {bundle.kind}, which reads captions without a text encoder; leave out "

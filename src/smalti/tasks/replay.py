@@ -148,7 +148,8 @@ def _load(
         loaded = Bundle.load(name, weights=weights)
         if receipt["task"] == CLASS:
             return ClassPipeline(loaded)
-        return captions_face(loaded, text_encoder or receipt.get("text_encoder"))
+        # what a picture's file names never starts a download
+        return captions_face(loaded, text_encoder or receipt.get("text_encoder"), fetch=text_encoder is not None)
 
     if bundle is not None:
         return load_face(bundle)
