@@ -331,8 +331,8 @@ class FeaturePipeline(Face):
 def captions_face(
     bundle: Bundle, text_encoder: str | Path | None = None, *, fetch: bool = True
 ) -> Pipeline | FeaturePipeline:
-    """What draws captions with a bundle, as it reads them (see `FeaturePipeline`). Raises InputError if it does not, and
-    for a text encoder that it has no use for."""
+    """What draws captions with a bundle, as it reads them (see `FeaturePipeline`). Raises InputError if it does not,
+    and for a text encoder that it has no use for."""
     if bundle.reads_features:
         return FeaturePipeline(bundle, text_encoder, fetch=fetch)
     if text_encoder is not None:
