@@ -4,8 +4,9 @@
 
 Rates of 1, 4, 16 and 64 clients stand beside two others, taken in the same rounds: the same requests drawn offline, 16
 at a time by the same executor with as many threads, with pictures and receipts, and one after another by the server. A
-picture's processor time, of the server's process and of the offline one, is there because a rate on a machine that does
-something else says little. Clients are in a process of their own and take part of the machine; their share is printed.
+picture's processor time, of the server's processes and of the offline one, is there because a rate on a machine that
+does something else says little. Clients are in a process of their own and take part of the machine; their share is
+printed.
 
 `--faults` cuts clients off, reads slowly, sends damaged bodies, overflows the queue and kills the server, and ends with
 an error if any picture is not the library's, guided as asked, or a row is left in use.
@@ -64,25 +65,37 @@ class Server:
         self.port = int(line.split(": ")[0].rsplit(":", 1)[1])
         self.executors = dict(re.findall(r"(\w+) \((\w+)\)", line))
 
+    @property
+    def processes(self) -> list[int]:
+        """The server's, and the one that makes pictures of codes for it."""
+        main = self.process.pid
+        with open(f"/proc/{main}/task/{main}/children") as file:
+            return [main, *map(int, file.read().split())]
+
     def cpu_s(self) -> float:
-        """Processor time so far. Linux tells it; elsewhere it is not a number."""
+        """Processor time of its processes so far. Linux tells it; elsewhere it is not a number."""
         try:
-            with open(f"/proc/{self.process.pid}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
+            found = [_read(f"/proc/{pid}/stat").rpartition(")")[2].split()[11:13] for pid in self.processes]
         except OSError:
             return float("nan")
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return sum(int(ticks) for fields in found for ticks in fields) / os.sysconf("SC_CLK_TCK")
 
     def rss_mb(self) -> float:
+        """Resident memory of its processes."""
         try:
-            with open(f"/proc/{self.process.pid}/status") as file:
-                return int(next(line.split()[1] for line in file if line.startswith("VmRSS"))) / 1024
+            found = [re.search(r"VmRSS:\s*(\d+)", _read(f"/proc/{pid}/status")) for pid in self.processes]
         except OSError:
             return float("nan")
+        return sum(int(match[1]) for match in found if match) / 1024
 
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(150)
+
+
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read()
 
 
 @contextmanager

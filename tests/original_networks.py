@@ -146,6 +146,84 @@ def maskgit_sides(state: State, num_levels: int, num_blocks: int, decoder: str =
     return encode, decode
 
 
+def open_magvit2_sides(state: State, num_levels: int, num_blocks: int) -> Sides:
+    net = Layers(state)
+
+    def encode(image):
+        x = net.conv("encoder.conv_in", image)
+        for i in range(num_levels):
+            x = net.blocks(x, f"encoder.down.{i}.block.{{}}", None, num_blocks)
+            if i < num_levels - 1:
+                x = net.conv(f"encoder.down.{i}.downsample", x, stride=2)
+        return net.out("encoder", net.blocks(x, "encoder.mid_block.{}", None, num_blocks))
+
+    def decode(z):
+        num_cells = z.shape[2] * z.shape[3]
+        mean = z.sum((2, 3)) / num_cells
+        variance = (z - mean[..., None, None]).square().sum((2, 3)) / (num_cells - 1)
+        x = net.blocks(net.conv("decoder.conv_in", z), "decoder.mid_block.{}", None, num_blocks)
+        for i in reversed(range(num_levels)):
+            gamma = net.linear(f"decoder.adaptive.{i}.gamma", (variance + 1e-6).sqrt())
+            beta = net.linear(f"decoder.adaptive.{i}.beta", mean)
+            x = gamma[..., None, None] * F.group_norm(x, 32, eps=1e-6) + beta[..., None, None]
+            x = net.blocks(x, f"decoder.up.{i}.block.{{}}", None, num_blocks)
+            if i > 0:
+                x = net.conv(f"decoder.up.{i}.upsample.conv1", x)
+                B, C, H, W = x.shape
+                x = x.view(B, 2, 2, C // 4, H, W).permute(0, 3, 4, 1, 5, 2).reshape(B, C // 4, 2 * H, 2 * W)
+        return net.out("decoder", x)
+
+    return encode, decode
+
+
+def largest_products(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes of vectors (..., E) whose entries have the largest dot product, and those entries. Raises
+    AssertionError where a code hangs on a near tie."""
+    products = torch.einsum("...e,ke->...k", vectors, codebook)
+    best, second = products.topk(2).values.unbind(-1)
+    assert (best - second).min() > 1e-5, "a near tie: take another seed"
+    codes = products.argmax(-1)
+    return codes, codebook[codes]
+
+
+def signs(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes of vectors (..., E), bit j set where number j is above 0, and the corners they stand for. Raises
+    AssertionError where a code hangs on a near tie."""
+    assert vectors.abs().min() > 1e-6, "a near tie: take another seed"
+    codes = sum((vectors[..., j] > 0).long() * 2**j for j in range(vectors.shape[-1]))
+    return torch.as_tensor(codes), torch.where(vectors > 0, 1.0, -1.0)
+
+
+def corners(codes: Tensor, num_bits: int = 5) -> Tensor:
+    """What codes stand for: 1 where a bit is set, else -1, the lowest bit first."""
+    return torch.stack([(codes // 2**j % 2) * 2.0 - 1 for j in range(num_bits)], dim=-1)
+
+
+def run_gigatok(state: State, num_heads: int, labels: Tensor, codes: Tensor) -> Tensor:
+    """Logits (B, L, n) of each code (B, L), from the label and the codes before it."""
+
+    def rms(key, x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * state[f"{key}.weight"]
+
+    x = torch.cat(
+        (state["cls_embedding.embedding_table.weight"][labels][:, None], state["tok_embeddings.weight"][codes[:, :-1]]),
+        dim=1,
+    )
+    B, T, D = x.shape
+    x = x + state["positional_embedding"][:T]
+    future = torch.ones(T, T).triu(1).bool()
+    for i in range(sum(key.endswith("wqkv.weight") for key in state)):
+        key = f"layers.{i}"
+        qkv = rms(f"{key}.attention_norm", x) @ state[f"{key}.attention.wqkv.weight"].T
+        q, k, v = (part.view(B, T, num_heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
+        weights = (q @ k.mT / math.sqrt(D / num_heads)).masked_fill(future, -math.inf).softmax(-1)
+        x = x + (weights @ v).transpose(1, 2).reshape(B, T, D) @ state[f"{key}.attention.wo.weight"].T
+        h = rms(f"{key}.ffn_norm", x)
+        gate, up = (h @ state[f"{key}.feed_forward.{name}.weight"].T for name in ("w1", "w3"))
+        x = x + (F.silu(gate) * up) @ state[f"{key}.feed_forward.w2.weight"].T
+    return rms("norm", x) @ state["output.weight"].T
+
+
 def search(vectors: Tensor, codebook: Tensor, l2_normalised: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The vectors (..., E) as they are compared, the codes nearest to them, and those codes' entries. Raises
     AssertionError where a code hangs on a near tie: such a case tests nothing."""
@@ -161,20 +239,37 @@ def search(vectors: Tensor, codebook: Tensor, l2_normalised: bool) -> tuple[Tens
 def run_grid(
     sides: Sides, codebook: Tensor, l2_normalised: bool, image: Tensor, image_nonsquare: Tensor, random_indices: Tensor
 ) -> dict[str, Tensor]:
-    """The arrays of a convolutional tokenizer; codes are (B, h*w), latents (B, E, h, w)."""
+    """The arrays of a convolutional tokenizer whose codes are the nearest of a codebook."""
+    entries = F.normalize(codebook, dim=-1) if l2_normalised else codebook
+
+    def choose(z):
+        return search(z, codebook, l2_normalised)[1:]
+
+    return run_codes(sides, choose, lambda codes: entries[codes], image, image_nonsquare, random_indices)
+
+
+def run_codes(
+    sides: Sides,
+    choose: Callable[[Tensor], tuple[Tensor, Tensor]],
+    lookup: Callable[[Tensor], Tensor],
+    image: Tensor,
+    image_nonsquare: Tensor,
+    random_indices: Tensor,
+) -> dict[str, Tensor]:
+    """The arrays of a convolutional tokenizer; codes are (B, h*w), latents (B, E, h, w). `choose` gives the codes of
+    latents (..., E) and what is handed to the decoder, `lookup` the latter of codes."""
     encode, decode = sides
     arrays = {}
     for prefix, pictures in (("", image), ("nonsquare_", image_nonsquare)):
         z = encode(pictures)
-        _, codes, entries = search(z.movedim(1, -1), codebook, l2_normalised)
+        codes, entries = choose(z.movedim(1, -1))
         arrays[f"{prefix}z_e"] = z
         arrays[f"{prefix}indices"] = codes.flatten(1)
         arrays[f"{prefix}reconstruction"] = decode(entries.movedim(-1, 1))
         if not prefix:
             arrays["z_q"] = entries.movedim(-1, 1)
             arrays["decoded"] = arrays["reconstruction"]
-    entries = F.normalize(codebook, dim=-1) if l2_normalised else codebook
-    arrays["random_decoded"] = decode(entries[random_indices].mT.reshape(arrays["z_q"].shape))
+    arrays["random_decoded"] = decode(lookup(random_indices).mT.reshape(arrays["z_q"].shape))
     return arrays
 
 

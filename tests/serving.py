@@ -13,9 +13,8 @@ import uvicorn
 from PIL import Image
 from tiny_bundle import tiny_bpe_pipeline, tiny_pipeline
 
-from smalti.serve.app import ServeConfig, Service
-from smalti.serve.metrics import Metrics
-from smalti.serve.run import bound_socket, make_server
+from smalti.serve.app import ServeConfig
+from smalti.serve.run import bound_socket, make_server, make_service
 from smalti.serve.worker import Worker
 from smalti.tasks.images import Pipeline
 
@@ -24,10 +23,9 @@ class Running:
     """A server that runs while the block does."""
 
     def __init__(self, *pipes: Pipeline, **settings: Any):
-        config, metrics = ServeConfig(**({"capacity": 8, "executor": "packed"} | settings)), Metrics()
-        how = {"capacity": config.capacity, "max_queue": config.max_queue, "executor": config.executor}
+        config = ServeConfig(**({"capacity": 8, "executor": "packed", "paint_apart": False} | settings))
         self.pipes = {pipe.name: pipe for pipe in pipes or (tiny_pipeline(), tiny_bpe_pipeline())}
-        self.service = Service([Worker(pipe, metrics, **how) for pipe in self.pipes.values()], metrics, config)
+        self.service = make_service(list(self.pipes.values()), config)
         self.socket = bound_socket("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.server: uvicorn.Server = make_server(self.service)

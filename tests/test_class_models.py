@@ -360,8 +360,20 @@ def test_tokenizers_and_names_that_do_not_belong_to_the_model(tmp_path, weights,
     assert run(["import", "taming", "x.pt", "-o", str(tmp_path / "out"), "--image-size", "256"]) == 2
     assert "--image-size goes with llamagen, rar" in capsys.readouterr().err
     assert run([*command]) == 0
-    with pytest.raises(InputError, match="has no image tokenizer to make pictures of them"):
-        ClassPipeline.load(tmp_path / "out")
+    pipe, pictures = ClassPipeline.load(tmp_path / "out"), [torch.zeros(8, 8, 3, dtype=torch.uint8).numpy()]
+    codes = pipe.generate_codes([1, 7], seed=3)
+    assert codes.shape == (2, 1, 16) and bool((pipe.score_codes(codes, [1, 7]) > 0).all())
+    for ask in (
+        lambda: pipe.generate(1),
+        lambda: list(pipe.stream(1)),
+        lambda: pipe.decode(codes),
+        lambda: pipe.decode_images(codes),
+        lambda: pipe.encode(pictures),
+    ):
+        with pytest.raises(InputError, match="has no image tokenizer to make pictures of them"):
+            ask()
+    command = ["generate", "--class", "1", "-o", str(tmp_path / "x.png"), "--bundle", str(tmp_path / "out")]
+    assert run(command) == 2 and "has no image tokenizer" in capsys.readouterr().err
 
 
 def test_a_model_that_llamagen_cannot_be_says_why(tmp_path, imported):

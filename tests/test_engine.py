@@ -127,6 +127,13 @@ def test_what_all_draw_alike_is_looked_up_once_and_is_the_same(executor, config,
         assert torch.allclose(found.draw_log_probs, torch.tensor(draw_log_probs), atol=1e-5)
 
 
+def test_a_scale_that_is_a_whole_number_is_that_number(executor):
+    model, layout = MODELS["digits"]
+    asked = requests("digits", 5, 0)
+    whole, real = (alone(model, layout, asked, SampleConfig(guidance_scale=scale), executor) for scale in (3, 3.0))
+    assert whole == real
+
+
 def rows_in_use(engine: Engine) -> int:
     return len(engine.active) + len(engine.guided)
 

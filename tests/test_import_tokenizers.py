@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from smalti.errors import InputError
 from smalti.image_tokenizers.quantizer import FSQConfig
 from smalti.image_tokenizers.vqgan import VQGAN
-from smalti.interop import deepul, llamagen_vq, maskgit_vq, taming, titok, vit_vqgan
+from smalti.interop import deepul, ibq, llamagen_vq, maskgit_vq, open_magvit2, taming, titok, vit_vqgan
 from smalti.interop.keys import Layout, export_foreign, import_foreign
 from smalti.interop.verifying import ReferenceArrays, compare, read_reference
 from smalti.weight_files import read_config, read_weights
@@ -123,12 +123,78 @@ VIT_CONFIG = {
     "quantizer": {"embed_dim": 5, "n_embed": 31, "use_norm": False, "beta": 0.5},
 }
 DEEPUL_CONFIG = {"h_dim": 14, "res_h_dim": 5, "n_res_layers": 3, "n_embeddings": 31, "embedding_dim": 7, "beta": 0.5}
+IBQ_CONFIG = {
+    "seed_everything": True,
+    "model": {
+        "class_path": "src.IBQ.models.ibqgan.IBQ",
+        "init_args": {
+            "ddconfig": {
+                "double_z": False,
+                "z_channels": 7,
+                "resolution": 24,
+                "in_channels": 3,
+                "out_ch": 3,
+                "ch": 32,
+                "ch_mult": [1, 2, 2],
+                "num_res_blocks": 3,
+                "attn_resolutions": [6],
+                "dropout": 0.0,
+            },
+            "lossconfig": {"target": "anything", "params": {"entropy_loss_weight": 0.05}},
+            "n_embed": 31,
+            "embed_dim": 5,
+            "learning_rate": "1e-4",
+            "l2_normalize": False,
+            "use_entropy_loss": True,
+            "sample_minimization_weight": 1.0,
+            "batch_maximization_weight": 1.0,
+            "entropy_temperature": 0.02,
+            "beta": 0.5,
+            "use_ema": True,
+            "resume_lr": None,
+            "lr_drop_epoch": [250, 300],
+        },
+    },
+    "data": {"class_path": "main.DataModuleFromConfig", "init_args": {"batch_size": 4}},
+    "ckpt_path": None,
+}
+MAGVIT2_CONFIG = {
+    "model": {
+        "class_path": "src.Open_MAGVIT2.models.lfqgan.VQModel",
+        "init_args": {
+            "ddconfig": {
+                "double_z": False,
+                "z_channels": 5,
+                "resolution": 128,
+                "in_channels": 3,
+                "out_ch": 3,
+                "ch": 32,
+                "ch_mult": [1, 3, 2],
+                "num_res_blocks": 2,
+            },
+            "lossconfig": {"target": "anything"},
+            "n_embed": 32,
+            "embed_dim": 5,
+            "learning_rate": "1e-4",
+            "sample_minimization_weight": 1.0,
+            "batch_maximization_weight": 1.0,
+            "scheduler_type": "None",
+            "use_ema": True,
+            "sche_type": "cos",
+            "wpe": 0.01,
+            "max_iter": None,
+        },
+    },
+    "data": {"init_args": {"validation": {"target": "anything", "params": {"config": {"size": 24, "subset": None}}}}},
+}
 OTHER_SIZES = {
     "llamagen-vq": (llamagen_vq.LAYOUT, LLAMAGEN_CONFIG),
     "taming": (taming.LAYOUT, TAMING_CONFIG),
     "maskgit-vq": (maskgit_vq.LAYOUT, MASKGIT_CONFIG),
     "titok": (titok.LAYOUT, TITOK_CONFIG),
     "vit-vqgan": (vit_vqgan.LAYOUT, VIT_CONFIG),
+    "ibq": (ibq.LAYOUT, IBQ_CONFIG),
+    "open-magvit2": (open_magvit2.LAYOUT, MAGVIT2_CONFIG),
     "deepul": (deepul.LAYOUT, DEEPUL_CONFIG),
 }
 
@@ -302,6 +368,16 @@ def test_a_layer_used_several_times_must_be_listed_alike():
         (vit_vqgan.LAYOUT, {"quantizer": {**VIT_CONFIG["quantizer"], "use_residual": True}}, "use_residual is True"),
         (vit_vqgan.LAYOUT, {"patch_size": [4, 5]}, "patch_size is 4 x 5; only squares"),
         (vit_vqgan.LAYOUT, {"decoder": {**VIT_CONFIG["decoder"], "channels": 1}}, "decoder.channels 1"),
+        (
+            ibq.LAYOUT,
+            {"model": {"class_path": "src.IBQ.models.ibqgan.VQModel", "init_args": {}}},
+            "this kind reads IBQ",
+        ),
+        (ibq.LAYOUT, {"n_embed": 3, "embed_dim": 2}, "no section 'ddconfig'"),
+        (ibq.LAYOUT, {**IBQ_CONFIG["model"]["init_args"], "remap": "used.npy"}, "remap is 'used.npy'; only None"),
+        (ibq.LAYOUT, {**IBQ_CONFIG["model"]["init_args"], "legacy": True}, "legacy is not a field known here"),
+        (open_magvit2.LAYOUT, {**MAGVIT2_CONFIG["model"]["init_args"], "n_embed": 33}, "5 channels of signs make 32"),
+        (open_magvit2.LAYOUT, {"class": "src.IBQ.models.ibqgan.IBQ"}, "this kind reads src.Open_MAGVIT2"),
     ],
 )
 def test_config_values_that_are_not_understood_are_named(layout, change, message):

@@ -16,11 +16,14 @@ from smalti.image_tokenizers.quantizer import (
     CodebookHealth,
     FiniteScalarQuantizer,
     FSQConfig,
+    IBQConfig,
+    IndexBackpropagationQuantizer,
     LFQConfig,
     LookupFreeQuantizer,
     QuantizerConfig,
     VectorQuantizer,
     entropy_penalty,
+    largest_product,
     make_quantizer,
     nearest,
     rotate_onto,
@@ -87,6 +90,112 @@ def test_encode_finds_the_codes_of_looked_up_entries(l2_normalised):
     if l2_normalised:
         torch.testing.assert_close(latents.norm(dim=-1), torch.ones(2, 3, 7))
         assert torch.equal(quantizer.encode(17 * latents), codes)
+
+
+# The largest dot product ---------------------------------------------------------------------------------------
+
+
+def ibq_with(codebook, **fields):
+    codebook = torch.as_tensor(codebook)
+    quantizer = IndexBackpropagationQuantizer(
+        IBQConfig(codebook_size=len(codebook), code_dim=codebook.shape[1], **fields)
+    )
+    quantizer.codebook.data.copy_(codebook)
+    return quantizer
+
+
+def test_largest_products_of_a_case_worked_by_hand():
+    """(1, 0) has the products 1, 0, 3 and (-1, 1) has -1, 2, 0: the nearest entry of the first would be entry 0. Of
+    equals, as all are for (0, 0), the first is taken; twice the latent has the same code."""
+    quantizer = ibq_with([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
+    latents = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.0, 0.0]])
+    assert quantizer.encode(latents).tolist() == quantizer.encode(2 * latents).tolist() == [2, 1, 0]
+    assert nearest(latents, quantizer.codebook).tolist() == [0, 1, 0]
+    assert quantizer.lookup(torch.tensor([[2, 1]])).tolist() == [[[3.0, 3.0], [0.0, 2.0]]]
+    with pytest.raises(ValueError, match=r"code 3 is outside the codebook: codes lie in 0\.\.2"):
+        quantizer.lookup(torch.tensor([3]))
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 90), st.integers(1, 60), st.integers(1, 7), st.integers(4, 2000), st.integers(0, 10**6))
+def test_the_search_in_any_blocks_is_that_of_a_loop(num_vectors, num_entries, width, search_bytes, seed):
+    """Whole numbers, so that products are exact and ties are frequent."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randint(-3, 4, (num_vectors, width), generator=generator).float()
+    entries = torch.randint(-3, 4, (num_entries, width), generator=generator).float()
+    products, distances = [], []
+    for vector in vectors.tolist():
+        scores = [sum(a * b for a, b in zip(vector, entry, strict=True)) for entry in entries.tolist()]
+        squares = [sum((a - b) ** 2 for a, b in zip(vector, entry, strict=True)) for entry in entries.tolist()]
+        products.append(scores.index(max(scores)))
+        distances.append(squares.index(min(squares)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SEARCH_BYTES", search_bytes)
+        assert largest_product(vectors, entries).tolist() == products
+        assert nearest(vectors, entries).tolist() == distances
+
+
+def test_a_large_codebook_is_searched_within_the_stated_bound(monkeypatch):
+    """262,144 entries, as IBQ's and Open-MAGVIT2's largest have; at once, 300 vectors would take 300 MiB."""
+    largest, addmm = 0, torch.addmm
+
+    def watched(*args, **kwargs):
+        nonlocal largest
+        product = addmm(*args, **kwargs)
+        largest = max(largest, product.numel() * product.element_size())
+        return product
+
+    generator = torch.Generator().manual_seed(0)
+    entries = torch.randn(2**18, 3, generator=generator)
+    vectors = entries[torch.randint(2**18, (300,), generator=generator)]
+    monkeypatch.setattr(torch, "addmm", watched)
+    codes = largest_product(vectors, entries)
+    assert 0 < largest <= module.SEARCH_BYTES
+    best = torch.cat([(rows @ entries.t()).amax(-1) for rows in vectors.split(20)])
+    torch.testing.assert_close((vectors * entries[codes]).sum(-1), best)
+
+
+def test_ibq_losses_of_a_case_worked_by_hand():
+    """(1, 0) is given (3, 3), which is 2 and 3 away: mean square 13 / 2, once for each side and once for both."""
+    out = ibq_with([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]], codebook_weight=0.25)(torch.tensor([[1.0, 0.0]]))
+    assert out.codes.tolist() == [2] and out.latents.tolist() == [[3.0, 3.0]]
+    assert out.codebook_loss.item() == 6.5 + 0.25 * 6.5 and out.commitment_loss.item() == 6.5
+    assert out.entropy_loss.item() == 0
+
+
+@pytest.mark.parametrize("search_bytes", [module.SEARCH_BYTES, 200])
+def test_ibq_gradients_are_those_of_its_one_hot_choice(monkeypatch, search_bytes):
+    """As the original writes it: one-hot = hard - soft.detach() + soft over all entries, times the codebook."""
+    monkeypatch.setattr(module, "SEARCH_BYTES", search_bytes)
+    torch.manual_seed(3)
+    codebook, latents = torch.randn(11, 3), torch.randn(2, 5, 3)
+    direction = torch.randn(2, 5, 3)
+    quantizer = ibq_with(codebook, codebook_weight=0.5, entropy_weight=0.3, entropy_temperature=0.7)
+    ours = latents.clone().requires_grad_()
+    out = quantizer(ours)
+    assert torch.equal(out.latents, quantizer.lookup(out.codes))
+    ((out.latents * direction).sum() + out.loss).backward()
+
+    z, e = latents.clone().requires_grad_(), codebook.clone().requires_grad_()
+    logits = z @ e.T
+    soft, hard = logits.softmax(-1), torch.eye(11)[logits.argmax(-1)]
+    z_q, chosen = (hard - soft.detach() + soft) @ e, hard @ e
+    shares = (logits / 0.7).softmax(-1).view(-1, 11)
+    entropy = -(shares * shares.log()).sum(-1).mean() + (shares.mean(0) * shares.mean(0).log()).sum()
+    both, first, second = (z_q - z).square(), (chosen.detach() - z).square(), (chosen - z.detach()).square()
+    loss = both.mean() + first.mean() + 0.5 * second.mean() + 0.3 * entropy
+    ((z_q * direction).sum() + loss).backward()
+    assert out.codes.tolist() == logits.argmax(-1).tolist()
+    torch.testing.assert_close(out.loss, loss)
+    torch.testing.assert_close(ours.grad, z.grad)
+    assert quantizer.codebook.grad is not None and quantizer.codebook.grad.abs().sum(1).gt(0).all()
+    torch.testing.assert_close(quantizer.codebook.grad, e.grad)
+
+
+def test_near_products_are_told_apart_under_autocast():
+    quantizer = ibq_with([[1.0, 0.0], [1.001, 0.0]]).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quantizer(torch.tensor([[1.0, 0.0]])).codes.tolist() == [1]
 
 
 # Losses and gradients ------------------------------------------------------------------------------------------
@@ -460,6 +569,7 @@ def test_lfq_equals_the_oracle():
 def test_make_quantizer_follows_the_config():
     for config, kind in (
         (QuantizerConfig(codebook_size=3, code_dim=2), VectorQuantizer),
+        (IBQConfig(codebook_size=3, code_dim=2), IndexBackpropagationQuantizer),
         (FSQConfig(levels=(3, 5)), FiniteScalarQuantizer),
         (LFQConfig(num_bits=4), LookupFreeQuantizer),
     ):

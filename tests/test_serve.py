@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from smalti.cli import app as cli
 from smalti.engine.generate import stream
 from smalti.image_files import RECEIPT, receipt_chunks, with_receipt
 from smalti.serve.openai_api import partial_marks
+from smalti.serve.painter import Painter
 from smalti.tasks.edit import edit
 
 CAPTION, OTHER = "dark green eight on bright cyan", "plain red two on light gray"
@@ -92,6 +95,25 @@ def test_many_at_once_are_each_as_alone(server):
         [expected] = server.pipes[one["model"]].generate(one["prompt"], **one["extra_body"])
         assert same(found.data[0], expected), one
     assert server.worker.rows_in_use == 0 and server.worker.pending == 0
+
+
+@pytest.mark.parametrize("executor", ["native", "eager"])
+def test_codes_are_the_librarys_on_every_executor(executor, request):
+    """`packed` is what the others here run on."""
+    if executor == "native":
+        request.getfixturevalue("native_kernels")
+    pipe = tiny_pipeline()
+    asked = [
+        {"seed": seed, "guidance_scale": 1 + seed % 3, "temperature": 0.6 + seed / 20, "top_k": seed % 2 * 40}
+        for seed in range(12)
+    ]
+    bodies = [{"prompt": (CAPTION, OTHER)[i % 2], **one} for i, one in enumerate(asked)]
+    with Running(pipe, executor=executor) as server, ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(lambda body: server.request("POST", "/v1/images/generations", body), bodies))
+    for one, body, (status, content, _) in zip(asked, bodies, found, strict=True):
+        assert status == 200
+        codes = pipe.generate_codes(body["prompt"], executor=executor, **one)
+        assert content["data"][0]["smalti"]["codes"] == codes.flatten().tolist(), body
 
 
 def test_partial_pictures_come_row_by_row_and_then_the_whole(server, client):
@@ -346,6 +368,18 @@ def test_bodies_of_any_kind_get_an_answer_and_never_a_fault(server, route, body)
     assert status in (200, 400, 404, 415) and (status == 200 or found["error"]["message"])
 
 
+def test_answers_do_not_wait_for_nagles_algorithm(server):
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("GET", "/healthz")
+    assert connection.getresponse().read()
+    told = [
+        held.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        for held in list(server.server.server_state.connections)
+    ]
+    connection.close()
+    assert told and all(told)
+
+
 # Keys, limits, and who goes away -----------------------------------------------------------------------------------
 
 
@@ -485,3 +519,41 @@ def test_partial_pictures_stand_behind_whole_rows_where_they_can():
         for k in range(60):
             marks = partial_marks(k, first, 49, 7)
             assert all(first < mark < 49 for mark in marks) and len(marks) <= k
+
+
+# The process that makes pictures -----------------------------------------------------------------------------------
+
+
+def test_pictures_made_in_a_process_of_their_own_are_the_librarys():
+    """Whole and partial, of two bundles at once; and when it is killed, by the next one."""
+    with Running(paint_apart=True) as server, ThreadPoolExecutor(6) as pool:
+        process = server.service.painter._process
+        assert process is not None
+        for round_ in range(2):
+            bodies = [{"prompt": CAPTION, "seed": seed, "model": "tiny"} for seed in range(4)]
+            bodies += [{"prompt": "a dog", "seed": 2, "model": "words"}]
+            found = list(pool.map(lambda body: server.request("POST", "/v1/images/generations", body), bodies))
+            for body, (status, content, _) in zip(bodies, found, strict=True):
+                [expected] = server.pipes[body["model"]].generate(body["prompt"], seed=body["seed"])
+                [drawn] = content["data"]
+                assert status == 200 and np.array_equal(np.asarray(picture_of(drawn["b64_json"])), np.asarray(expected))
+            if round_ == 0:
+                process.kill()
+                process.join()
+        with OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as client:
+            *partial, whole = client.images.generate(
+                prompt=CAPTION, stream=True, partial_images=2, extra_body={"seed": 5}
+            )
+        streamed = {len(one.codes): one.picture for one in server.pipes["tiny"].stream(CAPTION, seed=5)}
+        for event, num_codes in zip([*partial, whole], [*partial_marks(2, 0, 49, 7), 49], strict=True):
+            assert np.array_equal(np.asarray(picture_of(event.b64_json)), np.asarray(streamed[num_codes]))
+        process = server.service.painter._process
+        assert process is not None and process.is_alive()
+    assert not process.is_alive()
+
+
+def test_a_fault_in_the_process_that_makes_pictures_is_an_error_of_one_answer():
+    with closing(Painter({"tiny": tiny_pipeline().bundle}, apart=True)) as painter:
+        with pytest.raises(ValueError, match="outside the codebook"):
+            painter.paint("tiny", [10**6] * 49, {}, 1, "png")
+        assert painter.paint("tiny", [0] * 49, {}, 1, "png") == painter.paint("tiny", [0] * 49, {}, 1, "png")

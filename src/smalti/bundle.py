@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +37,7 @@ from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.models.decoder_only import DecoderOnly
 from smalti.models.families import AnyModel, build_model, describe_model, read_model_config
 from smalti.models.stored_weights import STORAGES
+from smalti.prompts import PromptForm, PromptTokenizer
 from smalti.sequences.layout import Layout, Marker, Span
 from smalti.sequences.vocabulary import FEATURES
 from smalti.text_features import TextEncoderConfig
@@ -106,6 +107,12 @@ class Classes:
         return int(text)
 
 
+@cache
+def smalti_version() -> str:
+    """As it is installed. Looked up once: that takes a millisecond, and every picture's receipt names it."""
+    return version("smalti")
+
+
 @dataclass(kw_only=True, eq=False)
 class Bundle:
     """A model in evaluation mode, its layout, and what else it has. `load` reads one, `save` writes one.
@@ -115,7 +122,7 @@ class Bundle:
 
     model: AnyModel
     layout: Layout
-    text_tokenizer: TextTokenizer | Path | None = None
+    text_tokenizer: TextTokenizer | PromptTokenizer | Path | None = None
     """A path: a file of the `tokenizers` library that goes with the model and is not read, as an imported language
     model may have."""
     image_tokenizer: Any = None
@@ -145,7 +152,9 @@ class Bundle:
             )
         if self.text_encoder is not None and not self.reads_features:
             raise ValueError("a text encoder is named, but the layout has no features.")
-        if isinstance(self.text_tokenizer, TextTokenizer):
+        if isinstance(self.text_tokenizer, PromptTokenizer):
+            self.text_tokenizer.check_vocabulary(vocabulary)
+        elif isinstance(self.text_tokenizer, TextTokenizer):
             self.text_tokenizer.check_vocabulary(vocabulary)
             fits.append(("the text tokenizer's size", self.text_tokenizer.vocab_size, vocabulary["text"].size))
         if (self.image_tokenizer is None) != (self.pictures is None):
@@ -216,7 +225,7 @@ class Bundle:
 
     @property
     def _has_both_tokenizers(self) -> bool:
-        return self.image_tokenizer is not None and isinstance(self.text_tokenizer, TextTokenizer)
+        return self.image_tokenizer is not None and isinstance(self.text_tokenizer, TextTokenizer | PromptTokenizer)
 
     def has_order(self, *segments: str) -> bool:
         return any([span.segment for span in order.spans] == [*segments] for order in self.layout.orders.values())
@@ -286,16 +295,19 @@ class Bundle:
                     raise ValueError(f"the entry {entry} is {shortened(repr(config[entry]))}")
             model_config = read_model_config(config["model"], path)
             text_tokenizer = directory / TEXT_TOKENIZER if TEXT_TOKENIZER in sha256 else None
+            form = config_of(PromptForm, config["prompt"], f"{path}: prompt") if "prompt" in config else None
             parts: dict[str, Any] = {"text_tokenizer": text_tokenizer}
             if "pictures" in config:
                 folder, image_sha256 = directory / IMAGE_TOKENIZER, sha256.get(f"{IMAGE_TOKENIZER}/{WEIGHTS}")
                 parts = {
                     "pictures": config_of(PictureConfig, config["pictures"], f"{path}: pictures"),
                     "image_tokenizer": load_image_tokenizer(folder, sha256=image_sha256, device=device),
-                    "text_tokenizer": TextTokenizer.load(text_tokenizer) if text_tokenizer else None,
+                    "text_tokenizer": TextTokenizer.load(text_tokenizer) if text_tokenizer and not form else None,
                 }
             if "text_encoder" in config:
                 parts["text_encoder"] = config_of(TextEncoderConfig, config["text_encoder"], f"{path}: text_encoder")
+            if text_tokenizer and form:
+                parts["text_tokenizer"] = PromptTokenizer.load(text_tokenizer, form)
             if "classes" in config:
                 parts["classes"] = config_of(Classes, config["classes"], f"{path}: classes")
             model = load_module(
@@ -331,22 +343,24 @@ class Bundle:
 
     def _write_files(self, folder: Path, half: bool) -> dict[str, Any]:
         save_weights(self.model.state_dict(), folder / WEIGHTS, half=half)
-        if isinstance(self.text_tokenizer, TextTokenizer):
-            self.text_tokenizer.save(folder / TEXT_TOKENIZER)
-        elif self.text_tokenizer is not None:
-            shutil.copyfile(self.text_tokenizer, folder / TEXT_TOKENIZER)
+        words = self.text_tokenizer
+        if isinstance(words, TextTokenizer | PromptTokenizer):
+            words.save(folder / TEXT_TOKENIZER)
+        elif words is not None:
+            shutil.copyfile(words, folder / TEXT_TOKENIZER)
         if self.image_tokenizer is not None:
             image_dtype = torch.float16 if half else None
             save_image_tokenizer(self.image_tokenizer, folder / IMAGE_TOKENIZER, dtype=image_dtype)
         (folder / CARD).write_text(self.card(), encoding="utf-8")
         return {
             "name": self.name,
-            "smalti_version": version("smalti"),
+            "smalti_version": smalti_version(),
             "layout": self.layout.to_dict(),
             "model": describe_model(self.model),
             **({} if self.pictures is None else {"pictures": asdict(self.pictures)}),
             **({} if self.classes is None else {"classes": asdict(self.classes)}),
             **({} if self.text_encoder is None else {"text_encoder": asdict(self.text_encoder)}),
+            **({"prompt": asdict(words.form)} if isinstance(words, PromptTokenizer) else {}),
             "sampling": asdict(self.sampling),
             "about": self.about,
             "figures": self.figures,
@@ -385,6 +399,8 @@ class Bundle:
             size=f"{self.pictures.width}×{self.pictures.height}" if self.pictures else "",
             text_encoder=(self.text_encoder and self.text_encoder.name) or "a T5 encoder",
         )
+        if not self.can_caption:
+            use = use.replace(CAPTION_USE, "")
         orders = "\n".join(f"    {order}" for order in self.layout.orders.values())
         tables = _card_table("Where it comes from", self.about) + _card_table("Measured", self.figures)
         return f"{CARD_HEAD}# {self.name}\n\n{what} Its sequences:\n\n{orders}\n\n## Use\n\n{use}{tables}"
@@ -562,6 +578,8 @@ picture.save("picture.png")
 print(pipe.caption([picture]))
 ```
 """
+CAPTION_USE = "print(pipe.caption([picture]))\n"
+"""The line that goes with bundles that write captions."""
 CARD_OF_LINES = """\
 A transformer of {num_parameters} parameters over lines of {length} picture codes in 0..{max_code}. There is no image
 tokenizer: what the codes look like is not known."""
@@ -578,7 +596,13 @@ USE_OF_CLASSES = """\
 CARD_OF_CODES = """\
 A transformer of {num_parameters} parameters over {num_codes} picture codes of {codebook_size}, for {num_classes}
 classes. There is no image tokenizer: import it again with --image-tokenizer to draw pictures."""
-USE_OF_CODES = "    smalti doctor THIS_FOLDER\n"
+USE_OF_CODES = """\
+```python
+from smalti import ClassPipeline
+
+codes = ClassPipeline.load("PATH OF THIS BUNDLE").generate_codes(0, seed=3)
+```
+"""
 CARD_OF_FEATURES = """\
 A transformer of {num_parameters} parameters that draws pictures of captions: {num_codes} codes of {codebook_size} a
 picture, which are {size} pixels. It reads captions as features of {text_encoder}, which is not part of the bundle."""

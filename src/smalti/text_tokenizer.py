@@ -96,7 +96,7 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer):
         # A marker typed into a caption is text. Only `parse` reads it as the marker.
         tokenizer.encode_special_tokens = True
-        _switch_off(tokenizer)
+        switch_off(tokenizer)
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder().items()  # others than special ones are words of the text
         self._controls = {token.content: number for number, token in added if token.special}
@@ -163,7 +163,7 @@ class TextTokenizer:
         path = Path(path)
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-            if found := _switch_off(tokenizer):
+            if found := switch_off(tokenizer):
                 warnings.warn(f"{path}: not applied: {', '.join(found)}.", InputWarning, stacklevel=2)
             text_tokenizer = cls(tokenizer)
             text_tokenizer.vocabulary  # noqa: B018 (checks the order of the picture codes)
@@ -233,7 +233,7 @@ class TextTokenizer:
 
     def _encoded(self, caption: str) -> Encoding:
         """Raises InputError for a caption with words or characters outside the vocabulary."""
-        _check_unicode(caption)
+        check_unicode(caption)
         encoding = None
         try:
             encoding = self._tokenizer.encode(caption, add_special_tokens=False)
@@ -254,6 +254,10 @@ class TextTokenizer:
             )
         return numbers
 
+    def null_of(self, length: int) -> list[int]:
+        """What stands for a caption of so many words where there is none: nothing."""
+        return []
+
     def decode(self, ids: Sequence[int]) -> str:
         """The caption of text ids. Raises ValueError for an id outside the vocabulary."""
         for position, number in enumerate(ids):
@@ -268,7 +272,7 @@ class TextTokenizer:
         holds text alone, InputError for text that is not Unicode.
         """
         tokenizer = self._with_controls
-        _check_unicode(line)
+        check_unicode(line)
         return tokenizer.encode(line, add_special_tokens=False).ids
 
     @cached_property
@@ -290,7 +294,7 @@ class TextTokenizer:
         """The words of a caption that are not in the vocabulary, each once; where words are made of pieces, the parts
         that no piece spells. Raises InputError for text that is not Unicode.
         """
-        _check_unicode(caption)
+        check_unicode(caption)
         if not self._can_miss:
             return []  # bytes spell any word
         if not isinstance(self._tokenizer.model, models.WordLevel):
@@ -362,12 +366,13 @@ class TextTokenizer:
         return f"{' '.join(some)}{' …' if len(self.words) > len(some) else ''}"
 
 
-def _check_unicode(caption: str) -> None:
+def check_unicode(caption: str) -> None:
+    """Raises InputError for text that is not Unicode."""
     if max(caption, default="") >= "\ud800" and any("\ud800" <= letter <= "\udfff" for letter in caption):
         raise InputError(f"caption {shortened(caption)!r} is not valid Unicode: not UTF-8, or half a surrogate pair.")
 
 
-def _switch_off(tokenizer: Tokenizer) -> list[str]:
+def switch_off(tokenizer: Tokenizer) -> list[str]:
     """Switches off what would change a caption's tokens unasked, and says what that was. Templates need no switch:
     nothing here encodes with them."""
     found = []

@@ -9,8 +9,8 @@ from smalti.tables import print_table
 
 app = typer.Typer()
 
-TOKENIZERS = "llamagen-vq, taming, titok, maskgit-vq, vit-vqgan, deepul"
-TRANSFORMERS = "llamagen, rar"
+TOKENIZERS = "llamagen-vq, taming, titok, maskgit-vq, vit-vqgan, ibq, open-magvit2, deepul"
+TRANSFORMERS = "llamagen, rar, gigatok, janus"
 OF_TRANSFORMERS = f"For {TRANSFORMERS}"
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 
@@ -20,7 +20,10 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")
     epilog="Examples: smalti import llamagen-vq vq_ds16_c2i.pt -o out/vq16 · smalti import llamagen c2i_B_256.pt "
     "-o out/c2i-b --image-size 256 --image-tokenizer vq_ds16_c2i.pt · smalti import llamagen t2i_XL_stage1_256.pt "
     "-o out/t2i-xl --image-size 256 --image-tokenizer vq_ds16_t2i.pt · smalti import rar rar_b.bin -o out/rar-b "
-    "--image-tokenizer maskgit-vqgan-imagenet-f16-256.bin",
+    "--image-tokenizer maskgit-vqgan-imagenet-f16-256.bin · smalti import gigatok GPT_B256_e300_VQ_BL.pt -o out/giga "
+    "· smalti import janus Janus-Pro-1B -o out/janus · smalti import ibq imagenet256_16384.ckpt -o out/ibq · smalti "
+    "import ibq model.ckpt --config config.yaml -o out/emu3.5 · smalti import open-magvit2 imagenet_256_L.ckpt -o "
+    "out/magvit2",
 )
 def import_(
     kind: Annotated[str, typer.Argument(help=f"Whose layout the file has: {TOKENIZERS}; {TRANSFORMERS}, hf-llama.")],
@@ -40,7 +43,7 @@ def import_(
         Path | None,
         typer.Option(
             help="What makes pictures of the codes: a folder, or the weight file that was published with it "
-            "(llamagen-vq for llamagen, maskgit-vq for rar).",
+            "(llamagen-vq for llamagen, maskgit-vq for rar; gigatok's is not read); a janus holds its own.",
             rich_help_panel=OF_TRANSFORMERS,
         ),
     ] = None,
@@ -72,7 +75,7 @@ def import_(
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out the list of tensors.")] = False,
     force: Force = False,
 ) -> int:
-    """Read the weights of another project's image tokenizer, class or language model. Nothing in the file is run.
+    """Read the weights of another project: an image tokenizer, a model that draws, or a language model. Nothing is run.
 
     Prints every tensor's old and new name. With --verify, the status is 1 if an output differs.
     """
@@ -99,7 +102,8 @@ def import_(
 
 @app.command(
     "export",
-    epilog="Examples: smalti export llamagen-vq out/vq16 vq_ds16.pt · smalti export rar out/rar-b rar_b.bin · "
+    epilog="Examples: smalti export llamagen-vq out/vq16 vq_ds16.pt · smalti export ibq out/ibq ibq.ckpt · "
+    "smalti export rar out/rar-b rar_b.bin · smalti export janus out/janus janus.safetensors · "
     "smalti export hf out/bundle out/llama",
 )
 def export(

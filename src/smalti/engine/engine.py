@@ -11,7 +11,7 @@ Letters: C requests there is room for, D model width, n rows drawn together.
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -278,7 +278,7 @@ class Engine:
         hidden, null_hidden, scales = self.hidden[self._rows_of(group)], None, None
         if first.scales[first.at] != 1:
             null_hidden = self.hidden[[running.null_row for running in group]]
-            scales = torch.tensor([running.scales[running.at] for running in group], device=hidden.device)
+            scales = _scales([running.scales[running.at] for running in group], hidden.device)
         uniforms = torch.tensor([running.uniforms[running.at] for running in group], dtype=torch.float64)
         drawn = self.executor.draw(hidden, null_hidden, slot, uniforms, scales, first.config)
         is_finished = False
@@ -311,8 +311,8 @@ class Engine:
         rows, null_rows, scales = self._rows_of(self.active), [], None
         if first.wants_null:  # and so do all
             null_rows = [running.null_row for running in self.active]
-            scales = torch.tensor([running.scales[part] for running, part in taken]).t().contiguous()
-            scales = scales.to(self.executor.model.device)
+            device = self.executor.model.device
+            scales = _scales([running.scales[part] for running, part in taken], device).t().contiguous()
         together = slice(self.first - len(null_rows), self.first + len(self.active))
         # Which request's token each of the rows runs next.
         order = [self.active.index(running) for running in reversed(self.guided)] if null_rows else []
@@ -341,7 +341,7 @@ class Engine:
         windows = [running.window for running in group]
         hidden = torch.cat([self._hidden_ahead(running.row) for running in group])
         given = [scale for running in group for scale in running.scales[running.at :][: 1 + len(running.run_drafts)]]
-        scales = torch.tensor(given, device=hidden.device)
+        scales = _scales(given, hidden.device)
         null_hidden = None
         if any(running.wants_null for running in group):
             null_hidden = torch.cat(
@@ -511,6 +511,11 @@ class _Running:
             if self.forced[self.at] < 0:
                 return False
             token = (self.forced[self.at], 0.0, 0.0)
+
+
+def _scales(numbers: Sequence[Any], device: torch.device) -> Float[Tensor, "..."]:
+    """In float32 whatever was given: a scale of 3 is a whole number in Python."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def _null_of(sequence: TokenSequence) -> TokenSequence:

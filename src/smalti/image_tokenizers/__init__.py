@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from smalti.documents import config_of, read_json
 from smalti.errors import InputError, first_line, shortened
 from smalti.files import new_file, write_json
+from smalti.image_tokenizers.open_magvit2 import OpenMAGVIT2, OpenMAGVIT2Config
 from smalti.image_tokenizers.titok import TiTok, TiTokConfig
 from smalti.image_tokenizers.vit_vqgan import ViTVQGAN, ViTVQGANConfig
 from smalti.image_tokenizers.vqgan import VQGAN, VQGANConfig
@@ -30,6 +31,7 @@ FAMILIES: dict[str, tuple[type, type[nn.Module]]] = {
     "vqgan": (VQGANConfig, VQGAN),
     "vit_vqgan": (ViTVQGANConfig, ViTVQGAN),
     "titok": (TiTokConfig, TiTok),
+    "open_magvit2": (OpenMAGVIT2Config, OpenMAGVIT2),
 }
 """The config and the module of each family, under the name that `config.json` bears."""
 

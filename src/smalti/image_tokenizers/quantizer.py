@@ -1,13 +1,15 @@
-"""From continuous latents to codes and back: vector quantization, FSQ and LFQ, and the health of a codebook.
+"""From continuous latents to codes and back: vector quantization, IBQ, FSQ and LFQ, and the health of a codebook.
 
 Letters: E code width, K codebook entries, N vectors (all leading axes taken together). Channels are last.
 
 - `VectorQuantizer`: the nearest of K learned vectors (VQ-VAE, van den Oord et al. 2017, arXiv:1711.00937),
   with every common remedy against a codebook of which only a few entries are used.
+- `IndexBackpropagationQuantizer`: the one of K learned vectors with the largest dot product (IBQ, Shi et al. 2024,
+  arXiv:2412.02692).
 - `FiniteScalarQuantizer`: rounding of a few bounded numbers (FSQ, Mentzer et al. 2023, arXiv:2309.15505).
 - `LookupFreeQuantizer`: the signs of log2 K numbers (LFQ, Yu et al. 2023, arXiv:2310.05737).
 
-All three have `encode`, `lookup` and `forward`. Straight-through outputs are `code + (x - x.detach())`,
+All have `encode`, `lookup` and `forward`. Straight-through outputs are `code + (x - x.detach())`,
 whose forward value is the code to the last bit; the usual `x + (code - x).detach()` is off by a rounding.
 """
 
@@ -30,6 +32,9 @@ SEARCH_BYTES = 4 * 2**20
 """No (vectors x K) matrix beyond this many bytes is ever built, short of a single row. It fits a core's
 cache: on one core the blocked search takes 0.4 times as long as one large product for 1,024 vectors and
 16,384 entries of width 8."""
+SEARCH_ROWS = 64
+"""Vectors that are searched for together at least, where there are as many: of a larger codebook a block then holds
+only some entries, so that it is read from memory once for them all and not once for every few."""
 
 
 class Quantized(NamedTuple):
@@ -255,15 +260,38 @@ class VectorQuantizer(nn.Module):
 def nearest(vectors: Float[Tensor, "N E"], entries: Float[Tensor, "K E"]) -> Int[Tensor, " N"]:
     """The index of the entry nearest to each vector, the first among equals.
 
-    argmin |v - e|^2 = argmax v.e - |e|^2 / 2: one matrix product with the norms added in. It is done in
-    blocks of rows so that the products take at most `SEARCH_BYTES`.
+    argmin |v - e|^2 = argmax v.e - |e|^2 / 2: one matrix product with the norms added in.
     """
     with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
         entries = entries.float()
-        half_norms = entries.square().sum(-1) / 2
-        codes = torch.empty(len(vectors), dtype=torch.long, device=vectors.device)
-        for rows in _blocks(len(vectors), len(entries)):
-            codes[rows] = torch.addmm(-half_norms, vectors[rows].float(), entries.t()).argmax(-1)
+        return _largest(vectors, entries, -entries.square().sum(-1) / 2)
+
+
+def largest_product(vectors: Float[Tensor, "N E"], entries: Float[Tensor, "K E"]) -> Int[Tensor, " N"]:
+    """The index of the entry with the largest dot product with each vector, the first among equals. Neither is
+    normalised: a longer entry is chosen more often."""
+    with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
+        return _largest(vectors, entries.float(), entries.new_zeros(len(entries), dtype=torch.float32))
+
+
+def _largest(vectors: Float[Tensor, "N E"], entries: Float[Tensor, "K E"], offsets: Float[Tensor, " K"]) -> Tensor:
+    """(N,): the index of the largest v.e + offset, the first among equals. Products are taken in blocks of vectors and
+    entries of at most `SEARCH_BYTES`, with a running maximum over the blocks of entries."""
+    codes = torch.empty(len(vectors), dtype=torch.long, device=vectors.device)
+    num_rows = min(len(vectors), max(SEARCH_ROWS, SEARCH_BYTES // (4 * len(entries)))) or 1
+    columns = list(_blocks(len(entries), num_rows))
+    for start in range(0, len(vectors), num_rows):
+        rows = slice(start, start + num_rows)
+        block = vectors[rows].float()
+        if len(columns) == 1:
+            codes[rows] = torch.addmm(offsets, block, entries.t()).argmax(-1)
+            continue
+        best, found = torch.addmm(offsets[columns[0]], block, entries[columns[0]].t()).max(-1)
+        for part in columns[1:]:
+            score, index = torch.addmm(offsets[part], block, entries[part].t()).max(-1)
+            found = torch.where(score > best, index + part.start, found)
+            best = torch.maximum(score, best)
+        codes[rows] = found
     return codes
 
 
@@ -290,11 +318,12 @@ def rotate_onto(latents: Float[Tensor, "... E"], chosen: Float[Tensor, "... E"])
 
 
 def entropy_penalty(
-    vectors: Float[Tensor, "N E"], entries: Float[Tensor, "K E"], temperature: float
+    vectors: Float[Tensor, "N E"], entries: Float[Tensor, "K E"], temperature: float, *, by_product: bool = False
 ) -> Float[Tensor, ""]:
     """Mean entropy of each vector's soft assignment, less the entropy of the mean assignment, in nats.
 
-    Assignments are softmax(-squared distance / temperature) (MaskGIT, Chang et al. 2022, arXiv:2202.04200).
+    Assignments are softmax(-squared distance / temperature) (MaskGIT, Chang et al. 2022, arXiv:2202.04200), or
+    `by_product` softmax(dot product / temperature).
     Low when each vector is near one entry and all entries are used. The (N, K) assignments are recomputed
     block by block in the backward pass instead of being kept. Each process uses its own vectors.
     """
@@ -302,7 +331,7 @@ def entropy_penalty(
     total = vectors.new_zeros(len(entries))
     for rows in _blocks(len(vectors), len(entries)):
         entropy, assignments = checkpoint(  # pyright: ignore[reportGeneralTypeIssues]
-            _assignment_sums, vectors[rows], entries, temperature, use_reentrant=False
+            _assignment_sums, vectors[rows], entries, temperature, by_product, use_reentrant=False
         )
         total_entropy = total_entropy + entropy
         total = total + assignments
@@ -325,10 +354,13 @@ def _blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, num_rows, step))
 
 
-def _assignment_sums(vectors: Tensor, entries: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    # -|v - e|^2 = 2 v.e - |e|^2 - |v|^2, of which the last is the same for all entries and leaves softmax
-    # alone.
-    logits = torch.addmm(-entries.square().sum(-1), vectors, entries.t(), alpha=2.0) / temperature
+def _assignment_sums(vectors: Tensor, entries: Tensor, temperature: float, by_product: bool) -> tuple[Tensor, Tensor]:
+    if by_product:
+        logits = vectors @ entries.t() / temperature
+    else:
+        # -|v - e|^2 = 2 v.e - |e|^2 - |v|^2, of which the last is the same for all entries and leaves softmax
+        # alone.
+        logits = torch.addmm(-entries.square().sum(-1), vectors, entries.t(), alpha=2.0) / temperature
     log_assignments = logits.log_softmax(-1)
     assignments = log_assignments.exp()
     return -(assignments * log_assignments).sum(), assignments.sum(0)
@@ -447,6 +479,97 @@ def _check_at_least(config, least: float, *names: str) -> None:
     for name in names:
         if getattr(config, name) < least:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {least}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IBQConfig:
+    """A codebook of `codebook_size` vectors of width `code_dim`, of which the one with the largest dot product is
+    chosen.
+
+    `codebook_weight` is that of the squared distance which moves entries towards their latents alone. `entropy_weight`
+    times (mean entropy per latent - entropy of the mean) is added to the loss, of softmax(products /
+    entropy_temperature); the published models have 0.05.
+    """
+
+    codebook_size: int = 1024
+    code_dim: int = 256
+    codebook_weight: float = 0.25
+    entropy_weight: float = 0.0
+    entropy_temperature: float = 0.01
+    kind: Literal["ibq"] = "ibq"
+
+    def __post_init__(self):
+        check_sizes(self)
+        _check_at_least(self, 1, "codebook_size", "code_dim")
+        _check_at_least(self, 0, "codebook_weight", "entropy_weight")
+        if not self.entropy_temperature > 0:
+            raise ValueError(f"entropy_temperature is {self.entropy_temperature}; it must be above 0.")
+
+
+class IndexBackpropagationQuantizer(nn.Module):
+    """Each latent becomes the entry of `codebook` (K, E) with the largest dot product, neither being normalised.
+
+    Gradients pass through the choice as through softmax(products) over all entries, so that every entry learns at every
+    step and not only those that were chosen (SEED-Voken, src/IBQ/modules/vqvae/quantize.py).
+    """
+
+    def __init__(self, config: IBQConfig):
+        super().__init__()
+        self.config = config
+        self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    def encode(self, latents: Float[Tensor, "... E"]) -> Int[Tensor, "..."]:
+        """The index in [0, K) of the entry with the largest float32 dot product with each latent."""
+        return largest_product(latents.reshape(-1, self.config.code_dim), self.codebook).view(latents.shape[:-1])
+
+    def lookup(self, codes: Int[Tensor, "..."]) -> Float[Tensor, "... E"]:
+        """The entries of the given codes. Raises ValueError if one lies outside [0, K)."""
+        check_codes(codes, self.config.codebook_size)
+        return F.embedding(codes, self.codebook)
+
+    def forward(self, latents: Float[Tensor, "... E"]) -> Quantized:
+        """The chosen entries, with gradients through the choice to `latents` and to the whole codebook."""
+        config = self.config
+        with torch.autocast(latents.device.type, enabled=False):
+            flat, entries = latents.float().reshape(-1, config.code_dim), self.codebook.float()
+            codes = largest_product(flat, entries)
+            chosen = F.embedding(codes, entries)
+            through = chosen
+            if torch.is_grad_enabled():
+                expected = _expected_entries(flat, entries)
+                through = chosen + (expected - expected.detach())
+            # Both ways through the choice, then each side alone.
+            codebook_loss = F.mse_loss(through, flat) + config.codebook_weight * F.mse_loss(chosen, flat.detach())
+            commitment_loss = F.mse_loss(flat, chosen.detach())
+            entropy_loss = flat.new_zeros(())
+            if config.entropy_weight:
+                penalty = entropy_penalty(flat, entries, config.entropy_temperature, by_product=True)
+                entropy_loss = config.entropy_weight * penalty
+        return Quantized(
+            latents=through.view(latents.shape),
+            codes=codes.view(latents.shape[:-1]),
+            codebook_loss=codebook_loss,
+            commitment_loss=commitment_loss,
+            entropy_loss=entropy_loss,
+        )
+
+
+def _expected_entries(vectors: Float[Tensor, "N E"], entries: Float[Tensor, "K E"]) -> Float[Tensor, "N E"]:
+    """The mean of the entries under softmax(products), with gradients through the shares alone; (N, K) shares are
+    computed block by block, and again in the backward pass."""
+    means = [
+        checkpoint(_soft_means, vectors[rows], entries, use_reentrant=False)
+        for rows in _blocks(len(vectors), len(entries))
+    ]
+    return torch.cat(means) if means else vectors  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _soft_means(vectors: Tensor, entries: Tensor) -> Tensor:
+    return (vectors @ entries.t()).softmax(-1) @ entries.detach()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -632,14 +755,16 @@ def _corner_assignments(p: Tensor) -> Tensor:
     return joint.sum(0)
 
 
-AnyQuantizerConfig = Annotated[QuantizerConfig | FSQConfig | LFQConfig, Field(discriminator="kind")]
+AnyQuantizerConfig = Annotated[QuantizerConfig | IBQConfig | FSQConfig | LFQConfig, Field(discriminator="kind")]
 """Read from JSON or YAML, `kind` says which."""
 
 
 def make_quantizer(
-    config: QuantizerConfig | FSQConfig | LFQConfig,
-) -> VectorQuantizer | FiniteScalarQuantizer | LookupFreeQuantizer:
+    config: QuantizerConfig | IBQConfig | FSQConfig | LFQConfig,
+) -> VectorQuantizer | IndexBackpropagationQuantizer | FiniteScalarQuantizer | LookupFreeQuantizer:
     """The quantizer that a config describes."""
+    if isinstance(config, IBQConfig):
+        return IndexBackpropagationQuantizer(config)
     if isinstance(config, FSQConfig):
         return FiniteScalarQuantizer(config)
     if isinstance(config, LFQConfig):

@@ -241,9 +241,7 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """Residual blocks, each followed by attention where the level has it, then the change of resolution."""
 
-    def __init__(
-        self, widths: list[int], attention: bool, resample: nn.Module, block: Callable[[int, int], ResidualBlock]
-    ):
+    def __init__(self, widths: list[int], attention: bool, resample: nn.Module, block: Callable[[int, int], nn.Module]):
         super().__init__()
         self.blocks = nn.ModuleList(block(before, after) for before, after in pairwise(widths))
         self.attentions = nn.ModuleList(SpatialAttention(width) if attention else nn.Identity() for width in widths[1:])

@@ -14,8 +14,10 @@ from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.interop import (
     deepul,
     huggingface,
+    ibq,
     llamagen_vq,
     maskgit_vq,
+    open_magvit2,
     taming,
     titok,
     token_models,
@@ -33,6 +35,8 @@ KINDS: Mapping[str, Layout] = {
     "titok": titok.LAYOUT,
     "maskgit-vq": maskgit_vq.LAYOUT,
     "vit-vqgan": vit_vqgan.LAYOUT,
+    "ibq": ibq.LAYOUT,
+    "open-magvit2": open_magvit2.LAYOUT,
     "deepul": deepul.LAYOUT,
 }
 

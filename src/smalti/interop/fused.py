@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from smalti.errors import InputError, first_line
@@ -14,6 +15,16 @@ from smalti.weights import BUILD_ERRORS, build_within
 Module = TypeVar("Module", bound=nn.Module)
 
 
+def halves_to_pairs(rows: Float[Tensor, "rows ..."], num_heads: int) -> Float[Tensor, "rows ..."]:
+    """Rows of queries or keys, from rotating halves of a head to rotating neighbours."""
+    return rows.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def pairs_to_halves(rows: Float[Tensor, "rows ..."], num_heads: int) -> Float[Tensor, "rows ..."]:
+    """The inverse of `halves_to_pairs`."""
+    return rows.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
 class Piece(NamedTuple):
     """A foreign tensor, or some of its rows; axes of length 1 before the rows are passed over."""
 
@@ -21,6 +32,8 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
     first: int = 0
     end: int | None = None
+    rotary_heads: int = 0
+    """Heads of queries or keys that rotate halves there, and neighbours here: their rows change places. 0: none do."""
 
 
 PieceMap: TypeAlias = "dict[str, tuple[Piece, ...]]"
@@ -69,8 +82,13 @@ def read_fused(
 
 
 def _joined(state: Mapping[str, Tensor], made_of: Sequence[Piece], shape: torch.Size) -> Tensor:
-    rows = [state[piece.key].float().reshape(-1, *shape[1:])[piece.first : piece.end] for piece in made_of]
+    rows = [_rows(state[piece.key].float().reshape(-1, *shape[1:]), piece) for piece in made_of]
     return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)
+
+
+def _rows(tensor: Tensor, piece: Piece) -> Tensor:
+    rows = tensor[piece.first : piece.end]
+    return halves_to_pairs(rows, piece.rotary_heads) if piece.rotary_heads else rows
 
 
 def write_fused(module: nn.Module, pieces: PieceMap) -> dict[str, Tensor]:
@@ -83,6 +101,7 @@ def write_fused(module: nn.Module, pieces: PieceMap) -> dict[str, Tensor]:
             if piece.key not in state:
                 state[piece.key] = torch.zeros(piece.shape, dtype=tensor.dtype)
             rows = state[piece.key].view(-1, *tensor.shape[1:])[piece.first : piece.end]
-            rows.copy_(tensor[at : at + len(rows)])
+            new = tensor[at : at + len(rows)]
+            rows.copy_(pairs_to_halves(new, piece.rotary_heads) if piece.rotary_heads else new)
             at += len(rows)
     return state

@@ -27,10 +27,12 @@ from smalti.errors import InputError, shortened
 from smalti.file_kinds import GGUF, is_hidden
 from smalti.files import new_folder
 from smalti.interop.fields import Fields
+from smalti.interop.fused import halves_to_pairs, pairs_to_halves
 from smalti.interop.keys import Foreign, ImportReport, Moved, misfit, shape_problems
 from smalti.interop.verifying import ArrayError, ReferenceArrays, compare_outputs, read_arrays
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from smalti.prompts import PromptTokenizer
 from smalti.sequences.layout import Layout, Marker, Order, Span
 from smalti.sequences.vocabulary import Vocabulary
 from smalti.text_tokenizer import TextTokenizer
@@ -124,16 +126,6 @@ def tensor_map(config: DecoderOnlyConfig, biased: Collection[str]) -> dict[str, 
     if not config.tie_embeddings:
         parts["head"] = (Part("lm_head.weight", table),)
     return parts
-
-
-def halves_to_pairs(rows: Float[Tensor, "rows ..."], num_heads: int) -> Float[Tensor, "rows ..."]:
-    """Rows of queries or keys, from rotating halves of a head to rotating neighbours."""
-    return rows.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def pairs_to_halves(rows: Float[Tensor, "rows ..."], num_heads: int) -> Float[Tensor, "rows ..."]:
-    """The inverse of `halves_to_pairs`."""
-    return rows.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def fuse(state: Mapping[str, Tensor], parts: Mapping[str, Sequence[Part]]) -> dict[str, Tensor]:
@@ -536,6 +528,7 @@ def export_llama(bundle: Path | str, directory: Path, *, force: bool = False) ->
     found = Bundle.load(bundle, device="cpu")
     model = found.decoder_only("a Llama")
     _refuse_features(model.config)
+    assert not isinstance(found.text_tokenizer, PromptTokenizer)  # a Janus has one, and was refused
     config = write_llama_config(model.config, found.layout, biased_halves(model))
     generation = {"_from_model_config": False} | write_generation_config(found.layout)
     with new_folder(directory, force=force, holds=_is_llama, what="Llama") as folder:

@@ -178,7 +178,8 @@ def rename_all(module: nn.Module, foreign_key: Callable[[str], str]) -> KeyMap:
 
 
 def learned_codebook(quantizer: AnyQuantizerConfig, layout_name: str) -> QuantizerConfig:
-    """Raises ValueError if the codes are not those of a learned codebook, which is all that foreign layouts hold."""
+    """Raises ValueError if the codes are not the nearest of a learned codebook, which is all that most foreign layouts
+    hold."""
     if not isinstance(quantizer, QuantizerConfig):
         raise ValueError(
             f"the {layout_name} layout holds a learned codebook; this tokenizer's codes are {quantizer.kind!r}."
@@ -192,8 +193,8 @@ def check_expressible(ours: Any, read_back: Any, layout_name: str, *ignored: str
     for name in (f.name for f in fields(ours)):
         mine, theirs = getattr(ours, name), getattr(read_back, name)
         if name == "quantizer":
-            for part in ("codebook_size", "code_dim", "l2_normalised"):
-                _require_equal(getattr(mine, part), getattr(theirs, part), f"quantizer.{part}", layout_name)
+            for part in ("kind", "codebook_size", "code_dim", "l2_normalised"):
+                _require_equal(getattr(mine, part, None), getattr(theirs, part, None), f"quantizer.{part}", layout_name)
         elif name not in ignored:
             _require_equal(mine, theirs, name, layout_name)
 

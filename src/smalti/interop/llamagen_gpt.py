@@ -54,7 +54,7 @@ def _read_config(config: dict) -> tuple[DecoderOnlyConfig, Layout]:
         d_model=d_model,
         num_heads=num_heads,
         num_kv_heads=args.take("n_kv_head", int | None, None),
-        d_ff=_wide(args, d_model),
+        d_ff=feed_forward_width(args, d_model),
         max_length=prefix + num_codes,
         norm="rms",
         norm_eps=args.take("norm_eps", float, 1e-5),
@@ -97,12 +97,30 @@ def num_classes(config: dict) -> int | None:
 def infer_config(state: Mapping[str, Tensor], num_codes: int) -> tuple[dict, str]:
     """LlamaGen's config of a state dict of one of the published sizes, and the name of that size. How many codes a
     picture has the weights do not say. Raises InputError if the shapes are of none of them."""
+    sizes, name = infer_sizes(state, "LlamaGen")
+    config: dict[str, Any] = {**sizes, "block_size": num_codes}
+    labels, captions = (state.get(f"cls_embedding.{key}") for key in ("embedding_table.weight", "uncond_embedding"))
+    if labels is not None and labels.ndim == 2:
+        config |= {"model_type": "c2i", "num_classes": labels.shape[0] - 1, "cls_token_num": 1}
+    elif captions is not None and captions.ndim == 2:
+        config |= {"model_type": "t2i", "cls_token_num": captions.shape[0], "caption_dim": captions.shape[-1]}
+    else:
+        raise InputError(
+            "this transformer of LlamaGen has no condition: expected cls_embedding.embedding_table.weight (classes) or "
+            "cls_embedding.uncond_embedding (captions)."
+        )
+    return config, name
+
+
+def infer_sizes(state: Mapping[str, Tensor], whose: str) -> tuple[dict[str, Any], str]:
+    """The fields of `ModelArgs` that the shapes of one of LlamaGen's published sizes tell, and its name. Raises
+    InputError, which speaks of `whose` transformers, if they are of none of them."""
     layers = {int(found[1]) for key in state if (found := re.match(r"layers\.(\d+)\.attention\.wqkv\.", key))}
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     codes, wide = shapes.get("tok_embeddings.weight"), shapes.get("layers.0.feed_forward.w1.weight")
     if not layers or codes is None or wide is None or len(codes) != 2 or len(wide) != 2:
         raise InputError(
-            "this is no transformer of LlamaGen: expected tok_embeddings.weight, layers.0.attention.wqkv.weight and "
+            f"this is no transformer of {whose}: expected tok_embeddings.weight, layers.0.attention.wqkv.weight and "
             f"layers.0.feed_forward.w1.weight; found {', '.join(list(state)[:4])} …"
         )
     found = (len(layers), codes[1], wide[0])
@@ -110,28 +128,11 @@ def infer_config(state: Mapping[str, Tensor], num_codes: int) -> tuple[dict, str
     fitting = [name for name, size in sizes.items() if (size["num_layers"], size["d_model"], size["d_ff"]) == found]
     if not fitting:
         raise InputError(
-            "the shapes are of no published LlamaGen ({} layers, width {}, feed-forward {}), and do not say how many "
-            "heads there are: give the original's config.".format(*found)
+            "the shapes are of no published {} ({} layers, width {}, feed-forward {}), and do not say how many "
+            "heads there are: give the original's config.".format(whose, *found)
         )
-    config: dict[str, Any] = {
-        "dim": codes[1],
-        "n_layer": len(layers),
-        "n_head": sizes[fitting[0]]["num_heads"],
-        "vocab_size": codes[0],
-        "block_size": num_codes,
-    }
-    labels = shapes.get("cls_embedding.embedding_table.weight")
-    captions = shapes.get("cls_embedding.uncond_embedding")
-    if labels is not None:
-        config |= {"model_type": "c2i", "num_classes": labels[0] - 1, "cls_token_num": 1}
-    elif captions is not None:
-        config |= {"model_type": "t2i", "cls_token_num": captions[0], "caption_dim": captions[-1]}
-    else:
-        raise InputError(
-            "this transformer of LlamaGen has no condition: expected cls_embedding.embedding_table.weight (classes) or "
-            "cls_embedding.uncond_embedding (captions)."
-        )
-    return config, fitting[0]
+    heads = sizes[fitting[0]]["num_heads"]
+    return {"dim": codes[1], "n_layer": len(layers), "n_head": heads, "vocab_size": codes[0]}, fitting[0]
 
 
 def write_config(config: DecoderOnlyConfig, layout: Layout, classes: int | None) -> dict:
@@ -144,7 +145,7 @@ def write_config(config: DecoderOnlyConfig, layout: Layout, classes: int | None)
         "n_layer": ours.num_layers,
         "n_head": ours.num_heads,
         "n_kv_head": ours.num_kv_heads,
-        **_wide_fields(ours),
+        **feed_forward_fields(ours),
         "rope_base": ours.rotary_base,
         "norm_eps": ours.norm_eps,
         "resid_dropout_p": ours.dropout,
@@ -163,11 +164,12 @@ def write_config(config: DecoderOnlyConfig, layout: Layout, classes: int | None)
     except ValueError as error:
         raise InputError(f"this model is none that LlamaGen has: {error}") from error
     if (read_back[0], read_back[1].to_dict()) != (config, layout.to_dict()):
-        raise InputError(f"this model is none that LlamaGen has: {_difference(config, layout, *read_back)}.")
+        raise InputError(f"this model is none that LlamaGen has: {difference(config, layout, *read_back)}.")
     return written
 
 
-def _difference(config: DecoderOnlyConfig, layout: Layout, theirs: DecoderOnlyConfig, their_layout: Layout) -> str:
+def difference(config: DecoderOnlyConfig, layout: Layout, theirs: DecoderOnlyConfig, their_layout: Layout) -> str:
+    """In words, what the model that a written config describes has otherwise."""
     mine, other = config.to_dict(), theirs.to_dict()
     mine, other = mine | mine.pop("transformer"), other | other.pop("transformer")
     for name in mine:
@@ -176,8 +178,8 @@ def _difference(config: DecoderOnlyConfig, layout: Layout, theirs: DecoderOnlyCo
     return f"its sequences are {layout!r}, there they are {their_layout!r}"
 
 
-def _wide_fields(ours: TransformerConfig) -> dict[str, Any]:
-    """What LlamaGen makes the width of the feed-forward of."""
+def feed_forward_fields(ours: TransformerConfig) -> dict[str, Any]:
+    """The fields that LlamaGen makes the width of the feed-forward of."""
     plain = int(2 * (4 * ours.d_model) / 3)
     for step in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         if -(-plain // step) * step == ours.d_ff:
@@ -185,7 +187,8 @@ def _wide_fields(ours: TransformerConfig) -> dict[str, Any]:
     return {"multiple_of": 1, "ffn_dim_multiplier": (ours.d_ff + 0.5) / plain}
 
 
-def _wide(args: Fields, d_model: int) -> int:
+def feed_forward_width(args: Fields, d_model: int) -> int:
+    """The width that LlamaGen makes of its fields."""
     wide, step = int(2 * (4 * d_model) / 3), args.take("multiple_of", int, 256)
     multiplier = args.take("ffn_dim_multiplier", float | None, None)
     if multiplier is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import InputError
-from smalti.image_tokenizers.quantizer import QuantizerConfig
+from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig
 from smalti.image_tokenizers.vqgan import VQGAN, VQGANConfig
 from smalti.interop.fields import HEADER, Fields, check_header
 from smalti.interop.keys import KeyMap, Layout, check_expressible, learned_codebook, rename_all
@@ -101,9 +101,7 @@ def key_map(image_tokenizer: VQGAN) -> KeyMap:
 
 
 def read_config(config: dict) -> VQGANConfig:
-    """Our config from taming's field names: the section `model.params`, or its fields alone. Attention levels
-    follow from `attn_resolutions` as they do there: the encoder halves `resolution` rounding down, the decoder
-    doubles what is left."""
+    """Our config from taming's field names: the section `model.params`, or its fields alone."""
     check_header(config, CLASS_NAME, IMAGE_RANGE)
     params = Fields(config, "config")
     if "model" in config:
@@ -113,7 +111,18 @@ def read_config(config: dict) -> VQGANConfig:
         if target.rpartition(".")[2] not in TARGETS:
             raise InputError(f"config.model.target is {target}; this kind reads {', '.join(TARGETS)}.")
         model.finish("base_learning_rate")
-    network = params.section("ddconfig")
+    quantizer = QuantizerConfig(
+        codebook_size=params.take("n_embed", int), code_dim=params.take("embed_dim", int), update="gradient"
+    )
+    ours = read_network(params.section("ddconfig"), quantizer)
+    params.expect("remap", None)
+    params.finish(*TRAINING_ONLY, *GUMBEL_ONLY, *HEADER)
+    return ours
+
+
+def read_network(network: Fields, quantizer: AnyQuantizerConfig) -> VQGANConfig:
+    """Our config of the section `ddconfig`, with this quantizer. Attention levels follow from `attn_resolutions` as
+    they do there: the encoder halves `resolution` rounding down, the decoder doubles what is left."""
     multipliers = network.take_ints("ch_mult", (1, 2, 4, 8))
     resolution = network.take("resolution", int)
     at = network.take_ints("attn_resolutions")
@@ -123,9 +132,7 @@ def read_config(config: dict) -> VQGANConfig:
     network.expect("out_ch", in_channels)
     network.expect("double_z", False)
     ours = VQGANConfig(
-        quantizer=QuantizerConfig(
-            codebook_size=params.take("n_embed", int), code_dim=params.take("embed_dim", int), update="gradient"
-        ),
+        quantizer=quantizer,
         image_size=(side, side),
         channels=network.take("ch", int),
         encoder_multipliers=multipliers,
@@ -138,8 +145,6 @@ def read_config(config: dict) -> VQGANConfig:
         dropout=network.take("dropout", float, 0.0),
         resample_with_conv=network.take("resamp_with_conv", bool, True),
     )
-    params.expect("remap", None)
-    params.finish(*TRAINING_ONLY, *GUMBEL_ONLY, *HEADER)
     network.finish()
     return ours
 
@@ -148,8 +153,16 @@ def write_config(image_tokenizer: VQGAN) -> dict:
     """Taming's field names for the sizes of `image_tokenizer`."""
     ours = image_tokenizer.config
     codes = learned_codebook(ours.quantizer, "taming")
+    params = {"embed_dim": codes.code_dim, "n_embed": codes.codebook_size, "ddconfig": write_network(ours)}
+    config = {"class": CLASS_NAME, "model": {"params": params}, "image_range": list(IMAGE_RANGE)}
+    check_expressible(ours, read_config(config), "taming", "image_size")
+    return config
+
+
+def write_network(ours: VQGANConfig) -> dict:
+    """The section `ddconfig` of a config of ours."""
     resolution = ours.image_size[0]
-    network = {
+    return {
         "double_z": False,
         "z_channels": ours.latent_channels,
         "resolution": resolution,
@@ -162,10 +175,6 @@ def write_config(image_tokenizer: VQGAN) -> dict:
         "dropout": ours.dropout,
         "resamp_with_conv": ours.resample_with_conv,
     }
-    params = {"embed_dim": codes.code_dim, "n_embed": codes.codebook_size, "ddconfig": network}
-    config = {"class": CLASS_NAME, "model": {"params": params}, "image_range": list(IMAGE_RANGE)}
-    check_expressible(ours, read_config(config), "taming", "image_size")
-    return config
 
 
 def outputs(image_tokenizer: VQGAN, arrays: ReferenceArrays) -> dict[str, Callable[[], Tensor]]:

@@ -25,17 +25,19 @@ from smalti.files import refuse_existing
 from smalti.image_files import PictureConfig
 from smalti.image_tokenizers import load_image_tokenizer
 from smalti.image_tokenizers.vqgan import VQGAN
-from smalti.interop import llamagen_gpt, llamagen_vq, maskgit_vq, rar
+from smalti.interop import gigatok_gpt, janus, llamagen_gpt, llamagen_vq, maskgit_vq, rar
 from smalti.interop.fields import Fields
 from smalti.interop.fused import PieceMap, write_fused
-from smalti.interop.huggingface import INDEXES, read_shards
+from smalti.interop.huggingface import INDEXES, TOKENIZER, read_shards
 from smalti.interop.keys import ImportReport, config_beside, import_foreign, write_foreign
 from smalti.interop.keys import Layout as TokenizerLayout
 from smalti.interop.verifying import ArrayError, ReferenceArrays, compare_outputs, find_weights, read_arrays
 from smalti.models.base import Inputs
 from smalti.models.decoder_only import DecoderOnly
 from smalti.models.families import AnyModel
+from smalti.models.janus import START, Janus
 from smalti.models.rar import PREFIX, RAR
+from smalti.prompts import PromptTokenizer
 from smalti.sequences.layout import Layout, Slot, SpanValues
 from smalti.sequences.request import Request
 from smalti.sequences.vocabulary import FEATURE, FEATURES
@@ -56,6 +58,9 @@ class ReadModel(NamedTuple):
     sampling: Sampling
     report: ImportReport
     text_encoder: TextEncoderConfig | None = None
+    text_tokenizer: PromptTokenizer | None = None
+    image_tokenizer: Any = None
+    """Where the checkpoint itself holds one."""
 
 
 class WrittenModel(NamedTuple):
@@ -65,6 +70,10 @@ class WrittenModel(NamedTuple):
     config: dict
     container: str | None
     """The name under which the original saves its tensors, if any."""
+    beside: Mapping[str, Tensor] = {}
+    """Tensors of other parts of the bundle."""
+    text_tokenizer: PromptTokenizer | None = None
+    """Whose file goes beside the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +82,26 @@ class TokenModelKind:
 
     name: str
     read: Callable[..., ReadModel]
-    """From weights, their config or None, and the side of the pictures in pixels where that is given."""
+    """From weights, their config or None, the side of the pictures in pixels where that is given, and the file of the
+    text tokenizer where there is one."""
     write: Callable[[Bundle, Path], WrittenModel]
     """From a bundle and its folder. Raises InputError for a model that the original cannot be."""
-    tokenizer_layout: TokenizerLayout
-    """Of the image tokenizer that its published weights go with."""
+    tokenizer_layout: TokenizerLayout | None
+    """Of the image tokenizer that its published weights go with; None: no importer reads it."""
     inputs: tuple[str, ...]
     """Arrays of a reference folder that are given, not computed."""
 
 
 def _read_llamagen(
-    weights: ForeignWeights, config: dict | None, image_size: int | None = None, *, allow_nonfinite: bool = False
+    weights: ForeignWeights,
+    config: dict | None,
+    image_size: int | None = None,
+    text_tokenizer: Path | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> ReadModel:
+    if gigatok_gpt.POSITIONS in weights.tensors:
+        raise InputError(f"the weights have {gigatok_gpt.POSITIONS}, as GigaTok's have: import them as gigatok.")
     sizes = None
     if config is None:
         config, name = llamagen_gpt.infer_config(weights.tensors, _num_codes(weights.settings, image_size))
@@ -111,8 +128,43 @@ def _write_llamagen(bundle: Bundle, directory: Path) -> WrittenModel:
     return WrittenModel(llamagen_gpt.piece_map(gpt.config), config, "model")
 
 
+def _read_gigatok(
+    weights: ForeignWeights,
+    config: dict | None,
+    image_size: int | None = None,
+    text_tokenizer: Path | None = None,
+    *,
+    allow_nonfinite: bool = False,
+) -> ReadModel:
+    if image_size is not None:
+        raise InputError("--image-size goes with llamagen; GigaTok's weights tell how many codes a picture has.")
+    sizes = None
+    if config is None:
+        config, name = gigatok_gpt.infer_config(weights.tensors)
+        sizes = f"of the published {name}, {config['block_size']} codes a picture"
+    model, layout, report = gigatok_gpt.read_gigatok(weights.tensors, config, allow_nonfinite=allow_nonfinite)
+    num_classes = llamagen_gpt.num_classes(config)
+    assert num_classes is not None
+    guided = SampleConfig(guidance_scale=4.0)  # as its README draws; its script filters nothing
+    classes, sampling = Classes(num=num_classes), Sampling(picture=guided)
+    return ReadModel(model, layout, classes, sampling, replace(report, sizes=sizes or report.sizes))
+
+
+def _write_gigatok(bundle: Bundle, directory: Path) -> WrittenModel:
+    gpt = bundle.decoder_only("the gigatok layout")
+    if bundle.classes is None:
+        raise InputError(f"{directory} holds a model without classes; the gigatok layout is for one with them.")
+    config = gigatok_gpt.write_config(gpt.config, bundle.layout, bundle.classes.num)
+    return WrittenModel(gigatok_gpt.piece_map(gpt.config), config, "model")
+
+
 def _read_rar(
-    weights: ForeignWeights, config: dict | None, image_size: int | None = None, *, allow_nonfinite: bool = False
+    weights: ForeignWeights,
+    config: dict | None,
+    image_size: int | None = None,
+    text_tokenizer: Path | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> ReadModel:
     if image_size is not None:
         raise InputError("--image-size goes with llamagen; a RAR's weights tell how many codes a picture has.")
@@ -129,6 +181,58 @@ def _write_rar(bundle: Bundle, directory: Path) -> WrittenModel:
     if not isinstance(model, RAR):
         raise InputError(f"{directory} holds a {type(model).__name__}; the rar layout is for a RAR.")
     return WrittenModel(rar.piece_map(model.config), rar.write_config(model.config, bundle.sampling.picture), None)
+
+
+def _read_janus(
+    weights: ForeignWeights,
+    config: dict | None,
+    image_size: int | None = None,
+    text_tokenizer: Path | None = None,
+    *,
+    allow_nonfinite: bool = False,
+) -> ReadModel:
+    if config is None:
+        raise InputError(
+            "a Janus's weights do not tell how many heads it has: give the folder it was published in, with its "
+            "config.json, or --config."
+        )
+    if text_tokenizer is None:
+        raise InputError(
+            f"a Janus is asked in words, and there is no {TOKENIZER} beside its weights: put the published one there."
+        )
+    words = PromptTokenizer.load(text_tokenizer, janus.FORM)
+    found = janus.read_janus(weights.tensors, config, words.start_id, allow_nonfinite=allow_nonfinite)
+    (rows, _), (pixels, _) = found.image_tokenizer.config.grid, found.image_tokenizer.config.image_size
+    if image_size not in (None, pixels):
+        raise InputError(
+            f"--image-size is {image_size}; this Janus draws {pixels} × {pixels} pixels, {rows} × {rows} codes, and "
+            f"learned no other size: give {pixels}, or leave it out."
+        )
+    guided = SampleConfig(guidance_scale=janus.GUIDANCE_SCALE)
+    return ReadModel(
+        found.model,
+        found.model.config.layout,
+        None,
+        Sampling(picture=guided),
+        found.report,
+        text_tokenizer=words,
+        image_tokenizer=found.image_tokenizer,
+    )
+
+
+def _write_janus(bundle: Bundle, directory: Path) -> WrittenModel:
+    model, words, image_tokenizer = bundle.model, bundle.text_tokenizer, bundle.image_tokenizer
+    if not isinstance(model, Janus):
+        raise InputError(f"{directory} holds a {type(model).__name__}; the janus layout is for a Janus.")
+    if not isinstance(image_tokenizer, VQGAN) or not isinstance(words, PromptTokenizer):
+        raise InputError(f"{directory} lacks the image tokenizer or the prompts of a Janus; import it again.")
+    return WrittenModel(
+        janus.piece_map(model.config),
+        janus.write_config(model.config, image_tokenizer),
+        None,
+        beside=write_fused(image_tokenizer, janus.image_pieces(image_tokenizer)),
+        text_tokenizer=words,
+    )
 
 
 LLAMAGEN = TokenModelKind(
@@ -154,7 +258,21 @@ RAR_KIND = TokenModelKind(
     tokenizer_layout=maskgit_vq.LAYOUT,
     inputs=("tokens", "class_ids", "orders"),
 )
-TOKEN_MODELS: Mapping[str, TokenModelKind] = {kind.name: kind for kind in (LLAMAGEN, RAR_KIND)}
+GIGATOK = TokenModelKind(
+    name="gigatok",
+    read=_read_gigatok,
+    write=_write_gigatok,
+    tokenizer_layout=None,
+    inputs=("tokens", "class_ids", "null_class_ids", "filter_logits"),
+)
+JANUS = TokenModelKind(
+    name="janus",
+    read=_read_janus,
+    write=_write_janus,
+    tokenizer_layout=llamagen_vq.LAYOUT,
+    inputs=("tokens", "prompt_ids", "null_prompt_ids"),
+)
+TOKEN_MODELS: Mapping[str, TokenModelKind] = {kind.name: kind for kind in (LLAMAGEN, RAR_KIND, GIGATOK, JANUS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,18 +306,23 @@ def import_token_model(
     weights = _read_source(source)
     notes = list(weights.notes)
     fields = _find_config(kind, source, config, notes)
-    found = kind.read(weights, fields, extras.image_size, allow_nonfinite=allow_nonfinite)
+    words = _find_text_tokenizer(source)
+    found = kind.read(weights, fields, extras.image_size, words, allow_nonfinite=allow_nonfinite)
     classes = found.classes
     if extras.class_names is not None:
         classes = _named(classes, extras.class_names)
-    parts: dict[str, Any] = {"text_encoder": found.text_encoder}
+    parts: dict[str, Any] = {"text_tokenizer": found.text_tokenizer, "text_encoder": found.text_encoder}
     if extras.text_encoder is not None:
         parts["text_encoder"] = _named_encoder(found, extras.text_encoder)
+    image_tokenizer = found.image_tokenizer
     if extras.image_tokenizer is not None:
         image_tokenizer, note = _joined_tokenizer(kind, extras.image_tokenizer, found.layout)
+        notes.append(note)
+    if image_tokenizer is not None:
         rows, columns = default_image_size(image_tokenizer.config)
         parts |= {"image_tokenizer": image_tokenizer, "pictures": PictureConfig(height=rows, width=columns)}
-        notes.append(note)
+    if found.text_tokenizer is not None:
+        notes.append(f"{words} was taken; prompts stand in the form {found.text_tokenizer.form.template!r}")
     name = (source if source.is_dir() else source.with_suffix("")).resolve().name
     bundle = Bundle(
         model=found.model,
@@ -239,6 +362,19 @@ def _find_config(kind: TokenModelKind, source: Path, config: Path | None, notes:
             notes.append(f"{path} was read")
             return read_config(path)
     return None
+
+
+def _find_text_tokenizer(source: Path) -> Path | None:
+    """The one that an export left beside the weights, or that lies in the folder."""
+    nearby = [(source if source.is_dir() else source.parent) / TOKENIZER]
+    if not source.is_dir():
+        nearby.insert(0, text_tokenizer_beside(source))
+    return next((path for path in nearby if path.is_file()), None)
+
+
+def text_tokenizer_beside(file: Path) -> Path:
+    """Where an export leaves a text tokenizer, and an import looks for it."""
+    return file.with_suffix(f".{TOKENIZER}")
 
 
 def _num_codes(settings: Mapping[str, object], image_size: int | None) -> int:
@@ -282,6 +418,11 @@ def _joined_tokenizer(kind: TokenModelKind, path: Path, layout: Layout) -> tuple
     if path.is_dir():
         image_tokenizer: Any = load_image_tokenizer(find_image_tokenizer(path))
         note = f"image tokenizer of {path}"
+    elif kind.tokenizer_layout is None:
+        raise InputError(
+            f"{path}: the image tokenizer that {kind.name}'s weights go with is not read. Leave out --image-tokenizer, "
+            "and the bundle draws codes; or give the folder of an image tokenizer that was imported or trained."
+        )
     else:
         weights = read_weights(path)
         image_tokenizer, report = import_foreign(kind.tokenizer_layout, weights.tensors)
@@ -311,13 +452,19 @@ def _image_length(layout: Layout) -> int:
 
 def export_token_model(kind: TokenModelKind, directory: Path, file: Path, *, force: bool = False) -> Path:
     """Writes a bundle's transformer in a foreign layout, as safetensors if `file` is called so and as the original
-    saves it otherwise, and beside it the original's config, whose path is returned. Raises InputError for a model that
-    the original cannot be."""
+    saves it otherwise, and beside it the original's config, whose path is returned, and its text tokenizer if it has
+    one of its own. Raises InputError for a model that the original cannot be."""
     refuse_existing([file, config_beside(file)], force=force)
     bundle = Bundle.load(directory, device="cpu")
-    pieces, config, container = kind.write(bundle, directory)
-    state = {key: tensor.contiguous() for key, tensor in write_fused(bundle.model, pieces).items()}
-    return write_foreign(file, state, config, container=container, force=force)
+    written = kind.write(bundle, directory)
+    if written.text_tokenizer is not None:
+        refuse_existing([text_tokenizer_beside(file)], force=force)
+    tensors = {**write_fused(bundle.model, written.pieces), **written.beside}
+    state = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    config = write_foreign(file, state, written.config, container=written.container, force=force)
+    if written.text_tokenizer is not None:
+        written.text_tokenizer.save(text_tokenizer_beside(file), force=force)
+    return config
 
 
 # Verifying -----------------------------------------------------------------------------------------------------
@@ -327,7 +474,7 @@ def verify_token_model(kind: TokenModelKind, found: Bundle | None, directory: Pa
     """The largest error of every output of a reference folder: of the bundle's model where the folder is of its sizes,
     of the folder's own weights otherwise (it then certifies the same code)."""
     arrays, config = read_arrays(directory / "io.npz"), read_config(directory / "config.json")
-    own = kind.read(read_weights(find_weights(directory)), config)
+    own = kind.read(read_weights(find_weights(directory)), config, None, _find_text_tokenizer(directory))
     note = f"{directory} is of other sizes than the imported file, so its own weights were run"
     model, layout = own.model, own.layout
     if found is not None and (found.model.config, found.layout.to_dict()) == (own.model.config, own.layout.to_dict()):
@@ -366,7 +513,11 @@ class _Outputs:
                 "logits_permuted": self._permuted_logits,
             }
         model = self.model
-        found |= {"loss": self._loss, "freqs_cis": lambda: model.transformer.table}
+        if isinstance(model, Janus):
+            return found
+        found["loss"] = self._loss
+        if model.config.transformer.positions == "rotary_2d":
+            found["freqs_cis"] = lambda: model.transformer.table
         for number in range(len(self.config.get("filters", []))):
             found[f"filter_keep_{number}"] = lambda number=number: self._kept(number)
         return found
@@ -417,6 +568,12 @@ class _Outputs:
         return guide(cond, null, torch.tensor(self._scales(name))[:, None])
 
     def _requests(self, *, masked: bool = True) -> list[Request]:
+        if isinstance(self.model, Janus):
+            prompts = zip(self._prompts(), self._prompts(null=True), strict=True)
+            return [
+                Request(order=self.order, given={"text": ids}, null=Request(order=self.order, given={"text": null}))
+                for ids, null in prompts
+            ]
         if not self.has_labels:
             return [
                 Request(order=self.order, features=features, null=Request(order=self.order, features=null))
@@ -434,6 +591,10 @@ class _Outputs:
         labels = self.arrays["class_ids"]
         return torch.full_like(labels, self.layout.vocabulary[LABEL].size - 1) if null else labels
 
+    def _prompts(self, *, null: bool = False) -> Int[Tensor, "B P"]:
+        """The ids of prompts, without the marker that ends them."""
+        return self.arrays["null_prompt_ids" if null else "prompt_ids"][:, :-1]
+
     def _features(self, masked: bool, *, null: bool = False) -> list[Float[Tensor, "P C"]]:
         assert isinstance(self.model, DecoderOnly)
         masks = self.arrays["emb_masks"].bool()
@@ -444,6 +605,11 @@ class _Outputs:
 
     def _logits(self, codes: Int[Tensor, "B L"], *, null: bool = False, masked: bool = True) -> Float[Tensor, "B _ n"]:
         """What each code is predicted by, and for a RAR what comes behind the last."""
+        if isinstance(self.model, Janus):
+            prompts, start = self._prompts(null=null), self.layout.vocabulary.special(START)
+            codes = self.layout.vocabulary.ids("image", codes)
+            token_ids = torch.cat((F.pad(prompts, (0, 1), value=start), codes[:, :-1]), dim=1)
+            return self._of(token_ids)[:, prompts.shape[1] :]
         if not self.has_labels:
             rows = zip(self._features(masked, null=null), codes, strict=True)
             return torch.stack([self._featured_logits(features, row) for features, row in rows])

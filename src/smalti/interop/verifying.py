@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smalti.arrays import read_npz
 from smalti.errors import InputError, first_line
+from smalti.image_tokenizers.open_magvit2 import OpenMAGVIT2
 from smalti.image_tokenizers.quantizer import Quantized
 from smalti.image_tokenizers.vit_vqgan import ViTVQGAN
 from smalti.image_tokenizers.vqgan import VQGAN
@@ -126,7 +127,7 @@ def _array_error(name: str, expected: Tensor, compute: Callable[[], Tensor], all
 
 
 def grid_outputs(
-    image_tokenizer: VQGAN | ViTVQGAN, arrays: ReferenceArrays, low: float, decoder_patch: int
+    image_tokenizer: VQGAN | ViTVQGAN | OpenMAGVIT2, arrays: ReferenceArrays, low: float, decoder_patch: int
 ) -> dict[str, Callable[[], Tensor]]:
     """The outputs shared by all folders with pictures in [low, 1], channels first, and a grid of codes. Latents
     come as (B, E, h, w); codes in the shape the folder has them, often (B, h*w)."""

@@ -5,14 +5,16 @@ from typing import Any
 
 from smalti.errors import InputError, shortened
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from smalti.models.janus import Janus, JanusConfig
 from smalti.models.rar import RAR, RARConfig
 
-AnyModel = DecoderOnly | RAR
-AnyModelConfig = DecoderOnlyConfig | RARConfig
+AnyModel = DecoderOnly | RAR | Janus
+AnyModelConfig = DecoderOnlyConfig | RARConfig | JanusConfig
 
-FAMILIES: dict[str, tuple[type[DecoderOnlyConfig] | type[RARConfig], type[DecoderOnly] | type[RAR]]] = {
+FAMILIES: dict[str, tuple[type[AnyModelConfig], type[AnyModel]]] = {
     "decoder_only": (DecoderOnlyConfig, DecoderOnly),
     "rar": (RARConfig, RAR),
+    "janus": (JanusConfig, Janus),
 }
 """The config and the module of each family."""
 
@@ -35,4 +37,6 @@ def read_model_config(content: Any, path: Path) -> AnyModelConfig:
 
 def build_model(config: AnyModelConfig) -> AnyModel:
     """A fresh model of a config."""
-    return RAR(config) if isinstance(config, RARConfig) else DecoderOnly(config)
+    if isinstance(config, RARConfig):
+        return RAR(config)
+    return Janus(config) if isinstance(config, JanusConfig) else DecoderOnly(config)

@@ -5,7 +5,6 @@ Letters: h w code grid, L codes of a picture.
 
 import base64
 import binascii
-import io
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
-from smalti.image_files import MAX_SIDE, read_receipts, receipt_chunks, with_receipt
+from smalti.image_files import MAX_SIDE, read_receipts, with_receipt
 from smalti.inspect.choices import choice_at
 from smalti.picture_files import load_picture
 from smalti.sequences.request import Generated, Request
@@ -35,8 +34,8 @@ from smalti.serve.openai_api import (
     partial_marks,
     scale_of,
 )
+from smalti.serve.painter import encoded
 from smalti.serve.worker import Drawing, Job, Worker
-from smalti.tasks.codes import partial_picture
 from smalti.tasks.edit import check_cells, codes_of, edit_receipt, edit_request, kept_candidates, redrawn_cells
 from smalti.tasks.images import Pipeline
 from smalti.tasks.replay import check_kept, checked_receipts, code_difference, receipt_config, receipt_request
@@ -131,15 +130,16 @@ class CheckedRequest:
     # On the thread that makes answers --------------------------------------------------------------------------
 
     def _partial(self, codes: list[int]) -> dict[str, Any]:
-        picture = partial_picture(self.pipe.bundle, codes, self.scale, kept=self.kept)
-        return {"b64_json": encoded(picture, self.format)}
+        painted = self.worker.painter.paint_partial(self.worker.name, codes, self.kept, self.scale, self.format)
+        return {"b64_json": painted}
 
     def _answer(self, found: list[Generated]) -> dict[str, Any]:
         data = []
         for number, codes in self._kept(found):
-            [picture] = self.pipe.decode(codes[None], scale=self.scale)
             receipt = self._receipt(self.seed + number, codes)
-            data.append({"b64_json": encoded(with_receipt(picture, receipt), self.format), "smalti": receipt})
+            drawn = codes.flatten().tolist()
+            painted = self.worker.painter.paint(self.worker.name, drawn, receipt, self.scale, self.format)
+            data.append({"b64_json": painted, "smalti": receipt})
         self.worker.metrics.pictures.labels(self.worker.name).inc(len(data))
         text = len(self.request.given.get("text", ()))
         output = self.pipe.bundle.image_length * len(found)
@@ -195,17 +195,6 @@ def check_prompt(pipe: Pipeline, prompt: str, param: str) -> None:
             400, f"{param} has {num_tokens} tokens; {pipe.name} takes {most}. Shorten it.", param=param,
             code="string_above_max_length",
         )  # fmt: skip
-
-
-def encoded(picture: Image.Image, output_format: str) -> str:
-    """A picture file in base64; a PNG has the receipt in it."""
-    file, options = io.BytesIO(), {
-        "png": {"pnginfo": receipt_chunks(picture), "compress_level": 6},
-        "jpeg": {"quality": 95, "subsampling": 0},
-        "webp": {"lossless": True},
-    }  # fmt: skip
-    picture.save(file, format=output_format.upper(), **options[output_format])
-    return base64.b64encode(file.getvalue()).decode()
 
 
 def file_bytes(image: str) -> bytes:

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
-from importlib.metadata import version
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -24,6 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from smalti.bundle import smalti_version
 from smalti.documents import parse_json
 from smalti.errors import InputError
 from smalti.serve import answers
@@ -39,6 +39,7 @@ from smalti.serve.openai_api import (
     ScoreRequest,
     parsed,
 )
+from smalti.serve.painter import Painter
 from smalti.serve.worker import Job, PartialAnswer, QueueFull, Worker
 
 _log = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ class ServeConfig:
     max_requests: int = 512
     """Requests that are open at once, with what is sent of them in memory."""
     executor: str | None = None
+    paint_apart: bool = True
+    """Whether pictures of codes are made in a process of their own, where there is more than one processor."""
     api_key: str | None = None
 
     def __post_init__(self) -> None:
@@ -89,9 +92,9 @@ class ServeConfig:
 class Service:
     """What the routes share."""
 
-    def __init__(self, workers: Sequence[Worker], metrics: Metrics, config: ServeConfig):
+    def __init__(self, workers: Sequence[Worker], painter: Painter, metrics: Metrics, config: ServeConfig):
         self.workers = {worker.name: worker for worker in workers}
-        self.metrics, self.config = metrics, config
+        self.painter, self.metrics, self.config = painter, metrics, config
         self.started_at = int(time.time())
         metrics.start(list(self.workers))
 
@@ -137,7 +140,7 @@ class Service:
             "temperature": config.temperature,
             "guidance_scale": config.guidance_scale,
             "weights_sha256": pipe.weights_sha256,
-            "smalti_version": version("smalti"),
+            "smalti_version": smalti_version(),
         }
         return {"id": worker.name, "object": "model", "created": self.started_at, "owned_by": "smalti", "smalti": about}
 
@@ -152,6 +155,7 @@ def create_app(service: Service) -> FastAPI:
         yield
         for worker in service.workers.values():
             await asyncio.to_thread(worker.close)
+        await asyncio.to_thread(service.painter.close)
 
     app = FastAPI(title="smalti", lifespan=running, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(ApiError, _error)

@@ -1,6 +1,7 @@
 """Starting a server: bundles, a socket, and uvicorn, which ends it in good order."""
 
 import logging
+import os
 import socket
 from collections.abc import Callable, Sequence
 
@@ -10,30 +11,46 @@ import uvicorn
 from smalti.errors import InputError
 from smalti.serve.app import ServeConfig, Service, create_app
 from smalti.serve.metrics import Metrics
+from smalti.serve.painter import Painter
 from smalti.serve.worker import Worker
 from smalti.tasks.images import Pipeline
 
 
 def load_service(bundles: Sequence[str], config: ServeConfig) -> Service:
     """The bundles, each with its engine. Raises InputError for one that cannot draw, or two of one name."""
-    metrics, workers = Metrics(), list[Worker]()
+    pipes: dict[str, Pipeline] = {}
     for bundle in bundles:
         pipe = Pipeline.load(bundle)
         if not pipe.bundle.can_draw:
             raise InputError(f"{bundle} draws no pictures of captions, so there is nothing to serve.")
-        if pipe.name in [worker.name for worker in workers]:
+        if pipe.name in pipes:
             raise InputError(f"two bundles have the name {pipe.name!r}, by which clients call them; leave one out.")
-        how = {"capacity": config.capacity, "max_queue": config.max_queue, "executor": config.executor}
-        workers.append(Worker(pipe, metrics, **how))
-    return Service(workers, metrics, config)
+        pipes[pipe.name] = pipe
+    return make_service(list(pipes.values()), config)
+
+
+def make_service(pipes: Sequence[Pipeline], config: ServeConfig) -> Service:
+    """The service of bundles of different names."""
+    metrics, apart = Metrics(), config.paint_apart and (os.cpu_count() or 1) > 1
+    painter = Painter({pipe.name: pipe.bundle for pipe in pipes}, apart=apart)
+    how = {"capacity": config.capacity, "max_queue": config.max_queue, "executor": config.executor}
+    return Service([Worker(pipe, metrics, painter, **how) for pipe in pipes], painter, metrics, config)
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
     """A socket that listens there; port 0 is any that is free. Raises InputError."""
+    # asyncio does not know of `create_server` that it is TCP, and lets it wait 40 ms between the pieces of an answer.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+        return listening
     except (OSError, OverflowError) as error:
+        listening.close()
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot listen at {host}, port {port}: {reason}; give another --host or --port.") from error
 
@@ -43,7 +60,7 @@ def serve(
 ) -> None:
     """Serves until SIGINT or SIGTERM; then takes no more requests, answers those it has, and returns.
 
-    Half of the threads step the engine while the other half make pictures of codes.
+    Half of the processors step the engine while the other half make pictures of codes.
     """
     listening = bound_socket(host, port)
     with listening:

@@ -1,4 +1,4 @@
-"""Two threads a bundle: one steps the engine and does nothing else, one makes answers of what was drawn.
+"""Two threads a bundle: one steps the engine and does nothing else, one has answers made of what was drawn.
 
 Jobs come from an event loop and their results go back to it. Whatever a job asks for, the engine's thread looks for new
 and given-up jobs before every step: a job that is given up leaves its rows, the guided one of a pair with its null row,
@@ -23,6 +23,7 @@ from smalti.errors import first_line
 from smalti.sequences.request import Generated, Request
 from smalti.serve.metrics import Metrics
 from smalti.serve.openai_api import ApiError
+from smalti.serve.painter import Painter
 from smalti.tasks.images import Pipeline
 
 _log = logging.getLogger(__name__)
@@ -104,12 +105,22 @@ class Worker:
     `capacity` sequences are drawn at once; `max_queue` more may wait. Work that is no drawing counts as one sequence.
     """
 
-    def __init__(self, pipe: Pipeline, metrics: Metrics, *, capacity: int, max_queue: int, executor: str | None = None):
-        self.pipe, self.metrics, self.name = pipe, metrics, pipe.name
+    def __init__(
+        self,
+        pipe: Pipeline,
+        metrics: Metrics,
+        painter: Painter,
+        *,
+        capacity: int,
+        max_queue: int,
+        executor: str | None = None,
+    ):
+        self.pipe, self.metrics, self.painter, self.name = pipe, metrics, painter, pipe.name
         self.capacity, self.limit = capacity, capacity + max_queue
         self.new_engine = lambda: Engine(pipe.model, pipe.layout, capacity=capacity, executor=executor)
         self.engine = self.new_engine()
         self.executor = self.engine.executor.name
+        self.steps, self.tokens = (counter.labels(self.name) for counter in (metrics.steps, metrics.tokens))
         self.pending = 0
         self.job_s = 1.0  # a moving average
         self.commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -194,13 +205,11 @@ class Worker:
 
     def _obey(self) -> None:
         """Does what the event loop asked for; waits for it where there is nothing to draw."""
-        try:
-            command = self.commands.get(timeout=IDLE_SECONDS) if self.engine.is_idle else self.commands.get_nowait()
-            while True:
-                command()
-                command = self.commands.get_nowait()
-        except queue.Empty:
-            pass
+        if self.engine.is_idle:
+            with contextlib.suppress(queue.Empty):
+                self.commands.get(timeout=IDLE_SECONDS)()
+        while not self.commands.empty():  # this thread alone takes from it
+            self.commands.get()()
 
     def _enter(self, job: Job) -> None:
         if job.given_up:
@@ -224,8 +233,8 @@ class Worker:
             self.engine.cancel(ticket)
 
     def _take(self, events: Sequence[Any]) -> None:
-        self.metrics.steps.labels(self.name).inc()
-        self.metrics.tokens.labels(self.name).inc(len(events))
+        self.steps.inc()
+        self.tokens.inc(len(events))
         image = self.pipe.layout.vocabulary["image"]
         for event in events:
             job, _ = self.tickets[event.ticket]

@@ -20,7 +20,7 @@ from smalti.bundle import LABEL, Bundle
 from smalti.engine.generate import Request, generate, job_executor, stream
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
-from smalti.image_files import checked_scale, to_images, with_receipt
+from smalti.image_files import PictureConfig, checked_scale, to_images, with_receipt
 from smalti.likelihood import score
 from smalti.sequences.layout import SpanValues
 from smalti.tasks.codes import (
@@ -43,7 +43,8 @@ CLASS = "generate class"
 class ClassPipeline(Face):
     """A bundle that draws pictures of classes. `load` reads one.
 
-    Raises InputError for a bundle without classes, or without an image tokenizer.
+    One without an image tokenizer draws and scores codes; asked for pictures, it raises InputError. So does `load` for
+    a bundle without classes.
     """
 
     def __init__(self, bundle: Bundle):
@@ -53,17 +54,31 @@ class ClassPipeline(Face):
             raise InputError(
                 f"{bundle.name} is a bundle of {bundle.kind}, which knows no classes; smalti info says what it holds."
             )
-        if not bundle.can_draw_classes or bundle.pictures is None:
+        self.classes, self.sampling = classes, bundle.sampling
+
+    @property
+    def image_tokenizer(self) -> Any:
+        return self._with_pictures().image_tokenizer
+
+    @property
+    def pictures(self) -> PictureConfig:
+        pictures = self._with_pictures().pictures
+        assert pictures is not None
+        return pictures
+
+    def _with_pictures(self) -> Bundle:
+        """The bundle. Raises InputError if it has no image tokenizer."""
+        if self.bundle.image_tokenizer is None:
             raise InputError(
-                f"{bundle.name} draws codes of classes, and has no image tokenizer to make pictures of them: import it "
-                "again with --image-tokenizer."
+                f"{self.name} draws codes of classes, and has no image tokenizer to make pictures of them: import it "
+                "again with --image-tokenizer, or take the codes alone (ClassPipeline.generate_codes)."
             )
-        self.classes = classes
-        self.image_tokenizer, self.pictures, self.sampling = bundle.image_tokenizer, bundle.pictures, bundle.sampling
+        return self.bundle
 
     @property
     def grid(self) -> tuple[int, int]:
-        return grid_of(self.bundle)
+        """Rows and columns of a picture's codes; one row, where no image tokenizer says how they stand."""
+        return (1, self.bundle.image_length) if self.bundle.image_tokenizer is None else grid_of(self.bundle)
 
     def generate(
         self,
@@ -123,6 +138,7 @@ class ClassPipeline(Face):
         self, class_: str | int, *, seed: int = 0, scale: int | None = None, **sampling: Any
     ) -> Iterator[Partial]:
         """The picture of a class as it comes, code by code; the last is what `generate` returns."""
+        checked_scale(self.pictures, scale)
         config = self.sample_config(self.sampling.picture, sampling)
         request = self.class_request(self.classes.find(class_), seed, config)
         offset, found = self.layout.vocabulary["image"].offset, []
@@ -147,11 +163,11 @@ class ClassPipeline(Face):
 
     def decode(self, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
         """Pictures of codes, each enlarged `scale` times."""
-        return decode(self.bundle, codes, scale=scale)
+        return decode(self._with_pictures(), codes, scale=scale)
 
     def decode_images(self, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
         """Images of codes as the image tokenizer gives them, not clamped to [0, 1]."""
-        return decode_images(self.bundle, codes, batch_size=batch_size)
+        return decode_images(self._with_pictures(), codes, batch_size=batch_size)
 
     @property
     def _order(self) -> str:

@@ -4,19 +4,18 @@ Letters: B pictures, H W rows and columns of pixels, h w of codes.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
-from importlib.metadata import version
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from smalti.bundle import Bundle
+from smalti.bundle import Bundle, smalti_version
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
-from smalti.image_files import to_pictures
+from smalti.image_files import PictureConfig, to_pictures
 
 Codes = Int[Tensor, "B h w"]
 
@@ -30,6 +29,21 @@ class Partial(NamedTuple):
     """Their picture; what is not drawn yet is grey."""
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """What makes pictures of codes, without the bundle around it, on a CPU."""
+
+    image_tokenizer: Any
+    pictures: PictureConfig
+    device: ClassVar[torch.device] = torch.device("cpu")
+
+    @property
+    def image_length(self) -> int:
+        """Codes of a picture."""
+        rows, columns = grid_of(self)
+        return rows * columns
+
+
 @torch.inference_mode()
 def encode_images(bundle: Bundle, images: Float[Tensor, "B 3 H W"], *, batch_size: int = 64) -> Codes:
     """Codes of images in [0, 1], on the CPU."""
@@ -39,7 +53,7 @@ def encode_images(bundle: Bundle, images: Float[Tensor, "B 3 H W"], *, batch_siz
     return torch.cat([bundle.image_tokenizer.encode_images(i.to(device)).cpu() for i in images.split(batch_size)])
 
 
-def decode(bundle: Bundle, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
+def decode(bundle: Bundle | Decoder, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
     """Pictures of codes, each enlarged `scale` times; on a CPU each decoded alone: none depends on the others."""
     assert bundle.pictures is not None
     alone = bundle.device.type == "cpu"
@@ -47,7 +61,7 @@ def decode(bundle: Bundle, codes: Codes, *, scale: int | None = None) -> list[Im
 
 
 @torch.inference_mode()
-def decode_images(bundle: Bundle, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
+def decode_images(bundle: Bundle | Decoder, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
     """Images of codes as the image tokenizer gives them, not clamped to [0, 1]. Raises InputError for codes of another
     shape than the grid's, or that are no whole numbers."""
     grid, pictures, device = grid_of(bundle), bundle.pictures, bundle.device
@@ -63,7 +77,7 @@ def decode_images(bundle: Bundle, codes: Codes, *, batch_size: int = 64) -> Floa
 
 
 def partial_picture(
-    bundle: Bundle, found: list[int], scale: int | None, *, kept: Mapping[int, int] | None = None
+    bundle: Bundle | Decoder, found: list[int], scale: int | None, *, kept: Mapping[int, int] | None = None
 ) -> Image.Image:
     """The picture of its first codes, in raster order, and of the codes `kept` in cells behind them; what is not there
     yet is grey."""
@@ -79,7 +93,7 @@ def partial_picture(
     return to_pictures(torch.where(known, image, 0.5), pictures, scale)[0]
 
 
-def grid_of(bundle: Bundle) -> tuple[int, int]:
+def grid_of(bundle: Bundle | Decoder) -> tuple[int, int]:
     return bundle.image_tokenizer.config.grid
 
 
@@ -103,7 +117,7 @@ def sample_config(default: SampleConfig, given: Mapping[str, Any], num_codes: in
 def receipt(bundle: Bundle, **details: Any) -> dict[str, Any]:
     """What a picture's file says of how it was made."""
     return {
-        "smalti_version": version("smalti"),
+        "smalti_version": smalti_version(),
         "bundle": bundle.name,
         "weights_sha256": bundle.weights_sha256,
         "weights": bundle.model.storage,

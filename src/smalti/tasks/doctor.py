@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from jaxtyping import Float, Int
 from rich.table import Table
 from torch import Tensor
 
-from smalti.bundle import LABEL, Bundle
+from smalti.bundle import LABEL, Bundle, smalti_version
 from smalti.engine.engine import Engine
 from smalti.engine.executors import EXECUTORS, make_executor
 from smalti.engine.sampling import SampleConfig
@@ -27,6 +26,7 @@ from smalti.errors import first_line
 from smalti.models.base import Inputs
 from smalti.models.decoder_only import DecoderOnly
 from smalti.processor import instruction_set
+from smalti.prompts import PromptTokenizer
 from smalti.sequences.layout import Marker, Order, Slot, Span
 from smalti.sequences.request import Request, TokenSequence
 from smalti.sequences.vocabulary import FEATURES
@@ -103,7 +103,7 @@ def examine(bundle: Bundle, *, num_tokens: int = NUM_TOKENS, seed: int = 0) -> C
         bundle=bundle.name,
         weights_sha256=bundle.weights_sha256,
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
-        smalti=version("smalti"),
+        smalti=smalti_version(),
         torch=torch.__version__,
         processor=str(bundle.device) if bundle.device.type != "cpu" else instruction_set(),
         num_tokens=num_tokens,
@@ -137,6 +137,8 @@ class _Doctor:
             found["image tokenizer: codes to pictures and back"] = self.image_tokenizer
         if isinstance(self.bundle.text_tokenizer, TextTokenizer):
             found["text tokenizer: words to ids and back"] = self.text_tokenizer
+        if isinstance(self.bundle.text_tokenizer, PromptTokenizer):
+            found["text tokenizer: prompts in their form"] = self.prompts
         return found
 
     # What is drawn ---------------------------------------------------------------------------------------------
@@ -167,6 +169,9 @@ class _Doctor:
                 given[part.segment] = self._ids(part, generator)
             else:
                 break
+        words = self.bundle.text_tokenizer
+        if isinstance(words, PromptTokenizer) and "text" in given:
+            null = Request(order=order.name, given={"text": torch.tensor(words.null_of(len(given["text"])))})
         if self.bundle.null_label is not None and LABEL in given:
             null = Request(order=order.name, given={LABEL: torch.tensor([self.bundle.null_label])})
         return Request(order=order.name, given=given, features=features, seed=seed, null=null)
@@ -358,6 +363,14 @@ class _Doctor:
             again == text,
             f"text of {len(ids)} random pieces {'comes back' if again == text else 'comes back otherwise'}",
         )
+
+    def prompts(self) -> tuple[bool, str]:
+        words, prompt = self.bundle.text_tokenizer, "two red tiles beside a blue one"
+        assert isinstance(words, PromptTokenizer)
+        ids = words.encode(prompt)
+        text, null = words.decode(ids), words.null_of(len(ids))
+        holds = prompt in text and len(null) == len(ids) and null[0] == ids[0]
+        return holds, f"{len(ids)} tokens, {text!r}; the null condition has {len(null)}"
 
 
 def _apart(first: Float[Tensor, "... n"], second: Float[Tensor, "... n"]) -> float:

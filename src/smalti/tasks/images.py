@@ -27,6 +27,7 @@ from smalti.errors import InputError, InputWarning, shortened
 from smalti.image_files import Picture, checked_scale, listed, to_images, with_receipt
 from smalti.image_tokenizers import TiTok
 from smalti.likelihood import score
+from smalti.prompts import PromptTokenizer
 from smalti.sequences.layout import Layout, SpanValues
 from smalti.tasks.codes import (
     Codes,
@@ -79,7 +80,7 @@ class Pipeline(Face):
 
     def __init__(self, bundle: Bundle):
         text_tokenizer, pictures = bundle.text_tokenizer, bundle.pictures
-        if pictures is None or not isinstance(text_tokenizer, TextTokenizer):
+        if pictures is None or not isinstance(text_tokenizer, TextTokenizer | PromptTokenizer):
             raise InputError(
                 f"{bundle.name} is a bundle of {bundle.kind}, not of pictures with captions; smalti info says what it "
                 "holds."
@@ -213,7 +214,7 @@ class Pipeline(Face):
             return request
         if negative_prompt is not None:
             return replace(request, null=Request(order=order, given={"text": self.whole(negative_prompt)}))
-        return replace(request, null=self.uncaptioned())
+        return replace(request, null=self.uncaptioned(words))
 
     def check_drawing(self, n: int, best_of: int, rerank: str | None) -> None:
         """Raises InputError or ValueError for numbers of pictures and candidates that cannot be."""
@@ -349,10 +350,11 @@ class Pipeline(Face):
         self, kept: Int[Tensor, "rows w"], caption: str | None, seed: int, config: SampleConfig
     ) -> Request:
         """A picture that begins with rows of codes."""
-        alone = replace(self.uncaptioned(image=kept.flatten()), seed=seed)
-        if caption is None:
+        words = None if caption is None else self.whole(caption)
+        alone = replace(self.uncaptioned(words, image=kept.flatten()), seed=seed)
+        if words is None:
             return alone
-        given = {"text": self.whole(caption), "image": kept.flatten()}
+        given = {"text": words, "image": kept.flatten()}
         null = None if config.guidance_scale == 1 else alone
         return Request(order=self.bundle.order("text", "image"), given=given, seed=seed, null=null)
 
@@ -411,7 +413,9 @@ class Pipeline(Face):
         caption_nll_nats = None if image_first is None else image_first["text"]
         alone = image_first
         if empty is not None:
-            spans["text"] = SpanValues(torch.zeros(len(codes), 0, dtype=torch.long), torch.zeros_like(lengths))
+            nothing = [self._null_of(len(ids)) for ids in words]
+            lengths = torch.tensor([len(ids) for ids in nothing])
+            spans["text"] = SpanValues(nn.utils.rnn.pad_sequence(nothing, batch_first=True), lengths)
             alone = nats(empty, "image")
         assert alone is not None
         return Scores(text_first["image"], caption_nll_nats, alone["image"] - text_first["image"])
@@ -458,6 +462,10 @@ class Pipeline(Face):
         """The caption that a sequence has."""
         return self.text_tokenizer.decode(sequence.spans["text"].tolist())
 
+    def _null_of(self, length: int) -> Int[Tensor, " L"]:
+        """What stands for a caption of so many tokens where there is none."""
+        return torch.tensor(self.text_tokenizer.null_of(length), dtype=torch.long)
+
     def _words(self, caption: str) -> Int[Tensor, " L"]:
         return torch.tensor(self.text_tokenizer.encode(caption), dtype=torch.long)
 
@@ -491,11 +499,12 @@ class Pipeline(Face):
             )
         return found
 
-    def uncaptioned(self, **given: Int[Tensor, " L"]) -> Request:
-        """A picture without a caption, what guidance steers away from: behind an empty caption where captions may have
-        any length, else in the order that has the picture first."""
+    def uncaptioned(self, words: Int[Tensor, " L"] | None = None, **given: Int[Tensor, " L"]) -> Request:
+        """A picture without a caption, what guidance of one of `words` steers away from: behind an empty caption where
+        captions may have any length (or what stands for one of that length), else in the order that has the picture
+        first."""
         if (order := self._empty_caption_order()) is not None:
-            return Request(order=order, given={"text": torch.zeros(0, dtype=torch.long), **given})
+            return Request(order=order, given={"text": self._null_of(0 if words is None else len(words)), **given})
         return Request(order=self.bundle.order("image", "text"), given=given)
 
     def _empty_caption_order(self) -> str | None:
