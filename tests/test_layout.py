@@ -219,7 +219,7 @@ def test_what_stands_behind_a_rows_length_is_not_looked_at():
     image = values([[0, 2], [2, 1]], [2, 2])
     clean = layout.pack("a", {"text": values([[1, 0], [0, 0]], [1, 0]), "image": image})
     dirty = layout.pack("a", {"text": values([[1, 99], [-1, 99]], [1, 0]), "image": image})
-    for first, second in zip(clean, dirty, strict=True):
+    for first, second in zip(clean[:3], dirty[:3], strict=True):
         assert torch.equal(first, second)
 
 

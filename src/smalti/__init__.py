@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from smalti.sequences.request import Request as Request
     from smalti.sequences.vocabulary import Vocabulary as Vocabulary
     from smalti.tasks.classes import ClassPipeline as ClassPipeline
+    from smalti.tasks.features import FeaturePipeline as FeaturePipeline
     from smalti.tasks.images import Pipeline as Pipeline
     from smalti.tasks.lines import CompleteConfig as CompleteConfig
     from smalti.tasks.lines import LineModel as LineModel
@@ -43,6 +44,7 @@ _HOMES = {
     "sequences.request": "Generated Request",
     "sequences.vocabulary": "Vocabulary",
     "tasks.classes": "ClassPipeline",
+    "tasks.features": "FeaturePipeline",
     "tasks.images": "Pipeline",
     "tasks.lines": "CompleteConfig LineModel",
     "tasks.replay": "replay",

@@ -6,7 +6,8 @@ text_tokenizer.json     the words, as the `tokenizers` library saves them, if th
 image_tokenizer/        config.json and model.safetensors of the image tokenizer, if there is one
 README.md               the model card
 
-What a bundle can do follows from its layout and its parts, and is asked of it: `can_draw`, `can_caption`, `is_lines`.
+What a bundle can do follows from its layout and its parts, and is asked of it: `can_draw`, `can_caption`,
+`reads_features`, `is_lines`.
 """
 
 import difflib
@@ -30,6 +31,7 @@ from smalti.documents import config_of, read_json
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, first_line, shortened
 from smalti.files import new_folder
+from smalti.hub import import_hub, is_hub_name
 from smalti.image_files import PictureConfig
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.models.decoder_only import DecoderOnly
@@ -38,6 +40,7 @@ from smalti.models.stored_weights import STORAGES
 from smalti.prompts import PromptForm, PromptTokenizer
 from smalti.sequences.layout import Layout, Marker, Span
 from smalti.sequences.vocabulary import FEATURES
+from smalti.text_features import TextEncoderConfig
 from smalti.text_tokenizer import TextTokenizer
 from smalti.weights import (
     ANEW,
@@ -128,6 +131,8 @@ class Bundle:
     """Those that the image tokenizer reads and draws; there if it is."""
     classes: Classes | None = None
     """What the labels are, where the layout has any."""
+    text_encoder: TextEncoderConfig | None = None
+    """What makes the features of a caption that sequences begin with, where that is known. It lies outside."""
     sampling: Sampling = Sampling()
     about: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
@@ -145,6 +150,8 @@ class Bundle:
                 f"there are {self.classes.num} classes and {vocabulary[LABEL].size} labels; expected as many, or one "
                 "label more for the null condition."
             )
+        if self.text_encoder is not None and not self.reads_features:
+            raise ValueError("a text encoder is named, but the layout has no features.")
         if isinstance(self.text_tokenizer, PromptTokenizer):
             self.text_tokenizer.check_vocabulary(vocabulary)
         elif isinstance(self.text_tokenizer, TextTokenizer):
@@ -180,6 +187,16 @@ class Bundle:
         return self.image_tokenizer is not None and self.has_order(LABEL, "image")
 
     @property
+    def reads_features(self) -> bool:
+        """Whether captions reach the model as features of a text encoder."""
+        return FEATURES in self.layout.vocabulary
+
+    @property
+    def can_draw_features(self) -> bool:
+        """Whether it draws pictures of features of captions."""
+        return self.image_tokenizer is not None and self.has_order(FEATURES, "image")
+
+    @property
     def null_label(self) -> int | None:
         """The label that says that no class is given; None: there is none, and so no guidance."""
         if self.classes is None or self.layout.vocabulary[LABEL].size == self.classes.num:
@@ -202,8 +219,8 @@ class Bundle:
         """What it is a bundle of, in a word, for messages."""
         if self.classes is not None:
             return "classes" if self.image_tokenizer is not None else "classes without an image tokenizer"
-        if FEATURES in self.layout.vocabulary:
-            return "features of captions"
+        if self.reads_features:
+            return f"features of captions{'' if self.image_tokenizer is not None else ' without an image tokenizer'}"
         return "lines" if self.is_lines else "token ids alone" if self.image_tokenizer is None else "pictures"
 
     @property
@@ -287,6 +304,8 @@ class Bundle:
                     "image_tokenizer": load_image_tokenizer(folder, sha256=image_sha256, device=device),
                     "text_tokenizer": TextTokenizer.load(text_tokenizer) if text_tokenizer and not form else None,
                 }
+            if "text_encoder" in config:
+                parts["text_encoder"] = config_of(TextEncoderConfig, config["text_encoder"], f"{path}: text_encoder")
             if text_tokenizer and form:
                 parts["text_tokenizer"] = PromptTokenizer.load(text_tokenizer, form)
             if "classes" in config:
@@ -340,6 +359,7 @@ class Bundle:
             "model": describe_model(self.model),
             **({} if self.pictures is None else {"pictures": asdict(self.pictures)}),
             **({} if self.classes is None else {"classes": asdict(self.classes)}),
+            **({} if self.text_encoder is None else {"text_encoder": asdict(self.text_encoder)}),
             **({"prompt": asdict(words.form)} if isinstance(words, PromptTokenizer) else {}),
             "sampling": asdict(self.sampling),
             "about": self.about,
@@ -363,6 +383,7 @@ class Bundle:
             "lines": (CARD_OF_LINES, USE_OF_LINES),
             "token ids alone": (CARD_OF_TOKEN_IDS, USE_OF_TOKEN_IDS),
             "features of captions": (CARD_OF_FEATURES, USE_OF_FEATURES),
+            "features of captions without an image tokenizer": (CARD_OF_FEATURES_ALONE, USE_OF_CODES),
             "classes": (CARD_OF_CLASSES, USE_OF_CLASSES),
             "classes without an image tokenizer": (CARD_OF_CODES, USE_OF_CODES),
         }[self.kind]
@@ -376,6 +397,7 @@ class Bundle:
             num_classes="" if self.classes is None else f"{self.classes.num:,}",
             num_codes=self.image_length if "image" in self.layout.vocabulary else 0,
             size=f"{self.pictures.width}×{self.pictures.height}" if self.pictures else "",
+            text_encoder=(self.text_encoder and self.text_encoder.name) or "a T5 encoder",
         )
         if not self.can_caption:
             use = use.replace(CAPTION_USE, "")
@@ -425,8 +447,7 @@ def find_bundle(name: str | Path) -> Path:
         return Path(name)
     if str(name) in shipped:
         return shipped[str(name)]
-    # A mistyped path must not turn into a download: `out/demo` is a hub's name only if there is no folder `out`.
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).parent.exists():
+    if is_hub_name(name):
         return _fetch(str(name))
     raise InputError(
         f"there is no bundle {str(name)!r}: expected a folder with a {CONFIG}, a hub's owner/name, or one that ships: "
@@ -442,15 +463,6 @@ def _fetch(repository: str) -> Path:
         raise InputError(
             f"there is no folder {repository}, and the hub does not give a bundle of that name: {first_line(error)}"
         ) from error
-
-
-def import_hub() -> Any:
-    """The `huggingface_hub` module. Raises InputError naming the extra that installs it."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise InputError("this needs huggingface_hub, which is an extra: pip install 'smalti[hub]'.") from error
-    return huggingface_hub
 
 
 def write_bundle(directory: Path | str, write_files: Callable[[Path], dict[str, Any]], *, force: bool = False) -> None:
@@ -592,9 +604,14 @@ codes = ClassPipeline.load("PATH OF THIS BUNDLE").generate_codes(0, seed=3)
 ```
 """
 CARD_OF_FEATURES = """\
-A transformer of {num_parameters} parameters over {num_codes} picture codes of {codebook_size}, behind features that a
-text encoder makes of a caption."""
-USE_OF_FEATURES = "    smalti doctor THIS_FOLDER\n"
+A transformer of {num_parameters} parameters that draws pictures of captions: {num_codes} codes of {codebook_size} a
+picture, which are {size} pixels. It reads captions as features of {text_encoder}, which is not part of the bundle."""
+USE_OF_FEATURES = """\
+    smalti generate "A CAPTION" -o picture.png --bundle THIS_FOLDER --text-encoder FOLDER_OF_THE_TEXT_ENCODER
+"""
+CARD_OF_FEATURES_ALONE = """\
+A transformer of {num_parameters} parameters over {num_codes} picture codes of {codebook_size}, behind features that
+{text_encoder} makes of a caption. There is no image tokenizer: import it again with --image-tokenizer to draw."""
 CARD_OF_TOKEN_IDS = "A decoder-only transformer of {num_parameters} parameters, without an image tokenizer."
 USE_OF_TOKEN_IDS = (
     "`smalti export hf THIS_FOLDER DIRECTORY` writes it as a Llama that `transformers` and LLM servers load.\n"

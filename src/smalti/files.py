@@ -79,6 +79,12 @@ def failed_write(error: BaseException) -> str | None:
     return None
 
 
+def user_cache(name: str) -> Path:
+    """The folder in which what is made once is kept for later runs: `$XDG_CACHE_HOME/smalti/NAME` (default `~/.cache`).
+    It need not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "smalti" / name
+
+
 @contextmanager
 def made_again(path: Path) -> Iterator[None]:
     """For what a run reads of its own making: an InputError says as well that it may be removed."""

@@ -8,7 +8,7 @@ Letters: N sequences, B batch, T tokens.
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,16 +84,18 @@ def score(
     order: str,
     spans: Mapping[str, SpanValues],
     *,
+    features: Sequence[Float[Tensor, "n C"]] | None = None,
     segments: Collection[str] | None = None,
     batch_size: int = 256,
 ) -> dict[str, Float[Tensor, " N"]]:
-    """Nats of N sequences in one order, by segment: all of them, or those asked for and no others computed.
+    """Nats of N sequences in one order, by segment: all of them, or those asked for and no others computed. `features`
+    are each sequence's, where the order begins with some.
 
     In an order with the caption first, "image" is −ln p(picture | caption) and "text" is −ln p(caption); in one with
     the picture first, "text" is −ln p(caption | picture) and "image" is −ln p(picture). A segment that training only
     ever gave has no likelihood: it is left out, and a ValueError if asked for.
     """
-    batches = _packed(layout, order, spans, batch_size)
+    batches = _packed(layout, order, spans, features, batch_size)
     with evaluating(model):
         found = [segment_nats(model, layout, to_device(packed, model.device), segments) for packed in batches]
     names = layout.vocabulary.segments if segments is None else segments
@@ -101,15 +103,22 @@ def score(
     return {name: torch.cat([part[name] for part in found]).cpu() for name in names}
 
 
-def _packed(layout: Layout, order: str, spans: Mapping[str, SpanValues], batch_size: int) -> Iterator[Packed]:
+def _packed(
+    layout: Layout,
+    order: str,
+    spans: Mapping[str, SpanValues],
+    features: Sequence[Float[Tensor, "n C"]] | None,
+    batch_size: int,
+) -> Iterator[Packed]:
     num_rows = len(next(iter(spans.values())).lengths)
     for start in range(0, num_rows, batch_size):
         chosen = slice(start, start + batch_size)
-        yield layout.pack(order, {name: SpanValues(v.values[chosen], v.lengths[chosen]) for name, v in spans.items()})
+        part = {name: SpanValues(v.values[chosen], v.lengths[chosen]) for name, v in spans.items()}
+        yield layout.pack(order, part, None if features is None else features[chosen])
 
 
 def to_device(packed: Packed, device: torch.device) -> Packed:
-    return Packed(*(tensor.to(device) for tensor in packed))
+    return packed.map(lambda tensor: tensor.to(device))
 
 
 def evaluate_nll(model: SequenceModel, layout: Layout, batches: Iterable[Packed]) -> dict[str, Likelihood]:

@@ -68,6 +68,13 @@ Guidance = Annotated[
 Schedule = Annotated[
     str | None, typer.Option(help="How the guidance grows from 1 over a picture: constant, linear, cosine.")
 ]
+TextEncoderName = Annotated[
+    str | None,
+    typer.Option(
+        help="For a bundle that reads captions as features: the folder of a T5 encoder, or a hub's owner/name to fetch "
+        "it (default: what the bundle names)."
+    ),
+]
 Speculative = Annotated[
     int | None, typer.Option(help="Draft N codes ahead and verify them in one pass, exactly; 0 is off.", metavar="N")
 ]
@@ -119,7 +126,8 @@ def options(
 
 @app.command(
     epilog='Examples: smalti generate "dark green eight on bright cyan" -o eight.png · '
-    "smalti generate --class 207 -o dog.png --bundle out/c2i-b --guidance-scale 4"
+    "smalti generate --class 207 -o dog.png --bundle out/c2i-b --guidance-scale 4 · "
+    'smalti generate "a red fox in the snow" -o fox.png --bundle out/t2i-xl --text-encoder flan-t5-xl'
 )
 def generate(
     prompt: Annotated[
@@ -170,6 +178,7 @@ def generate(
     weights: Annotated[
         str, typer.Option(help="How matrices are kept: float32, or in a half or a quarter of it: bfloat16, int8.")
     ] = "float32",
+    text_encoder: TextEncoderName = None,
 ) -> None:
     """Draw pictures of a caption, or of a class. Each PNG carries a receipt, from which `smalti replay` redraws it."""
     outputs = _output_names(output, 1 if grid else n)
@@ -190,20 +199,23 @@ def generate(
     )
     chosen = None
     if class_ is not None:
-        of_captions = _given(prompt=prompt, negative_prompt=negative_prompt, rerank=rerank)
+        of_captions = _given(prompt=prompt, negative_prompt=negative_prompt, rerank=rerank, text_encoder=text_encoder)
         of_captions |= {} if best_of == 1 else {"best_of": best_of}
         pipe = _class_pipeline(bundle, of_captions, weights)
         draw = partial(pipe.generate, class_)
     elif prompt is None:
         raise InputError("what to draw? Give a caption, or --class with a bundle of classes.")
     else:
-        from smalti.tasks.images import Pipeline
+        from smalti.tasks.features import captions_face
 
         if bundle is None:
             chosen = bundle_for_prompt(prompt, negative_prompt or "")
             bundle = chosen.name
-        pipe = Pipeline(_loaded_for_prompt(bundle, weights))
-        draw = partial(pipe.generate, prompt, negative_prompt=negative_prompt, best_of=best_of, rerank=rerank)
+        pipe = captions_face(_loaded_for_prompt(bundle, weights), text_encoder)
+        candidates = {} if best_of == 1 and rerank is None else {"best_of": best_of, "rerank": rerank}
+        if pipe.bundle.reads_features:
+            _refuse_options(candidates, bundle, pipe.bundle.kind)
+        draw = partial(pipe.generate, prompt, negative_prompt=negative_prompt, **candidates)
     if grid:
         from smalti.image_files import grid_size
 
@@ -265,6 +277,7 @@ def replay(
         str | None, typer.Option(help="The bundle it was drawn with (default: the one that its receipt names).")
     ] = None,
     force: Force = False,
+    text_encoder: TextEncoderName = None,
 ) -> None:
     """Redraw a picture from its receipt, and check that all codes and pixels are the same.
 
@@ -274,7 +287,7 @@ def replay(
         _refuse_existing(_output_names(output, 1), force)
     from smalti.tasks.replay import replay as draw_again
 
-    found = draw_again(picture, bundle)
+    found = draw_again(picture, bundle, text_encoder)
     if output is not None:
         _save([found.picture], [output], force)
     if found.difference is not None:
@@ -479,6 +492,7 @@ def score(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.", rich_help_panel=OF_LINES)] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.", rich_help_panel=OF_LINES)] = False,
+    text_encoder: TextEncoderName = None,
 ) -> None:
     """How well captions fit a picture, in nats: −ln p(picture | caption), −ln p(caption | picture), information.
 
@@ -490,7 +504,7 @@ def score(
     bundle = _bundle_for_picture(bundle, source)
     loaded = Bundle.load(bundle)
     if loaded.is_lines:
-        if captions:
+        if captions or text_encoder:
             raise ValueError(f"{bundle} is a bundle of lines, which knows no captions; leave them out.")
         if output is None:
             raise ValueError("scores of lines need a folder to go to: add -o FOLDER.")
@@ -500,9 +514,9 @@ def score(
     _refuse_options(_given(output=output, batch_size=batch_size, force=force or None), bundle, loaded.kind)
     if not captions:
         raise ValueError("no caption is given; write one or more after the picture.")
-    from smalti.tasks.images import Pipeline
+    from smalti.tasks.features import captions_face
 
-    scores = Pipeline(loaded).score([source] * len(captions), captions)
+    scores = captions_face(loaded, text_encoder).score([source] * len(captions), captions)
     columns = [[None] * len(captions) if column is None else column.tolist() for column in scores]
     if as_json:
         import json
@@ -602,6 +616,10 @@ def _info(bundle: Any) -> Iterator[tuple[str, str]]:
         null = "none" if bundle.null_label is None else f"label {bundle.null_label}"
         named = "" if names is None else f": {', '.join(names) if len(names) <= 20 else ', '.join(names[:3]) + ' …'}"
         yield "classes", f"{bundle.classes.num:,}{named}; null condition: {null}"
+    if bundle.reads_features:
+        known, num_features = bundle.text_encoder, bundle.model.num_features
+        name = "not said" if known is None or known.name is None else known.name
+        yield "text encoder", f"{name}; {bundle.model.config.feature_width} features a token, of {num_features} tokens"
     if bundle.is_lines:
         yield "lines", f"{bundle.image_length} codes in 0..{layout.vocabulary['image'].size - 1}"
     for name, order in layout.orders.items():

@@ -18,7 +18,8 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")
 @app.command(
     "import",
     epilog="Examples: smalti import llamagen-vq vq_ds16_c2i.pt -o out/vq16 · smalti import llamagen c2i_B_256.pt "
-    "-o out/c2i-b --image-size 256 --image-tokenizer vq_ds16_c2i.pt · smalti import rar rar_b.bin -o out/rar-b "
+    "-o out/c2i-b --image-size 256 --image-tokenizer vq_ds16_c2i.pt · smalti import llamagen t2i_XL_stage1_256.pt "
+    "-o out/t2i-xl --image-size 256 --image-tokenizer vq_ds16_t2i.pt · smalti import rar rar_b.bin -o out/rar-b "
     "--image-tokenizer maskgit-vqgan-imagenet-f16-256.bin · smalti import gigatok GPT_B256_e300_VQ_BL.pt -o out/giga "
     "· smalti import janus Janus-Pro-1B -o out/janus · smalti import ibq imagenet256_16384.ckpt -o out/ibq · smalti "
     "import ibq model.ckpt --config config.yaml -o out/emu3.5 · smalti import open-magvit2 imagenet_256_L.ckpt -o "
@@ -60,6 +61,14 @@ def import_(
             rich_help_panel=OF_TRANSFORMERS,
         ),
     ] = None,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Of llamagen's models of captions: the folder of the T5 encoder whose features they read, or a hub's "
+            "owner/name, to be noted in the bundle (default: google/flan-t5-xl).",
+            rich_help_panel=OF_TRANSFORMERS,
+        ),
+    ] = None,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Read weights that hold NaN or infinity too.")
     ] = False,
@@ -73,7 +82,9 @@ def import_(
     from smalti.interop.commands import error_table, import_weights
     from smalti.interop.token_models import Extras
 
-    extras = Extras(image_tokenizer=image_tokenizer, image_size=image_size, class_names=class_names)
+    extras = Extras(
+        image_tokenizer=image_tokenizer, image_size=image_size, class_names=class_names, text_encoder=text_encoder
+    )
     imported = import_weights(
         kind, file, output, config, verify, extras=extras, force=force, allow_nonfinite=allow_nonfinite
     )

@@ -33,7 +33,8 @@ app = typer.Typer(
 
 @app.command(
     epilog="Examples: smalti train demo · smalti train digits data.path=mnist train.num_epochs=2 output=out/short · "
-    "smalti train lines data=lines.parquet · smalti train c2i data.train=photos image_tokenizer=out/vq16"
+    "smalti train lines data=lines.parquet · smalti train c2i data.train=photos image_tokenizer=out/vq16 · "
+    "smalti train t2i data=pairs image_tokenizer=out/vq16 text_encoder=flan-t5-base"
 )
 def recipe(
     recipe: Annotated[str, typer.Argument(help=f"A shipped recipe ({RECIPE_NAMES}), or a YAML file.")],
@@ -54,7 +55,7 @@ def recipe(
 
 
 def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
-    from smalti.recipes import CaptionsRecipe, ClassesRecipe, LinesRecipe, TokenizerRecipe
+    from smalti.recipes import CaptionsRecipe, ClassesRecipe, LinesRecipe, TextToImageRecipe, TokenizerRecipe
 
     if isinstance(checked, TokenizerRecipe):
         _train_tokenizer(checked, quiet)
@@ -81,6 +82,18 @@ def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
             f"{output}/model/curves.png. The bundle is {bundle}.\n"
             "Try next:\n"
             f"  smalti generate --class 0 -o picture.png --bundle {bundle}\n"
+            f"  smalti doctor {bundle}"
+        )
+        return
+    if isinstance(checked, TextToImageRecipe):
+        from smalti.systems.text_to_image import train_text_to_image
+
+        bundle = train_text_to_image(checked, command=command, show_progress=not quiet)
+        typer.echo(
+            f"\nOpen {output}/report.md (captions.png: held-out captions, drawn) and the curves.png of each stage's "
+            f"model.\nThe bundle is {bundle}.\n"
+            "Try next:\n"
+            f'  smalti generate "a red fox in the snow" -o fox.png --bundle {bundle}\n'
             f"  smalti doctor {bundle}"
         )
         return

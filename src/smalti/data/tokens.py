@@ -11,7 +11,6 @@ import fcntl
 import glob
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -30,7 +29,7 @@ from smalti.data.parquet_files import ParquetReader, parquet_writer
 from smalti.documents import read_json
 from smalti.errors import InputError
 from smalti.file_kinds import refuse_pipe, visible
-from smalti.files import cause, failed_write, new_file, temporary_files, write_json
+from smalti.files import cause, failed_write, new_file, temporary_files, user_cache, write_json
 from smalti.stopping import end_if_stopped
 
 SCHEMA = pa.schema(
@@ -482,7 +481,7 @@ def _cached(paths: list[Path]) -> Path:
     sizes and times, so that an outdated copy is known by its first half and removed."""
     of_paths = _hash([str(path) for path in paths])
     of_state = _hash([_CACHE_VERSION, *((path.stat().st_size, path.stat().st_mtime_ns) for path in paths)])
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smalti" / "tables"
+    root = user_cache("tables")
     folder = root / f"{of_paths}-{of_state}"
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -254,7 +255,7 @@ def nats_of(model: DecoderOnly, layout: Layout, packed: Packed, *, batch_size: i
     parts = [
         token_nll(
             model,
-            to_device(Packed(*(tensor[start : start + batch_size] for tensor in packed)), model.device),
+            to_device(packed.map(itemgetter(slice(start, start + batch_size))), model.device),
             layout.slots,
         )
         for start in range(0, len(packed.token_ids), batch_size)

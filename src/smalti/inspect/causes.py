@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -289,7 +290,7 @@ def influence(
     for position in positions:
         differs = (others[:, position] != packed.token_ids[:, position]).nonzero()[:, 0]
         if len(differs):
-            chosen = Packed(*(tensor[differs] for tensor in packed))
+            chosen = packed.map(itemgetter(differs))
             maps.append(change_map(model, layout, chosen, position, others[differs, position]).mean(0))
         else:
             maps.append(torch.zeros(packed.token_ids.shape[1], dtype=torch.float64))
@@ -324,7 +325,7 @@ def swap_cost(model: DecoderOnly, layout: Layout, packed: Packed, code: int, oth
     lines = is_code.any(1).nonzero()[:64, 0]
     if not len(lines):
         return SwapCost(float("nan"), 0)
-    chosen = Packed(*(tensor[lines] for tensor in packed))
+    chosen = packed.map(itemgetter(lines))
     generator = torch.Generator().manual_seed(seed)
     where = torch.multinomial(is_code[lines].float(), 1, generator=generator)[:, 0]
     changed = chosen.token_ids.clone()

@@ -4,6 +4,7 @@ Letters: N lines, L positions, K codes, h w grid, D width of an embedding, B bat
 """
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -217,7 +218,7 @@ def predicted_instead(
     found = torch.zeros(segment.size, segment.size, dtype=torch.float64)
     count = torch.zeros(segment.size, dtype=torch.float64)
     for start in range(0, len(packed.token_ids), batch_size):
-        part = to_device(Packed(*(tensor[start : start + batch_size] for tensor in packed)), model.device)
+        part = to_device(packed.map(itemgetter(slice(start, start + batch_size))), model.device)
         targets = part.token_ids[:, 1:]
         is_code = (targets >= segment.offset) & (targets < segment.end)
         hidden = model.hidden(part.token_ids[:, :-1])[is_code]

@@ -54,7 +54,7 @@ def pack_codes(
         spans["text"] = _whole(text_tokens)
     packed = layout.pack(order, spans)
     end = code_positions(layout, order).stop
-    return Packed(*(tensor[:, :end] for tensor in packed))
+    return packed.map(lambda tensor: tensor[:, :end])
 
 
 def _whole(values: Integer[ndarray, "N L"]) -> SpanValues:

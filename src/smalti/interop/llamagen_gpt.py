@@ -24,6 +24,8 @@ from smalti.sequences.vocabulary import FEATURES, Vocabulary
 
 CLASS_NAME = "autoregressive.models.gpt.Transformer"
 DROPPABLE = {"freqs_cis": "computed from the config", ".k_cache": "a cache", ".v_cache": "a cache"}
+TEXT_ENCODER, FEATURE_WIDTH = "google/flan-t5-xl", 2048
+"""Of the published models of captions."""
 UNREAD = ("initializer_range", "token_dropout_p", "ffn_dropout_p", "drop_path_rate", "max_batch_size", "max_seq_len")
 """Of training, and of memory set aside."""
 
@@ -67,7 +69,7 @@ def _read_config(config: dict) -> tuple[DecoderOnlyConfig, Layout]:
         attention_dropout=args.take("attn_dropout_p", float, 0.0),
     )
     codes, kind = args.take("vocab_size", int), args.expect("model_type", "c2i", "t2i")
-    num_classes, width = args.take("num_classes", int, 1000), args.take("caption_dim", int, 2048)
+    num_classes, width = args.take("num_classes", int, 1000), args.take("caption_dim", int, FEATURE_WIDTH)
     num_labels = num_classes + (args.take("class_dropout_prob", float, 0.1) > 0)
     args.finish(*UNREAD, *HEADER)
     if kind == "c2i":
@@ -150,7 +152,7 @@ def write_config(config: DecoderOnlyConfig, layout: Layout, classes: int | None)
         "attn_dropout_p": ours.attention_dropout,
         "num_classes": 1000 if classes is None else classes,
         "class_dropout_prob": 0.1 if classes is None or labels > classes else 0.0,
-        "caption_dim": config.feature_width or 2048,
+        "caption_dim": config.feature_width or FEATURE_WIDTH,
         "model_type": "t2i" if classes is None else "c2i",
         "vocab_size": codes,
         "cls_token_num": ours.prefix_length,

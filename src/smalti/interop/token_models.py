@@ -41,6 +41,7 @@ from smalti.prompts import PromptTokenizer
 from smalti.sequences.layout import Layout, Slot, SpanValues
 from smalti.sequences.request import Request
 from smalti.sequences.vocabulary import FEATURE, FEATURES
+from smalti.text_features import TextEncoder, TextEncoderConfig
 from smalti.weight_files import ForeignWeights, read_config, read_weights
 
 GUIDED_TOLERANCE = 5e-4
@@ -56,6 +57,7 @@ class ReadModel(NamedTuple):
     classes: Classes | None
     sampling: Sampling
     report: ImportReport
+    text_encoder: TextEncoderConfig | None = None
     text_tokenizer: PromptTokenizer | None = None
     image_tokenizer: Any = None
     """Where the checkpoint itself holds one."""
@@ -111,7 +113,12 @@ def _read_llamagen(
     classes = None if num_classes is None else Classes(num=num_classes)
     # as its scripts sample_c2i.py and sample_t2i.py draw by themselves
     guided = SampleConfig(guidance_scale=4.0 if classes else 7.5, top_k=2000 if classes else 1000)
-    return ReadModel(model, layout, classes, Sampling(picture=guided), replace(report, sizes=sizes or report.sizes))
+    report = replace(report, sizes=sizes or report.sizes)
+    text_encoder = None
+    if classes is None:
+        is_published = model.config.feature_width == llamagen_gpt.FEATURE_WIDTH
+        text_encoder = TextEncoderConfig(name=llamagen_gpt.TEXT_ENCODER if is_published else None)
+    return ReadModel(model, layout, classes, Sampling(picture=guided), report, text_encoder)
 
 
 def _write_llamagen(bundle: Bundle, directory: Path) -> WrittenModel:
@@ -278,6 +285,8 @@ class Extras:
     """Side of the pictures in pixels, which LlamaGen's weights do not tell."""
     class_names: Path | None = None
     """A file with a name a line, or a JSON list of them."""
+    text_encoder: str | None = None
+    """Of a model of captions: the folder of the T5 encoder whose features it reads, or the hub's owner/name."""
 
 
 class ImportedModel(NamedTuple):
@@ -302,7 +311,9 @@ def import_token_model(
     classes = found.classes
     if extras.class_names is not None:
         classes = _named(classes, extras.class_names)
-    parts: dict[str, Any] = {"text_tokenizer": found.text_tokenizer}
+    parts: dict[str, Any] = {"text_tokenizer": found.text_tokenizer, "text_encoder": found.text_encoder}
+    if extras.text_encoder is not None:
+        parts["text_encoder"] = _named_encoder(found, extras.text_encoder)
     image_tokenizer = found.image_tokenizer
     if extras.image_tokenizer is not None:
         image_tokenizer, note = _joined_tokenizer(kind, extras.image_tokenizer, found.layout)
@@ -390,6 +401,15 @@ def _named(classes: Classes | None, path: Path) -> Classes:
     if len(names) != classes.num:
         raise InputError(f"{path} has {len(names)} names; the model has {classes.num} classes.")
     return Classes(num=classes.num, names=tuple(names))
+
+
+def _named_encoder(found: ReadModel, name: str) -> TextEncoderConfig:
+    if found.text_encoder is None or not isinstance(found.model, DecoderOnly):
+        raise InputError(f"--text-encoder {name}: this model draws of classes, and reads no captions.")
+    encoder, width = TextEncoder(name), found.model.config.feature_width
+    if encoder.width != width:
+        raise InputError(f"the text encoder {name} makes {encoder.width} features a token, the model reads {width}.")
+    return replace(found.text_encoder, name=name, sha256=encoder.sha256)
 
 
 def _joined_tokenizer(kind: TokenModelKind, path: Path, layout: Layout) -> tuple[Any, str]:

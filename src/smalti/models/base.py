@@ -1,6 +1,7 @@
 """What a model of token sequences is, to whoever trains, scores or draws with it.
 
-Letters: B batch, R rows of a state, T tokens, C channels of features, D model width, V vocabulary, n ids of a slot.
+Letters: B batch, R rows of a state, T tokens, D model width, V vocabulary, n ids of a slot,
+or features of a row, C their channels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,8 +27,8 @@ class Inputs(NamedTuple):
     grid behind a prefix of any length. None: one after the other."""
     targets: Int[Tensor, "B T"] | None = None
     """The position that each token is followed by, for models that are told (RAR); −1: they are told of none."""
-    features: Float[Tensor, "B T C"] | None = None
-    """What stands in place of ids; elsewhere it is not read."""
+    features: Float[Tensor, "B n C"] | None = None
+    """What stands in place of the first ids; where there is an id it is not read."""
 
 
 def inputs_of(inputs: Inputs | Int[Tensor, "B T"]) -> Inputs:

@@ -2,7 +2,8 @@
 
 What generates and what scores sees a model only through `hidden`, `new_state`, `extend` and `logits`.
 
-Letters: B batch, T tokens, V vocabulary, D model width, n the ids of a slot.
+Letters: B batch, T tokens, V vocabulary, D model width, n the ids of a slot, or the features of a row, C
+their channels.
 """
 
 import math
@@ -24,7 +25,7 @@ from smalti.models.stored_weights import STORAGES, StoredWeight, store_linears
 from smalti.models.transformer import Transformer
 from smalti.sequences.layout import Layout, Slot, Span
 from smalti.sequences.request import TokenSequence
-from smalti.sequences.vocabulary import FEATURE, FEATURES
+from smalti.sequences.vocabulary import FEATURE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,13 +169,12 @@ class DecoderOnly(nn.Module):
         if longest > most:
             raise ValueError(f"the layout's sequences have up to {longest} tokens; the model takes {most}.")
         check_positions(layout, self.config.transformer)
-        prefix = self.config.transformer.prefix_length
         for order in layout.orders.values():
-            part = order.parts[0]
-            found = part.length if isinstance(part, Span) and part.segment == FEATURES else 0
-            wanted = 0 if self.config.feature_width is None else prefix
-            if found != wanted:
-                raise ValueError(f"order {order.name!r} ({order}) has {found} features; the model reads {wanted}.")
+            found = 0 if order.features is None else order.features.length
+            if found != self.num_features:
+                raise ValueError(
+                    f"order {order.name!r} ({order}) has {found} features; the model reads {self.num_features}."
+                )
 
     def check_request(self, sequence: TokenSequence) -> None:
         """Raises ValueError if something is to be drawn that the model was only ever given, or for features of another
@@ -191,22 +191,34 @@ class DecoderOnly(nn.Module):
     def hidden(self, inputs: Inputs | Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Hidden states of whole sequences; the one at position t predicts token t + 1.
 
-        A model that reads features needs `Inputs`, with positions: the last feature stands at prefix_length − 1.
+        Of a model that reads features, the last one stands at prefix_length − 1 unless `Inputs` has other positions.
         """
         if isinstance(inputs, Tensor):
             return self.transformer(self.embed_tokens(inputs))
-        x = self._embedded(inputs.token_ids, inputs.features)
-        return self.transformer(x, positions=inputs.positions)
+        token_ids, positions = inputs.token_ids, inputs.positions
+        x = self._embedded(token_ids, inputs.features)
+        if positions is None and inputs.features is not None:
+            given = (token_ids == FEATURE).sum(1, keepdim=True)
+            positions = torch.arange(token_ids.shape[1], device=token_ids.device) + self.num_features - given
+        return self.transformer(x, positions=positions)
 
     def _embedded(
-        self, token_ids: Int[Tensor, "B T"], features: Float[Tensor, "B T C"] | None
+        self, token_ids: Int[Tensor, "B T"], features: Float[Tensor, "B n C"] | None
     ) -> Float[Tensor, "B T D"]:
         if features is None:
             return self.embed_tokens(token_ids)
         if self.config.feature_width is None:
             raise ValueError("features are given; this model reads token ids alone (feature_width is None).")
         x = self.embed_tokens(token_ids.clamp(min=0))
-        return torch.where(token_ids[..., None] == FEATURE, self.features(features.to(x.dtype)), x)
+        ahead = min(features.shape[1], x.shape[1])
+        projected = self.features(features[:, :ahead].to(x.dtype))
+        begun = torch.where(token_ids[:, :ahead, None] == FEATURE, projected, x[:, :ahead])
+        return torch.cat((begun, x[:, ahead:]), dim=1)
+
+    @property
+    def num_features(self) -> int:
+        """Features that the prefix of a sequence has room for; 0: the model reads none."""
+        return 0 if self.config.feature_width is None else self.config.transformer.prefix_length
 
     def null_features(self, num_features: int) -> Float[Tensor, "n C"]:
         """What stands for so many features where none are given: the last of the prefix, as a caption's are."""

@@ -28,7 +28,7 @@ def token_nll(
     """
     if full_softmax:
         check_full_head(model)
-    hidden = model.hidden(packed.token_ids[:, :-1]).flatten(0, 1)  # (B * (T - 1), D)
+    hidden = model.hidden(_inputs(packed.token_ids, features=packed.features)).flatten(0, 1)  # (B * (T - 1), D)
     targets = packed.token_ids[:, 1:].flatten()
     target_slots = packed.slot_ids[:, 1:].flatten()
     nll = hidden.new_zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -96,13 +96,14 @@ def slot_nll(
     targets: Sequence[SlotTargets],
     slots: Sequence[Slot],
     positions: Int[Tensor, "B T"] | None = None,
+    features: Float[Tensor, "B n_features C"] | None = None,
 ) -> Float[Tensor, " n"]:
     """The values of `token_nll` at the targets alone, one after the other: what training minimises the sum of.
 
     With `positions` the tokens are visited in another order than raster: each token's own, from which follows which one
-    comes next.
+    comes next. `features` stand in place of the first tokens.
     """
-    hidden = model.hidden(_inputs(token_ids, positions)).flatten(0, 1)  # (B * (T - 1), D)
+    hidden = model.hidden(_inputs(token_ids, positions, features)).flatten(0, 1)  # (B * (T - 1), D)
     found = []
     for target in targets:
         if target.slot is None:
@@ -112,8 +113,14 @@ def slot_nll(
     return torch.cat(found)
 
 
-def _inputs(token_ids: Int[Tensor, "B T"], positions: Int[Tensor, "B T"] | None) -> Inputs | Int[Tensor, "B T_1"]:
+def _inputs(
+    token_ids: Int[Tensor, "B T"],
+    positions: Int[Tensor, "B T"] | None = None,
+    features: Float[Tensor, "B n_features C"] | None = None,
+) -> Inputs | Int[Tensor, "B T_1"]:
     """What predicts the tokens behind the first."""
+    if features is not None:
+        return Inputs(token_ids[:, :-1], features=features)
     if positions is None:
         return token_ids[:, :-1]
     targets = positions[:, 1:].clone()

@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from smalti import processor
+from smalti.files import user_cache
 
 SOURCES = Path(__file__).parent
 # GCC splits 512-bit work in two unless told; FMA and square roots need no errno and no traps. Nothing here lets sums
@@ -79,8 +80,7 @@ def cached_library(name: str) -> Path | None:
 
 
 def cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "smalti" / "native"
+    return user_cache("native")
 
 
 def _open(name: str, path: Path | None) -> ctypes.CDLL | None:

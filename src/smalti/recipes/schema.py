@@ -3,13 +3,14 @@ written down once, where they are used; this file only says which sections there
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smalti.bundle import Sampling
 from smalti.data.digits import ColouringConfig
 from smalti.data.picture_sets import PicturesConfig
+from smalti.evaluate.captions import CaptionsReportConfig
 from smalti.evaluate.classes import ClassesReportConfig
 from smalti.evaluate.compositions import CompositionsConfig
 from smalti.evaluate.report import ReportConfig
@@ -23,6 +24,7 @@ from smalti.recipes.line_presets import AUTO, choose_preset
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import SPECIAL, Vocabulary
 from smalti.tasks.sample_table import SampleTableConfig
+from smalti.text_features import MAX_FEATURES
 from smalti.text_tokenizer import BPEConfig
 from smalti.training.gan_tokenizer import TrainGANTokenizerConfig
 from smalti.training.image_tokenizer import TrainTokenizerConfig
@@ -257,19 +259,21 @@ class LabelledPicturesData(Section):
     """Drawn pictures are enlarged this many times."""
 
 
-class ClassModel(Section):
-    """The transformer: LlamaGen's (2-D rotary positions, RMSNorm, SwiGLU), or a RAR."""
+class LlamaGenModel(Section):
+    """A transformer of LlamaGen's kind: 2-D rotary positions, RMSNorm, SwiGLU."""
 
-    family: Literal["llamagen", "rar"] = "llamagen"
     num_layers: int
     d_model: int
     num_heads: int
     d_ff: int
     dropout: float = 0.1
 
+    @property
+    def _positions(self) -> dict[str, Any]:
+        return {"positions": "rotary_2d", "grid": (1, 1)}
+
     @model_validator(mode="after")
-    def _fits_together(self) -> "ClassModel":
-        positions: dict[str, Any] = {"positions": "rotary_2d", "grid": (1, 1)} if self.family == "llamagen" else {}
+    def _fits_together(self) -> Self:
         TransformerConfig(
             num_layers=self.num_layers,
             d_model=self.d_model,
@@ -277,9 +281,19 @@ class ClassModel(Section):
             d_ff=self.d_ff,
             max_length=1,
             dropout=self.dropout,
-            **positions,
+            **self._positions,
         )
         return self
+
+
+class ClassModel(LlamaGenModel):
+    """LlamaGen's, or a RAR."""
+
+    family: Literal["llamagen", "rar"] = "llamagen"
+
+    @property
+    def _positions(self) -> dict[str, Any]:
+        return super()._positions if self.family == "llamagen" else {}
 
 
 class ClassesRecipe(Section):
@@ -317,13 +331,77 @@ class ClassesRecipe(Section):
         return self.train
 
 
-AnyRecipe = Recipe | LinesRecipe | TokenizerRecipe | CaptionsRecipe | ClassesRecipe
-System = type[Recipe] | type[LinesRecipe] | type[TokenizerRecipe] | type[CaptionsRecipe] | type[ClassesRecipe]
+class TextToImageStage(Section):
+    """One training, on pictures of one size."""
+
+    image_size: tuple[int, int] | None = None
+    """Rows and columns of pixels; None: those of the image tokenizer."""
+    data: Path | None = None
+    """Pictures with captions to take in place of the recipe's, and `validation` likewise."""
+    validation: Path | None = None
+    train: TrainConfig
+
+
+class TextToImageRecipe(Section):
+    """A checked recipe of the system `text to image`: pictures of captions that a text encoder reads (t2i)."""
+
+    system: Literal["text to image"]
+    description: str
+    expects: str
+    minutes: Minutes = {}
+    data: Path | None = None
+    """Pictures with captions, as `open_pairs` finds them: parquet, webdataset shards, or a folder."""
+    validation: Path | None = None
+    """Others to measure on. None: some of `data` are held out."""
+    held_out: float | int = 0.05
+    """What is held out where there is no `validation`: a share, or a number."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do about a broken picture, or one without a caption."""
+    scale: int = 1
+    """Drawn pictures are enlarged this many times."""
+    image_tokenizer: Path | None = None
+    """Folder of a trained image tokenizer, or a bundle that has one. Of two stages, one that takes any size."""
+    text_encoder: str | None = None
+    """Folder of a T5 encoder, as transformers saves it, or the hub's owner/name."""
+    num_features: int = Field(default=MAX_FEATURES, ge=2)
+    """Tokens of a caption that are read at most."""
+    clean_captions: bool = True
+    """Give captions to the text encoder as LlamaGen does: in lower case, with plain quotes and dashes."""
+    features: Path | None = None
+    """Folder to keep features of captions in, which several runs may share. None: in the run's own."""
+    model: LlamaGenModel
+    stage1: TextToImageStage
+    stage2: TextToImageStage | None = None
+    """Goes on with the weights of the first, as a rule at larger pictures. None: there is but one."""
+    watch: SampleTableConfig = SampleTableConfig()
+    sample: Sampling = Sampling()
+    evaluate: CaptionsReportConfig = CaptionsReportConfig()
+    about: dict[str, str] = {}
+    """What the model card says of data and licence."""
+    output: Path
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "TextToImageRecipe":
+        if self.held_out <= 0:
+            raise ValueError(f"held_out is {self.held_out}; it must be more than 0.")
+        return self
+
+
+AnyRecipe = Recipe | LinesRecipe | TokenizerRecipe | CaptionsRecipe | ClassesRecipe | TextToImageRecipe
+System = (
+    type[Recipe]
+    | type[LinesRecipe]
+    | type[TokenizerRecipe]
+    | type[CaptionsRecipe]
+    | type[ClassesRecipe]
+    | type[TextToImageRecipe]
+)
 SYSTEMS: dict[str, System] = {
     "digits": Recipe,
     "lines": LinesRecipe,
     "image tokenizer": TokenizerRecipe,
     "captions": CaptionsRecipe,
     "classes": ClassesRecipe,
+    "text to image": TextToImageRecipe,
 }
 """Kinds of recipes, by their entry `system`."""

@@ -10,24 +10,24 @@ A layout is one or more weighted *orders*; an order is a line of parts, in a sma
 From it follow, for every position, the **slot**: which ids can stand there. The loss takes its softmax over the
 slot, the sampler draws from it, likelihood counts by it. A slot that holds one id costs nothing.
 
-Letters: B batch, T tokens.
+Letters: B batch, T tokens, n features of a row, C their channels.
 """
 
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smalti.bounds import check_sizes
-from smalti.sequences.vocabulary import FEATURES, SPECIAL, Vocabulary
+from smalti.sequences.vocabulary import FEATURE, FEATURES, SPECIAL, Vocabulary
 
 PARTS = {"image": "picture", "text": "caption", SPECIAL: "markers", "label": "label"}
 """What the nats of a segment's tokens are called in reports."""
@@ -107,6 +107,12 @@ class Order:
         return tuple(part for part in self.parts if isinstance(part, Span))
 
     @property
+    def features(self) -> Span | None:
+        """The span of features that the order begins with, if it does."""
+        first = self.parts[0]
+        return first if isinstance(first, Span) and first.segment == FEATURES else None
+
+    @property
     def max_length(self) -> int:
         return sum(1 if isinstance(part, Marker) else part.length + bool(part.end) for part in self.parts)
 
@@ -128,6 +134,13 @@ class Packed(NamedTuple):
     """Index into `Layout.slots` of the slot each token was drawn from."""
     counted: Bool[Tensor, "B T"]
     """Whether the token counts in the loss."""
+    features: Float[Tensor, "B n C"] | None = None
+    """What stands in place of the first tokens, where the order begins with features; a shorter row's end in zeros."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Packed":
+        """The batch with every tensor changed alike: rows chosen, or moved to a device."""
+        features = None if self.features is None else change(self.features)
+        return Packed(change(self.token_ids), change(self.slot_ids), change(self.counted), features)
 
 
 class SpanValues(NamedTuple):
@@ -199,8 +212,9 @@ class Layout:
     @property
     def is_fixed(self) -> bool:
         """Whether every sequence has the same length, known in advance."""
-        spans = [span for order in self.orders.values() for span in order.spans]
-        return not any(span.end for span in spans) and len({o.max_length for o in self.orders.values()}) == 1
+        orders = self.orders.values()
+        varies = any(order.features or any(span.end for span in order.spans) for order in orders)
+        return not varies and len({order.max_length for order in orders}) == 1
 
     @cached_property
     def predicted(self) -> Slot | None:
@@ -226,12 +240,19 @@ class Layout:
         assert span.end is not None
         return self._end_slots[span.end]
 
-    def pack(self, order: str, spans: Mapping[str, SpanValues]) -> Packed:
-        """Sequences of one order from each span's local ids (codes, text ids, both from 0).
+    def pack(
+        self,
+        order: str,
+        spans: Mapping[str, SpanValues],
+        features: Sequence[Float[Tensor, "n C"]] | None = None,
+    ) -> Packed:
+        """Sequences of one order from each span's local ids (codes, text ids, both from 0), and each row's `features`
+        where the order begins with some.
 
         Raises ValueError where a span is missing, has other rows than the rest, the wrong length, or a number outside
         its segment.
         """
+        spans = self._with_features(self[order], spans, features)
         rows = self._check_spans(self[order], spans)
         length = max(self._row_lengths(self[order], spans), default=0)
         token_ids = torch.zeros(rows, length, dtype=torch.long)
@@ -251,9 +272,28 @@ class Layout:
             if isinstance(part, Span) and part.end:  # a full span leaves no choice: only its end can follow
                 full = (lengths > part.length).nonzero()[:, 0]
                 slot_ids[full, at[full] - 1] = self._end_slots[part.end]
-        slot_ids[:, :1] = NO_SLOT
-        counted[:, :1] = False
-        return Packed(token_ids, slot_ids, counted)
+        begins = (token_ids == FEATURE) | (torch.arange(length) == 0)
+        slot_ids[begins], counted[begins] = NO_SLOT, False
+        filled = None if features is None else torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True)
+        return Packed(token_ids, slot_ids, counted, filled)
+
+    def _with_features(
+        self, order: Order, spans: Mapping[str, SpanValues], features: Sequence[Float[Tensor, "n C"]] | None
+    ) -> Mapping[str, SpanValues]:
+        """The spans, and that of the features, in which every token is `FEATURE`."""
+        if order.features is None:
+            if features is not None:
+                raise ValueError(f"features are given, but order {order.name!r} ({order}) has none.")
+            return spans
+        if features is None:
+            raise ValueError(
+                f"order {order.name!r} begins with features, which cannot be packed as token ids: give each row's."
+            )
+        most, lengths = order.features.length, torch.tensor([len(row) for row in features])
+        if bool(((lengths < 1) | (lengths > most)).any()):
+            row = int(((lengths < 1) | (lengths > most)).nonzero()[0])
+            raise ValueError(f"row {row} has {int(lengths[row])} features; the layout takes 1 to {most}.")
+        return {**spans, FEATURES: SpanValues(torch.full((len(features), most), FEATURE), lengths)}
 
     def _part_tokens(
         self, part: Marker | Span, spans: Mapping[str, SpanValues], rows: int
@@ -262,6 +302,8 @@ class Layout:
             marker = self.vocabulary.special(part.special)
             return torch.full((rows, 1), marker), torch.ones(rows, dtype=torch.long), True
         values, lengths = spans[part.segment]
+        if part.segment == FEATURES:
+            return values, lengths, False
         token_ids = self.vocabulary.ids(part.segment, values.long())
         if part.end:  # the marker that ends the span takes the place after each row's last token
             token_ids = torch.nn.functional.pad(token_ids, (0, 1))
@@ -282,9 +324,8 @@ class Layout:
                 )
             if span.segment not in spans:
                 raise ValueError(f"order {order.name!r} needs a span of {span.segment!r}; given were {sorted(spans)}.")
-            if span.segment == FEATURES:
-                raise ValueError(f"order {order.name!r} begins with features, which cannot be packed as token ids.")
-            self._check_values(span, *spans[span.segment])
+            if span.segment != FEATURES:
+                self._check_values(span, *spans[span.segment])
         return next(iter(counts.values()))[0] if counts else 1
 
     def _check_values(self, span: Span, values: Int[Tensor, "B L"], lengths: Int[Tensor, " B"]) -> None:

@@ -66,7 +66,9 @@ class Vocabulary:
         return isinstance(other, Vocabulary) and (self.segments, self.specials) == (other.segments, other.specials)
 
     def __repr__(self) -> str:
-        parts = (f"{s.name} {s.offset}..{s.end - 1}" for s in self.segments.values())
+        parts = (
+            f"{s.name} {s.offset}..{s.end - 1}" if s.size else f"{s.name} (no ids)" for s in self.segments.values()
+        )
         return f"Vocabulary({', '.join(parts)})"
 
     def special(self, name: str) -> int:

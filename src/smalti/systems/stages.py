@@ -73,7 +73,7 @@ def stored_tokens(
     pairs: Path,
     tokens: Path,
     image_tokenizer: nn.Module,
-    text_tokenizer: TextTokenizer,
+    text_tokenizer: TextTokenizer | None,
     config: TokenizeConfig,
     *,
     show_progress: bool,

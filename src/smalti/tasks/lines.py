@@ -120,7 +120,7 @@ class LineModel(Face):
         whole = torch.zeros(N, self.length, dtype=torch.long)
         whole[:, :L] = torch.where(inside, codes, 0)  # what stands behind the end does not reach what is before it
         packed = self.layout.pack(self.order, {"image": SpanValues(whole, torch.full((N,), self.length))})
-        used = type(packed)(*(tensor[:, : 1 + L] for tensor in packed))
+        used = packed.map(lambda tensor: tensor[:, : 1 + L])
         nll = token_nll(self.model, to_device(used, self.model.device), self.layout.slots)
         return torch.where(inside, nll[:, 1:].double().cpu(), 0.0)
 

@@ -13,6 +13,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from smalti.bundle import Bundle
 from smalti.documents import config_of
 from smalti.engine.executors import EXECUTORS
 from smalti.engine.executors.native import load
@@ -23,9 +24,10 @@ from smalti.image_files import GRID_GAP, grid_columns, read_picture, read_receip
 from smalti.models.stored_weights import STORAGES
 from smalti.tasks.classes import CLASS, ClassPipeline
 from smalti.tasks.edit import edit_request
+from smalti.tasks.features import FeaturePipeline, captions_face
 from smalti.tasks.images import Pipeline
 
-AnyPipeline = Pipeline | ClassPipeline
+AnyPipeline = Pipeline | ClassPipeline | FeaturePipeline
 ENTRIES = {"task": str, "seed": int, "sampling": dict, "weights_sha256": str, "codes": list, "bundle": str}
 """What a receipt must hold, whatever the picture is."""
 TASK_ENTRIES = {
@@ -49,15 +51,16 @@ class Replayed(NamedTuple):
     by pixel."""
 
 
-def replay(path: Path | str, bundle: str | Path | None = None) -> Replayed:
-    """Draws the picture, or the grid of pictures, in a PNG file again, with the bundle it names or `bundle`.
+def replay(path: Path | str, bundle: str | Path | None = None, text_encoder: str | Path | None = None) -> Replayed:
+    """Draws the picture, or the grid of pictures, in a PNG file again, with the bundle it names or `bundle`, and the
+    text encoder it names, if any, or `text_encoder`.
 
-    Raises InputError if the file does not say how it was made, or the bundle has other weights than those it was made
-    with, naming both.
+    Raises InputError if the file does not say how it was made, or bundle or text encoder have other weights than those
+    it was made with, naming both.
     """
     given = read_picture(path)
     receipts = checked_receipts(path, read_receipts(path))
-    pipe = _load(path, receipts, bundle)
+    pipe = _load(path, receipts, bundle, text_encoder)
     for receipt in receipts:
         if receipt["weights_sha256"] != pipe.weights_sha256:
             raise InputError(
@@ -65,6 +68,8 @@ def replay(path: Path | str, bundle: str | Path | None = None) -> Replayed:
                 f"{pipe.weights_sha256}; name the bundle it was drawn with by --bundle."
             )
     check_kept(path, receipts, pipe)
+    if isinstance(pipe, FeaturePipeline):
+        _check_text_encoder(path, receipts, pipe)
     for receipt in receipts:
         _check_executor(path, receipt.get("executor"))
     scale = _scale(path, given, len(receipts), pipe)  # before the work: a picture made smaller has no place for them
@@ -94,7 +99,7 @@ def checked_receipts(path: Path | str, receipts: list[dict[str, Any]]) -> list[d
                     f"{path}: its receipt has {name} {shortened(repr(receipt.get(name)))}, so it cannot be drawn "
                     "again; was it written by another program, or another version of smalti?"
                 )
-        for name in ("prompt", "negative_prompt"):
+        for name in ("prompt", "negative_prompt", "text_encoder", "text_encoder_sha256"):
             if not isinstance(receipt.get(name), str | None):
                 raise _damaged(path, f"{name} is {shortened(repr(receipt[name]))}, expected text")
         for name in ("codes", "redrawn"):
@@ -131,21 +136,43 @@ def check_kept(path: Path | str, receipts: list[dict[str, Any]], pipe: AnyPipeli
             raise _damaged(path, f"not all of its codes are in 0..{size - 1}")
 
 
-def _load(path: Path | str, receipts: list[dict[str, Any]], bundle: str | Path | None) -> AnyPipeline:
+def _load(
+    path: Path | str, receipts: list[dict[str, Any]], bundle: str | Path | None, text_encoder: str | Path | None
+) -> AnyPipeline:
     receipt = receipts[0]
     if len({one["task"] == CLASS for one in receipts}) > 1:
         raise _damaged(path, "some of its pictures are of classes and some of captions")
-    kind = ClassPipeline if receipt["task"] == CLASS else Pipeline
     weights = receipt.get("weights", "float32")  # receipts of before there was a choice
+
+    def load_face(name: str | Path) -> AnyPipeline:
+        loaded = Bundle.load(name, weights=weights)
+        if receipt["task"] == CLASS:
+            return ClassPipeline(loaded)
+        # what a picture's file names never starts a download
+        return captions_face(loaded, text_encoder or receipt.get("text_encoder"), fetch=text_encoder is not None)
+
     if bundle is not None:
-        return kind.load(bundle, weights=weights)
+        return load_face(bundle)
     try:
-        return kind.load(receipt["bundle"], weights=weights)
+        return load_face(receipt["bundle"])
     except InputError as error:
         raise InputError(
             f"{path} was drawn with the bundle {receipt['bundle']!r} of weights {receipt['weights_sha256']}: say by "
             f"--bundle where it is ({error})"
         ) from error
+
+
+def _check_text_encoder(path: Path | str, receipts: list[dict[str, Any]], pipe: FeaturePipeline) -> None:
+    """Raises InputError for another text encoder than a receipt's, and for what is not drawn of a whole caption."""
+    for receipt in receipts:
+        if receipt["task"] != "generate":
+            raise _damaged(path, f"{pipe.name} draws whole pictures of captions, and it says {receipt['task']!r}")
+        wanted = receipt.get("text_encoder_sha256")
+        if wanted is not None and wanted != pipe.text_encoder.sha256:
+            raise InputError(
+                f"{path} was drawn with a text encoder of sha256 {wanted}, {pipe.text_encoder.name} has "
+                f"{pipe.text_encoder.sha256}; name the one it was drawn with by --text-encoder."
+            )
 
 
 def _scale(path: Path | str, given: Image.Image, num_pictures: int, pipe: AnyPipeline) -> int:
@@ -208,6 +235,8 @@ def receipt_request(pipe: AnyPipeline, receipt: dict[str, Any]) -> Request:
     config, prompt, seed = receipt_config(pipe, receipt), receipt.get("prompt"), receipt["seed"]
     if isinstance(pipe, ClassPipeline):
         return pipe.class_request(pipe.classes.find(receipt["label"]), seed, config)
+    if isinstance(pipe, FeaturePipeline):
+        return pipe.prompt_request(prompt or "", seed, receipt.get("negative_prompt"), config)
     if receipt["task"] == "complete":
         kept = torch.tensor(receipt["codes"][: receipt["rows"] * pipe.grid[1]], dtype=torch.long)
         return pipe.complete_request(kept.view(-1, pipe.grid[1]), prompt, seed, config)

@@ -6,17 +6,18 @@ samples/table.md         the same as a table in Markdown, which shows the files
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from smalti.files import new_file
 from smalti.image_files import read_picture, save_picture
 from smalti.models.base import evaluating
 from smalti.models.families import AnyModel
-from smalti.tasks.images import Pipeline
 
 TABLE_PNG, TABLE_MD = "table.png", "table.md"
 
@@ -36,14 +37,22 @@ class SampleTableConfig:
             raise ValueError(f"every is {self.every}; it must be at least 1.")
 
 
+class Drawing(Protocol):
+    """What draws pictures of captions."""
+
+    def generate(
+        self, prompts: Sequence[str], *, seed: Sequence[int], scale: int | None = None
+    ) -> list[Image.Image]: ...
+
+
 class SampleTable:
     """Draws the prompts' pictures with a model as it is, and keeps the table of all so far in `directory`.
 
-    `make_pipeline` gives the bundle that a model is part of. Called again for a step whose pictures are there, as when
-    a training is resumed, it draws nothing.
+    `make_pipeline` gives the face of the bundle that a model is part of. Called again for a step whose pictures are
+    there, as when a training is resumed, it draws nothing.
     """
 
-    def __init__(self, directory: Path, config: SampleTableConfig, make_pipeline: Callable[[AnyModel], Pipeline]):
+    def __init__(self, directory: Path, config: SampleTableConfig, make_pipeline: Callable[[AnyModel], "Drawing"]):
         self.directory, self.config, self._make_pipeline = directory, config, make_pipeline
 
     def __call__(self, model: AnyModel, step: int) -> None:

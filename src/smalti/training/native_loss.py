@@ -75,6 +75,7 @@ def why_not(model: AnyModel, precision: str = "float32") -> str | None:
     widths = {"d_model": config.d_model, "d_ff": config.d_ff, "key-value width": config.kv_width}
     uneven = [f"{name} {width}" for name, width in widths.items() if width % EDGE]
     checks = {
+        "it reads token ids, no features": model.config.feature_width is None,
         "the model is not on the CPU": model.device.type == "cpu",
         "the weights are not float32": all(weight.dtype == torch.float32 for weight in model.parameters()),
         "the processor has no bfloat16 products": precision != "bfloat16" or multiplies_bfloat16(),

@@ -7,7 +7,7 @@ costs 0. Every digits sequence counts 57: 49 of the picture, 6 of the caption, 2
 Everything random is a function of (seed, step): which rows a batch holds, in which order each is laid out, what dropout
 drops. So a step number, the weights and the optimizer are all that a run needs to go on as if it had never stopped.
 
-Letters: B batch, T tokens, n counted positions that cost something, P parts.
+Letters: B batch, T tokens, n counted positions that cost something, P parts, F features at most of a row, C channels.
 """
 
 import logging
@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from smalti.data.featured_pairs import FeaturedPairs
 from smalti.data.loader import prefetch, step_rows
 from smalti.data.tokens import TokenBatch
 from smalti.engine.executors import native as native_decode
@@ -239,13 +240,16 @@ class MicroBatch(NamedTuple):
     """Counted positions of each part, those that cost nothing included; stays on the CPU."""
     positions: Int[Tensor, "B T"] | None = None
     """Where each token stands, if pictures are not all visited in raster order."""
+    features: Float[Tensor, "B F C"] | None = None
+    """What stands in place of the first tokens, if sequences begin with features."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
             return self
         moved = [SlotTargets(t.slot, t.rows.to(device), t.local.to(device)) for t in self.targets]
         positions = None if self.positions is None else self.positions.to(device)
-        return MicroBatch(self.token_ids.to(device), moved, self.parts.to(device), self.counts, positions)
+        features = None if self.features is None else self.features.to(device)
+        return MicroBatch(self.token_ids.to(device), moved, self.parts.to(device), self.counts, positions, features)
 
 
 def part_names(layout: Layout) -> list[str]:
@@ -274,20 +278,25 @@ def pack_rows(
 ) -> Packed:
     """Sequences of these rows, each in its order (an index into `layout.orders`), which must ascend. Of the rows that
     are `uncaptioned`, those with the caption before the picture have an empty one, those with a label the null label.
-    Labels stand in the rows' `text_tokens`, one in each."""
+    Labels stand in the rows' `text_tokens`, one in each. Where sequences begin with features, `pairs` have them."""
     packed = []
     for index, order in enumerate(layout.orders):
         chosen = rows[orders == index]
         if len(chosen):
             image, image_lengths, text, text_lengths = map(torch.from_numpy, pairs.batch(chosen))
-            if uncaptioned is not None and _has_label(layout[order]):
+            features = None
+            if layout[order].features is not None:
+                assert isinstance(pairs, FeaturedPairs)
+                features = pairs.features(chosen, None if uncaptioned is None else uncaptioned[orders == index])
+            elif uncaptioned is not None and _has_label(layout[order]):
                 null = layout.vocabulary["label"].size - 1
                 text = text.masked_fill(torch.from_numpy(uncaptioned[orders == index])[:, None], null)
             elif uncaptioned is not None and _may_lack_caption(layout[order]):
                 text_lengths = text_lengths.masked_fill(torch.from_numpy(uncaptioned[orders == index]), 0)
             beside = SpanValues(text, text_lengths)
             spans = {"image": SpanValues(image, image_lengths), "text": beside, "label": beside}
-            packed.append(layout.pack(order, {s.segment: spans[s.segment] for s in layout[order].spans}))
+            given = {s.segment: spans[s.segment] for s in layout[order].spans if s.segment in spans}
+            packed.append(layout.pack(order, given, features))
     return _join(packed)
 
 
@@ -296,18 +305,22 @@ def _has_label(order: Order) -> bool:
 
 
 def _may_lack_caption(order: Order) -> bool:
-    """Whether a caption of open length, or a label, comes before the picture."""
-    return _has_label(order) or (
-        [span.segment for span in order.spans] == ["text", "image"] and order.spans[0].end is not None
+    """Whether a caption of open length, its features, or a label come before the picture."""
+    return (
+        _has_label(order)
+        or order.features is not None
+        or ([span.segment for span in order.spans] == ["text", "image"] and order.spans[0].end is not None)
     )
 
 
 def _join(packed: Sequence[Packed]) -> Packed:
-    """Packed batches one below the other, padded to the longest."""
+    """Packed batches one below the other, padded to the longest. Features have layouts of one order."""
+    if len(packed) == 1:
+        return packed[0]
     length = max(batch.token_ids.shape[1] for batch in packed)
     padded = [
         [nn.functional.pad(tensor, (0, length - tensor.shape[1]), value=fill) for tensor in tensors]
-        for fill, tensors in zip((0, NO_SLOT, False), zip(*packed, strict=True), strict=True)
+        for fill, tensors in zip((0, NO_SLOT, False), zip(*(one[:3] for one in packed), strict=True), strict=True)
     ]
     return Packed(*map(torch.cat, padded))
 
@@ -319,7 +332,7 @@ def make_micro_batch(layout: Layout, packed: Packed, *, full_softmax: bool) -> M
     parts = torch.bucketize(packed.token_ids, ends, right=True)
     rows = torch.cat([target.rows for target in targets])
     counts = torch.bincount(parts[packed.counted], minlength=len(ends))
-    return MicroBatch(packed.token_ids, targets, parts[:, 1:].flatten()[rows], counts)
+    return MicroBatch(packed.token_ids, targets, parts[:, 1:].flatten()[rows], counts, features=packed.features)
 
 
 def micro_batches(
@@ -418,11 +431,15 @@ class NextTokenLoss(nn.Module):
         self.model, self.slots, self.native = model, layout.slots, native
 
     def forward(
-        self, token_ids: Int[Tensor, "B T"], targets: list[SlotTargets], positions: Int[Tensor, "B T"] | None = None
+        self,
+        token_ids: Int[Tensor, "B T"],
+        targets: list[SlotTargets],
+        positions: Int[Tensor, "B T"] | None = None,
+        features: Float[Tensor, "B F C"] | None = None,
     ) -> Float[Tensor, " n"]:
         if self.native is not None:
             return self.native(token_ids, targets, self.slots)
-        return slot_nll(self.model, token_ids, targets, self.slots, positions)
+        return slot_nll(self.model, token_ids, targets, self.slots, positions, features)
 
 
 @dataclass(kw_only=True)
@@ -823,7 +840,7 @@ def train_step(
             gradients_kept_back(loss_module, piece is not pieces[-1]),
             compute_precision(device, config.precision),
         ):
-            nll = loss_module(piece.token_ids, piece.targets, piece.positions)
+            nll = loss_module(piece.token_ids, piece.targets, piece.positions, piece.features)
             # Processes average their gradients: times their number, it is the sum over the joined batch.
             (nll.sum() * (world_size / total)).backward()
         nats.index_add_(0, piece.parts, nll.detach().float())
@@ -865,6 +882,9 @@ def _check_task(layout: Layout, train: Pairs, validation: Pairs, config: TrainCo
             f"caption_dropout is {config.caption_dropout}, but no caption can be left empty: no order has one of open "
             f"length, text{{..n}}, before its picture. The layout has:\n{layout}"
         )
+    for pairs in (train, validation):
+        if any(order.features for order in layout.orders.values()) != isinstance(pairs, FeaturedPairs):
+            raise ValueError(f"features of captions go with a layout that begins with them, and no other:\n{layout}")
     for order in layout.orders.values():
         open_slots = [
             isinstance(part, Marker) or part.counted
