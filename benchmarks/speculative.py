@@ -4,12 +4,12 @@
         [--couplings inverse gumbel maximal] [--executors native eager] [--rounds 3] [--temperature T]
         [--guidance-scale S] [--processor-time] [--quick]
 
-Draws n pictures of captions that the bundle knows, with its own settings, for each window and coupling, and without
-drafts; the settings take turns, `--rounds` times. A pass is one call of the model for all pictures that are open;
-passes a picture are those in which it was. Times are medians; how much faster that is, is the median of the ratios in
-each round, and less than 1 is slower. With the coupling `inverse` and an executor other than `eager` the pictures must
-be the same; exits 1 if they are not. `--processor-time` counts that of the process instead of a clock's, for a machine
-that is busy.
+Draws n pictures of captions that the bundle knows, or of classes in turn, with its own settings, for each window and
+coupling, and without drafts; the settings take turns, `--rounds` times. A pass is one call of the model for all
+pictures that are open; passes a picture are those in which it was. Times are medians; how much faster that is, is the
+median of the ratios in each round, and less than 1 is slower. With the coupling `inverse` and an executor other than
+`eager` the pictures must be the same; exits 1 if they are not. `--processor-time` counts that of the process instead of
+a clock's, for a machine that is busy.
 """
 
 import argparse
@@ -20,23 +20,36 @@ from statistics import median
 
 import torch
 
+from smalti.bundle import Bundle, find_bundle
 from smalti.engine.engine import Engine
 from smalti.engine.executors import EXECUTORS
 from smalti.engine.sampling import COUPLINGS, SampleConfig
+from smalti.sequences.request import Request
+from smalti.tasks.classes import ClassPipeline
 from smalti.tasks.images import Pipeline
 
 DIGITS = ["dark green eight on bright cyan", "dark red three on light blue", "dark blue zero on bright green"]
 EMOJI = ["woman astronaut, dark skin tone", "cat face", "man cook", "thumbs up, light skin tone", "red heart", "rocket"]
 
 
+def open_pipe(name: str) -> Pipeline | ClassPipeline:
+    bundle = Bundle.load(find_bundle(name))
+    return ClassPipeline(bundle) if bundle.can_draw_classes else Pipeline(bundle)
+
+
+def asked(pipe: Pipeline | ClassPipeline, number: int, config: SampleConfig) -> Request:
+    if isinstance(pipe, ClassPipeline):
+        return pipe.class_request(number % pipe.classes.num, number, config)
+    prompts = DIGITS if pipe.name == "digits" else EMOJI
+    return pipe.picture_request(pipe.whole(prompts[number % len(prompts)]), number, None, config)
+
+
 def draw(
-    pipe: Pipeline, n: int, batch_size: int, executor: str, config: SampleConfig, clock
+    pipe: Pipeline | ClassPipeline, n: int, batch_size: int, executor: str, config: SampleConfig, clock
 ) -> tuple[list[list[int]], float, float]:
     """The codes of n pictures, passes a picture, and seconds a picture."""
-    prompts = DIGITS if pipe.name == "digits" else EMOJI
     engine = Engine(pipe.model, pipe.layout, capacity=batch_size, executor=executor)
-    words = [pipe.whole(prompts[i % len(prompts)]) for i in range(n)]
-    tickets = [engine.submit(pipe.picture_request(words[i], i, None, config), config) for i in range(n)]
+    tickets = [engine.submit(asked(pipe, number, config), config) for number in range(n)]
     passes, start = 0, clock()
     while not engine.is_idle:
         passes += len({event.ticket for event in engine.step()})
@@ -46,7 +59,7 @@ def draw(
 
 def compare(args: argparse.Namespace, name: str, executor: str, batch_size: int, clock) -> int:
     """Prints a table; returns how many pictures of the coupling `inverse` are not those without drafts."""
-    pipe = Pipeline.load(name)
+    pipe = open_pipe(name)
     given = {"temperature": args.temperature, "guidance_scale": args.guidance_scale}
     config = replace(pipe.sampling.picture, **{name: value for name, value in given.items() if value is not None})
     settings = [config] + [
