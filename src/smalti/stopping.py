@@ -48,6 +48,13 @@ def stoppable() -> Iterator[None]:
         _asked = Stopped(number)
         raise _asked
 
+    told = sys.unraisablehook
+
+    def unraisable(lost: Any) -> None:
+        if not isinstance(lost.exc_value, Stopped):  # of which it is known that it comes again
+            told(lost)
+
+    sys.unraisablehook = unraisable
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup's choice, or another library's, stays
             taken[number] = signal.signal(number, stop)
@@ -60,6 +67,7 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in taken.items():
             signal.signal(number, handler)
+        sys.unraisablehook = told
         _asked = None
 
 
