@@ -34,8 +34,8 @@ def test_the_class_makes_its_own_codes_likelier():
     assert (own < other).sum() >= 9 and torch.isfinite(own).all()
 
 
-def test_the_command_draws_it(tmp_path):
-    command = ["generate", "--class", "seven", "--bundle", "mnist-classes", "-o", str(tmp_path / "a.png")]
-    assert run(command) == 0
+def test_the_command_draws_it(tmp_path, capsys):
+    assert run(["generate", "--class", "seven", "-o", str(tmp_path / "a.png")]) == 0
+    assert "drawn by the bundle mnist-classes" in capsys.readouterr().err
     assert read_receipt(tmp_path / "a.png")["label"] == 7 and read_picture(tmp_path / "a.png").size == (224, 224)
     assert run(["replay", str(tmp_path / "a.png")]) == 0

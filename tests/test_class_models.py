@@ -329,8 +329,6 @@ def test_what_cannot_be_drawn(tmp_path, imported, kind, capsys):
     ):
         assert run(["generate", *given, "-o", str(tmp_path / "x.png"), "--bundle", bundle]) == 2
         assert message in capsys.readouterr().err
-    assert run(["generate", "--class", "1", "-o", str(tmp_path / "x.png")]) == 2
-    assert "name one with --bundle" in capsys.readouterr().err
     assert run(["generate", "--class", "1", "-o", str(tmp_path / "x.png"), "--bundle", "digits"]) == 2
     assert "which knows no classes" in capsys.readouterr().err
     for command in (["caption", bundle], ["export", "hf", bundle, str(tmp_path / "llama")]):

@@ -8,6 +8,7 @@ from smalti.errors import shortened
 DEFAULT_BUNDLE = "digits"
 ANY_WORDS_BUNDLE = "emoji"
 """Takes any prompt."""
+CLASSES_BUNDLE = "mnist-classes"
 SHIPPED = ", ".join(sorted(path.parent.name for path in (Path(__file__).parent / "bundles").glob("*/config.json")))
 """The names of the bundles that ship, for help."""
 

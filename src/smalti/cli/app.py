@@ -22,7 +22,7 @@ from smalti.cli.evaluate import parse_size
 from smalti.cli.interop import app as interop_app
 from smalti.cli.train import RECIPE_NAMES
 from smalti.cli.train import app as train_app
-from smalti.default_bundle import DEFAULT_BUNDLE, SHIPPED, bundle_for_picture, bundle_for_prompt
+from smalti.default_bundle import CLASSES_BUNDLE, DEFAULT_BUNDLE, SHIPPED, Choice, bundle_for_picture, bundle_for_prompt
 from smalti.errors import MAX_MESSAGE, InputError, InputWarning, shortened
 from smalti.stopping import Stopped, resuming, stoppable
 from smalti.tables import print_table
@@ -201,6 +201,9 @@ def generate(
     if class_ is not None:
         of_captions = _given(prompt=prompt, negative_prompt=negative_prompt, rerank=rerank, text_encoder=text_encoder)
         of_captions |= {} if best_of == 1 else {"best_of": best_of}
+        if bundle is None:
+            chosen = Choice(CLASSES_BUNDLE, "it draws classes")
+            bundle = chosen.name
         pipe = _class_pipeline(bundle, of_captions, weights)
         draw = partial(pipe.generate, class_)
     elif prompt is None:
@@ -234,15 +237,13 @@ def generate(
         typer.echo(f"drawn by the bundle {chosen.name} ({chosen.why}); --bundle chooses another", err=True)
 
 
-def _class_pipeline(bundle: str | None, of_captions: dict[str, Any], weights: str) -> Any:
+def _class_pipeline(bundle: str, of_captions: dict[str, Any], weights: str) -> Any:
     """What draws classes. Raises InputError for what only captions have a use for."""
     from smalti.tasks.classes import ClassPipeline
 
     for name in of_captions:
         what = "a caption" if name == "prompt" else f"--{name.replace('_', '-')}"
         raise InputError(f"a class is drawn by itself, without {what}; leave it out.")
-    if bundle is None:
-        raise InputError("no bundle of classes ships with the package: name one with --bundle.")
     return ClassPipeline.load(bundle, weights=weights)
 
 
