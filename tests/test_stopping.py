@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM at a command: one line that says whether it resumes, and the shell's exit status."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -7,13 +8,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
 from smalti.cli import app as cli
 from smalti.progress import stage
-from smalti.stopping import Stopped, resuming, stoppable
+from smalti.stopping import Stopped, resuming, stoppable, without_debris
 
 # The signal comes while the command loads its recipe or its table; a child of a background job ignores Ctrl-C.
 SCRIPT = """
@@ -81,6 +82,7 @@ def test_a_stop_that_was_lost_comes_at_the_next_progress():
 
     with (
         noticed_unraisable() as unraisable,
+        without_debris(),
         pytest.raises(Stopped) as caught,
         stoppable(),
         stage("work", 3, show=False) as progress,
@@ -96,6 +98,26 @@ def test_a_stop_that_was_lost_comes_at_the_next_progress():
     assert progress.completed == 1 and caught.value.exit_status == 143 and unraisable == []
     with stage("work", 3, show=False) as progress:
         progress.advance()  # the next command knows nothing of it
+
+
+def test_what_fails_as_it_is_thrown_away_is_told_only_where_nothing_was_stopped():
+    class Half:
+        def __del__(self):
+            raise ValueError("half written")
+
+    def work(stop: bool) -> None:
+        held: list[object] = [Half()]
+        held.append(held)  # a circle, which only the collector finds
+        if stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for stop in (False, True):
+        with noticed_unraisable() as unraisable, without_debris():
+            with suppress(Stopped), stoppable():
+                work(stop)
+            if not stop:
+                gc.collect()
+        assert unraisable == ([] if stop else [ValueError])
 
 
 @contextmanager

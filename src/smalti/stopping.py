@@ -6,6 +6,7 @@ leaves the command afterwards is the stop, and work that goes on all the same en
 before anything it has made gets its name: a picture may have been taken for damaged because its reading was stopped.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ class Stopped(BaseException):
 
 _asked: Stopped | None = None
 """The last that was raised in the command that runs."""
+_num_stops = 0
 
 
 @contextmanager
@@ -42,19 +44,13 @@ def stoppable() -> Iterator[None]:
     process, taken = os.getpid(), {}
 
     def stop(number: int, _: Any) -> None:
-        global _asked
+        global _asked, _num_stops
         if os.getpid() != process:  # a worker, forked from the command: it ends without a word
             os._exit(128 + number)
         _asked = Stopped(number)
+        _num_stops += 1
         raise _asked
 
-    told = sys.unraisablehook
-
-    def unraisable(lost: Any) -> None:
-        if not isinstance(lost.exc_value, Stopped):  # of which it is known that it comes again
-            told(lost)
-
-    sys.unraisablehook = unraisable
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup's choice, or another library's, stays
             taken[number] = signal.signal(number, stop)
@@ -67,8 +63,26 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in taken.items():
             signal.signal(number, handler)
-        sys.unraisablehook = told
         _asked = None
+
+
+@contextmanager
+def without_debris() -> Iterator[None]:
+    """Behind a stop, Python prints no exception that it ignores: a stop that was lost, which comes again, and what
+    fails as it is thrown away half done, such as an archive that was being written."""
+    told, before = sys.unraisablehook, _num_stops
+
+    def unraisable(lost: Any) -> None:
+        if _num_stops == before:
+            told(lost)
+
+    sys.unraisablehook = unraisable
+    try:
+        yield
+        if _num_stops != before:
+            gc.collect()  # what holds itself is thrown away here, too
+    finally:
+        sys.unraisablehook = told
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from smalti.cli.train import RECIPE_NAMES
 from smalti.cli.train import app as train_app
 from smalti.default_bundle import CLASSES_BUNDLE, DEFAULT_BUNDLE, SHIPPED, Choice, bundle_for_picture, bundle_for_prompt
 from smalti.errors import MAX_MESSAGE, InputError, InputWarning, shortened
-from smalti.stopping import Stopped, resuming, stoppable
+from smalti.stopping import Stopped, resuming, stoppable, without_debris
 from smalti.tables import print_table
 
 app = typer.Typer(
@@ -966,6 +966,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs a command; returns its exit status. Our own bugs keep their traceback."""
+    with without_debris():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     for argument in arguments:
         if "\0" in argument:
             return _complain(f"{argument!r} holds a null byte, which no command line can: leave it out.")
