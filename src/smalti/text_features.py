@@ -118,7 +118,7 @@ class TextEncoder:
         return digest
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> "list[Encoded]":
+    def encode(self, captions: Sequence[str]) -> "list[EncodedCaption]":
         """The features of captions that are not empty, encoded together, on the CPU. Others beside a caption change its
         features by rounding alone."""
         tokenizer = self._tokenizer
@@ -130,7 +130,7 @@ class TextEncoder:
         mask = torch.tensor([[1] * len(row) + [0] * (most - len(row)) for row in ids], device=self.device)
         with _as_input_error(self.folder):
             hidden = self._model(input_ids=token_ids, attention_mask=mask).last_hidden_state.float().cpu()
-        found = [Encoded(row[: len(own)].clone(), n) for row, own, n in zip(hidden, ids, lengths, strict=True)]
+        found = [EncodedCaption(row[: len(own)].clone(), n) for row, own, n in zip(hidden, ids, lengths, strict=True)]
         for caption, (features, _) in zip(captions, found, strict=True):
             if not features.isfinite().all():
                 raise InputError(f"{self.folder} makes features that are not finite of {shortened(repr(caption))}.")
@@ -155,7 +155,7 @@ class TextEncoder:
         return model.to(self.device).eval()
 
 
-class Encoded(NamedTuple):
+class EncodedCaption(NamedTuple):
     features: Features
     num_tokens: int
     """Of the whole caption; the features are of at most `TextEncoder.max_length`."""
@@ -328,7 +328,7 @@ class FeatureCache:
             self._damaged.add(entry.file)
             self._entries = {key: other for key, other in self._entries.items() if other.file != entry.file}
 
-    def _store(self, texts: Sequence[str], encoded: Sequence[Encoded], keep: bool) -> None:
+    def _store(self, texts: Sequence[str], encoded: Sequence[EncodedCaption], keep: bool) -> None:
         named = {
             f"{_key(text)}.{num_tokens}.{_checksum(features)}": features
             for text, (features, num_tokens) in zip(texts, encoded, strict=True)

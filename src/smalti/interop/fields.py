@@ -1,5 +1,7 @@
 """Strict reading of foreign configs: every field is taken, passed over by name, or an error."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import UnionType
 from typing import Any
 
@@ -9,6 +11,17 @@ REQUIRED = object()
 HEADER = ("peer", "peer_commit", "class", "image_range", "smallest_nearest_code_gap", "distinct_codes_used")
 """What reference configs say beside the sizes. Where sizes stand in sections, whatever else stands beside the
 sections is passed over; where they stand bare, these fields are and others are an error."""
+
+
+@contextmanager
+def sizes_go_together(where: str = "config") -> Iterator[None]:
+    """What a config of ours says of sizes that cannot be, as an InputError that names the foreign config."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 class Fields:

@@ -61,9 +61,8 @@ def read_fused(
     allow_nonfinite: bool = False,
 ) -> ImportReport:
     """Fills the module, which is then in evaluation mode, with float32 weights that may share the memory of `state`.
-    `droppable` holds beginnings and ends of keys to pass over,
-    with the reason. Raises InputError if a tensor is missing, has another shape, is left over, or holds values that are
-    not finite, unless `allow_nonfinite`."""
+    `droppable` holds beginnings and ends of keys to pass over, with the reason. Raises InputError if a tensor is
+    missing, has another shape, is left over, or holds values that are not finite, unless `allow_nonfinite`."""
     dropped = {
         key: reason for key in state for part, reason in droppable.items() if key.startswith(part) or key.endswith(part)
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smalti.errors import InputError
 from smalti.interop import llamagen_gpt
-from smalti.interop.fields import HEADER, Fields, check_header
+from smalti.interop.fields import HEADER, Fields, check_header, sizes_go_together
 from smalti.interop.fused import Piece, PieceMap, build_of, read_fused
 from smalti.interop.keys import ImportReport
 from smalti.models.config import TransformerConfig
@@ -33,15 +33,6 @@ SWITCHED_KEYS = {
 
 def read_config(config: dict) -> tuple[DecoderOnlyConfig, Layout]:
     """Ours from the fields of the original's `ModelArgs`, alone or in a section of that name."""
-    try:
-        return _read_config(config)
-    except InputError:
-        raise
-    except ValueError as error:  # sizes that do not go together
-        raise InputError(f"config: {error}") from error
-
-
-def _read_config(config: dict) -> tuple[DecoderOnlyConfig, Layout]:
     check_header(config, CLASS_NAME, None)
     fields = Fields(config, "config")
     args = fields.section("ModelArgs") if "ModelArgs" in config else fields
@@ -49,27 +40,15 @@ def _read_config(config: dict) -> tuple[DecoderOnlyConfig, Layout]:
         args.expect(switch, False)
     args.expect("model_type", "c2i")
     args.expect("cls_token_num", 1)
-    d_model, num_codes, codes = args.take("dim", int), args.take("block_size", int), args.take("vocab_size", int)
-    transformer = TransformerConfig(
-        num_layers=args.take("n_layer", int),
-        d_model=d_model,
-        num_heads=args.take("n_head", int),
-        num_kv_heads=args.take("n_kv_head", int | None, None),
-        d_ff=llamagen_gpt.feed_forward_width(args, d_model),
-        max_length=1 + num_codes,
-        norm="rms",
-        norm_eps=args.take("norm_eps", float, 1e-5),
-        feed_forward="swiglu",
-        bias=False,
-        positions="learned",
-        dropout=args.take("resid_dropout_p", float, 0.0),
-        attention_dropout=args.take("attn_dropout_p", float, 0.0),
-    )
-    num_labels = args.take("num_classes", int, 1000) + (args.take("class_dropout_prob", float, 0.1) > 0)
-    args.finish(*UNREAD, *HEADER)
-    vocabulary = Vocabulary({"image": codes, "label": num_labels})
-    ours = DecoderOnlyConfig(vocab_size=vocabulary.size, transformer=transformer, head_ranges=((0, codes),))
-    return ours, Layout.parse(vocabulary, {"label to image": f"label{{1}} image{{{num_codes}}}"})
+    num_codes, codes = args.take("block_size", int), args.take("vocab_size", int)
+    with sizes_go_together():
+        sizes = llamagen_gpt.read_sizes(args)
+        transformer = TransformerConfig(max_length=1 + num_codes, positions="learned", **sizes)
+        num_labels = args.take("num_classes", int, 1000) + (args.take("class_dropout_prob", float, 0.1) > 0)
+        args.finish(*UNREAD, *HEADER)
+        vocabulary = Vocabulary({"image": codes, "label": num_labels})
+        ours = DecoderOnlyConfig(vocab_size=vocabulary.size, transformer=transformer, head_ranges=((0, codes),))
+        return ours, Layout.parse(vocabulary, {"label to image": f"label{{1}} image{{{num_codes}}}"})
 
 
 def infer_config(state: Mapping[str, Tensor]) -> tuple[dict, str]:
@@ -90,14 +69,7 @@ def write_config(config: DecoderOnlyConfig, layout: Layout, num_classes: int) ->
     """GigaTok's fields of a model that it can express. Raises InputError for another, saying why."""
     ours, labels = config.transformer, layout.vocabulary["label"].size
     args = {
-        "dim": ours.d_model,
-        "n_layer": ours.num_layers,
-        "n_head": ours.num_heads,
-        "n_kv_head": ours.num_kv_heads,
-        **llamagen_gpt.feed_forward_fields(ours),
-        "norm_eps": ours.norm_eps,
-        "resid_dropout_p": ours.dropout,
-        "attn_dropout_p": ours.attention_dropout,
+        **llamagen_gpt.write_sizes(ours),
         "rope": False,
         "num_classes": num_classes,
         "class_dropout_prob": 0.1 if labels > num_classes else 0.0,
@@ -105,13 +77,7 @@ def write_config(config: DecoderOnlyConfig, layout: Layout, num_classes: int) ->
         "block_size": ours.max_length - 1,
     }
     written = {"class": CLASS_NAME, "ModelArgs": args}
-    try:
-        read_back = read_config(written)
-    except ValueError as error:
-        raise InputError(f"this model is none that GigaTok has: {error}") from error
-    if (read_back[0], read_back[1].to_dict()) != (config, layout.to_dict()):
-        reason = llamagen_gpt.difference(config, layout, *read_back)
-        raise InputError(f"this model is none that GigaTok has: {reason}.")
+    llamagen_gpt.require_same("GigaTok", written, read_config, config, layout)
     return written
 
 

@@ -26,7 +26,7 @@ from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, shortened
 from smalti.file_kinds import GGUF, is_hidden
 from smalti.files import new_folder
-from smalti.interop.fields import Fields
+from smalti.interop.fields import Fields, sizes_go_together
 from smalti.interop.fused import halves_to_pairs, pairs_to_halves
 from smalti.interop.keys import Foreign, ImportReport, Moved, misfit, shape_problems
 from smalti.interop.verifying import ArrayError, ReferenceArrays, compare_outputs, read_arrays
@@ -193,7 +193,7 @@ def read_llama_config(config: dict) -> ReadConfig:
         raise InputError(f"config.pretraining_tp is {config['pretraining_tp']}; expected at least 1.")
     kv_heads = fields.take("num_key_value_heads", int | None, None)
     fields.take(LAYOUT_FIELD, dict, {})
-    try:
+    with sizes_go_together():
         ours = DecoderOnlyConfig(
             vocab_size=fields.take("vocab_size", int),
             transformer=TransformerConfig(
@@ -214,10 +214,6 @@ def read_llama_config(config: dict) -> ReadConfig:
             ),
             tie_embeddings=fields.take("tie_word_embeddings", bool, False),
         )
-    except InputError:
-        raise
-    except ValueError as error:  # sizes that do not go together
-        raise InputError(f"config: {error}") from error
     fields.finish(*_UNUSED_FIELDS)
     return ReadConfig(ours, biased)
 

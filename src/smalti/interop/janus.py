@@ -15,7 +15,7 @@ from smalti.errors import InputError, shortened
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqgan import PRESETS, VQGAN, VQGANConfig
 from smalti.interop import llamagen_vq
-from smalti.interop.fields import Fields
+from smalti.interop.fields import Fields, sizes_go_together
 from smalti.interop.fused import Piece, PieceMap, build_of, read_fused
 from smalti.interop.huggingface import read_llama_config, tensor_map
 from smalti.interop.keys import ImportReport, rename_all
@@ -118,15 +118,11 @@ def read_config(config: dict) -> Sizes:
     """Ours from either project's config, told by its sections. Raises InputError naming a field that asks for something
     else, and where two sections disagree."""
     fields = Fields(config, "config")
-    try:
+    with sizes_go_together():
         if "language_config" in config:
             return _read_original(fields)
         if "text_config" in config:
             return _read_transformers(fields)
-    except InputError:
-        raise
-    except ValueError as error:  # sizes that do not go together
-        raise InputError(f"config: {error}") from error
     raise InputError(
         "config is of no Janus: expected the section language_config (deepseek-ai/Janus) or text_config "
         f"(transformers); found {shortened(', '.join(map(str, config)))}."

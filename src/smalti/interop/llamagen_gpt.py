@@ -8,13 +8,13 @@ masked; here it is left out, which is the same, since nothing else sees it and t
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from smalti.errors import InputError
-from smalti.interop.fields import HEADER, Fields, check_header
+from smalti.interop.fields import HEADER, Fields, check_header, sizes_go_together
 from smalti.interop.fused import Piece, PieceMap, build_of, read_fused
 from smalti.interop.keys import ImportReport
 from smalti.models.config import PRESETS, TransformerConfig
@@ -32,60 +32,73 @@ UNREAD = ("initializer_range", "token_dropout_p", "ffn_dropout_p", "drop_path_ra
 
 def read_config(config: dict) -> tuple[DecoderOnlyConfig, Layout]:
     """Ours from the fields of LlamaGen's `ModelArgs`, alone or in a section of that name."""
-    try:
-        return _read_config(config)
-    except InputError:
-        raise
-    except ValueError as error:  # sizes that do not go together
-        raise InputError(f"config: {error}") from error
-
-
-def _read_config(config: dict) -> tuple[DecoderOnlyConfig, Layout]:
     check_header(config, CLASS_NAME, None)
     fields = Fields(config, "config")
     args = fields.section("ModelArgs") if "ModelArgs" in config else fields
-    d_model, num_heads = args.take("dim", int), args.take("n_head", int)
     num_codes, prefix = args.take("block_size", int), args.take("cls_token_num", int)
     side = math.isqrt(num_codes)
     if side * side != num_codes:
         raise InputError(f"{args.where}.block_size is {num_codes}; LlamaGen's pictures are square grids of codes.")
-    transformer = TransformerConfig(
-        num_layers=args.take("n_layer", int),
-        d_model=d_model,
-        num_heads=num_heads,
-        num_kv_heads=args.take("n_kv_head", int | None, None),
-        d_ff=feed_forward_width(args, d_model),
-        max_length=prefix + num_codes,
-        norm="rms",
-        norm_eps=args.take("norm_eps", float, 1e-5),
-        feed_forward="swiglu",
-        bias=False,
-        positions="rotary_2d",
-        rotary_base=args.take("rope_base", float, 10000.0),
-        grid=(side, side),
-        prefix_length=prefix,
-        zero_prefix_rotation=True,
-        dropout=args.take("resid_dropout_p", float, 0.0),
-        attention_dropout=args.take("attn_dropout_p", float, 0.0),
-    )
-    codes, kind = args.take("vocab_size", int), args.expect("model_type", "c2i", "t2i")
-    num_classes, width = args.take("num_classes", int, 1000), args.take("caption_dim", int, FEATURE_WIDTH)
-    num_labels = num_classes + (args.take("class_dropout_prob", float, 0.1) > 0)
-    args.finish(*UNREAD, *HEADER)
-    if kind == "c2i":
-        if prefix != 1:
-            raise InputError(f"{args.where}.cls_token_num is {prefix}; a label is one token.")
-        vocabulary, line = Vocabulary({"image": codes, "label": num_labels}), f"label{{1}} image{{{num_codes}}}"
-    else:
-        vocabulary = Vocabulary({FEATURES: 0, "image": codes})
-        line = f"{FEATURES}{{{prefix}}} image{{{num_codes}}}"
-    ours = DecoderOnlyConfig(
-        vocab_size=vocabulary.size,
-        transformer=transformer,
-        head_ranges=((0, codes),) if kind == "c2i" else None,
-        feature_width=width if kind == "t2i" else None,
-    )
-    return ours, Layout.parse(vocabulary, {"label to image" if kind == "c2i" else "caption to image": line})
+    with sizes_go_together():
+        transformer = TransformerConfig(
+            max_length=prefix + num_codes,
+            positions="rotary_2d",
+            rotary_base=args.take("rope_base", float, 10000.0),
+            grid=(side, side),
+            prefix_length=prefix,
+            zero_prefix_rotation=True,
+            **read_sizes(args),
+        )
+        codes, kind = args.take("vocab_size", int), args.expect("model_type", "c2i", "t2i")
+        num_classes, width = args.take("num_classes", int, 1000), args.take("caption_dim", int, FEATURE_WIDTH)
+        num_labels = num_classes + (args.take("class_dropout_prob", float, 0.1) > 0)
+        args.finish(*UNREAD, *HEADER)
+        if kind == "c2i":
+            if prefix != 1:
+                raise InputError(f"{args.where}.cls_token_num is {prefix}; a label is one token.")
+            vocabulary, line = Vocabulary({"image": codes, "label": num_labels}), f"label{{1}} image{{{num_codes}}}"
+        else:
+            vocabulary = Vocabulary({FEATURES: 0, "image": codes})
+            line = f"{FEATURES}{{{prefix}}} image{{{num_codes}}}"
+        ours = DecoderOnlyConfig(
+            vocab_size=vocabulary.size,
+            transformer=transformer,
+            head_ranges=((0, codes),) if kind == "c2i" else None,
+            feature_width=width if kind == "t2i" else None,
+        )
+        return ours, Layout.parse(vocabulary, {"label to image" if kind == "c2i" else "caption to image": line})
+
+
+def read_sizes(args: Fields) -> dict[str, Any]:
+    """Of `TransformerConfig`, what does not depend on how positions are told."""
+    d_model = args.take("dim", int)
+    return {
+        "num_layers": args.take("n_layer", int),
+        "d_model": d_model,
+        "num_heads": args.take("n_head", int),
+        "num_kv_heads": args.take("n_kv_head", int | None, None),
+        "d_ff": feed_forward_width(args, d_model),
+        "norm": "rms",
+        "norm_eps": args.take("norm_eps", float, 1e-5),
+        "feed_forward": "swiglu",
+        "bias": False,
+        "dropout": args.take("resid_dropout_p", float, 0.0),
+        "attention_dropout": args.take("attn_dropout_p", float, 0.0),
+    }
+
+
+def write_sizes(ours: TransformerConfig) -> dict[str, Any]:
+    """The fields that `read_sizes` takes."""
+    return {
+        "dim": ours.d_model,
+        "n_layer": ours.num_layers,
+        "n_head": ours.num_heads,
+        "n_kv_head": ours.num_kv_heads,
+        **feed_forward_fields(ours),
+        "norm_eps": ours.norm_eps,
+        "resid_dropout_p": ours.dropout,
+        "attn_dropout_p": ours.attention_dropout,
+    }
 
 
 def num_classes(config: dict) -> int | None:
@@ -141,15 +154,8 @@ def write_config(config: DecoderOnlyConfig, layout: Layout, classes: int | None)
     codes = layout.vocabulary["image"].size
     labels = layout.vocabulary["label"].size if "label" in layout.vocabulary else 0
     args = {
-        "dim": ours.d_model,
-        "n_layer": ours.num_layers,
-        "n_head": ours.num_heads,
-        "n_kv_head": ours.num_kv_heads,
-        **feed_forward_fields(ours),
+        **write_sizes(ours),
         "rope_base": ours.rotary_base,
-        "norm_eps": ours.norm_eps,
-        "resid_dropout_p": ours.dropout,
-        "attn_dropout_p": ours.attention_dropout,
         "num_classes": 1000 if classes is None else classes,
         "class_dropout_prob": 0.1 if classes is None or labels > classes else 0.0,
         "caption_dim": config.feature_width or FEATURE_WIDTH,
@@ -159,16 +165,28 @@ def write_config(config: DecoderOnlyConfig, layout: Layout, classes: int | None)
         "block_size": ours.max_length - ours.prefix_length,
     }
     written = {"class": CLASS_NAME, "ModelArgs": args}
-    try:
-        read_back = read_config(written)
-    except ValueError as error:
-        raise InputError(f"this model is none that LlamaGen has: {error}") from error
-    if (read_back[0], read_back[1].to_dict()) != (config, layout.to_dict()):
-        raise InputError(f"this model is none that LlamaGen has: {difference(config, layout, *read_back)}.")
+    require_same("LlamaGen", written, read_config, config, layout)
     return written
 
 
-def difference(config: DecoderOnlyConfig, layout: Layout, theirs: DecoderOnlyConfig, their_layout: Layout) -> str:
+def require_same(
+    whose: str,
+    written: dict,
+    read: Callable[[dict], tuple[DecoderOnlyConfig, Layout]],
+    config: DecoderOnlyConfig,
+    layout: Layout,
+) -> None:
+    """Raises InputError unless a config that was written reads as the model it was written of."""
+    try:
+        theirs, their_layout = read(written)
+    except ValueError as error:
+        raise InputError(f"this model is none that {whose} has: {error}") from error
+    if (theirs, their_layout.to_dict()) != (config, layout.to_dict()):
+        reason = _difference(config, layout, theirs, their_layout)
+        raise InputError(f"this model is none that {whose} has: {reason}.")
+
+
+def _difference(config: DecoderOnlyConfig, layout: Layout, theirs: DecoderOnlyConfig, their_layout: Layout) -> str:
     """In words, what the model that a written config describes has otherwise."""
     mine, other = config.to_dict(), theirs.to_dict()
     mine, other = mine | mine.pop("transformer"), other | other.pop("transformer")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
-from smalti.interop.fields import Fields, check_header
+from smalti.interop.fields import Fields, check_header, sizes_go_together
 from smalti.interop.fused import Piece, PieceMap, build_of, read_fused
 from smalti.interop.keys import ImportReport
 from smalti.models.rar import PREFIX, RAR, RARConfig
@@ -35,7 +35,7 @@ def read_config(config: dict) -> RARConfig:
     fields = Fields(config, "config")
     model = (fields.section("config") if "config" in config else fields).section("model")
     network, codes = model.section("generator"), model.section("vq_model")
-    try:
+    with sizes_go_together():
         return RARConfig(
             codebook_size=codes.take("codebook_size", int),
             num_classes=network.take("condition_num_classes", int, 1000),
@@ -47,26 +47,18 @@ def read_config(config: dict) -> RARConfig:
             dropout=network.take("dropout", float, 0.1),
             attention_dropout=network.take("attn_drop", float, 0.1),
         )
-    except InputError:
-        raise
-    except ValueError as error:  # sizes that do not go together
-        raise InputError(f"config: {error}") from error
 
 
 def read_sampling(config: dict) -> SampleConfig:
     """What the original draws with: its guidance and the power of its schedule."""
     fields = Fields(config, "config")
     network = (fields.section("config") if "config" in config else fields).section("model").section("generator")
-    try:
+    with sizes_go_together(network.where):
         return SampleConfig(
             guidance_scale=network.take("guidance_scale", float, 1.0),
             guidance_schedule="cosine",
             guidance_power=network.take("guidance_scale_pow", float, 1.0),
         )
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{network.where}: {error}") from error
 
 
 def infer_config(state: Mapping[str, Tensor]) -> dict:

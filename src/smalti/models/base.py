@@ -120,3 +120,9 @@ def check_drawable(model: SequenceModel, sequence: TokenSequence) -> None:
                 f"order {order.name!r} ({order}): {order.parts[index]} cannot be drawn, since the model was always "
                 "given it and never learned to predict it. Give it whole, or name an order that predicts it."
             )
+
+
+def check_own_layout(who: str, own: Layout, layout: Layout) -> None:
+    """Raises ValueError unless a layout is the one that a model reads alone."""
+    if (layout.vocabulary, list(layout.orders.values())) != (own.vocabulary, list(own.orders.values())):
+        raise ValueError(f"{who} reads {own!r} alone, with {own.vocabulary}; the layout is {layout!r}.")

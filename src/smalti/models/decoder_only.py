@@ -21,7 +21,7 @@ from smalti.documents import config_of
 from smalti.models.base import Inputs, check_drawable, last_of
 from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import DecodeState, Rows
-from smalti.models.stored_weights import STORAGES, StoredWeight, store_linears
+from smalti.models.stored_weights import StoredWeight, check_storable, storage_of, store_linears
 from smalti.models.transformer import Transformer
 from smalti.sequences.layout import Layout, Slot, Span
 from smalti.sequences.request import TokenSequence
@@ -136,17 +136,12 @@ class DecoderOnly(nn.Module):
     @property
     def storage(self) -> str:
         """How the weights are stored, one of STORAGES."""
-        stored = [module.storage for module in self.modules() if isinstance(module, StoredWeight)]
-        return stored[0] if stored else "float32"
+        return storage_of(self)
 
     def store_weights(self, storage: str) -> None:
         """Stores the matrices in fewer bits from now on, for generation and scoring alone. Embeddings stay, and so does
         a head that is tied to them. Raises ValueError unless the weights are float32 and not stored yet."""
-        if storage not in STORAGES:
-            raise ValueError(f"weights {storage!r} is unknown; choose one of {', '.join(STORAGES)}.")
-        if self.storage != "float32" or self.embed_tokens.weight.dtype != torch.float32:
-            found = self.storage if self.storage != "float32" else self.embed_tokens.weight.dtype
-            raise ValueError(f"the weights are {found}; only those of float32 can be stored as {storage}.")
+        check_storable(self, self.embed_tokens.weight.dtype, storage)
         if storage == "float32":
             return
         self.requires_grad_(False)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from smalti.bounds import check_sizes
 from smalti.documents import config_of
-from smalti.models.base import Inputs, check_drawable, inputs_of, last_of
+from smalti.models.base import Inputs, check_drawable, check_own_layout, inputs_of, last_of
 from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import DecodeState, Rows
-from smalti.models.stored_weights import STORAGES, StoredWeight, store_linears
+from smalti.models.stored_weights import check_storable, storage_of, store_linears
 from smalti.models.transformer import Transformer
 from smalti.sequences.layout import Layout, Slot
 from smalti.sequences.request import TokenSequence
@@ -180,26 +180,19 @@ class Janus(nn.Module):
     @property
     def storage(self) -> str:
         """How the weights are stored, one of STORAGES."""
-        stored = [module.storage for module in self.modules() if isinstance(module, StoredWeight)]
-        return stored[0] if stored else "float32"
+        return storage_of(self)
 
     def store_weights(self, storage: str) -> None:
         """Stores the matrices in fewer bits from now on, for generation and scoring alone; embeddings stay. Raises
         ValueError unless the weights are float32 and not stored yet."""
-        if storage not in STORAGES:
-            raise ValueError(f"weights {storage!r} is unknown; choose one of {', '.join(STORAGES)}.")
-        if self.storage != "float32" or self.embed_tokens.weight.dtype != torch.float32:
-            found = self.storage if self.storage != "float32" else self.embed_tokens.weight.dtype
-            raise ValueError(f"the weights are {found}; only those of float32 can be stored as {storage}.")
+        check_storable(self, self.embed_tokens.weight.dtype, storage)
         if storage != "float32":
             self.requires_grad_(False)
             store_linears(self, storage)
 
     def check_layout(self, layout: Layout) -> None:
         """Raises ValueError unless the layout is the model's own."""
-        own = self.config.layout
-        if (layout.vocabulary, list(layout.orders.values())) != (own.vocabulary, list(own.orders.values())):
-            raise ValueError(f"this Janus reads {own!r} alone, with {own.vocabulary}; the layout is {layout!r}.")
+        check_own_layout("this Janus", self.config.layout, layout)
 
     def check_request(self, sequence: TokenSequence) -> None:
         check_drawable(self, sequence)

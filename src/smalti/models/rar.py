@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from smalti.bounds import check_sizes
 from smalti.documents import config_of
-from smalti.models.base import Inputs, check_drawable, inputs_of, last_of
+from smalti.models.base import Inputs, check_drawable, check_own_layout, inputs_of, last_of
 from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import DecodeState, Places, Rows
 from smalti.models.transformer import Attention, FeedForward, Norm
@@ -168,9 +168,7 @@ class RAR(nn.Module):
 
     def check_layout(self, layout: Layout) -> None:
         """Raises ValueError unless the layout is the model's own."""
-        own = self.config.layout
-        if (layout.vocabulary, list(layout.orders.values())) != (own.vocabulary, list(own.orders.values())):
-            raise ValueError(f"a RAR reads {own!r} alone, with {own.vocabulary}; the layout is {layout!r}.")
+        check_own_layout("a RAR", self.config.layout, layout)
 
     def check_request(self, sequence: TokenSequence) -> None:
         check_drawable(self, sequence)

@@ -57,6 +57,24 @@ class StoredLinear(nn.Module):
         return F.linear(x, self.stored.expanded(dtype=x.dtype), self.bias)
 
 
+def storage_of(model: nn.Module) -> str:
+    """How a model's matrices are stored, one of STORAGES."""
+    stored = [module.storage for module in model.modules() if isinstance(module, StoredWeight)]
+    return stored[0] if stored else "float32"
+
+
+def check_storable(model: nn.Module, dtype: torch.dtype, storage: str) -> None:
+    """Raises ValueError unless `storage` is one of STORAGES, and the weights, computed with as `dtype`, are float32 and
+    not stored in fewer bits yet."""
+    if storage not in STORAGES:
+        raise ValueError(f"weights {storage!r} is unknown; choose one of {', '.join(STORAGES)}.")
+    if (found := storage_of(model)) != "float32" or dtype != torch.float32:
+        raise ValueError(
+            f"the weights are {dtype if found == 'float32' else found}; only those of float32 can be stored as "
+            f"{storage}."
+        )
+
+
 def store_linears(blocks: nn.Module, storage: str) -> None:
     """Replaces every `nn.Linear` within by one with a stored weight."""
     for module in blocks.modules():

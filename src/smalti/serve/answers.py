@@ -35,7 +35,7 @@ from smalti.serve.openai_api import (
     scale_of,
 )
 from smalti.serve.painter import encoded
-from smalti.serve.worker import Drawing, Job, Worker
+from smalti.serve.worker import EngineRequest, Job, Worker
 from smalti.tasks.edit import check_cells, codes_of, edit_receipt, edit_request, kept_candidates, redrawn_cells
 from smalti.tasks.images import Pipeline
 from smalti.tasks.replay import check_kept, checked_receipts, code_difference, receipt_config, receipt_request
@@ -80,7 +80,7 @@ class CheckedRequest:
         if self.body.stream:
             length, columns = self.pipe.bundle.image_length, self.pipe.grid[1]
             marks = partial_marks(self.body.num_partials, self.prefix, length, columns)
-        drawings = [Drawing(request, self.config) for request in requests]
+        drawings = [EngineRequest(request, self.config) for request in requests]
         return Job(drawings, self._answer, partial=self._partial, marks=marks)
 
     def _check(self) -> None:
@@ -258,7 +258,7 @@ def caption_job(worker: Worker, body: CaptionRequest, codes: Int[Tensor, "h w"])
     given = {name: getattr(body, name) for name in ("temperature", "guidance_scale") if getattr(body, name) is not None}
     config = sampled(pipe, pipe.sampling.caption, given)
     request = pipe.caption_request(codes, body.seed or 0, config)
-    return Job([Drawing(request, config)], lambda found: {"model": worker.name, "caption": pipe.text(found[0])})
+    return Job([EngineRequest(request, config)], lambda found: {"model": worker.name, "caption": pipe.text(found[0])})
 
 
 def score_job(worker: Worker, body: ScoreRequest, image: bytes) -> Job:
@@ -312,7 +312,7 @@ def replay_job(worker: Worker, picture: Image.Image, receipts: list[dict[str, An
         raise ApiError(
             400, f"the picture holds {len(receipts)}, at most {MOST_REPLAYED} are drawn again.", param="image"
         )
-    drawings = [Drawing(receipt_request(pipe, receipt), receipt_config(pipe, receipt)) for receipt in receipts]
+    drawings = [EngineRequest(receipt_request(pipe, receipt), receipt_config(pipe, receipt)) for receipt in receipts]
 
     def finish(found: list[Generated]) -> dict[str, Any]:
         codes = torch.stack([one.spans["image"].view(pipe.grid) for one in found])

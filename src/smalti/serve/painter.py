@@ -25,7 +25,7 @@ from PIL import Image
 from smalti.bundle import Bundle
 from smalti.image_files import PictureConfig, receipt_chunks, with_receipt
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
-from smalti.tasks.codes import Decoder, decode, grid_of, partial_picture
+from smalti.tasks.codes import PictureDecoder, decode, grid_of, partial_picture
 
 _log = logging.getLogger(__name__)
 
@@ -108,14 +108,14 @@ def encoded(picture: Image.Image, output_format: str) -> str:
 
 
 def _painted(
-    decoder: Bundle | Decoder, codes: Sequence[int], receipt: dict[str, Any], scale: int, output_format: str
+    decoder: Bundle | PictureDecoder, codes: Sequence[int], receipt: dict[str, Any], scale: int, output_format: str
 ) -> str:
     [picture] = decode(decoder, torch.tensor(codes).view(1, *grid_of(decoder)), scale=scale)
     return encoded(with_receipt(picture, receipt), output_format)
 
 
 def _painted_partial(
-    decoder: Bundle | Decoder, codes: list[int], kept: Mapping[int, int], scale: int, output_format: str
+    decoder: Bundle | PictureDecoder, codes: list[int], kept: Mapping[int, int], scale: int, output_format: str
 ) -> str:
     return encoded(partial_picture(decoder, codes, scale, kept=kept), output_format)
 
@@ -126,7 +126,7 @@ def _run(connection: Connection, given: Mapping[str, tuple[Path, PictureConfig]]
         signal.signal(number, signal.SIG_IGN)
     os.nice(5)  # what waits for it is nobody's next token
     torch.set_num_threads(num_threads)
-    decoders = {name: Decoder(load_image_tokenizer(path), pictures) for name, (path, pictures) in given.items()}
+    decoders = {name: PictureDecoder(load_image_tokenizer(path), pictures) for name, (path, pictures) in given.items()}
     connection.send(None)
     with contextlib.suppress(EOFError, OSError):
         while True:

@@ -44,7 +44,7 @@ class EngineFailed(Exception):
     """A fault of ours: what was being drawn is lost, and the engine starts anew."""
 
 
-class Drawing(NamedTuple):
+class EngineRequest(NamedTuple):
     """What a job has the engine draw."""
 
     request: Request
@@ -67,7 +67,7 @@ class Job:
 
     def __init__(
         self,
-        drawings: Sequence[Drawing],
+        drawings: Sequence[EngineRequest],
         finish: Callable[[list[Generated]], Any],
         *,
         partial: Callable[[list[int]], Any] | None = None,

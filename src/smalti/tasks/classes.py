@@ -6,7 +6,7 @@
 Letters: B pictures, H W rows and columns of pixels, h w of codes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from numbers import Integral
 from typing import Any
@@ -17,30 +17,24 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.bundle import LABEL, Bundle
-from smalti.engine.generate import Request, generate, job_executor, stream
+from smalti.engine.generate import Request, generate, job_executor
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
-from smalti.image_files import PictureConfig, checked_scale, to_images, with_receipt
+from smalti.image_files import PictureConfig, checked_scale, with_receipt
 from smalti.likelihood import score
 from smalti.sequences.layout import SpanValues
 from smalti.tasks.codes import (
     Codes,
     Partial,
-    decode,
-    decode_images,
-    encode_images,
-    grid_of,
-    partial_picture,
     receipt,
-    sample_config,
 )
-from smalti.tasks.face import Face
+from smalti.tasks.face import PictureFace, seeds_of
 
 CLASS = "generate class"
 """The task that receipts of its pictures name."""
 
 
-class ClassPipeline(Face):
+class ClassPipeline(PictureFace):
     """A bundle that draws pictures of classes. `load` reads one.
 
     One without an image tokenizer draws and scores codes; asked for pictures, it raises InputError. So does `load` for
@@ -78,7 +72,7 @@ class ClassPipeline(Face):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of a picture's codes; one row, where no image tokenizer says how they stand."""
-        return (1, self.bundle.image_length) if self.bundle.image_tokenizer is None else grid_of(self.bundle)
+        return (1, self.bundle.image_length) if self.bundle.image_tokenizer is None else super().grid
 
     def generate(
         self,
@@ -116,7 +110,7 @@ class ClassPipeline(Face):
                 ),
             )
             for picture, label, drawn_seed, found in zip(
-                decode(self.bundle, codes, scale=scale), labels, seeds, codes, strict=True
+                self.decode(codes, scale=scale), labels, seeds, codes, strict=True
             )
         ]
 
@@ -141,10 +135,7 @@ class ClassPipeline(Face):
         checked_scale(self.pictures, scale)
         config = self.sample_config(self.sampling.picture, sampling)
         request = self.class_request(self.classes.find(class_), seed, config)
-        offset, found = self.layout.vocabulary["image"].offset, []
-        for step in stream(self.model, self.layout, [request], config):
-            found.append(step.token_id - offset)
-            yield Partial(torch.tensor(found), partial_picture(self.bundle, found, scale))
+        yield from self._streamed(request, config, scale)
 
     def score_codes(self, codes: Codes, labels: Sequence[int | None], *, batch_size: int = 64) -> Float[Tensor, " B"]:
         """−ln p(picture | class) of each picture's codes, in nats; None stands for no class. Raises InputError for
@@ -157,17 +148,13 @@ class ClassPipeline(Face):
         }
         return score(self.model, self.layout, self._order, spans, segments=["image"], batch_size=batch_size)["image"]
 
-    def encode(self, pictures: Any, *, batch_size: int = 64) -> Codes:
-        """Codes of pictures or picture files. Raises InputError for a picture of the wrong size or mode."""
-        return encode_images(self.bundle, to_images(pictures, self.pictures), batch_size=batch_size)
-
     def decode(self, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
-        """Pictures of codes, each enlarged `scale` times."""
-        return decode(self._with_pictures(), codes, scale=scale)
+        self._with_pictures()
+        return super().decode(codes, scale=scale)
 
     def decode_images(self, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
-        """Images of codes as the image tokenizer gives them, not clamped to [0, 1]."""
-        return decode_images(self._with_pictures(), codes, batch_size=batch_size)
+        self._with_pictures()
+        return super().decode_images(codes, batch_size=batch_size)
 
     @property
     def _order(self) -> str:
@@ -193,8 +180,7 @@ class ClassPipeline(Face):
     ) -> Codes:
         requests = [self.class_request(label, seed, config) for label, seed in zip(labels, seeds, strict=True)]
         found = generate(self.model, self.layout, requests, config, batch_size=batch_size, executor=executor)
-        rows = [sequence.spans["image"].view(self.grid) for sequence in found]
-        return torch.stack(rows) if rows else torch.zeros(0, *self.grid, dtype=torch.long)
+        return self._codes(found)
 
     def _labels_and_seeds(
         self, classes: str | int | Sequence[str | int], seed: int | Sequence[int], n: int
@@ -203,16 +189,9 @@ class ClassPipeline(Face):
         if n < 1:
             raise ValueError(f"n is {n}; it must be at least 1.")
         asked = [classes] if isinstance(classes, str | int | Integral) else list(classes)
-        seeds = [int(seed)] * len(asked) if isinstance(seed, int | Integral) else [int(one) for one in seed]
-        if len(seeds) != len(asked):
-            raise ValueError(f"{len(seeds)} seeds for {len(asked)} classes; give one for all, or one each.")
+        seeds = seeds_of(seed, len(asked), "classes")
         labels = [self.classes.find(one) for one in asked]
         return (
             [label for label in labels for _ in range(n)],
             [first + i for first in seeds for i in range(n)],
         )
-
-    def sample_config(self, default: SampleConfig, given: Mapping[str, Any]) -> SampleConfig:
-        """The default with the settings that are given. Raises ValueError for unknown ones, and for an interval of
-        guidance beyond a picture's codes."""
-        return sample_config(default, given, self.bundle.image_length)

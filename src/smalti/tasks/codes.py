@@ -30,7 +30,7 @@ class Partial(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Decoder:
+class PictureDecoder:
     """What makes pictures of codes, without the bundle around it, on a CPU."""
 
     image_tokenizer: Any
@@ -53,7 +53,7 @@ def encode_images(bundle: Bundle, images: Float[Tensor, "B 3 H W"], *, batch_siz
     return torch.cat([bundle.image_tokenizer.encode_images(i.to(device)).cpu() for i in images.split(batch_size)])
 
 
-def decode(bundle: Bundle | Decoder, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
+def decode(bundle: Bundle | PictureDecoder, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
     """Pictures of codes, each enlarged `scale` times; on a CPU each decoded alone: none depends on the others."""
     assert bundle.pictures is not None
     alone = bundle.device.type == "cpu"
@@ -61,7 +61,7 @@ def decode(bundle: Bundle | Decoder, codes: Codes, *, scale: int | None = None) 
 
 
 @torch.inference_mode()
-def decode_images(bundle: Bundle | Decoder, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
+def decode_images(bundle: Bundle | PictureDecoder, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
     """Images of codes as the image tokenizer gives them, not clamped to [0, 1]. Raises InputError for codes of another
     shape than the grid's, or that are no whole numbers."""
     grid, pictures, device = grid_of(bundle), bundle.pictures, bundle.device
@@ -77,7 +77,7 @@ def decode_images(bundle: Bundle | Decoder, codes: Codes, *, batch_size: int = 6
 
 
 def partial_picture(
-    bundle: Bundle | Decoder, found: list[int], scale: int | None, *, kept: Mapping[int, int] | None = None
+    bundle: Bundle | PictureDecoder, found: list[int], scale: int | None, *, kept: Mapping[int, int] | None = None
 ) -> Image.Image:
     """The picture of its first codes, in raster order, and of the codes `kept` in cells behind them; what is not there
     yet is grey."""
@@ -93,7 +93,7 @@ def partial_picture(
     return to_pictures(torch.where(known, image, 0.5), pictures, scale)[0]
 
 
-def grid_of(bundle: Bundle | Decoder) -> tuple[int, int]:
+def grid_of(bundle: Bundle | PictureDecoder) -> tuple[int, int]:
     return bundle.image_tokenizer.config.grid
 
 

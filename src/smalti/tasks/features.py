@@ -10,10 +10,9 @@ Letters: B pictures, h w of codes, n features of a caption, C channels of a feat
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,11 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.bundle import Bundle
-from smalti.engine.generate import Request, generate, job_executor, stream
+from smalti.engine.generate import Request, generate, job_executor
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, InputWarning
 from smalti.files import user_cache
-from smalti.image_files import checked_scale, listed, to_images, with_receipt
+from smalti.image_files import checked_scale, listed, with_receipt
 from smalti.likelihood import score
 from smalti.models.decoder_only import DecoderOnly
 from smalti.sequences.layout import SpanValues
@@ -35,20 +34,14 @@ from smalti.sequences.vocabulary import FEATURES
 from smalti.tasks.codes import (
     Codes,
     Partial,
-    decode,
-    decode_images,
-    encode_images,
-    grid_of,
-    partial_picture,
     receipt,
-    sample_config,
 )
-from smalti.tasks.face import Face
+from smalti.tasks.face import PictureFace, seeds_of
 from smalti.tasks.images import Pictures, Pipeline, Scores
 from smalti.text_features import FeatureCache, Features, TextEncoder, prepared
 
 
-class FeaturePipeline(Face):
+class FeaturePipeline(PictureFace):
     """A bundle that draws pictures of captions, which it reads as features of a text encoder. `load` reads one.
 
     `text_encoder` is that of the bundle unless another place of it is given; only if one is given, and `fetch`, it may
@@ -69,7 +62,7 @@ class FeaturePipeline(Face):
             )
         assert isinstance(bundle.model, DecoderOnly)
         self.reader: DecoderOnly = bundle.model
-        self.image_tokenizer, self.pictures, self.sampling = bundle.image_tokenizer, bundle.pictures, bundle.sampling
+        self.image_tokenizer, self.sampling = bundle.image_tokenizer, bundle.sampling
         self._given_encoder, self._may_fetch = text_encoder, fetch and text_encoder is not None
 
     @classmethod
@@ -85,10 +78,6 @@ class FeaturePipeline(Face):
         """A bundle from its folder, or by a hub's `owner/name` (see `Bundle.load`), and the folder of its text encoder,
         or the hub's `owner/name` to fetch it (default: what the bundle names)."""
         return cls(Bundle.load(name, device=device, dtype=dtype, weights=weights), text_encoder)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return grid_of(self.bundle)
 
     # Captions --------------------------------------------------------------------------------------------------
 
@@ -189,7 +178,7 @@ class FeaturePipeline(Face):
                 ),
             )
             for picture, prompt, request, found in zip(
-                decode(self.bundle, codes, scale=scale), repeated, requests, codes, strict=True
+                self.decode(codes, scale=scale), repeated, requests, codes, strict=True
             )
         ]
 
@@ -220,11 +209,7 @@ class FeaturePipeline(Face):
     ) -> Iterator[Partial]:
         """The picture of a prompt as it comes, code by code; the last is what `generate` returns."""
         config = self.sample_config(self.sampling.picture, sampling)
-        requests = self._requests([prompt], seed, 1, negative_prompt, config)
-        offset, found = self.layout.vocabulary["image"].offset, []
-        for step in stream(self.model, self.layout, requests, config):
-            found.append(step.token_id - offset)
-            yield Partial(torch.tensor(found), partial_picture(self.bundle, found, scale))
+        yield from self._streamed(self.prompt_request(prompt, seed, negative_prompt, config), config, scale)
 
     def picture_request(
         self, features: Features, seed: int, negative: Features | None, config: SampleConfig
@@ -259,9 +244,7 @@ class FeaturePipeline(Face):
         """One for every picture to draw."""
         if n < 1:
             raise ValueError(f"n is {n}; it must be at least 1.")
-        seeds = [int(seed)] * len(prompts) if isinstance(seed, int | Integral) else [int(one) for one in seed]
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for all, or one each.")
+        seeds = seeds_of(seed, len(prompts), "prompts")
         captions = [*prompts] if negative_prompt is None else [*prompts, negative_prompt]
         features = self.features(captions)
         negative = None if negative_prompt is None else features.pop()
@@ -273,8 +256,7 @@ class FeaturePipeline(Face):
 
     def _draw(self, requests: Sequence[Request], config: SampleConfig, batch_size: int, executor: str | None) -> Codes:
         found = generate(self.model, self.layout, requests, config, batch_size=batch_size, executor=executor)
-        rows = [sequence.spans["image"].view(self.grid) for sequence in found]
-        return torch.stack(rows) if rows else torch.zeros(0, *self.grid, dtype=torch.long)
+        return self._codes(found)
 
     # Likelihood ------------------------------------------------------------------------------------------------
 
@@ -307,25 +289,6 @@ class FeaturePipeline(Face):
             segments=["image"],
             batch_size=batch_size,
         )["image"]
-
-    # Pictures and codes ----------------------------------------------------------------------------------------
-
-    def encode(self, pictures: Pictures, *, batch_size: int = 64) -> Codes:
-        """Codes of pictures or picture files. Raises InputError for a picture of the wrong size or mode."""
-        return encode_images(self.bundle, to_images(pictures, self.pictures), batch_size=batch_size)
-
-    def decode(self, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
-        """Pictures of codes, each enlarged `scale` times."""
-        return decode(self.bundle, codes, scale=scale)
-
-    def decode_images(self, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
-        """Images of codes as the image tokenizer gives them, not clamped to [0, 1]."""
-        return decode_images(self.bundle, codes, batch_size=batch_size)
-
-    def sample_config(self, default: SampleConfig, given: Mapping[str, Any]) -> SampleConfig:
-        """The default with the settings that are given. Raises ValueError for unknown ones, and for an interval of
-        guidance beyond a picture's codes."""
-        return sample_config(default, given, self.bundle.image_length)
 
 
 def captions_face(

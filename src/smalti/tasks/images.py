@@ -9,9 +9,8 @@ Letters: B sequences, C H W image, h w code grid, L tokens of a caption.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from smalti.bundle import Bundle
-from smalti.engine.generate import Generated, Request, generate, job_executor, stream
+from smalti.engine.generate import Generated, Request, generate, job_executor
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, InputWarning, shortened
-from smalti.image_files import Picture, checked_scale, listed, to_images, with_receipt
+from smalti.image_files import Picture, checked_scale, listed, with_receipt
 from smalti.image_tokenizers import TiTok
 from smalti.likelihood import score
 from smalti.prompts import PromptTokenizer
@@ -32,14 +31,9 @@ from smalti.sequences.layout import Layout, SpanValues
 from smalti.tasks.codes import (
     Codes,
     Partial,
-    decode,
-    decode_images,
-    encode_images,
-    partial_picture,
     receipt,
-    sample_config,
 )
-from smalti.tasks.face import Face
+from smalti.tasks.face import PictureFace, seeds_of
 from smalti.text_tokenizer import TextTokenizer
 
 RERANKERS = ("picture", "caption", "pmi")
@@ -72,22 +66,22 @@ class Pair(NamedTuple):
     caption: str
 
 
-class Pipeline(Face):
+class Pipeline(PictureFace):
     """A bundle that draws pictures of captions, and what it does. `load` reads one.
 
     Raises InputError for a bundle without both tokenizers, or without an order that has the caption first.
     """
 
     def __init__(self, bundle: Bundle):
-        text_tokenizer, pictures = bundle.text_tokenizer, bundle.pictures
-        if pictures is None or not isinstance(text_tokenizer, TextTokenizer | PromptTokenizer):
+        text_tokenizer = bundle.text_tokenizer
+        if bundle.pictures is None or not isinstance(text_tokenizer, TextTokenizer | PromptTokenizer):
             raise InputError(
                 f"{bundle.name} is a bundle of {bundle.kind}, not of pictures with captions; smalti info says what it "
                 "holds."
             )
         super().__init__(bundle)
         self.image_tokenizer, self.text_tokenizer = bundle.image_tokenizer, text_tokenizer
-        self.pictures, self.sampling = pictures, bundle.sampling
+        self.sampling = bundle.sampling
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Uploads the bundle to the hub's `owner/name`; returns its address. Needs the extra "hub"."""
@@ -166,10 +160,7 @@ class Pipeline(Face):
         """The picture of a prompt as it comes, code by code; the last is what `generate` returns."""
         config = self.sample_config(self.sampling.picture, sampling)
         request = self.picture_request(self.whole(prompt), seed, negative_prompt, config)
-        offset, found = self.layout.vocabulary["image"].offset, []
-        for step in stream(self.model, self.layout, [request], config):
-            found.append(step.token_id - offset)
-            yield Partial(torch.tensor(found), partial_picture(self.bundle, found, scale))
+        yield from self._streamed(request, config, scale)
 
     def _draw_pictures(
         self,
@@ -185,9 +176,7 @@ class Pipeline(Face):
     ) -> list[tuple[int, Generated]]:
         """Each kept sequence with the seed it was drawn from."""
         self.check_drawing(n, best_of, rerank)
-        seeds = [int(seed)] * len(prompts) if isinstance(seed, int | Integral) else [int(one) for one in seed]
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for all, or one each.")
+        seeds = seeds_of(seed, len(prompts), "prompts")
         requests = [
             self.picture_request(words, first + i, negative_prompt, config)
             for words, first in zip(self._all_whole(prompts), seeds, strict=True)
@@ -422,30 +411,9 @@ class Pipeline(Face):
 
     # Pictures and codes ----------------------------------------------------------------------------------------
 
-    def encode(self, pictures: Pictures, *, batch_size: int = 64) -> Codes:
-        """Codes of pictures or picture files. Raises InputError for a picture of the wrong size or mode."""
-        return self.encode_images(to_images(pictures, self.pictures), batch_size=batch_size)
-
-    def encode_images(self, images: Float[Tensor, "B 3 H W"], *, batch_size: int = 64) -> Codes:
-        """Codes of images in [0, 1], on the CPU."""
-        return encode_images(self.bundle, images, batch_size=batch_size)
-
-    def decode(self, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
-        """Pictures of codes, each enlarged `scale` times; on a CPU each decoded alone: none depends on the others."""
-        return decode(self.bundle, codes, scale=scale)
-
-    def decode_images(self, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
-        """Images of codes as the image tokenizer gives them, not clamped to [0, 1]. Raises InputError for codes of
-        another shape than the grid's, or that are no whole numbers."""
-        return decode_images(self.bundle, codes, batch_size=batch_size)
-
     def executor(self, num_requests: int, batch_size: int = 64) -> str:
         """What draws so many pictures; their receipts name it."""
         return job_executor(self.model, self.layout, num_requests, batch_size)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.image_tokenizer.config.grid
 
     @property
     def has_patches(self) -> bool:
@@ -453,10 +421,6 @@ class Pipeline(Face):
         return not isinstance(self.image_tokenizer, TiTok)
 
     # Small things ----------------------------------------------------------------------------------------------
-
-    def _codes(self, found: Sequence[Generated]) -> Codes:
-        rows = [sequence.spans["image"].view(self.grid) for sequence in found]
-        return torch.stack(rows) if rows else torch.zeros(0, *self.grid, dtype=torch.long)
 
     def text(self, sequence: Generated) -> str:
         """The caption that a sequence has."""
@@ -513,11 +477,6 @@ class Pipeline(Face):
             return None
         order = self.layout[self.bundle.order("text", "image")]
         return order.name if order.span("text").end is not None else None
-
-    def sample_config(self, default: SampleConfig, given: Mapping[str, Any]) -> SampleConfig:
-        """The default with the settings that are given. Raises ValueError for unknown ones, and for an interval of
-        guidance beyond a picture's codes."""
-        return sample_config(default, given, self.bundle.image_length)
 
     def receipt(self, **details: Any) -> dict[str, Any]:
         """How a picture was made: what is known of the bundle, and the details."""
