@@ -344,7 +344,7 @@ def test_an_import_misses_nothing(golden, shared_dir, name):
             read({other: tensor for other, tensor in state.items() if other != key}, config)
     with pytest.raises(InputError, match=r"unexpected: more \[3\]"):
         read(state | {"more": torch.zeros(3)}, config)
-    report = read(state, config)[-1]
+    report = read(dict(state), config)[-1]
     assert {moved.foreign_key for moved in report.moved} == set(state)
     assert all(before != after for before, after in pairwise(report.moved))
 

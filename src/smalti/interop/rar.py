@@ -5,7 +5,7 @@ between codes and classes, which nothing uses, gives its row to the learned star
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from torch import Tensor
 
@@ -154,9 +154,11 @@ def _norm(ours: str, theirs: str, width: int) -> PieceMap:
     return {f"{ours}.{name}": (Piece(f"{theirs}.{name}", (width,)),) for name in ("weight", "bias")}
 
 
-def read_rar(state: Mapping[str, Tensor], config: dict, *, allow_nonfinite: bool = False) -> tuple[RAR, ImportReport]:
-    """The model of a RAR state dict, in evaluation mode; its weights may share the memory of `state`. Raises InputError
-    if a tensor is missing, has another shape or is left over."""
+def read_rar(
+    state: MutableMapping[str, Tensor], config: dict, *, allow_nonfinite: bool = False
+) -> tuple[RAR, ImportReport]:
+    """The model of a RAR state dict, in evaluation mode; its weights may share the memory of `state`, which is
+    emptied. Raises InputError if a tensor is missing, has another shape or is left over."""
     ours = read_config(config)
     model = build_of(lambda: RAR(ours), state)
     report = read_fused(
