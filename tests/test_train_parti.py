@@ -41,6 +41,7 @@ def recipe(tmp_path_factory):
         "output": str(folder / "out"),
     }
     content["train"] |= {"num_epochs": None, "num_steps": 3, "batch_size": 5, "evaluation_rows": 7, "warmup_steps": 1}
+    content["train"] |= {"optimizer": "adafactor", "schedule": "exponential", "decay_from": 0.5, "recompute": True}
     content["model"] |= {"encoder_layers": 1, "decoder_layers": 2, "d_model": 24, "num_heads": 3, "d_ff": 29}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     return folder / "recipe.yaml"
