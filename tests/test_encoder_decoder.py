@@ -12,7 +12,7 @@ from tiny_parti import GRID, K, config, model
 
 from smalti.engine.beam import beam_search
 from smalti.engine.engine import Engine
-from smalti.engine.executors import EXECUTORS, choose_executor
+from smalti.engine.executors import EXECUTORS, choose_executor, make_executor
 from smalti.engine.generate import generate
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
@@ -298,11 +298,35 @@ def test_codes_do_not_see_what_comes_later(drawer):
 
 
 def test_other_executors_refuse_it_by_name(drawer):
-    for name, executor in EXECUTORS.items():
-        reasons = executor.why_not(drawer)
-        assert (name == "eager") == (not reasons)
-        assert name == "eager" or "not EncoderDecoder" in reasons[0]
-    assert choose_executor(drawer) == "eager"
+    for name in ("cuda_graph", "packed"):
+        assert "not EncoderDecoder" in EXECUTORS[name].why_not(drawer)[0]
+    if drawer.config.local_kernel is not None:
+        assert EXECUTORS["native"].why_not(drawer) == ["it has no convolution-shaped attention (local_kernel)"]
+    assert choose_executor(drawer, 1) == "eager"
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_the_native_kernel_computes_the_same_and_each_row_to_the_same_bits_in_any_company(native_kernels, storage):
+    drawer = model()
+    drawer.store_weights(storage)
+    layout, batch = drawer.config.layout, packed(drawer)[0]
+    lengths = [len(one.given["text"]) + 2 + extra for one, extra in zip(REQUESTS, (3, 1, 0, 7, 2, 4, 5), strict=True)]
+    tokens = [batch.token_ids[row, :length].tolist() for row, length in enumerate(lengths)]
+    fast, plain = make_executor(drawer, "native"), make_executor(drawer, "eager")
+    states = [one.new_state(len(tokens)) for one in (fast, plain)]
+    rows = slice(0, len(tokens))
+    with torch.inference_mode():
+        hidden, expected = (one.extend(state, rows, tokens) for one, state in zip((fast, plain), states, strict=True))
+        assert torch.allclose(hidden, expected, atol=1e-4)
+        every = fast.extend_all(fast.new_state(len(tokens)), rows, tokens)
+        assert torch.allclose(every, plain.extend_all(plain.new_state(len(tokens)), rows, tokens), atol=1e-4)
+        for slot in (None, next(filter(drawer.can_score, layout.slots))):
+            assert torch.allclose(fast.logits(hidden, slot), plain.logits(hidden, slot), atol=1e-4)
+    for settings in (SampleConfig(), SampleConfig(guidance_scale=2.0), SampleConfig(guidance_scale=2.0, speculative=3)):
+        together = generate(drawer, layout, REQUESTS, settings, batch_size=5, executor="native")
+        for one, found in zip(REQUESTS, together, strict=True):
+            [alone] = generate(drawer, layout, [one], settings, executor="native")
+            assert torch.equal(found.token_ids, alone.token_ids) and torch.equal(found.log_probs, alone.log_probs)
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "int8"])

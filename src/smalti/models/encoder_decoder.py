@@ -28,7 +28,7 @@ from smalti.documents import config_of
 from smalti.models.base import Inputs, check_drawable, check_own_layout, inputs_of, last_of
 from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import SLOT_BLOCK, DecodeState, Places, Rows
-from smalti.models.stored_weights import check_storable, storage_of, store_linears
+from smalti.models.stored_weights import StoredLinear, StoredWeight, check_storable, storage_of, store_linears
 from smalti.models.transformer import Context, RowContexts, Transformer
 from smalti.sequences.layout import Layout, Slot
 from smalti.sequences.request import TokenSequence
@@ -329,27 +329,41 @@ class EncoderDecoder(nn.Module):
             found[i, before : before + len(new)] = new
         return found
 
+    def begin(self, state: DecodeState, rows: Rows, tokens: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """Encodes the captions of rows that begin; returns what is left of each row's new tokens for the decoder."""
+        found: list[Sequence[int]] = []
+        for row, new in zip(state.indices(rows), tokens, strict=True):
+            if not state.lengths[row]:
+                before = self._num_text(new)
+                state.begin_encoded(row, before, self._context(state, tuple(new[:before])))
+                new = new[before:]
+            found.append(new)
+        return found
+
+    def decoder_ids(self, token_ids: Sequence[int]) -> list[int]:
+        """The rows of `embed_codes` that `<sot>` and codes have."""
+        first = self.config.start_id + 1
+        return [token - first if token >= first else self.config.codebook_size for token in token_ids]
+
+    def position_table(self) -> Float[Tensor, "L D"]:
+        """What is added at each cell."""
+        return (self.row_positions.weight[:, None] + self.column_positions.weight).flatten(0, 1)
+
     def _begin(
         self, state: DecodeState, rows: Rows, token_ids: Int[Tensor, "R T"], counts: Sequence[int] | None
     ) -> _Begun:
-        """Encodes the captions of rows that begin."""
         indices = state.indices(rows)
         if all(state.lengths[row] for row in indices):
             return _Begun(token_ids, None if counts is None else list(counts), [0] * len(indices))
         new = [row if counts is None else row[:count] for row, count in _with_counts(token_ids.tolist(), counts)]
-        num_text = [
-            0 if state.lengths[row] else self._num_text(tokens) for row, tokens in zip(indices, new, strict=True)
-        ]
-        codes = [tokens[before:] for tokens, before in zip(new, num_text, strict=True)]
+        codes = self.begin(state, rows, new)
+        num_text = [len(given) - len(left) for given, left in zip(new, codes, strict=True)]
         found = list(map(len, codes))
-        for row, tokens, before in zip(indices, new, num_text, strict=True):
-            if before:
-                state.begin_encoded(row, before, self._context(state, tuple(tokens[:before])))
         longest = max(found)
         filled = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in codes], device=token_ids.device)
         return _Begun(filled, None if min(found) == longest else found, num_text)
 
-    def _num_text(self, tokens: list[int]) -> int:
+    def _num_text(self, tokens: Sequence[int]) -> int:
         if self.config.start_id not in tokens:
             raise ValueError(f"a row begins with its whole caption, {END_OF_TEXT} and {START} together.")
         return tokens.index(self.config.start_id)
@@ -359,7 +373,10 @@ class EncoderDecoder(nn.Module):
         if text not in state.contexts:
             while len(state.contexts) >= max(2, state.capacity):
                 del state.contexts[next(iter(state.contexts))]
-            state.contexts[text] = self.encode(torch.tensor([text], device=self.device))
+            keys, values, _ = self.encode(torch.tensor([text], device=self.device))
+            state.contexts[text] = Context(
+                [one.contiguous() for one in keys], [one.contiguous() for one in values], None
+            )
         return state.contexts[text]
 
     def _decode_new(self, state: DecodeState, rows: Rows, begun: _Begun) -> Float[Tensor, "R M D"]:
@@ -386,23 +403,37 @@ class EncoderDecoder(nn.Module):
 
     # Scores ----------------------------------------------------------------------------------------------------
 
+    @property
+    def stored_head(self) -> StoredWeight | None:
+        """The head, if it is stored in fewer bits."""
+        return self.head.stored if isinstance(self.head, StoredLinear) else None
+
+    @property
+    def head_weight(self) -> Float[Tensor, "K D"]:
+        """A row for each code."""
+        return self.head.stored.expanded() if isinstance(self.head, StoredLinear) else self.head.weight
+
+    def head_rows(self, slot: Slot) -> tuple[tuple[int, int], ...]:
+        """The rows of `head_weight` that score a slot's ids, in their order. Raises ValueError if there are none."""
+        first = self.config.start_id + 1
+        if not self.can_score(slot):
+            raise ValueError(
+                f"an encoder-decoder scores codes alone, ids {first}..{self.vocab_size - 1}, not {slot.ranges}: what "
+                "is text it was given."
+            )
+        return tuple((start - first, end - first) for start, end in slot.ranges)
+
     def can_score(self, slot: Slot) -> bool:
         first = self.config.start_id + 1
         return all(first <= start and end <= self.vocab_size for start, end in slot.ranges)
 
     def logits(self, hidden: Float[Tensor, "... D"], slot: Slot | None = None) -> Float[Tensor, "... n"]:
-        first = self.config.start_id + 1
-        if slot is not None and not self.can_score(slot):
-            raise ValueError(
-                f"an encoder-decoder scores codes alone, ids {first}..{self.vocab_size - 1}, not {slot.ranges}: what "
-                "is text it was given."
-            )
-        scores = self.head(hidden)
         if slot is None:
-            return F.pad(scores, (first, 0), value=-torch.inf)
+            return F.pad(self.head(hidden), (self.config.start_id + 1, 0), value=-torch.inf)
+        rows, scores = self.head_rows(slot), self.head(hidden)
         if slot.size == self.config.codebook_size:
             return scores
-        return torch.cat([scores[..., start - first : end - first] for start, end in slot.ranges], dim=-1)
+        return torch.cat([scores[..., start:end] for start, end in rows], dim=-1)
 
 
 def _with_counts(tokens: list[list[int]], counts: Sequence[int] | None) -> Iterator[tuple[list[int], int]]:
