@@ -42,6 +42,11 @@ def recipe(tmp_path_factory):
     }
     content["train"] |= {"num_epochs": None, "num_steps": 3, "batch_size": 5, "evaluation_rows": 7, "warmup_steps": 1}
     content["train"] |= {"optimizer": "adafactor", "schedule": "exponential", "decay_from": 0.5, "recompute": True}
+    content["reranker"] = {
+        "model": {"picture_layers": 1, "embedding_width": 7},
+        "train": {"num_steps": 3, "batch_size": 6, "masked_weight": 1.0},
+        "lends_encoder": True,
+    }
     content["model"] |= {"encoder_layers": 1, "decoder_layers": 2, "d_model": 24, "num_heads": 3, "d_ff": 29}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     return folder / "recipe.yaml"
@@ -62,6 +67,7 @@ def test_the_whole_system_from_pairs_to_pictures(recipe, trained, capsys):
         "validation nats per picture token, text to image, captions empty",
     }
     assert (trained / "samples" / "table.png").exists()
+    assert pipe.rerankers == ("contrastive", "pmi", "picture")
     made = (trained / "model" / "curves.csv").stat().st_mtime_ns
     assert run(["train", str(recipe), "--quiet"]) == 0  # nothing is left to do
     assert (trained / "model" / "curves.csv").stat().st_mtime_ns == made
@@ -72,12 +78,16 @@ def test_the_whole_system_from_pairs_to_pictures(recipe, trained, capsys):
 def test_drawn_by_the_command_line_and_again_from_the_receipt(trained, tmp_path, capsys):
     bundle, out = str(trained / "bundle"), tmp_path / "birds.png"
     prompt = ["generate", "two red birds", "--bundle", bundle, "-n", "3", "-o", str(out), "--guidance-scale", "2"]
-    assert run([*prompt, "--negative-prompt", "a blue bird", "--best-of", "2", "--rerank", "pmi"]) == 0
+    assert run([*prompt, "--negative-prompt", "a blue bird", "--best-of", "2"]) == 0
     pictures = sorted(tmp_path.glob("*.png"))
     with Image.open(pictures[0]) as picture:
         assert len(pictures) == 3 and picture.size == SIZE[::-1]
     receipt = read_receipt(pictures[0])
-    assert receipt["prompt"] == "two red birds" and receipt["executor"] in ("eager", "native") and receipt["rerank"] == "pmi"
+    assert (
+        receipt["prompt"] == "two red birds"
+        and receipt["executor"] in ("eager", "native")
+        and receipt["rerank"] == "contrastive"
+    )
     assert run(["replay", str(pictures[1]), "--bundle", bundle, "-o", str(tmp_path / "again.png")]) == 0
     assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(Image.open(pictures[1])))
     capsys.readouterr()

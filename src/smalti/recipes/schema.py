@@ -27,6 +27,7 @@ from smalti.sequences.vocabulary import SPECIAL, Vocabulary
 from smalti.tasks.sample_table import SampleTableConfig
 from smalti.text_features import MAX_FEATURES
 from smalti.text_tokenizer import BPEConfig, UnigramConfig
+from smalti.training.dual_encoder import TrainDualConfig
 from smalti.training.gan_tokenizer import TrainGANTokenizerConfig
 from smalti.training.image_tokenizer import TrainTokenizerConfig
 from smalti.training.token_model import TrainConfig
@@ -275,6 +276,24 @@ class PartiModel(Section):
         )
 
 
+class DualEncoderModel(Section):
+    """A dual encoder of captions and codes. Its text tower has the sizes of the model's text encoder."""
+
+    picture_layers: int = 3
+    embedding_width: int = 128
+    dropout: float = 0.1
+
+
+class Reranker(Section):
+    """A dual encoder that is trained beside the model and ranks candidates."""
+
+    model: DualEncoderModel = DualEncoderModel()
+    train: TrainDualConfig = TrainDualConfig()
+    lends_encoder: bool = False
+    """Begin the model with the dual encoder's text encoder, as Parti's pretraining does; `train.masked_weight` 1 gives
+    it masked text beside the contrastive loss."""
+
+
 class PartiRecipe(Section):
     """A checked recipe of the system `parti`: pictures from captions by a text encoder and a picture decoder."""
 
@@ -292,6 +311,8 @@ class PartiRecipe(Section):
     max_text: int = 128
     """Pieces of a caption that are read at most."""
     model: PartiModel
+    reranker: Reranker | None = None
+    """None: candidates are ranked by the model's own likelihoods alone."""
     train: TrainConfig
     watch: SampleTableConfig = SampleTableConfig()
     sample: Sampling = Sampling()

@@ -6,6 +6,7 @@ The folder of a run (see stages.py):
     image_tokenizer/      the image tokenizer, in half precision
     text_tokenizer.json   pieces of words, learned from the training captions
     tokens/               train and validation pairs as codes and numbers
+    reranker/             the training of a dual encoder, where the recipe asks for one
     model/                the transformer's training: checkpoints, curves.csv, curves.png, tensorboard
     samples/              the same prompts with the same seeds on the way: table.png, table.md
     bundle/               what `Pipeline.load` reads
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from smalti.bundle import Bundle
 from smalti.data.pair_sources import open_pairs
 from smalti.data.ready_tokens import are_tokens, open_tokens
@@ -28,15 +31,18 @@ from smalti.evaluate.compositions import evaluate_compositions
 from smalti.files import made_again
 from smalti.image_files import PictureConfig
 from smalti.models.config import TransformerConfig
-from smalti.models.encoder_decoder import EncoderDecoderConfig
+from smalti.models.dual_encoder import DualEncoder, DualEncoderConfig, lend_encoder
+from smalti.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from smalti.models.families import AnyModel
 from smalti.progress import stage, track
 from smalti.recipes import CaptionsRecipe, PartiRecipe, claim_folder
 from smalti.sequences.layout import Layout
-from smalti.systems.stages import check_grid, finish, stored_image_tokenizer, stored_tokens, team
+from smalti.systems.stages import Team, check_grid, finish, stored_image_tokenizer, stored_tokens, team
 from smalti.tasks.images import Pipeline
 from smalti.tasks.sample_table import SampleTable
 from smalti.text_tokenizer import TextTokenizer
+from smalti.training.checkpoint import latest_checkpoint, load_checkpoint
+from smalti.training.dual_encoder import CHECKPOINTS, train_dual_encoder
 from smalti.training.estimate import Estimate
 from smalti.training.token_model import Pairs, nats_by_order, train_model
 
@@ -51,6 +57,8 @@ class Shape:
     """Of the training captions."""
     text_tokenizer: TextTokenizer | None
     """The recipe's own, in place of one that is learned."""
+    reranker: DualEncoderConfig | None = None
+    """A dual encoder to train first; `recipe.reranker` says how."""
 
 
 def train_on_pairs(
@@ -102,10 +110,17 @@ def train_on_pairs(
         opened |= {split: TokenTable.open(tokens) for split, tokens in tables.items()}
         train, validation = opened["train"], opened["validation"]
 
+        model: AnyModel | TransformerConfig | EncoderDecoderConfig = shape.model
+        reranker = None
+        if shape.reranker is not None:
+            reranker = _trained_reranker(recipe, shape.reranker, train, validation, processes, show_progress)
+            model = _lent_encoder(recipe, shape.model, reranker)
+
         def make_pipeline(model: AnyModel, **described: Any) -> Pipeline:
             bundle = Bundle(
                 model=model,
                 layout=layout,
+                reranker=reranker,
                 image_tokenizer=image_tokenizer,
                 text_tokenizer=text_tokenizer,
                 pictures=PictureConfig(height=size[0], width=size[1], scale=recipe.data.scale),
@@ -116,7 +131,7 @@ def train_on_pairs(
             return Pipeline(bundle)
 
         model = train_model(
-            shape.model,
+            model,
             layout,
             train,
             validation,
@@ -132,6 +147,41 @@ def train_on_pairs(
             trained = make_pipeline(model.cpu(), about=about).bundle
             finish(trained, output / "bundle", lambda bundle: _figures(bundle, recipe, validation, show_progress))
     return output / "bundle"
+
+
+def _trained_reranker(
+    recipe: CaptionsRecipe | PartiRecipe,
+    shape: DualEncoderConfig,
+    train: Pairs,
+    validation: Pairs,
+    processes: Team,
+    show_progress: bool,
+) -> DualEncoder:
+    """The dual encoder of the run's folder; the first process trains it, the others read it."""
+    assert isinstance(recipe, PartiRecipe) and recipe.reranker is not None
+    folder, settings = recipe.output / "reranker", recipe.reranker.train
+    if processes.is_first:
+        train_dual_encoder(shape, train, validation, settings, folder, show_progress=show_progress)
+    processes.wait()
+    reranker = DualEncoder(shape)
+    last = latest_checkpoint(folder / CHECKPOINTS)
+    assert last is not None
+    reranker.load_state_dict(load_checkpoint(last).weights)
+    return reranker.eval()
+
+
+def _lent_encoder(
+    recipe: CaptionsRecipe | PartiRecipe, model: TransformerConfig | EncoderDecoderConfig, reranker: DualEncoder
+) -> EncoderDecoder | TransformerConfig | EncoderDecoderConfig:
+    """A fresh model with the dual encoder's text encoder, if the recipe asks for it."""
+    if not (isinstance(recipe, PartiRecipe) and recipe.reranker and recipe.reranker.lends_encoder):
+        return model
+    assert isinstance(model, EncoderDecoderConfig)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)
+        fresh = EncoderDecoder(model)
+    lend_encoder(reranker, fresh)
+    return fresh
 
 
 def _learn_words(pairs: Path, shape: Shape, show_progress: bool) -> TextTokenizer:

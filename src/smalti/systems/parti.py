@@ -8,6 +8,7 @@ from smalti.bundle import find_bundle
 from smalti.errors import InputError
 from smalti.evaluate.reconstruction import find_image_tokenizer
 from smalti.image_tokenizers import load_image_tokenizer
+from smalti.models.dual_encoder import DualEncoderConfig
 from smalti.recipes import PartiRecipe
 from smalti.systems.pairs import Shape, train_on_pairs
 from smalti.text_tokenizer import TextTokenizer, UnigramConfig
@@ -34,10 +35,26 @@ def train_parti(recipe: PartiRecipe, *, command: str = "", show_progress: bool =
     if given is not None:
         given.check_vocabulary(model.layout.vocabulary)
     words = UnigramConfig(text_size=recipe.text_size)
+    reranker = None
+    if recipe.reranker is not None:
+        reranker = DualEncoderConfig(
+            text_size=model.text_size,
+            max_text=model.max_text,
+            codebook_size=model.codebook_size,
+            grid=model.grid,
+            text_layers=model.encoder_layers,
+            d_model=model.d_model,
+            num_heads=model.num_heads,
+            d_ff=model.d_ff,
+            feed_forward=model.feed_forward,
+            bias=model.bias,
+            **recipe.reranker.model.model_dump(),
+        )
     shape = Shape(
         layout=model.layout,
         model=model,
         learn_words=lambda captions: TextTokenizer.train_unigram(captions, words)[0],
         text_tokenizer=given,
+        reranker=reranker,
     )
     return train_on_pairs(recipe, image_tokenizer, shape, command=command, show_progress=show_progress)
