@@ -95,7 +95,7 @@ def pairs() -> TokenArrays:
 
 def test_it_learns_which_caption_goes_with_which_picture_and_resumes(pairs, tmp_path):
     settings = TrainDualConfig(
-        num_steps=30, batch_size=32, learning_rate=1e-2, warmup_steps=5, masked_weight=0.5, checkpoint_every=20
+        num_steps=40, batch_size=32, learning_rate=3e-3, warmup_steps=5, masked_weight=0.5, checkpoint_every=25
     )
     whole = train_dual_encoder(SHAPE, pairs, pairs, settings, tmp_path / "whole", show_progress=False)
     codes, words = torch.from_numpy(pairs.image_tokens), torch.from_numpy(pairs.text_tokens)
@@ -113,7 +113,7 @@ def test_it_learns_which_caption_goes_with_which_picture_and_resumes(pairs, tmp_
             Ends.left -= len(rows) == 32
             return super().batch(rows)
 
-    Ends.left = 26
+    Ends.left = 33
     stopping = Ends(pairs.image_tokens, pairs.text_tokens)
     with pytest.raises(Stopped):
         train_dual_encoder(SHAPE, stopping, pairs, settings, tmp_path / "stopped", show_progress=False)

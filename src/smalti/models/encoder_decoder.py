@@ -29,12 +29,13 @@ from smalti.models.base import Inputs, check_drawable, check_own_layout, inputs_
 from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import SLOT_BLOCK, DecodeState, Places, Rows
 from smalti.models.stored_weights import StoredLinear, StoredWeight, check_storable, storage_of, store_linears
-from smalti.models.transformer import Context, RowContexts, Transformer
+from smalti.models.transformer import Context, Norm, RowContexts, Transformer
 from smalti.sequences.layout import Layout, Slot
 from smalti.sequences.request import TokenSequence
 from smalti.sequences.vocabulary import SPECIAL, Vocabulary
 
 END_OF_TEXT, START = "<eot>", "<sot>"
+FORMS = ("parti", "dalle_mini")
 ORDER = "text to image"
 
 
@@ -57,6 +58,11 @@ class EncoderDecoderConfig:
     feed_forward: str = "relu"
     bias: bool = False
     """Biases in the linear layers."""
+    form: str = "parti"
+    """"parti", or "dalle_mini": the blocks of a NormFormer with GEGLU, positions that count along the picture, a norm
+    behind each embedding, and a row of the head for `<sot>`, which is never drawn (borisdayma/dalle-mini)."""
+    spare_codes: int = 0
+    """Rows of embedding and head between codes and `<sot>` that nothing stands for, as imported weights may have."""
     local_kernel: int | None = None
     """Rows and columns of the decoder's window, odd: an input sees those before it whose cells lie in the window about
     its own (see `local_mask`). None: it sees all of them."""
@@ -72,6 +78,10 @@ class EncoderDecoderConfig:
             raise ValueError(
                 f"grid is {self.grid}; expected rows and columns, at least 1 and at most {MAX_CELLS} cells."
             )
+        if self.form not in FORMS:
+            raise ValueError(f"form {self.form!r} is unknown; choose one of {', '.join(FORMS)}.")
+        if self.spare_codes < 0:
+            raise ValueError(f"spare_codes is {self.spare_codes}; it must be at least 0.")
         if self.local_kernel is not None and (self.local_kernel < 1 or self.local_kernel % 2 == 0):
             raise ValueError(f"local_kernel is {self.local_kernel}; expected an odd number, such as 11, or none.")
         if self.local_kernel is not None and self.num_codes**2 > MAX_TABLE:
@@ -101,6 +111,7 @@ class EncoderDecoderConfig:
             d_ff=self.d_ff,
             max_length=max_length,
             feed_forward=self.feed_forward,
+            normformer=self.form == "dalle_mini",
             bias=self.bias,
             positions="none",
             causal=causal,
@@ -204,15 +215,20 @@ class EncoderDecoder(nn.Module):
         """The last row is `<eot>`'s."""
         self.text_positions = nn.Embedding(config.max_text + 1, D)
         self.encoder = Transformer(config.encoder)
-        self.embed_codes = nn.Embedding(config.codebook_size + 1, D)
+        self.embed_codes = nn.Embedding(config.codebook_size + config.spare_codes + 1, D)
         """The last row is `<sot>`'s."""
-        self.row_positions = nn.Embedding(rows, D)
-        self.column_positions = nn.Embedding(columns, D)
+        if config.form == "parti":
+            self.row_positions = nn.Embedding(rows, D)
+            self.column_positions = nn.Embedding(columns, D)
+        else:
+            self.code_positions = nn.Embedding(config.num_codes, D)
+            self.text_norm, self.code_norm = (Norm("layer", D, config.encoder.norm_eps) for _ in range(2))
         self.decoder = Transformer(config.decoder)
-        self.head = nn.Linear(D, config.codebook_size, bias=False)
-        for part in (self.embed_text, self.text_positions, self.embed_codes, self.row_positions, self.column_positions):
-            nn.init.normal_(part.weight, std=0.02)
-        nn.init.normal_(self.head.weight, std=0.02)
+        num_rows = config.codebook_size + config.spare_codes + (config.form == "dalle_mini")
+        self.head = nn.Linear(D, num_rows, bias=False)
+        for part in self.children():
+            if isinstance(part, nn.Embedding | nn.Linear):
+                nn.init.normal_(part.weight, std=0.02)
         if config.local_kernel is not None:
             visible = local_mask(config.grid, config.local_kernel)
             # slots of a state come in whole blocks
@@ -285,6 +301,8 @@ class EncoderDecoder(nn.Module):
             real = torch.arange(S, device=text.device) < lengths[:, None]
             text, mask = text.where(real, self.config.text_size), real[:, None, None]
         x = self.embed_text(text) + self.text_positions.weight[:S]
+        if self.config.form == "dalle_mini":
+            x = self.text_norm(x)
         return self.decoder.context(self.encoder(x, mask=mask), real)
 
     def decode(self, token_ids: Int[Tensor, "B M"], context: Context) -> Float[Tensor, "B M D"]:
@@ -297,7 +315,9 @@ class EncoderDecoder(nn.Module):
     def _embedded(self, token_ids: Int[Tensor, "B M"], cells: Int[Tensor, "..."]) -> Float[Tensor, "B M D"]:
         config = self.config
         codes = token_ids - config.start_id - 1
-        codes = codes.where(codes >= 0, config.codebook_size)  # <sot>, and what fills up
+        codes = codes.where(codes >= 0, config.codebook_size + config.spare_codes)  # <sot>, and what fills up
+        if config.form == "dalle_mini":
+            return self.code_norm(self.embed_codes(codes) + self.code_positions(cells))
         rows = torch.div(cells, config.grid[1], rounding_mode="floor")
         return self.embed_codes(codes) + self.row_positions(rows) + self.column_positions(cells % config.grid[1])
 
@@ -342,8 +362,8 @@ class EncoderDecoder(nn.Module):
 
     def decoder_ids(self, token_ids: Sequence[int]) -> list[int]:
         """The rows of `embed_codes` that `<sot>` and codes have."""
-        first = self.config.start_id + 1
-        return [token - first if token >= first else self.config.codebook_size for token in token_ids]
+        first, start = self.config.start_id + 1, self.config.codebook_size + self.config.spare_codes
+        return [token - first if token >= first else start for token in token_ids]
 
     def position_table(self) -> Float[Tensor, "L D"]:
         """What is added at each cell."""
@@ -429,11 +449,14 @@ class EncoderDecoder(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "... D"], slot: Slot | None = None) -> Float[Tensor, "... n"]:
         if slot is None:
-            return F.pad(self.head(hidden), (self.config.start_id + 1, 0), value=-torch.inf)
-        rows, scores = self.head_rows(slot), self.head(hidden)
+            return F.pad(self._scores(hidden), (self.config.start_id + 1, 0), value=-torch.inf)
+        rows, scores = self.head_rows(slot), self._scores(hidden)
         if slot.size == self.config.codebook_size:
             return scores
         return torch.cat([scores[..., start:end] for start, end in rows], dim=-1)
+
+    def _scores(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... K"]:
+        return self.head(hidden)[..., : self.config.codebook_size]
 
 
 def _with_counts(tokens: list[list[int]], counts: Sequence[int] | None) -> Iterator[tuple[list[int], int]]:

@@ -51,6 +51,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = Norm(config.norm, config.head_dim, config.norm_eps)
             self.k_norm = Norm(config.norm, config.head_dim, config.norm_eps)
+        self.out_norm = Norm(config.norm, config.d_model, config.norm_eps) if config.normformer else None
 
     def forward(
         self,
@@ -82,7 +83,8 @@ class Attention(nn.Module):
             is_causal=config.causal and mask is None and T > 1,
             enable_gqa=config.kv_heads < config.num_heads,
         )
-        return self.out(attended.transpose(1, 2).reshape(B, T, config.q_width))
+        found = self.out(attended.transpose(1, 2).reshape(B, T, config.q_width))
+        return found if self.out_norm is None else self.out_norm(found)
 
 
 class Context(NamedTuple):
@@ -159,6 +161,7 @@ class CrossAttention(nn.Module):
         self.q = nn.Linear(config.d_model, config.q_width, bias=config.bias)
         self.kv = nn.Linear(config.d_model, 2 * config.q_width, bias=config.bias)
         self.out = nn.Linear(config.q_width, config.d_model, bias=config.bias)
+        self.out_norm = Norm(config.norm, config.d_model, config.norm_eps) if config.normformer else None
 
     def keys_and_values(self, encoded: Float[Tensor, "B S D"]) -> Float[Tensor, "2 B N S Dh"]:
         kv = self.kv(encoded).view(*encoded.shape[:2], 2, self.config.num_heads, self.config.head_dim)
@@ -168,17 +171,20 @@ class CrossAttention(nn.Module):
         B, T, _ = x.shape
         q = self.q(x).view(B, T, self.config.num_heads, self.config.head_dim).transpose(1, 2)
         attended = context.attend(q, layer, self.config.attention_dropout if self.training else 0.0)
-        return self.out(attended.transpose(1, 2).reshape(B, T, self.config.q_width))
+        found = self.out(attended.transpose(1, 2).reshape(B, T, self.config.q_width))
+        return found if self.out_norm is None else self.out_norm(found)
 
 
 class FeedForward(nn.Module):
-    """Two matrices with an activation between, or SwiGLU's three: down(silu(gate x) · up x) (arXiv:2002.05202)."""
+    """Two matrices with an activation between, or three: SwiGLU's down(silu(gate x) · up x), GEGLU's with gelu in place
+    of silu (arXiv:2002.05202)."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.kind = config.feed_forward
-        wide = config.d_ff * (2 if self.kind == "swiglu" else 1)  # gate and up in one product
+        wide = config.d_ff * (2 if self.kind in ("swiglu", "geglu") else 1)  # gate and up in one product
         self.up = nn.Linear(config.d_model, wide, bias=config.bias)
+        self.inner_norm = Norm(config.norm, config.d_ff, config.norm_eps) if config.normformer else None
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
@@ -186,13 +192,16 @@ class FeedForward(nn.Module):
         if self.kind == "swiglu":
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
+        elif self.kind == "geglu":
+            gate, x = x.chunk(2, dim=-1)
+            x = F.gelu(gate) * x
         elif self.kind == "gelu":
             x = F.gelu(x)
         elif self.kind == "gelu_tanh":
             x = F.gelu(x, approximate="tanh")
         else:
             x = torch.relu(x) if self.kind == "relu" else torch.tanh(x)
-        return self.down(x)
+        return self.down(x if self.inner_norm is None else self.inner_norm(x))
 
 
 class Block(nn.Module):

@@ -10,7 +10,7 @@ Letters: B batch, S ids of a caption with its marker.
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,7 +131,7 @@ def train_dual_encoder(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
         )
         run, step = Run(directory / CHECKPOINTS), 0
-        precision = resolve_precision(config.precision, device, begun=run.precision)
+        config = replace(config, precision=resolve_precision(config.precision, device, begun=run.precision))
         found = run.claim({"model": shape, "training": config, "data": {"num_rows": len(train)}})
         if found is not None:
             step, weights, state = found
@@ -150,7 +150,7 @@ def train_dual_encoder(
         while step < config.num_steps:
             seed_step(config.seed, step, 0)
             set_learning_rate(optimizer, learning_rate(step, config))
-            with compute_precision(device, precision):
+            with compute_precision(device, config.precision):
                 parts = losses(model, next(batches))
                 (parts.contrastive + config.masked_weight * parts.masked).backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from smalti.engine.executors.base import Eager, filled_up_on_the_right, why_not_plain
+from smalti.engine.executors.base import Eager, filled_up_on_the_right, unknown_blocks, why_not_plain
 from smalti.engine.executors.products import (
     QUERIES,
     attention_agrees,
@@ -63,6 +63,7 @@ def why_no_copy(
     if isinstance(model, EncoderDecoder) and reads_encoders:
         local = model.config.local_kernel is not None
         reasons = ["it has no convolution-shaped attention (local_kernel)"] if local else []
+        reasons += unknown_blocks(model.config.decoder)
     elif isinstance(model, DecoderOnly):
         reasons = why_not_plain(model)
     else:
