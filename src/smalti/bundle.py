@@ -4,6 +4,7 @@ config.json             format version, layout, model, pictures, sampling defaul
 model.safetensors       the transformer's weights; may be in half precision
 text_tokenizer.json     the words, as the `tokenizers` library saves them, if there are any
 image_tokenizer/        config.json and model.safetensors of the image tokenizer, if there is one
+reranker/               config.json and model.safetensors of a dual encoder that ranks candidates, if there is one
 README.md               the model card
 
 What a bundle can do follows from its layout and its parts, and is asked of it: `can_draw`, `can_caption`,
@@ -30,11 +31,12 @@ import torch
 from smalti.documents import config_of, read_json
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, first_line, shortened
-from smalti.files import new_folder
+from smalti.files import new_folder, write_json
 from smalti.hub import import_hub, is_hub_name
 from smalti.image_files import PictureConfig
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.models.decoder_only import DecoderOnly
+from smalti.models.dual_encoder import DualEncoder, DualEncoderConfig
 from smalti.models.families import AnyModel, build_model, describe_model, read_model_config
 from smalti.models.stored_weights import STORAGES
 from smalti.prompts import PromptForm, PromptTokenizer
@@ -58,11 +60,16 @@ FORMAT = "smalti bundle"
 FORMAT_VERSION = 2
 TEXT_TOKENIZER = "text_tokenizer.json"
 IMAGE_TOKENIZER = "image_tokenizer"
+RERANKER = "reranker"
 LABEL = "label"
 """The segment of a vocabulary that classes stand in."""
 NO_CLASSES = "the layout has labels; give the classes that they stand for."
 CARD = "README.md"
-PARTS = (WEIGHTS, TEXT_TOKENIZER, f"{IMAGE_TOKENIZER}/config.json", f"{IMAGE_TOKENIZER}/model.safetensors")
+PARTS = (
+    WEIGHTS,
+    TEXT_TOKENIZER,
+    *(f"{folder}/{file}" for folder in (IMAGE_TOKENIZER, RERANKER) for file in (CONFIG, WEIGHTS)),
+)
 """Files of which a bundle's config must know the checksum, where they are there."""
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -127,6 +134,8 @@ class Bundle:
     model may have."""
     image_tokenizer: Any = None
     """Of any family: `smalti.image_tokenizers` says what all have."""
+    reranker: DualEncoder | None = None
+    """What tells how well a caption and a picture's codes fit, where one was trained."""
     pictures: PictureConfig | None = None
     """Those that the image tokenizer reads and draws; there if it is."""
     classes: Classes | None = None
@@ -164,6 +173,11 @@ class Bundle:
             fits.append(("the image tokenizer's codebook_size", config.codebook_size, vocabulary["image"].size))
             num_cells = config.grid[0] * config.grid[1]
             fits.append(("the cells of the image tokenizer's grid", num_cells, self.image_length))
+        if self.reranker is not None:
+            shape = self.reranker.eval().config
+            fits.append(("the reranker's codebook_size", shape.codebook_size, vocabulary["image"].size))
+            fits.append(("the reranker's number of codes", shape.num_codes, self.image_length))
+            fits.append(("the reranker's text_size", shape.text_size, vocabulary["text"].size))
         for what, found, wanted in fits:
             if found != wanted:
                 raise ValueError(f"{what} is {found}, the layout says {wanted}.")
@@ -206,7 +220,9 @@ class Bundle:
     def decoder_only(self, what: str) -> DecoderOnly:
         """The model, for `what` knows decoder-only ones alone. Raises InputError for another."""
         if not isinstance(self.model, DecoderOnly):
-            raise InputError(f"the model of {self.name} is a {type(self.model).__name__}; {what} takes none.")
+            kind = type(self.model).__name__
+            article = "an" if kind[0] in "AEIOU" else "a"
+            raise InputError(f"the model of {self.name} is {article} {kind}; {what} takes none.")
         return self.model
 
     @property
@@ -259,7 +275,8 @@ class Bundle:
     def weights_sha256(self) -> str:
         """A hash of all weights as they are in memory: the same however the bundle is stored. It is taken when it is
         first asked for, as a receipt does."""
-        return weights_sha256(self.model, *([] if self.image_tokenizer is None else [self.image_tokenizer]))
+        others = [part for part in (self.image_tokenizer, self.reranker) if part is not None]
+        return weights_sha256(self.model, *others)
 
     # Reading and writing ---------------------------------------------------------------------------------------
 
@@ -286,7 +303,8 @@ class Bundle:
             raise InputError(f"weights {weights!r} is unknown; choose one of {', '.join(STORAGES)}.")
         if weights != "float32" and DTYPES[dtype] != torch.float32:
             raise InputError(f"weights {weights!r} are computed with in float32; leave out dtype {dtype!r}.")
-        weight_files = {WEIGHTS, *([f"{IMAGE_TOKENIZER}/{WEIGHTS}"] if "pictures" in config else [])}
+        weight_files = {WEIGHTS, f"{RERANKER}/{WEIGHTS}"}
+        weight_files |= {f"{IMAGE_TOKENIZER}/{WEIGHTS}"} if "pictures" in config else set()
         for file in sha256.keys() - weight_files:
             check_sha256(directory / file, sha256[file])
         with described_by(path):
@@ -306,6 +324,8 @@ class Bundle:
                 }
             if "text_encoder" in config:
                 parts["text_encoder"] = config_of(TextEncoderConfig, config["text_encoder"], f"{path}: text_encoder")
+            if f"{RERANKER}/{WEIGHTS}" in sha256:
+                parts["reranker"] = _load_reranker(directory / RERANKER, sha256[f"{RERANKER}/{WEIGHTS}"], device)
             if text_tokenizer and form:
                 parts["text_tokenizer"] = PromptTokenizer.load(text_tokenizer, form)
             if "classes" in config:
@@ -351,6 +371,10 @@ class Bundle:
         if self.image_tokenizer is not None:
             image_dtype = torch.float16 if half else None
             save_image_tokenizer(self.image_tokenizer, folder / IMAGE_TOKENIZER, dtype=image_dtype)
+        if self.reranker is not None:
+            (folder / RERANKER).mkdir()
+            save_weights(self.reranker.state_dict(), folder / RERANKER / WEIGHTS, half=half)
+            write_json(folder / RERANKER / CONFIG, self.reranker.config.to_dict())
         (folder / CARD).write_text(self.card(), encoding="utf-8")
         return {
             "name": self.name,
@@ -404,6 +428,11 @@ class Bundle:
         orders = "\n".join(f"    {order}" for order in self.layout.orders.values())
         tables = _card_table("Where it comes from", self.about) + _card_table("Measured", self.figures)
         return f"{CARD_HEAD}# {self.name}\n\n{what} Its sequences:\n\n{orders}\n\n## Use\n\n{use}{tables}"
+
+
+def _load_reranker(folder: Path, sha256: str, device: torch.device) -> DualEncoder:
+    config = DualEncoderConfig.from_dict(read_json(folder / CONFIG, ANEW), folder / CONFIG)
+    return load_module(lambda: DualEncoder(config), folder / WEIGHTS, sha256=sha256, device=device)
 
 
 def is_lines(layout: Layout) -> bool:
@@ -533,7 +562,7 @@ def _is_bundle(directory: Path) -> bool:
         return read_json(directory / CONFIG, ANEW).get("format") == FORMAT
     except InputError:
         names = {path.name for path in directory.iterdir()}
-        return CONFIG in names and names <= {CONFIG, WEIGHTS, TEXT_TOKENIZER, IMAGE_TOKENIZER, CARD}
+        return CONFIG in names and names <= {CONFIG, WEIGHTS, TEXT_TOKENIZER, IMAGE_TOKENIZER, RERANKER, CARD}
 
 
 @contextmanager

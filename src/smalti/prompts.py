@@ -30,8 +30,9 @@ class PromptForm:
     """The token that begins every sequence."""
     start: str
     """The token behind the prompt, at which the picture starts."""
-    filler: str
-    """The token that stands for each of the prompt's where there is none."""
+    filler: str | None
+    """The token that stands for each of the prompt's where there is none; None: nothing does, and the null condition is
+    the beginning alone."""
 
     def __post_init__(self) -> None:
         if self.template.count(PLACE) != 1:
@@ -46,7 +47,8 @@ class PromptTokenizer:
         self.content, self.form = content, form
         self._tokenizer = Tokenizer.from_str(content)
         switch_off(self._tokenizer)
-        self._begin, self.start_id, self._filler = map(self._id_of, (form.begin, form.start, form.filler))
+        self._begin, self.start_id = map(self._id_of, (form.begin, form.start))
+        self._filler = None if form.filler is None else self._id_of(form.filler)
         added = self._tokenizer.get_added_tokens_decoder().values()
         self._markers = sorted({token.content for token in added if token.special} | {form.start})
 
@@ -120,7 +122,7 @@ class PromptTokenizer:
 
     def null_of(self, length: int) -> list[int]:
         """What stands for a prompt of so many ids where there is none."""
-        return [self._begin, *[self._filler] * (length - 1)]
+        return [self._begin] if self._filler is None else [self._begin, *[self._filler] * (length - 1)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, markers included."""

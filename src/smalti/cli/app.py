@@ -161,8 +161,15 @@ def generate(
     rerank: Annotated[
         str | None,
         typer.Option(
-            help="What is best: p(caption | picture) 'caption', mutual information 'pmi', or p(picture | caption) "
-            "'picture' (default: the first of these that the bundle has)."
+            help="What is best: the bundle's dual encoder 'contrastive', p(caption | picture) 'caption', mutual "
+            "information 'pmi', or p(picture | caption) 'picture' (default: the first of these that the bundle has); "
+            "or, with --clip, 'clip'."
+        ),
+    ] = None,
+    clip: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a CLIP model, as transformers saves it, that reranks (extra t5).", metavar="FOLDER"
         ),
     ] = None,
     temperature: Temperature = None,
@@ -183,8 +190,9 @@ def generate(
     """Draw pictures of a caption, or of a class. Each PNG carries a receipt, from which `smalti replay` redraws it."""
     outputs = _output_names(output, 1 if grid else n)
     _refuse_existing(outputs, force)
-    if rerank and best_of == 1:
-        raise InputError(f"--rerank {rerank} has one picture to choose from; give --best-of 2 or more as well.")
+    if (rerank or clip) and best_of == 1:
+        given = f"--rerank {rerank}" if rerank else "--clip"
+        raise InputError(f"{given} has one picture to choose from; give --best-of 2 or more as well.")
     sampling = _given(
         temperature=temperature,
         top_k=top_k,
@@ -200,6 +208,7 @@ def generate(
     chosen = None
     if class_ is not None:
         of_captions = _given(prompt=prompt, negative_prompt=negative_prompt, rerank=rerank, text_encoder=text_encoder)
+        of_captions |= _given(clip=clip)
         of_captions |= {} if best_of == 1 else {"best_of": best_of}
         if bundle is None:
             chosen = Choice(CLASSES_BUNDLE, "it draws classes")
@@ -216,6 +225,10 @@ def generate(
             bundle = chosen.name
         pipe = captions_face(_loaded_for_prompt(bundle, weights), text_encoder)
         candidates = {} if best_of == 1 and rerank is None else {"best_of": best_of, "rerank": rerank}
+        if clip is not None and not pipe.bundle.reads_features:
+            from smalti.tasks.clip import Clip
+
+            pipe.clip = Clip(clip)
         if pipe.bundle.reads_features:
             _refuse_options(candidates, bundle, pipe.bundle.kind)
         draw = partial(pipe.generate, prompt, negative_prompt=negative_prompt, **candidates)

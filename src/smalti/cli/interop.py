@@ -10,7 +10,7 @@ from smalti.tables import print_table
 app = typer.Typer()
 
 TOKENIZERS = "llamagen-vq, taming, titok, maskgit-vq, vit-vqgan, ibq, open-magvit2, deepul"
-TRANSFORMERS = "llamagen, rar, gigatok, janus"
+TRANSFORMERS = "llamagen, rar, gigatok, janus, dalle-mini"
 OF_TRANSFORMERS = f"For {TRANSFORMERS}"
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 
@@ -21,7 +21,8 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")
     "-o out/c2i-b --image-size 256 --image-tokenizer vq_ds16_c2i.pt · smalti import llamagen t2i_XL_stage1_256.pt "
     "-o out/t2i-xl --image-size 256 --image-tokenizer vq_ds16_t2i.pt · smalti import rar rar_b.bin -o out/rar-b "
     "--image-tokenizer maskgit-vqgan-imagenet-f16-256.bin · smalti import gigatok GPT_B256_e300_VQ_BL.pt -o out/giga "
-    "· smalti import janus Janus-Pro-1B -o out/janus · smalti import ibq imagenet256_16384.ckpt -o out/ibq · smalti "
+    "· smalti import janus Janus-Pro-1B -o out/janus · smalti import dalle-mini min-dalle/mega -o "
+    "out/mega --image-tokenizer vqgan_f16_16384.ckpt · smalti import ibq imagenet256_16384.ckpt -o out/ibq · smalti "
     "import ibq model.ckpt --config config.yaml -o out/emu3.5 · smalti import open-magvit2 imagenet_256_L.ckpt -o "
     "out/magvit2",
 )

@@ -36,7 +36,7 @@ from smalti.files import new_file, refuse_existing
 from smalti.likelihood import Likelihood, evaluate_nll
 from smalti.progress import stage
 from smalti.sequences.layout import Packed, SpanValues
-from smalti.tasks.images import RERANKERS, Pipeline
+from smalti.tasks.images import LIKELIHOODS, Pipeline
 
 REPORT_FILES = ("report.json", "report.md")
 _PICTURES_AT_ONCE = 256
@@ -378,12 +378,12 @@ def _best_of_rows(
         codes = pipe.generate_codes(prompts, seed=seeds, n=most, batch_size=_PICTURES_AT_ONCE, **vars(SampleConfig()))
         repeated = [prompt for prompt in prompts for _ in range(most)]
         right.append(judge_pictures(_levels(pipe, codes), repeated, judge).all_ok.reshape(-1, most))
-        merits.append(_merits(pipe, codes, repeated).reshape(len(RERANKERS), -1, most))
+        merits.append(_merits(pipe, codes, repeated).reshape(len(LIKELIHOODS), -1, most))
         advance((start + len(prompts)) / len(captions))
     ok, merit = np.concatenate(right), np.concatenate(merits, axis=1)
     rows = []
     for n in config.best_of:
-        for i, rerank in enumerate(RERANKERS if n > 1 else RERANKERS[:1]):
+        for i, rerank in enumerate(LIKELIHOODS if n > 1 else LIKELIHOODS[:1]):
             chosen = merit[i, :, :n].argmax(1)
             rate = binomial_rate(ok[np.arange(len(ok)), chosen])
             name = f"best of {n} by {_RERANKED[rerank]}" if n > 1 else "best of 1"
@@ -401,7 +401,7 @@ _RERANKED = {
 def _merits(pipe: Pipeline, codes: Codes, captions: Sequence[str]) -> Float[np.ndarray, "rerankers N"]:
     words = [torch.tensor(pipe.text_tokenizer.encode(caption)) for caption in captions]
     scores = pipe.score_codes(codes, words, batch_size=_PICTURES_AT_ONCE)
-    return np.stack([scores.merit(rerank).numpy() for rerank in RERANKERS])
+    return np.stack([scores.merit(rerank).numpy() for rerank in LIKELIHOODS])
 
 
 # The image tokenizer -------------------------------------------------------------------------------------------

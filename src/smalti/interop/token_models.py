@@ -25,7 +25,7 @@ from smalti.files import refuse_existing
 from smalti.image_files import PictureConfig
 from smalti.image_tokenizers import load_image_tokenizer
 from smalti.image_tokenizers.vqgan import VQGAN
-from smalti.interop import gigatok_gpt, janus, llamagen_gpt, llamagen_vq, maskgit_vq, rar
+from smalti.interop import dalle_mini, gigatok_gpt, janus, llamagen_gpt, llamagen_vq, maskgit_vq, rar, taming
 from smalti.interop.fields import Fields
 from smalti.interop.fused import PieceMap, write_fused
 from smalti.interop.huggingface import INDEXES, TOKENIZER, read_shards
@@ -34,6 +34,8 @@ from smalti.interop.keys import Layout as TokenizerLayout
 from smalti.interop.verifying import ArrayError, ReferenceArrays, compare_outputs, find_weights, read_arrays
 from smalti.models.base import Inputs
 from smalti.models.decoder_only import DecoderOnly
+from smalti.models.encoder_decoder import END_OF_TEXT, EncoderDecoder
+from smalti.models.encoder_decoder import START as START_OF_PICTURE
 from smalti.models.families import AnyModel
 from smalti.models.janus import START, Janus
 from smalti.models.rar import PREFIX, RAR
@@ -90,6 +92,9 @@ class TokenModelKind:
     """Of the image tokenizer that its published weights go with; None: no importer reads it."""
     inputs: tuple[str, ...]
     """Arrays of a reference folder that are given, not computed."""
+    files: tuple[str, ...] = ()
+    """Names, but for their endings, of the files in which the weights are published, and what their keys are read
+    behind. Without any, there is one file."""
 
 
 def _read_llamagen(
@@ -235,6 +240,41 @@ def _write_janus(bundle: Bundle, directory: Path) -> WrittenModel:
     )
 
 
+def _read_dalle_mini(
+    weights: ForeignWeights,
+    config: dict | None,
+    image_size: int | None = None,
+    text_tokenizer: Path | None = None,
+    *,
+    allow_nonfinite: bool = False,
+) -> ReadModel:
+    if image_size is not None:
+        raise InputError("--image-size goes with llamagen; a DALL·E mini's weights tell how many codes a picture has.")
+    if text_tokenizer is None:
+        raise InputError(
+            f"a DALL·E mini is asked in words, and there is no {TOKENIZER} beside its weights: put the published one "
+            "there."
+        )
+    model, report = dalle_mini.read_dalle_mini(weights.tensors, config, allow_nonfinite=allow_nonfinite)
+    words = PromptTokenizer.load(text_tokenizer, dalle_mini.FORM)
+    if words.start_id != dalle_mini.END_ID:
+        raise InputError(
+            f"{text_tokenizer} has </s> as id {words.start_id}; the weights of a DALL·E mini have it as "
+            f"{dalle_mini.END_ID}: take the tokenizer that was published with them."
+        )
+    sampling = Sampling(picture=SampleConfig(guidance_scale=dalle_mini.GUIDANCE_SCALE))
+    return ReadModel(model, model.config.layout, None, sampling, report, text_tokenizer=words)
+
+
+def _write_dalle_mini(bundle: Bundle, directory: Path) -> WrittenModel:
+    model, words = bundle.model, bundle.text_tokenizer
+    if not isinstance(model, EncoderDecoder) or model.config.form != "dalle_mini":
+        raise InputError(f"{directory} holds a {type(model).__name__} that is none of DALL·E mini's form.")
+    given = words if isinstance(words, PromptTokenizer) else None
+    pieces, config = dalle_mini.piece_map(model.config), dalle_mini.write_config(model.config)
+    return WrittenModel(pieces, config, None, text_tokenizer=given)
+
+
 LLAMAGEN = TokenModelKind(
     name="llamagen",
     read=_read_llamagen,
@@ -272,7 +312,17 @@ JANUS = TokenModelKind(
     tokenizer_layout=llamagen_vq.LAYOUT,
     inputs=("tokens", "prompt_ids", "null_prompt_ids"),
 )
-TOKEN_MODELS: Mapping[str, TokenModelKind] = {kind.name: kind for kind in (LLAMAGEN, RAR_KIND, GIGATOK, JANUS)}
+DALLE_MINI = TokenModelKind(
+    name="dalle-mini",
+    read=_read_dalle_mini,
+    write=_write_dalle_mini,
+    tokenizer_layout=taming.LAYOUT,
+    inputs=("tokens", "prompt_ids", "null_prompt_ids"),
+    files=dalle_mini.FILES,
+)
+TOKEN_MODELS: Mapping[str, TokenModelKind] = {
+    kind.name: kind for kind in (LLAMAGEN, RAR_KIND, GIGATOK, JANUS, DALLE_MINI)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,7 +353,7 @@ def import_token_model(
 ) -> ImportedModel:
     """The bundle of a foreign checkpoint: a file, or a folder with one in it. Raises InputError if a file cannot be
     read, a tensor is missing, misshapen or left over, or the sizes are known from nowhere."""
-    weights = _read_source(source)
+    weights = _read_source(source, kind.files)
     notes = list(weights.notes)
     fields = _find_config(kind, source, config, notes)
     words = _find_text_tokenizer(source)
@@ -336,9 +386,14 @@ def import_token_model(
     return ImportedModel(bundle, found.report, tuple(notes))
 
 
-def _read_source(source: Path) -> ForeignWeights:
+def _read_source(source: Path, names: tuple[str, ...] = ()) -> ForeignWeights:
     if not source.is_dir():
         return read_weights(source)
+    files = {name: path for name in names for path in source.glob(f"{name}.*") if path.suffix in SUFFIXES}
+    if names and len(files) == len(names):
+        parts = {name: read_weights(file) for name, file in files.items()}
+        tensors = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.tensors.items()}
+        return ForeignWeights(tensors=tensors, notes=tuple(note for part in parts.values() for note in part.notes))
     for name in INDEXES:
         if (source / name).is_file():
             return read_shards(source / name)
@@ -513,7 +568,7 @@ class _Outputs:
                 "logits_permuted": self._permuted_logits,
             }
         model = self.model
-        if isinstance(model, Janus):
+        if isinstance(model, Janus | EncoderDecoder):
             return found
         found["loss"] = self._loss
         if model.config.transformer.positions == "rotary_2d":
@@ -568,7 +623,7 @@ class _Outputs:
         return guide(cond, null, torch.tensor(self._scales(name))[:, None])
 
     def _requests(self, *, masked: bool = True) -> list[Request]:
-        if isinstance(self.model, Janus):
+        if isinstance(self.model, Janus | EncoderDecoder):
             prompts = zip(self._prompts(), self._prompts(null=True), strict=True)
             return [
                 Request(order=self.order, given={"text": ids}, null=Request(order=self.order, given={"text": null}))
@@ -605,11 +660,12 @@ class _Outputs:
 
     def _logits(self, codes: Int[Tensor, "B L"], *, null: bool = False, masked: bool = True) -> Float[Tensor, "B _ n"]:
         """What each code is predicted by, and for a RAR what comes behind the last."""
-        if isinstance(self.model, Janus):
-            prompts, start = self._prompts(null=null), self.layout.vocabulary.special(START)
-            codes = self.layout.vocabulary.ids("image", codes)
-            token_ids = torch.cat((F.pad(prompts, (0, 1), value=start), codes[:, :-1]), dim=1)
-            return self._of(token_ids)[:, prompts.shape[1] :]
+        if isinstance(self.model, Janus | EncoderDecoder):
+            markers = (START,) if isinstance(self.model, Janus) else (END_OF_TEXT, START_OF_PICTURE)
+            prompts, codes = self._prompts(null=null), self.layout.vocabulary.ids("image", codes)
+            between = torch.tensor([self.layout.vocabulary.special(marker) for marker in markers])
+            token_ids = torch.cat((prompts, between.expand(len(codes), -1), codes[:, :-1]), dim=1)
+            return self._of(token_ids)[:, prompts.shape[1] + len(markers) - 1 :]
         if not self.has_labels:
             rows = zip(self._features(masked, null=null), codes, strict=True)
             return torch.stack([self._featured_logits(features, row) for features, row in rows])

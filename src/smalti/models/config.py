@@ -6,7 +6,7 @@ from typing import Any
 from smalti.bounds import MAX_TABLE, check_sizes
 
 NORMS = ("layer", "rms")
-FEED_FORWARDS = ("gelu", "gelu_tanh", "relu", "tanh", "swiglu")
+FEED_FORWARDS = ("gelu", "gelu_tanh", "relu", "tanh", "swiglu", "geglu")
 POSITIONS = ("learned", "sinusoidal", "rotary", "rotary_2d", "none")
 
 
@@ -38,6 +38,8 @@ class TransformerConfig:
     zero_prefix_rotation: bool = False
     """LlamaGen's released weights multiply queries and keys of the prefix by zero instead (LlamaGen issue 54)."""
     qk_norm: bool = False
+    normformer: bool = False
+    """A norm behind each attention, and between the matrices of the feed-forward (arXiv:2110.09456)."""
     causal: bool = True
     cross_attention: bool = False
     dropout: float = 0.0

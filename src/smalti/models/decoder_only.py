@@ -80,6 +80,8 @@ class DecoderOnlyConfig:
             del content["feature_width"]
         if self.transformer.head_width is None:  # as bundles and checkpoints of before there was the field
             del content["transformer"]["head_width"]
+        if not self.transformer.normformer:
+            del content["transformer"]["normformer"]
         return content
 
     @classmethod

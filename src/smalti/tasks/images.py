@@ -27,6 +27,7 @@ from smalti.image_files import Picture, checked_scale, listed, with_receipt
 from smalti.likelihood import score
 from smalti.prompts import PromptTokenizer
 from smalti.sequences.layout import Layout, SpanValues
+from smalti.tasks.clip import Clip
 from smalti.tasks.codes import (
     Codes,
     Partial,
@@ -34,9 +35,12 @@ from smalti.tasks.codes import (
 from smalti.tasks.face import PictureFace, seeds_of
 from smalti.text_tokenizer import TextTokenizer
 
-RERANKERS = ("picture", "caption", "pmi")
-"""What best-of-n keeps the largest of: p(picture | caption), p(caption | picture), or their mutual information. A
-bundle that was trained in one order alone has no p(caption | picture)."""
+LIKELIHOODS = ("picture", "caption", "pmi")
+"""What the model itself says: p(picture | caption), p(caption | picture), or their mutual information. A bundle that
+was trained in one order alone has no p(caption | picture)."""
+RERANKERS = (*LIKELIHOODS, "contrastive", "clip")
+"""What best-of-n keeps the largest of: a likelihood, or how well caption and picture fit by the bundle's dual encoder,
+or by a CLIP model of the user's."""
 
 Pictures = Picture | Iterable[Picture]
 
@@ -52,7 +56,7 @@ class Scores(NamedTuple):
     """Pointwise mutual information, ln p(picture | caption) − ln p(picture): how much the caption tells."""
 
     def merit(self, rerank: str) -> Float[Tensor, " B"]:
-        """What best-of-n keeps the largest of (see RERANKERS)."""
+        """What best-of-n keeps the largest of (see LIKELIHOODS)."""
         if rerank == "caption":
             assert self.caption_nll_nats is not None
             return -self.caption_nll_nats
@@ -78,6 +82,8 @@ class Pipeline(PictureFace):
                 "holds."
             )
         super().__init__(bundle)
+        self.clip: Clip | None = None
+        """What reranks by "clip": of the user's, and not part of the bundle."""
         self.image_tokenizer, self.text_tokenizer = bundle.image_tokenizer, text_tokenizer
         self.sampling = bundle.sampling
 
@@ -212,22 +218,46 @@ class Pipeline(PictureFace):
         if rerank is not None and best_of == 1:
             raise InputError(f"rerank {rerank!r} has one picture to choose from; give best_of 2 or more as well.")
         if rerank is not None and rerank not in self.rerankers:
+            lacks = {
+                "contrastive": "no dual encoder (reranker/)",
+                "clip": "no CLIP model: name its folder, --clip FOLDER",
+            }.get(rerank, "no order with image before text")
             raise InputError(
-                f"the bundle {self.name} has no order with image before text, so it cannot rerank by {rerank!r}; "
+                f"the bundle {self.name} has {lacks}, so it cannot rerank by {rerank!r}; "
                 f"choose one of {', '.join(self.rerankers)}."
             )
 
     @property
     def rerankers(self) -> tuple[str, ...]:
         """Those of RERANKERS that this bundle has, what tells most of the caption first."""
-        return ("caption", "pmi", "picture") if self.bundle.has_order("image", "text") else ("pmi", "picture")
+        given = () if self.clip is None else ("clip",)
+        trained = () if self.bundle.reranker is None else ("contrastive",)
+        own = ("caption", "pmi", "picture") if self.bundle.has_order("image", "text") else ("pmi", "picture")
+        return (*given, *trained, *own)
 
     def best(self, found: Sequence[Generated], best_of: int, rerank: str | None, batch_size: int) -> list[int]:
         """Which of every `best_of` sequences is kept."""
         words = [sequence.spans["text"] for sequence in found]
-        scores = self.score_codes(self._codes(found), words, batch_size=batch_size)
-        merit = scores.merit(rerank or self.rerankers[0])
+        merit = self.merit(self._codes(found), words, rerank or self.rerankers[0], batch_size=batch_size)
         return [i * best_of + int(best) for i, best in enumerate(merit.view(-1, best_of).argmax(1))]
+
+    def merit(
+        self, codes: Codes, words: Sequence[Int[Tensor, " L"]], rerank: str, *, batch_size: int = 64
+    ) -> Float[Tensor, " B"]:
+        """What best-of-n keeps the largest of, by one of `rerankers`, for codes and the text ids of their captions."""
+        if rerank in LIKELIHOODS:
+            return self.score_codes(codes, words, batch_size=batch_size).merit(rerank)
+        found = []
+        for start in range(0, len(codes), batch_size):
+            part = slice(start, start + batch_size)
+            if rerank == "contrastive":
+                assert self.bundle.reranker is not None
+                found.append(self.bundle.reranker.fit(codes[part].flatten(1), words[part]))
+            else:
+                assert self.clip is not None
+                captions = [self.text_tokenizer.decode(ids.tolist()) for ids in words[part]]
+                found.append(self.clip.fit(self.decode(codes[part], scale=1), captions))
+        return torch.cat(found) if found else torch.zeros(0)
 
     # Captions from pictures, both from nothing -----------------------------------------------------------------
 

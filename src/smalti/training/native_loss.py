@@ -84,6 +84,8 @@ def why_not(model: AnyModel, precision: str = "float32") -> str | None:
         "the heads together are not as wide as d_model": config.q_width == config.d_model,
         f"sequences are longer than {LONGEST} tokens": config.max_length <= LONGEST,
         "queries and keys are normed": not config.qk_norm,
+        "attention and feed-forward have norms within": not config.normformer,
+        "the feed-forward is GEGLU": config.feed_forward != "geglu",
         "attention has dropout": not config.attention_dropout,
     }
     return "; ".join(reason for reason, fine in checks.items() if not fine) or None

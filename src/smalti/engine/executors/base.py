@@ -13,6 +13,7 @@ from torch import Tensor
 
 from smalti.engine.sampling import SampleConfig, guide, log_prob_of, sample
 from smalti.models.base import SequenceModel
+from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import DecodeState, Rows
 from smalti.models.decoder_only import DecoderOnly
 from smalti.sequences.layout import Slot
@@ -39,7 +40,15 @@ def why_not_plain(model: SequenceModel) -> list[str]:
     """What keeps an executor that reaches into a decoder-only model, and embeds token ids itself, from a model."""
     if not isinstance(model, DecoderOnly):
         return [f"it knows decoder-only models of plain blocks, not {type(model).__name__}"]
-    return [] if model.config.feature_width is None else ["it reads token ids, no features"]
+    reasons = [] if model.config.feature_width is None else ["it reads token ids, no features"]
+    body = model.config.transformer
+    return reasons + unknown_blocks(body)
+
+
+def unknown_blocks(config: TransformerConfig) -> list[str]:
+    """What of a transformer's blocks only `eager` knows, in words."""
+    reasons = ["it has no norms within attention and feed-forward (normformer)"] if config.normformer else []
+    return reasons + (["it has no GEGLU"] if config.feed_forward == "geglu" else [])
 
 
 class Eager:
