@@ -204,7 +204,7 @@ def _say_grid(section: Section, found: GridFinding) -> None:
         f"That grid explains {found.explained:.0%} of how differently pairs of positions share, on lines not used to "
         f"fit it; the best of all named orders on shuffled cells {found.chance_explained:.0%}, nearness in the line "
         f"alone {found.line_explained:.0%}, the next hypothesis ({found.runner_up}) {found.runner_up_explained:.0%}. "
-        "Of hypotheses that explain as much that one is taken which leaves outside what looks special and nothing else. "
+        "Of hypotheses that explain as much, the one is taken that leaves outside what looks special, nothing else. "
         "What codes alone cannot tell: a mirrored, turned or transposed picture has the same neighbours, so left may "
         "be right, up may be down, and rows may be columns.",
         function,
