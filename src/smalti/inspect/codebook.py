@@ -181,7 +181,11 @@ def project_codes(
     if method == "pca":
         return PCA(2, random_state=seed).fit_transform(rows)
     perplexity = min(30.0, (len(rows) - 1) / 3)
-    return TSNE(2, perplexity=perplexity, init="pca", random_state=seed, n_jobs=1).fit_transform(rows).astype(float)
+    return (
+        TSNE(2, perplexity=perplexity, init="pca", max_iter=500, random_state=seed, n_jobs=1)
+        .fit_transform(rows)
+        .astype(float)
+    )
 
 
 # ---- codes that replace each other ----
@@ -202,10 +206,10 @@ def context_similarity(
         table = co_occurrence(codes, vocab_size, line, down=down, right=right).astype(float)
         expected = np.outer(table.sum(1), table.sum(0)) / max(table.sum(), 1)
         profiles.append((table - expected) / np.sqrt(np.maximum(expected, 1.0)))
-    profile = np.concatenate(profiles, axis=1)
+    profile = np.concatenate(profiles, axis=1).astype(np.float32)  # four times K by K: the product takes its time
     length = np.linalg.norm(profile, axis=1, keepdims=True)
     unit = profile / np.where(length > 0, length, 1.0)
-    return unit @ unit.T
+    return (unit @ unit.T).astype(float)
 
 
 @torch.no_grad()
@@ -215,8 +219,8 @@ def predicted_instead(
     """What the model holds possible in a code's place: row c is the mean of p(· | the codes before) where the true code
     is c. Zero rows for codes that do not occur."""
     segment = layout.vocabulary["image"]
-    found = torch.zeros(segment.size, segment.size, dtype=torch.float64)
-    count = torch.zeros(segment.size, dtype=torch.float64)
+    found = torch.zeros(segment.size, segment.size)
+    count = torch.zeros(segment.size)
     for start in range(0, len(packed.token_ids), batch_size):
         part = to_device(packed.map(itemgetter(slice(start, start + batch_size))), model.device)
         targets = part.token_ids[:, 1:]
@@ -224,7 +228,7 @@ def predicted_instead(
         hidden = model.hidden(part.token_ids[:, :-1])[is_code]
         logits = model.logits(hidden, _codes(layout))
         true = (targets[is_code] - segment.offset).cpu()
-        found.index_add_(0, true, logits.double().softmax(-1).cpu())
+        found.index_add_(0, true, logits.float().softmax(-1).cpu())
         count += torch.bincount(true, minlength=segment.size)
     return found / count.clamp(min=1)[:, None]
 

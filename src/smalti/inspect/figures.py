@@ -23,8 +23,12 @@ _BLUE = "#33658a"
 
 def png_bytes(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    crop = None if figure.get_layout_engine() else "tight"  # a solved layout fits already; cropping draws twice
-    figure.savefig(buffer, format="png", dpi=100, bbox_inches=crop)
+    crop = "tight"
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")  # it is solved: saving would solve it twice more
+        crop = None  # what is laid out fits already; cropping draws twice
+    figure.savefig(buffer, format="png", dpi=90, bbox_inches=crop)
     return buffer.getvalue()
 
 
@@ -85,6 +89,19 @@ def information_map(information: Float[np.ndarray, "L L"], grid: Grid | None) ->
         means = _information_by_distance(information, grid)
         _heat(axes[0, 1], means, "the same by distance in the grid found, nats", vmin=0)
         axes[0, 1].set(xlabel="columns apart", ylabel="rows apart")
+    return figure
+
+
+def reading_map(grid: Grid) -> Figure:
+    """The position of the line in each cell, and the way from one to the next."""
+    figure, axes = _figure(0.5 * grid.columns + 1.6, 0.5 * grid.rows + 1.0)
+    _heat(axes[0, 0], grid.positions, "position in the line", numbers=False, aspect="equal", cmap="Blues")
+    inside = grid.cells[[position for position in range(grid.length) if position not in grid.outside]]
+    axes[0, 0].plot(inside[:, 1], inside[:, 0], color=_BLUE, linewidth=0.8, alpha=0.6)
+    if grid.positions.size <= 400:
+        for (row, column), position in np.ndenumerate(grid.positions):
+            axes[0, 0].text(column, row, str(position), ha="center", va="center", fontsize=7)
+    axes[0, 0].set(xticks=[], yticks=[])
     return figure
 
 

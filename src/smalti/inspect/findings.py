@@ -5,17 +5,26 @@ Each function takes the subject and gives a section; each finding in it names th
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from smalti.inspect import attention, causes, codebook, figures, patches, positions
-from smalti.inspect.grid import Grid, GridFinding, infer_grid
+from smalti.inspect.grid import Grid, GridFinding
 from smalti.inspect.subject import Subject
 
+READING = {
+    "raster": "row by row",
+    "snake": "row by row, every other row backwards",
+    "spiral": "from a corner along the border, and so inwards",
+    "diagonal": "along the diagonals, every other one backwards",
+    "map": "in an order without a name: the map shows where each position lies",
+}
+"""Each of `grid.ORDERS` in words."""
 _METHODS = {"pca": "PCA", "t-sne": "t-SNE"}
 
 
@@ -26,8 +35,8 @@ class InspectConfig:
     num_lines: int = 20_000
     """Lines for what the codes alone tell."""
     num_scored: int = 512
-    """Lines run through the model; a fifth of them where it is run many times over."""
-    num_halvings: int = 10
+    """Lines run through the model once; an eighth of them where it is run a few times over, fewer where it is often."""
+    num_halvings: int = 20
     """Random halvings of the lines that vote on the grid."""
     num_pairs: int = 8
     """Pairs of lines between which activations are patched."""
@@ -37,6 +46,10 @@ class InspectConfig:
         for name, least in (("num_lines", 2), ("num_scored", 10), ("num_halvings", 1), ("num_pairs", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+
+    def a_share(self, part: int) -> int:
+        """Of the lines that are run through the model, one in `part`, but not so few that nothing can be compared."""
+        return max(min(10, self.num_scored), self.num_scored // part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +67,22 @@ class Section:
     findings: list[Finding] = field(default_factory=list)
     figures: list[tuple[str, Figure]] = field(default_factory=list)
     """Each with its caption."""
+    heard: Callable[[Finding], None] = lambda finding: None
+    """Told of each finding as it comes."""
+    _drawn: list[tuple[str, bytes]] = field(default_factory=list)
 
     def say(self, text: str, function: str, *, headline: bool = False) -> None:
         self.findings.append(Finding(text=text, function=function, headline=headline))
+        self.heard(self.findings[-1])
 
     def show(self, caption: str, figure: Figure) -> None:
         self.figures.append((caption, figure))
+
+    def drawn(self, draw: Callable[[Figure], bytes]) -> list[tuple[str, bytes]]:
+        """Captions and pictures; drawn once, however often the page is written."""
+        for caption, figure in self.figures[len(self._drawn) :]:
+            self._drawn.append((caption, draw(figure)))
+        return self._drawn
 
 
 def _listed(items: Sequence, most: int = 8) -> str:
@@ -70,13 +93,11 @@ def _listed(items: Sequence, most: int = 8) -> str:
 # ---- what positions are ----
 
 
-def position_section(subject: Subject, config: InspectConfig) -> tuple[Section, GridFinding]:
-    section = Section(title="What the positions are")
+def position_section(subject: Subject, config: InspectConfig, found: GridFinding) -> Section:
+    section = Section(title="What the positions are", heard=subject.heard)
     codes, K = subject.codes, subject.vocab_size
     statistics = positions.position_statistics(codes, K)
     special = positions.special_positions(codes, K)
-    halvings = config.num_halvings if codes.shape[1] <= 256 else min(config.num_halvings, 2)
-    found = infer_grid(codes, K, num_halvings=halvings, seed=config.seed)
     _say_grid(section, found)
     low, high = int(statistics.entropy_nats.argmin()), int(statistics.entropy_nats.argmax())
     section.say(
@@ -119,7 +140,12 @@ def position_section(subject: Subject, config: InspectConfig) -> tuple[Section, 
         "Bright: two positions tell much of each other. Stripes parallel to the diagonal are the rows of a picture.",
         figures.information_map(found.information, found.grid),
     )
-    return section, found
+    if found.grid is not None:
+        section.show(
+            "Where each position of the line lies in the picture, up to mirroring, turning and transposing.",
+            figures.reading_map(found.grid),
+        )
+    return section
 
 
 def _say_counts(
@@ -128,7 +154,7 @@ def _say_counts(
     """Looks for counts where the codes are strange, and outside the grid: a count may look like a code."""
     asked = {s.position for s in special if s.kind == "own codes"}
     if grid is not None:
-        asked |= {*range(grid.before), *range(grid.length - grid.after, grid.length)}
+        asked |= set(grid.outside)
     best: dict[int, positions.Explanation] = {}
     for explained in positions.explain_by_counts(subject.codes, subject.vocab_size, sorted(asked)):
         if explained.position not in best or explained.share > best[explained.position].share:
@@ -146,31 +172,41 @@ def _say_grid(section: Section, found: GridFinding) -> None:
     function = "grid.infer_grid"
     if found.grid is None:
         section.say(
-            "No grid is found: none explains the mutual information between positions better than their order in the "
-            f"line ({found.line_explained:.0%}; the best grid, {found.runner_up}, {found.runner_up_explained:.0%}).",
+            f"No grid of a known family is found: the best, {found.runner_up}, explains "
+            f"{found.runner_up_explained:.0%} of how differently pairs of positions share; the best of any on shuffled "
+            f"cells {found.chance_explained:.0%}, their order in the line {found.line_explained:.0%}."
+            + (
+                f" Halves of the lines, each by itself, find only {found.agreement:.0%} of its neighbours again."
+                if found.agreement is not None
+                else ""
+            ),
             function,
             headline=True,
         )
         return
     grid = found.grid
-    reading = {"raster": "row by row", "snake": "row by row, every other row backwards"}[grid.order]
+    reading = READING[grid.order]
     if grid.column_order is not None:
         reading += f", the columns in the order {', '.join(map(str, grid.column_order))}"
-        reading += f" (or its mirror image; {found.column_confidence:.0%} of the halvings find it by themselves)"
-    outside = [*range(grid.before), *range(grid.length - grid.after, grid.length)]
     section.say(
         f"The lines are pictures of {grid.rows} × {grid.columns} codes read {reading}; "
-        + (f"positions {_listed(outside)} are outside. " if outside else "no position is outside. ")
-        + f"Confidence {found.confidence:.0%} (share of {found.num_halvings} halvings of the lines that agree).",
+        + (f"positions {_listed(grid.outside)} are outside. " if grid.outside else "no position is outside. ")
+        + f"Confidence {found.confidence:.0%}"
+        + (
+            f": halves of the lines, each by itself, find {found.agreement:.0%} of the neighbours again."
+            if found.agreement is not None
+            else f" ({found.num_halvings} halvings of the lines voted)."
+        ),
         function,
         headline=True,
     )
     section.say(
-        f"That grid explains {found.explained:.0%} of the mutual information between positions on lines not used to "
-        f"fit it; nearness in the line alone explains {found.line_explained:.0%}, the next hypothesis "
-        f"({found.runner_up}) {found.runner_up_explained:.0%}. Of hypotheses that explain as much that one is taken "
-        "which leaves outside what looks special and nothing else. Mirrored or transposed pictures would look the "
-        "same to this method.",
+        f"That grid explains {found.explained:.0%} of how differently pairs of positions share, on lines not used to "
+        f"fit it; the best of all named orders on shuffled cells {found.chance_explained:.0%}, nearness in the line "
+        f"alone {found.line_explained:.0%}, the next hypothesis ({found.runner_up}) {found.runner_up_explained:.0%}. "
+        "Of hypotheses that explain as much, the one is taken that leaves outside what looks special, nothing else. "
+        "What codes alone cannot tell: a mirrored, turned or transposed picture has the same neighbours, so left may "
+        "be right, up may be down, and rows may be columns.",
         function,
     )
 
@@ -179,7 +215,7 @@ def _say_grid(section: Section, found: GridFinding) -> None:
 
 
 def code_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> Section:
-    section = Section(title="What the codes are")
+    section = Section(title="What the codes are", heard=subject.heard)
     codes, K = subject.codes, subject.vocab_size
     statistics, places = codebook.code_statistics(codes, K), codebook.code_places(codes, K)
     counts = statistics.num_occurrences
@@ -211,7 +247,7 @@ def code_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> 
         _say_background(section, codes, K, grid)
         _say_border(section, codebook.border_share(places, grid), common, grid)
     _say_neighbours(section, codes, K, grid)
-    _say_embeddings(section, subject, common[:400], config)
+    _say_embeddings(section, subject, common[:300], config)
     section.show("How often codes occur, and how clumped.", figures.frequencies(counts, statistics.burstiness))
     section.show(
         "Where the codes most bound to places stand.", figures.place_maps(places.counts, bound[:16].tolist(), grid)
@@ -294,10 +330,10 @@ def _say_embeddings(section: Section, subject: Subject, common: np.ndarray, conf
 
 
 def prediction_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> Section:
-    section = Section(title="How the model predicts")
+    section = Section(title="How the model predicts", heard=subject.heard)
     model, layout, places = subject.model, subject.layout, subject.positions
     packed = subject.packed(config.num_scored)
-    few = subject.packed(max(2, config.num_scored // 5))
+    few = subject.packed(config.a_share(8))
     nats = attention.nats_by_position(model, layout, packed)
     mean, error = nats.mean[places].numpy(), nats.standard_error[places].numpy()
     hardest = np.argsort(-mean)[:5]
@@ -315,8 +351,8 @@ def prediction_section(subject: Subject, config: InspectConfig, grid: Grid | Non
         ),
     )
     _say_heads(section, subject, few.token_ids, grid)
-    _say_context(section, subject, few, grid)
-    lens = causes.logit_lens(model, layout, packed)
+    _say_context(section, subject, subject.packed(config.a_share(20)), grid)
+    lens = causes.logit_lens(model, layout, few)
     by_layer = lens.nats[:, places].mean(1)
     agreement = lens.agreement[:, places].mean(1)
     steps = "; ".join(
@@ -373,7 +409,7 @@ def _say_context(section: Section, subject: Subject, packed, grid: Grid | None) 
         marks |= {grid.columns, grid.columns + 1, 2 * grid.columns}
     lengths = sorted(mark for mark in marks if mark <= longest)
     late = places[len(places) // 2 : len(places) - (grid.after if grid else 0)]
-    targets = late[:: max(1, len(late) // 6)]
+    targets = late[:: max(1, len(late) // 5)]
     loss = attention.loss_by_context(subject.model, subject.layout, packed, lengths, targets).mean(1)
     whole = float(loss[-1])
     enough = next(length for length, value in zip(lengths, loss.tolist(), strict=True) if value <= whole * 1.05 + 0.01)
@@ -400,9 +436,9 @@ def _say_context(section: Section, subject: Subject, packed, grid: Grid | None) 
 
 
 def cause_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> Section:
-    section = Section(title="Causes, not only correlations")
+    section = Section(title="Causes, not only correlations", heard=subject.heard)
     model, layout, places = subject.model, subject.layout, subject.positions
-    packed = subject.packed(max(2, config.num_scored // 5))
+    packed = subject.packed(config.a_share(10))
     losses = causes.ablation_losses(model, layout, packed, places)
     flat = int(losses.heads.argmax())
     layer, head = divmod(flat, losses.heads.shape[1])
@@ -422,7 +458,7 @@ def cause_section(subject: Subject, config: InspectConfig, grid: Grid | None) ->
     )
     section.show("What is lost without each part.", figures.ablation_map(losses))
     _say_patching(section, subject, packed, config)
-    _say_influence(section, subject, packed, config, grid)
+    _say_influence(section, subject, subject.packed(config.a_share(16)), config, grid)
     _say_swaps(section, subject, config, grid)
     return section
 
@@ -506,14 +542,15 @@ def _say_influence(section: Section, subject: Subject, packed, config: InspectCo
     )
 
 
+@lru_cache(maxsize=1)  # two sections ask for them
 def find_swaps(subject: Subject, config: InspectConfig, grid: Grid | None) -> list[codebook.Swap]:
     """Codes that stand in for one another, by context and by what the model expects in their place.
 
     Codes that keep to special positions are left out: where nothing around depends on them, all are exchangeable.
     """
     similarity = codebook.context_similarity(subject.codes, subject.vocab_size, grid)
-    instead = codebook.predicted_instead(subject.model, subject.layout, subject.packed(config.num_scored)).numpy()
-    scored = subject.codes[: config.num_scored]
+    instead = codebook.predicted_instead(subject.model, subject.layout, subject.packed(config.a_share(2))).numpy()
+    scored = subject.codes[: config.a_share(2)]
     special = [s.position for s in positions.special_positions(subject.codes, subject.vocab_size)]
     at_special = np.bincount(scored[:, special].ravel(), minlength=subject.vocab_size)
     counts = np.bincount(scored.ravel(), minlength=subject.vocab_size)
@@ -554,7 +591,7 @@ def picture_section(subject: Subject, config: InspectConfig, grid: Grid | None) 
     codes = subject.pictures(torch.from_numpy(subject.codes[: max(1000, config.num_scored)]), grid)
     if codes is None or codes.shape[1] == 1:
         return None
-    section, shift = Section(title="What the codes look like"), subject.code_offset
+    section, shift = Section(title="What the codes look like", heard=subject.heard), subject.code_offset
     average, num_cells = patches.average_patches(subject.image_tokenizer, codes)
     ranked = num_cells.argsort(descending=True, stable=True)[: int((num_cells > 0).sum())][:96].tolist()
     rows = [ranked[i : i + 16] for i in range(0, len(ranked), 16)]

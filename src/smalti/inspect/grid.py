@@ -1,45 +1,65 @@
 """The grid that lines of codes were read from, found in the mutual information between their positions.
 
-A hypothesis is a shape, the number of positions before and after it, and an order of reading: row by row (raster),
-every other row backwards (snake), either with the columns in another order. It says how far apart in the picture any
-two positions are, and which are mirror images: in a face the halves of a row tell more of each other than neighbours
-do. Mutual information is fitted as a function of that on one half of the lines and judged on the other; the hypothesis
-that explains most wins, and how often it wins over random halvings is the confidence.
+A hypothesis is a shape, the positions outside it, and an order of reading: row by row (raster), every other row
+backwards (snake), from the border inwards (spiral), along the diagonals, or row by row with the columns in another
+order. It says which pairs of positions are neighbours and which mirror images: in a face the halves of a row tell more
+of each other than neighbours do. How much pairs share is averaged over each kind of pair on one half of the lines, and
+judged on the other. A named order has three rivals:
 
-What codes alone cannot tell: which side is left, which is up, and rows from columns, since the mirrored or transposed
-picture has the same neighbours. Letters: N lines, L positions, w columns, h rows.
+- the best that any named order explains of the same lines with their cells shuffled: what chance can look like;
+- the line without a picture, where positions share by how far apart they stand;
+- every other map: if no named order is the best, the cells are placed freely (`lattice.py`), twice more on halves of
+  the lines, and a map is believed that far as the halves find the same neighbours again.
+
+"No grid" is an answer. What codes alone cannot tell: which side is left, which is up, and rows from columns, since the
+mirrored or transposed picture has the same neighbours. Letters: N lines, L positions, w columns, h rows, n cells.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import chain, combinations
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64, Integer
 
+from smalti.inspect.lattice import NUM_KINDS, REACH, Criterion, cell_kinds, fit_lattice, refined
+from smalti.inspect.pair_counts import Halves, PairCounts, num_classes_for, sorted_lines
 from smalti.inspect.positions import (
     check_codes,
     merge_codes,
-    mutual_information,
     position_statistics,
+    positions_that_count,
     special_positions,
 )
+from smalti.stopping import end_if_stopped
 
-ORDERS = ("raster", "snake")
+ORDERS = ("raster", "snake", "spiral", "diagonal", "map")
 OUTSIDE = -1
 """Row and column of a position outside the grid."""
 MIN_EXPLAINED = 0.1
-"""A grid that explains less of the mutual information than this is none."""
-_MAX_DISTANCE = 2
-_NUM_CLASSES = 24  # of codes with the same company, between which information is measured
-_NEAR, _MIRRORED_COLUMNS, _MIRRORED_ROWS, _FAR = (part * (_MAX_DISTANCE + 1) ** 2 for part in range(4))
-_NOT_INSIDE = _FAR + 1
-_NUM_KINDS = _FAR + 2
-_TIE = 0.02  # hypotheses whose explained shares differ by less, relatively, are told apart by their special positions
+"""A grid that explains less of what positions share than this is none."""
+MIN_AGREEMENT = 0.85
+"""Share of a free map's neighbours that halves of the lines must find again for it to be believed."""
+MAX_FREE_CELLS = 144
+"""Larger grids are looked for in named orders only: a free map takes the square of the cells, often."""
+NUM_SHUFFLES = 20
+_NUM_REFITS = 2
+_NUM_CHECKED = 4  # halvings on which swaps are tried
+_TIE = 0.05  # hypotheses whose explained shares differ by less, relatively, are told apart by their special positions
+_COLUMN_TIE = 0.02  # the same for orders of columns, which are told apart by their emptiness
+_NUM_JUDGED = 40  # hypotheses, the best by all lines, that are judged on halves
 _MAX_REORDERED = 64  # more columns than this are taken as read: finding their order takes the cube of their number
 _MAX_REFINED = 12  # more columns than this keep the order of a path through neighbours
-_SHUFFLE_GAIN = 1.1  # what reordered columns must explain over those as read: their order is chosen among many
+_MIN_GAIN = 1.1  # what reordered columns, chosen among many, must explain over those as read, and a map over both
+_STANDS = 1.15  # times what a right order explains, swaps of cells may: some cells are empty, and no picture is even
+_MIN_ALIKE = 0.3  # correlation of what positions share in two halves of the lines
+_CLEAR = 5.0  # standard deviations above shuffled cells that a named order must be
+_MAX_REMOVED = 4  # positions with codes of their own of which all subsets are taken out
+_MAX_ASPECT = 4  # times as wide as high, beyond which a free map is not looked for
+_MAX_FREE_SHAPES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,29 +73,46 @@ class Grid:
     after: int = 0
     order: str = "raster"
     column_order: tuple[int, ...] | None = None
-    """The column of each cell of the first row as read; None: from left to right."""
+    """The column of each cell of the first row as read; None: from left to right. For raster and snake."""
+    between: tuple[int, ...] = ()
+    """Positions outside the grid that stand between cells."""
+    cell_order: tuple[int, ...] | None = None
+    """For "map": the cell, counted row by row, of each position inside, in the order of the line."""
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise ValueError(f"order {self.order!r} is unknown; choose one of {', '.join(ORDERS)}.")
         if self.column_order is not None and sorted(self.column_order) != list(range(self.columns)):
             raise ValueError(f"column_order {self.column_order} does not name each of {self.columns} columns once.")
+        if (self.order == "map") != (self.cell_order is not None):
+            raise ValueError(f'cell_order belongs to the order "map", and only to it; the order is {self.order!r}.')
+        if self.cell_order is not None and sorted(self.cell_order) != list(range(self.rows * self.columns)):
+            raise ValueError(f"cell_order does not name each of {self.rows * self.columns} cells once.")
+        if not all(self.before < place < self.length - self.after - 1 for place in self.between):
+            raise ValueError(f"between {self.between} has positions that do not stand between cells.")
 
     @property
     def length(self) -> int:
-        return self.before + self.rows * self.columns + self.after
+        return self.before + self.rows * self.columns + len(self.between) + self.after
+
+    @property
+    def outside(self) -> list[int]:
+        """The positions that are no cell."""
+        return sorted([*range(self.before), *self.between, *range(self.length - self.after, self.length)])
 
     @cached_property
     def positions(self) -> Int64[np.ndarray, "h w"]:
         """The position of each cell: `codes[:, grid.positions]` are the pictures."""
-        as_read = self.before + np.arange(self.rows * self.columns).reshape(self.rows, self.columns)
-        if self.order == "snake":
-            as_read[1::2] = as_read[1::2, ::-1].copy()
+        inside = np.delete(np.arange(self.length), self.outside)
+        positions = np.empty(self.rows * self.columns, np.int64)
+        visited = reading_order(self.order, self.rows, self.columns) if self.cell_order is None else self.cell_order
+        positions[list(visited)] = inside
+        positions = positions.reshape(self.rows, self.columns)
         if self.column_order is None:
-            return as_read
-        positions = np.empty_like(as_read)
-        positions[:, list(self.column_order)] = as_read
-        return positions
+            return positions
+        placed = np.empty_like(positions)
+        placed[:, list(self.column_order)] = positions
+        return placed
 
     @cached_property
     def cells(self) -> Int64[np.ndarray, "L 2"]:
@@ -93,10 +130,45 @@ class Grid:
                 found[position] = self.positions[row + down, column + right]
         return found
 
+    @cached_property
+    def edges(self) -> frozenset[tuple[int, int]]:
+        """Pairs of positions, the smaller first, whose cells touch: what mirroring, turning and transposing keep."""
+        here = self.positions
+        pairs = [
+            *zip(here[:, :-1].flat, here[:, 1:].flat, strict=True),
+            *zip(here[:-1].flat, here[1:].flat, strict=True),
+        ]
+        return frozenset((int(min(pair)), int(max(pair))) for pair in pairs)
+
+    @property
+    def is_upright(self) -> bool:
+        """Whether the order says where the picture begins, so that it stands as it was read."""
+        return self.order != "map" and self.column_order is None
+
     def __str__(self) -> str:
         order = self.order if self.column_order is None else f"{self.order}, columns read as {self.column_order}"
         around = f", {self.before} before and {self.after} after" if self.before or self.after else ""
-        return f"{self.rows}×{self.columns} {order}{around}"
+        inner = f", {', '.join(map(str, self.between))} between" if self.between else ""
+        return f"{self.rows}×{self.columns} {order}{around}{inner}"
+
+
+@lru_cache(maxsize=512)
+def reading_order(order: str, rows: int, columns: int) -> tuple[int, ...]:
+    """The cells, counted row by row, in the order in which they are read."""
+    cells = np.arange(rows * columns).reshape(rows, columns)
+    if order == "snake":
+        cells[1::2] = cells[1::2, ::-1].copy()
+    if order == "spiral":
+        found = []
+        while cells.size:
+            found += cells[0].tolist()
+            cells = np.rot90(cells[1:])  # what is left, turned so that its next side lies on top
+        return tuple(found)
+    if order == "diagonal":  # from corner to corner, every other diagonal backwards, as JPEG reads its coefficients
+        diagonals = [np.fliplr(cells).diagonal(columns - 1 - number).tolist() for number in range(rows + columns - 1)]
+        turned = [diagonal[::-1] if number % 2 == 0 else diagonal for number, diagonal in enumerate(diagonals)]
+        return tuple(chain.from_iterable(turned))
+    return tuple(cells.ravel().tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,18 +176,23 @@ class GridFinding:
     """What the lines say of their grid."""
 
     grid: Grid | None
-    """None if no grid explains the lines better than their order alone."""
+    """None if no grid explains the lines better than chance, their order alone, or any other map."""
     confidence: float
-    """Share of the random halvings in which this shape and order of reading won, in [0, 1]."""
+    """How likely the answer is right, in [0, 1]: the grid, up to mirroring, turning and transposing; of a map, nine in
+    ten of its neighbours; or that there is none. Never 1; `benchmarks/grid_calibration.py` counts how often it is."""
     column_confidence: float
-    """Share of the halvings that, each by itself, put the columns in this order; 1 if they stand as read."""
+    """Of the order of the columns; that of the grid if they stand as read."""
     explained: float
-    """Share of the mutual information between positions, unseen in fitting, that the winner explains."""
+    """Share of the variance of what positions share, on lines not used in fitting, that the winner explains."""
+    chance_explained: float
+    """The most that any named order explains of the same lines with their cells shuffled."""
     runner_up: Grid | None
     """The shape or order that explains most of those that did not win."""
     runner_up_explained: float
     line_explained: float
     """The same for a model without a grid: distance along the line."""
+    agreement: float | None
+    """Of a map: share of its neighbours that halves of the lines find again, each by itself."""
     num_halvings: int
     information: Float64[np.ndarray, "L L"]
     """Mutual information between the positions, in nats, from all lines."""
@@ -125,69 +202,218 @@ def infer_grid(
     codes: Integer[np.ndarray, "N L"],
     vocab_size: int,
     *,
-    num_halvings: int = 10,
+    num_halvings: int = 20,
     max_outside: int = 8,
     seed: int = 0,
 ) -> GridFinding:
-    """The grid of lines that all have the same length. At most `max_outside` positions are taken to be outside it.
+    """The grid of lines that all have the same length. At most `max_outside` positions at the ends are taken to be
+    outside it, and such between cells as look special.
 
-    A few thousand lines are enough for 1,000 codes. Raises InputError for a code out of range.
+    A few thousand lines are enough for 1,000 codes. The order of the lines makes no difference. Raises InputError for
+    a code out of range.
     """
     check_codes(codes, vocab_size)
-    classes = merge_codes(codes, vocab_size, _NUM_CLASSES, seed=seed)[codes]
-    generator = np.random.default_rng(seed)
-    halves = [_halves(classes, generator) for _ in range(num_halvings)]
-    shapes = list(_shapes(codes.shape[1], max_outside))
+    codes = sorted_lines(codes)
+    num_classes = num_classes_for(codes.shape[1])
+    classes = merge_codes(codes, vocab_size, num_classes, seed=seed)[codes]
+    counts = PairCounts(classes, num_classes, seed=seed)
+    evidence = _evidence(counts, num_halvings, seed)
+    statistics = position_statistics(codes, vocab_size)
     strange = {
         special.position: 2 if special.kind == "constant" else 1 for special in special_positions(codes, vocab_size)
     }
-    scores = {shape: _explained(_kinds(shape), halves) for shape in shapes}
-    entropy = position_statistics(codes, vocab_size).entropy_nats
-    as_read = max((score.mean() for score in scores.values()), default=0.0)
-    for shape in _best_apart_from_columns(shapes, halves):
-        if shape.columns > _MAX_REORDERED:
-            continue
-        reordered = _with_columns_in_order(shape, halves, entropy)
-        if reordered.column_order is None:
-            continue
-        score = _explained(_kinds(reordered), halves)
-        if score.mean() > _SHUFFLE_GAIN * as_read:
-            scores[reordered] = score
-    line = _explained(_line_kinds(codes.shape[1]), halves)
-    found = _decide(scores, line, strange, mutual_information(classes, _NUM_CLASSES, seed=seed))
-    if found.grid is None or found.grid.column_order is None:
-        return found
-    as_read_shape = replace(found.grid, column_order=None)
-    agree = [_with_columns_in_order(as_read_shape, [half], entropy) == found.grid for half in halves]
-    return replace(found, column_confidence=sum(agree) / num_halvings)
+    strange |= {explained.position: 2 for explained in positions_that_count(codes)}
+    named = _named(codes.shape[1], max_outside, strange)
+    found = _decide_named(evidence, named, strange, statistics.entropy_nats, seed)
+    if found.grid is None and _is_told(evidence, found):
+        return replace(found, confidence=0.95)
+    if found.grid is None or not _stands(found.grid, evidence):
+        found = _decide_map(evidence, found, strange, seed)
+    return found
 
 
-def _decide(
-    scores: dict[Grid, Float64[np.ndarray, " S"]],
-    line: Float64[np.ndarray, " S"],
+# ---- what positions share ----
+
+
+class _Shared(NamedTuple):
+    """What positions share on the half that a hypothesis is fitted to, and on the one that it is judged by."""
+
+    fitted: Float64[np.ndarray, "L L"]
+    judged: Float64[np.ndarray, "L L"]
+    information: Float64[np.ndarray, "L L"]
+    """Of the half that is fitted, as it is."""
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    information: Float64[np.ndarray, "L L"]
+    shared: Float64[np.ndarray, "L L"]
+    halves: list[_Shared]
+
+
+def _evidence(counts: PairCounts, num_halvings: int, seed: int) -> _Evidence:
+    information = counts.information()
+    halves = list(counts.halvings(num_halvings, seed=seed))
+    noise = float(np.median([np.abs(half.fitted - half.judged) for half in halves]))
+    return _Evidence(
+        information, _shared(information, information, noise), [_shared_halves(half, noise) for half in halves]
+    )
+
+
+def _shared_halves(half: Halves, noise: float) -> _Shared:
+    fitted, judged = (_shared(part, half.fitted, noise) for part in half)
+    return _Shared(fitted, judged, half.fitted)
+
+
+def _shared(
+    information: Float64[np.ndarray, "L L"], by: Float64[np.ndarray, "L L"], noise: float
+) -> Float64[np.ndarray, "L L"]:
+    """Information over the root of what is expected from how much both positions share with all others (the average
+    product, Dunn et al. 2008). Over all of it, noise would rule: nearly empty cells share next to nothing with any; by
+    the information itself, only the full ones would count."""
+    mean = np.maximum(by, 0).mean(1)
+    expected = np.outer(mean, mean) / max(float(mean.mean()), 1e-12)
+    return np.round(np.maximum(information, 0) / np.sqrt(expected + max((4 * noise) ** 2, 1e-9)), 9)
+
+
+class _Judge:
+    """Explained shares of the hypotheses of one length."""
+
+    def __init__(self, length: int) -> None:
+        self._upper = np.triu_indices(length, 1)
+
+    def kinds(self, grid: Grid) -> Int64[np.ndarray, " pairs"]:
+        """How two positions lie to each other; one kind more for pairs that are not both inside."""
+        kinds = np.full((grid.length, grid.length), NUM_KINDS)
+        positions = grid.positions.ravel()
+        kinds[np.ix_(positions, positions)] = _cell_kinds(grid.rows, grid.columns)
+        return kinds[self._upper]
+
+    def line_kinds(self) -> Int64[np.ndarray, " pairs"]:
+        """How two positions lie in a line that is no picture: one or two apart, or far."""
+        return np.minimum(self._upper[1] - self._upper[0], REACH + 1)
+
+    def within(self, kinds: Int64[np.ndarray, " pairs"], shared: Float64[np.ndarray, "L L"]) -> float:
+        """Share of the variance that the means of the kinds explain where they were taken."""
+        return self._share(kinds, shared, shared)
+
+    def across(self, kinds: Int64[np.ndarray, " pairs"], halves: list[_Shared]) -> Float64[np.ndarray, " S"]:
+        """The same for means of one half on the other, for every halving."""
+        return np.array([self._share(kinds, half.fitted, half.judged) for half in halves])
+
+    def _share(self, kinds: Int64[np.ndarray, " pairs"], fitted: np.ndarray, judged: np.ndarray) -> float:
+        fitted, judged = fitted[self._upper], judged[self._upper]
+        mean = np.bincount(kinds, fitted) / np.maximum(np.bincount(kinds), 1)
+        error = ((judged - mean[kinds]) ** 2).sum()
+        return round(float(1 - error / max(((judged - fitted.mean()) ** 2).sum(), 1e-300)), 9)
+
+
+_cell_kinds = lru_cache(maxsize=256)(cell_kinds)
+
+
+# ---- hypotheses ----
+
+
+def _named(length: int, max_outside: int, strange: dict[int, int]) -> list[Grid]:
+    """Every shape in every named order as it is read. Positions between cells are left out if they look special: none
+    of them, or all that are constant, with any of the others."""
+    found = dict.fromkeys(_shapes(length, (), max_outside))
+    for removed in _removable(strange):
+        found |= dict.fromkeys(_shapes(length, removed, min(max_outside, 2)))
+    return list(found)
+
+
+def _removable(strange: dict[int, int]) -> Iterator[tuple[int, ...]]:
+    constant = [position for position, how in strange.items() if how == 2]
+    own = [position for position, how in strange.items() if how == 1]
+    sizes = range(len(own) + 1) if len(own) <= _MAX_REMOVED else (0, len(own))
+    for some in chain.from_iterable(combinations(own, size) for size in sizes):
+        if removed := sorted([*constant, *some]):
+            yield tuple(removed)
+
+
+def _shapes(length: int, removed: tuple[int, ...], max_outside: int) -> Iterator[Grid]:
+    left = [position for position in range(length) if position not in removed]
+    for outside in range(min(max_outside, len(left) - 4) + 1):
+        inside = len(left) - outside
+        for columns in range(2, inside // 2 + 1):
+            if inside % columns:
+                continue
+            for before in range(outside + 1):
+                cells = left[before : before + inside]
+                for order in ORDERS[:-1]:
+                    yield _grid_of(length, cells, inside // columns, columns, order)
+
+
+def _grid_of(length: int, cells: list[int], rows: int, columns: int, order: str, **given) -> Grid:
+    """The grid that has these positions, in rising order, inside."""
+    between = tuple(sorted(set(range(cells[0], cells[-1])) - set(cells)))
+    before, after = cells[0], length - 1 - cells[-1]
+    return Grid(rows=rows, columns=columns, before=before, after=after, order=order, between=between, **given)
+
+
+# ---- named orders ----
+
+
+def _decide_named(
+    evidence: _Evidence,
+    named: list[Grid],
     strange: dict[int, int],
-    information: Float64[np.ndarray, "L L"],
+    entropy: Float64[np.ndarray, " L"],
+    seed: int,
 ) -> GridFinding:
-    num_halvings = len(line)
+    length, num_halvings = len(evidence.shared), len(evidence.halves)
+    judge = _Judge(length)
+    kinds = {grid: judge.kinds(grid) for grid in named}
+    by_all = {grid: judge.within(kinds[grid], evidence.shared) for grid in named}
+    best = sorted(named, key=lambda grid: by_all[grid], reverse=True)[:_NUM_JUDGED]
+    scores = {grid: judge.across(kinds[grid], evidence.halves) for grid in best}
+    as_read = max((float(score.mean()) for score in scores.values()), default=0.0)
+    for shape in _best_apart_from_columns(named, evidence.shared):
+        reordered = _with_columns_in_order(shape, evidence.information, entropy)
+        if reordered.column_order is not None:
+            score = judge.across(judge.kinds(reordered), evidence.halves)
+            if score.mean() > _MIN_GAIN * as_read:
+                scores[reordered] = score
+    line = judge.across(judge.line_kinds(), evidence.halves)
     wins = Counter(_winner({grid: s[i] for grid, s in scores.items()}, strange) for i in range(num_halvings))
-    mean = {grid: float(s.mean()) for grid, s in scores.items()}
-    ranked = sorted(wins, key=lambda grid: (wins[grid], -1 if grid is None else mean[grid]), reverse=True)
-    winner = ranked[0] if ranked else None
+    mean = {grid: float(score.mean()) for grid, score in scores.items()}
+    winner = max(wins, key=lambda grid: (wins[grid], -1 if grid is None else mean[grid])) if wins else None
+    runner_up = max((grid for grid in mean if grid != winner), key=lambda grid: mean[grid], default=None)
     explained = mean[winner] if winner is not None else 0.0
-    others = [grid for grid in mean if grid != winner]
-    second = max(others, key=lambda grid: mean[grid], default=None)
-    is_grid = winner is not None and explained >= MIN_EXPLAINED and explained > float(line.mean())
+    chance, clear = _chance(judge, evidence, winner, kinds, entropy, seed)
+    is_grid = (
+        winner is not None
+        and explained >= MIN_EXPLAINED
+        and explained > float(line.mean()) + MIN_EXPLAINED / 2
+        and clear
+    )
+    confidence = _of_votes(wins[winner], num_halvings) if is_grid else 0.5
+    columns = confidence
+    if is_grid and winner.column_order is not None:
+        plain = replace(winner, column_order=None)
+        agree = [
+            _with_columns_in_order(plain, half.information, entropy).edges == winner.edges for half in evidence.halves
+        ]
+        columns = _of_votes(sum(agree), num_halvings)
     return GridFinding(
         grid=winner if is_grid else None,
-        confidence=wins[winner] / num_halvings if is_grid else 0.0,
-        column_confidence=1.0,
-        explained=explained if is_grid else 0.0,
-        runner_up=second,
-        runner_up_explained=mean[second] if second is not None else 0.0,
+        confidence=min(confidence, columns),
+        column_confidence=columns,
+        explained=explained,
+        chance_explained=chance,
+        runner_up=runner_up if is_grid else winner,
+        runner_up_explained=mean[runner_up] if is_grid and runner_up is not None else explained,
         line_explained=float(line.mean()),
+        agreement=None,
         num_halvings=num_halvings,
-        information=information,
+        information=evidence.information,
     )
+
+
+def _of_votes(num_agreeing: int, num: int) -> float:
+    """The rule of succession: twenty halvings that agree make no certainty."""
+    return (num_agreeing + 1) / (num + 2)
 
 
 def _winner(scores: dict[Grid, float], strange: dict[int, int]) -> Grid | None:
@@ -201,129 +427,197 @@ def _winner(scores: dict[Grid, float], strange: dict[int, int]) -> Grid | None:
 
 
 def _fits_specials(grid: Grid, strange: dict[int, int]) -> int:
-    outside = {*range(grid.before), *range(grid.length - grid.after, grid.length)}
-    return sum(strange.get(position, -1) for position in outside)
+    return sum(strange.get(position, -1) for position in grid.outside)
 
 
-# ---- hypotheses ----
-
-
-def _shapes(length: int, max_outside: int) -> Iterator[Grid]:
-    for outside in range(min(max_outside, length - 4) + 1):
-        inside = length - outside
-        for columns in range(2, inside // 2 + 1):
-            if inside % columns == 0:
-                for before in range(outside + 1):
-                    for order in ORDERS:
-                        yield Grid(
-                            rows=inside // columns,
-                            columns=columns,
-                            before=before,
-                            after=outside - before,
-                            order=order,
-                        )
-
-
-def _kinds(grid: Grid, *, columns_known: bool = True) -> Int64[np.ndarray, "L L"]:
-    """How two positions lie to each other, as a number: by rows and columns apart; else by those of one and the other's
-    mirror image, left and right or above and below; else far, or not both inside. Without knowledge of the columns'
-    order all different columns are equally far apart."""
-    row, column = grid.cells.T
-    down = np.abs(row[:, None] - row)
-    right = np.abs(column[:, None] - column)
-    if not columns_known:
-        right = np.minimum(right, 1)
-    kinds = np.full(down.shape, _FAR)
-    ways = [(_MIRRORED_ROWS, np.abs(row[:, None] + row - (grid.rows - 1)), right)]
-    if columns_known:
-        ways.append((_MIRRORED_COLUMNS, down, np.abs(column[:, None] + column - (grid.columns - 1))))
-    for first, rows_apart, columns_apart in (*ways, (_NEAR, down, right)):
-        close = (rows_apart <= _MAX_DISTANCE) & (columns_apart <= _MAX_DISTANCE)
-        kinds[close] = (first + rows_apart * (_MAX_DISTANCE + 1) + columns_apart)[close]
-    if columns_known:  # where the halves of a row meet, mirror images are neighbours: they are like other mirror images
-        across = (right > 0) & (down <= _MAX_DISTANCE) & (column[:, None] + column == grid.columns - 1)
-        kinds[across] = (_MIRRORED_COLUMNS + down * (_MAX_DISTANCE + 1))[across]
-    inside = row != OUTSIDE
-    return np.where(inside[:, None] & inside, kinds, _NOT_INSIDE)
-
-
-def _line_kinds(length: int) -> Int64[np.ndarray, "L L"]:
-    """How two positions lie in a line that is no picture: one or two apart, or far."""
-    place = np.arange(length)
-    return np.minimum(np.abs(place[:, None] - place), _MAX_DISTANCE + 1)
-
-
-def _best_apart_from_columns(shapes: list[Grid], halves: list["_Halves"]) -> list[Grid]:
-    """The eight shapes that explain most when nothing is assumed of the order of the columns."""
-    score = {shape: _explained(_kinds(shape, columns_known=False), halves).mean() for shape in shapes}
-    return sorted(shapes, key=lambda shape: score[shape], reverse=True)[:8]
-
-
-# ---- fitting ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Halves:
-    """Mutual information from two disjoint halves of the lines, over the pairs of positions, and what is expected of
-    each pair from how much its two positions share with all others (the average product, Dunn et al. 2008)."""
-
-    fitted: Float64[np.ndarray, "L L"]
-    judged: Float64[np.ndarray, "L L"]
-    expected: Float64[np.ndarray, "L L"]
-
-
-def _halves(classes: Integer[np.ndarray, "N L"], generator: np.random.Generator) -> _Halves:
-    rows = generator.permutation(len(classes))
-    half = len(rows) // 2
-    seed = int(generator.integers(2**31))
-    fitted, judged = (
-        mutual_information(classes[chosen], _NUM_CLASSES, seed=seed) for chosen in (rows[:half], rows[half:])
-    )
-    mean = np.maximum(fitted, 0).mean(1)
-    return _Halves(fitted=fitted, judged=judged, expected=np.outer(mean, mean) / max(mean.mean(), 1e-12))
-
-
-def _explained(kinds: Int64[np.ndarray, "L L"], halves: list[_Halves]) -> Float64[np.ndarray, " S"]:
-    """1 − squared error / squared information on the judged half, the information being fitted as `expected` times a
-    factor for each kind of pair; for every halving."""
-    pairs = np.triu_indices(len(kinds), 1)
-    kind = kinds[pairs]
+def _chance(
+    judge: _Judge,
+    evidence: _Evidence,
+    winner: Grid | None,
+    kinds: dict[Grid, np.ndarray],
+    entropy: Float64[np.ndarray, " L"],
+    seed: int,
+) -> tuple[float, bool]:
+    """The most that the best hypothesis explains of shuffled cells, and whether the winner is clearly above it."""
+    if winner is None:
+        return 0.0, False
+    generator = np.random.default_rng(seed)
+    tried = sorted(kinds, key=lambda grid: judge.within(kinds[grid], evidence.shared), reverse=True)[:200]
     found = []
+    for _ in range(NUM_SHUFFLES):
+        end_if_stopped()
+        shuffled = generator.permutation(len(evidence.shared))
+        shared = evidence.shared[np.ix_(shuffled, shuffled)]
+        best = max(judge.within(kinds[grid], shared) for grid in tried)
+        if winner.column_order is not None:
+            plain, information = replace(winner, column_order=None), evidence.information[np.ix_(shuffled, shuffled)]
+            best = max(best, judge.within(judge.kinds(_with_columns_in_order(plain, information, entropy)), shared))
+        found.append(best)
+    explained = judge.within(judge.kinds(winner), evidence.shared)
+    clear = explained > max(found) and explained > np.mean(found) + _CLEAR * np.std(found)
+    return float(max(found)), bool(clear)
+
+
+def _is_told(evidence: _Evidence, found: GridFinding) -> bool:
+    """Whether there is no grid to look for: halves of the lines do not agree on what positions share, or the line alone
+    explains most of it, and more than any named order."""
+    upper = np.triu_indices(len(evidence.shared), 1)
+    alike = np.mean([np.corrcoef(half.fitted[upper], half.judged[upper])[0, 1] for half in evidence.halves])
+    return bool(not alike > _MIN_ALIKE) or found.line_explained > max(0.5, found.explained)
+
+
+def _stands(grid: Grid, evidence: _Evidence) -> bool:
+    """Whether swaps of cells that explain more of one half of the lines do not of the other."""
+    judge, start = _Judge(grid.length), grid.positions.ravel()
+    halves = evidence.halves[:_NUM_CHECKED]
+    swapped = []
     for half in halves:
-        expected, fitted, judged = half.expected[pairs], half.fitted[pairs], half.judged[pairs]
-        products = np.bincount(kind, expected * fitted, minlength=_NUM_KINDS)
-        squares = np.bincount(kind, expected**2, minlength=_NUM_KINDS)
-        factor = products / np.maximum(squares, 1e-300)
-        # what any model explains, one factor for all, is no merit of the grid
-        common = products.sum() / max(squares.sum(), 1e-300)
-        error = ((judged - factor[kind] * expected) ** 2).sum()
-        found.append(1 - error / max(((judged - common * expected) ** 2).sum(), 1e-300))
-    return np.array(found)
+        positions = refined(Criterion(half.fitted, grid.rows, grid.columns), start).positions
+        swapped += judge.across(
+            judge.kinds(_map(grid.length, positions.reshape(grid.rows, grid.columns))), [half]
+        ).tolist()
+    return float(np.mean(swapped)) <= _STANDS * float(judge.across(judge.kinds(grid), halves).mean())
+
+
+# ---- free maps ----
+
+
+def _decide_map(evidence: _Evidence, named: GridFinding, strange: dict[int, int], seed: int) -> GridFinding:
+    """A free map where it explains more than the best named order, and halves of the lines find it again."""
+    judge, length = _Judge(len(evidence.shared)), len(evidence.shared)
+
+    def placed(shared: np.ndarray, cells: list[int], rows: int, columns: int, **given: int) -> Grid:
+        end_if_stopped()
+        placement = fit_lattice(shared, np.array(cells), rows, columns, **given)
+        return recognised(length, placement.positions.reshape(rows, columns))
+
+    shapes = list(_free_shapes(evidence, strange))
+    if len(shapes) > 1:  # a short search each tells which of them is worth a long one
+        tried = [placed(evidence.shared, *shape, num_starts=1, num_rounds=40, seed=seed) for shape in shapes]
+        explained = [judge.within(judge.kinds(grid), evidence.shared) for grid in tried]
+        shapes = [shapes[int(np.argmax(explained))]]
+    if not shapes:
+        return named
+    [shape] = shapes
+    best = placed(evidence.shared, *shape, seed=seed)
+    agreements, judged = [], []
+    for number, half in enumerate(evidence.halves[:_NUM_REFITS]):
+        again = placed(half.fitted, *shape, seed=seed + 1 + number)
+        agreements.append(len(again.edges & best.edges) / len(best.edges))
+        judged += judge.across(judge.kinds(again), [half]).tolist()
+    agreement, explained = float(np.mean(agreements)), float(np.mean(judged))
+    rival = max(named.explained if named.grid is not None else 0.0, named.line_explained)
+    if agreement >= MIN_AGREEMENT and explained >= max(MIN_EXPLAINED, rival + MIN_EXPLAINED / 2):
+        confidence = min(agreement, 0.95)
+        return replace(
+            named,
+            grid=best,
+            confidence=confidence,
+            column_confidence=confidence,
+            explained=explained,
+            runner_up=named.grid or named.runner_up,
+            runner_up_explained=named.explained,
+            agreement=agreement,
+        )
+    # a named order that a better map exists for is not right, even if that map is not sure
+    doubted = named.grid is None or explained > _MIN_GAIN * named.explained
+    unsure = 0.9 if agreement < MIN_AGREEMENT / 2 else 0.5
+    return replace(
+        named,
+        grid=None if doubted else named.grid,
+        confidence=unsure if doubted else min(named.confidence, 0.9),
+        runner_up=best,
+        runner_up_explained=explained,
+        agreement=agreement,
+    )
+
+
+def _free_shapes(evidence: _Evidence, strange: dict[int, int]) -> Iterator[tuple[list[int], int, int]]:
+    """Positions and shapes that a map is looked for in: with all positions, without those that always hold one code or
+    a count, and without any others that look special too; the squarest shape of each, the squarest of all first."""
+    length = len(evidence.shared)
+    found = []
+    for removed in dict.fromkeys([(), *_removable(strange)]):
+        cells = [position for position in range(length) if position not in removed]
+        rows = next((rows for rows in range(int(len(cells) ** 0.5), 2, -1) if len(cells) % rows == 0), None)
+        if rows is not None and len(cells) <= MAX_FREE_CELLS and len(cells) // rows <= _MAX_ASPECT * rows:
+            special = sum(strange[position] for position in removed)
+            found.append((round(len(cells) / rows**2, 2), -special, cells, rows))
+    for _, _, cells, rows in sorted(found)[:_MAX_FREE_SHAPES]:
+        yield cells, rows, len(cells) // rows
+
+
+def recognised(length: int, positions: Int64[np.ndarray, "h w"]) -> Grid:
+    """The map by name where it has one, in one of the eight ways to turn and mirror it: a named order, perhaps with its
+    columns in another order."""
+    cells = sorted(positions.ravel().tolist())
+    rank = np.searchsorted(cells, positions)
+    for turned in _turned(rank):
+        rows, columns = turned.shape
+        for order in ORDERS[:-1]:
+            if reading_order(order, rows, columns) == tuple(np.argsort(turned.ravel()).tolist()):
+                return _grid_of(length, cells, rows, columns, order)
+        for order in ("raster", "snake"):
+            as_read = np.empty(rows * columns, np.int64)
+            as_read[list(reading_order(order, rows, columns))] = np.arange(rows * columns)
+            if turned[0].max() == columns - 1 and (turned == as_read.reshape(rows, columns)[:, turned[0]]).all():
+                return _grid_of(length, cells, rows, columns, order, column_order=tuple(np.argsort(turned[0]).tolist()))
+    return _map(length, positions)
+
+
+def _map(length: int, positions: Int64[np.ndarray, "h w"]) -> Grid:
+    order = np.argsort(positions.ravel())
+    return _grid_of(
+        length, np.sort(positions.ravel()).tolist(), *positions.shape, "map", cell_order=tuple(order.tolist())
+    )
+
+
+def _turned(picture: Int64[np.ndarray, "h w"]) -> Iterable[Int64[np.ndarray, "h w"]]:
+    for number in range(4):
+        yield np.rot90(picture, number)
+        yield np.rot90(picture, number)[:, ::-1]
+
+
+def _best_apart_from_columns(shapes: list[Grid], shared: Float64[np.ndarray, "L L"]) -> list[Grid]:
+    """The eight raster and snake shapes that explain most when nothing is assumed of the order of the columns."""
+    upper = np.triu_indices(len(shared), 1)
+    score = {}
+    for shape in shapes:
+        if shape.order in ("raster", "snake") and shape.columns <= _MAX_REORDERED:
+            row, column = shape.cells.T
+            down = np.abs(row[:, None] - row)
+            apart = np.minimum(down, REACH + 1) * 2 + (column[:, None] != column)
+            inside = row != OUTSIDE
+            kinds = np.where(inside[:, None] & inside, apart, 2 * REACH + 4)[upper]
+            values = shared[upper]
+            sums, num = np.bincount(kinds, values), np.maximum(np.bincount(kinds), 1)
+            score[shape] = round(float((sums**2 / num).sum()), 9)
+    return sorted(score, key=lambda shape: score[shape], reverse=True)[:8]
 
 
 # ---- the order of columns ----
 
 
 class _ColumnFit:
-    """How well an order of a grid's columns explains the information between rows at most two apart, by the fitted
-    halves: each pair by the mean of its kind, which is rows and columns apart, or rows apart and mirror images.
+    """How well an order of a grid's columns explains the information between rows at most two apart, each pair by the
+    mean of its kind, which is rows and columns apart, or rows apart and mirror images.
 
-    Unlike `_explained`, it judges the information itself, not its ratio to what is expected, and knows exact mirror
+    Unlike `_Judge`, it judges the information itself, not its ratio to what is expected, and knows exact mirror
     images only. Nearly empty columns share next to nothing with any other: by that ratio they fit anywhere, and an
     order with such columns as gaps between the others explained more of tokenized MNIST than the right one.
     """
 
-    def __init__(self, shape: Grid, halves: list[_Halves]) -> None:
+    def __init__(self, shape: Grid, information: Float64[np.ndarray, "L L"]) -> None:
         (h, w), cells = shape.positions.shape, shape.positions.ravel()
-        information = np.mean([half.fitted[np.ix_(cells, cells)] for half in halves], axis=0)
-        pairs = information.reshape(h, w, h, w).transpose(0, 2, 1, 3)  # (h, h, w, w)
+        inside = information[np.ix_(cells, cells)]
+        pairs = inside.reshape(h, w, h, w).transpose(0, 2, 1, 3)  # (h, h, w, w)
         row, column = np.arange(h), np.arange(w)
         rows_apart, columns_apart = (np.abs(place[:, None] - place) for place in (row, column))
-        num_near = min(_MAX_DISTANCE + 1, h)
+        num_near = min(REACH + 1, h)
         self._by_rows = np.stack([pairs[rows_apart == apart].sum(0) for apart in range(num_near)])  # (3, w, w)
         mirrored = (column[:, None] + column == w - 1) & (columns_apart > 0)
-        kind = np.where(mirrored, _MAX_DISTANCE + 2, np.minimum(columns_apart, _MAX_DISTANCE + 1))
-        self._kinds = np.stack([kind + apart * (_MAX_DISTANCE + 3) for apart in range(num_near)]).ravel()
+        kind = np.where(mirrored, REACH + 2, np.minimum(columns_apart, REACH + 1))
+        self._kinds = np.stack([kind + apart * (REACH + 3) for apart in range(num_near)]).ravel()
         num_pairs = [np.full((w, w), (rows_apart == apart).sum()) for apart in range(num_near)]
         num_pairs[0] -= h * np.eye(w, dtype=int)  # a position and itself are no pair
         self._num = np.maximum(np.bincount(self._kinds, np.ravel(num_pairs)), 1)
@@ -337,7 +631,9 @@ class _ColumnFit:
         return float((sums**2 / self._num).sum() - self._common) / self._variance
 
 
-def _with_columns_in_order(shape: Grid, halves: list[_Halves], entropy: Float64[np.ndarray, " L"]) -> Grid:
+def _with_columns_in_order(
+    shape: Grid, information: Float64[np.ndarray, "L L"], entropy: Float64[np.ndarray, " L"]
+) -> Grid:
     """The shape with its columns in the order that explains most.
 
     In symmetric pictures a column tells most of its mirror image: a path through columns that tell most of each other
@@ -346,16 +642,16 @@ def _with_columns_in_order(shape: Grid, halves: list[_Halves], entropy: Float64[
     decides: pictures are emptier at their edges.
     """
     positions = shape.positions
-    shared = np.mean([half.fitted[np.ix_(row, row)] for half in halves for row in positions], axis=0)  # (w, w)
+    shared = np.mean([information[np.ix_(row, row)] for row in positions], axis=0)  # (w, w)
     order = _longest_path(shared)
     if shape.columns <= _MAX_REFINED:
-        explained = _ColumnFit(shape, halves)
+        explained = _ColumnFit(shape, information)
         starts = (order, _unfolded(order), _unfolded(order[::-1]))
         order = max((_improved(start, explained) for start in starts), key=explained)
         half = len(order) // 2
         ways = [order[cut:] + order[:cut] for cut in range(len(order))]
         ways.append(order[:half][::-1] + order[half:-half] + order[-half:][::-1])
-        as_good = [way for way in ways if explained(way) >= (1 - _TIE) * explained(order)]
+        as_good = [way for way in ways if explained(way) >= (1 - _COLUMN_TIE) * explained(order)]
         order = min(as_good, key=lambda way: entropy[positions[:, [way[0], way[-1]]]].mean())
     if order[0] > order[-1]:  # a mirrored picture has the same neighbours: one of the two is as good
         order = order[::-1]

@@ -131,6 +131,32 @@ def explain_by_counts(codes: Integer[np.ndarray, "N L"], vocab_size: int, positi
     return found
 
 
+def positions_that_count(codes: Integer[np.ndarray, "N L"]) -> list[Explanation]:
+    """Which positions, of all, hold a count of something in the line (see `explain_by_counts`). What is counted is
+    taken of the whole line, so that no position need be suspected before; the position itself blurs it a little."""
+    properties = {
+        name: np.unique(property, return_inverse=True)[1].ravel() for name, property in _line_properties(codes).items()
+    }
+    found = []
+    unrelated = np.random.default_rng(0).permutation(len(codes))
+    for position in range(codes.shape[1]):
+        values = np.unique(codes[:, position], return_inverse=True)[1].ravel()
+        entropy = float(_entropy(np.bincount(values) / len(values)))
+        if entropy < 0.05:
+            continue
+        for name, numbers in properties.items():
+            share = (_joint_entropy(values, numbers[unrelated]) - _joint_entropy(values, numbers)) / entropy
+            if share >= 0.5:
+                found.append(Explanation(position, name, share))
+                break
+    return found
+
+
+def _joint_entropy(first: Int64[np.ndarray, " N"], second: Int64[np.ndarray, " N"]) -> float:
+    counts = np.bincount(first * (int(second.max()) + 1) + second)
+    return float(_entropy(counts[counts > 0] / len(first)))
+
+
 def _line_properties(rest: Integer[np.ndarray, "N M"]) -> dict[str, Int64[np.ndarray, " N"]]:
     if not rest.shape[1]:
         return {}

@@ -4,14 +4,19 @@ The page is a file of text with its pictures inside, without scripts: it can be 
 """
 
 import base64
+import hashlib
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+
+import numpy as np
 
 from smalti.files import new_file, refuse_existing
 from smalti.inspect import figures
 from smalti.inspect.findings import (
+    Finding,
     InspectConfig,
     Section,
     cause_section,
@@ -20,10 +25,13 @@ from smalti.inspect.findings import (
     position_section,
     prediction_section,
 )
+from smalti.inspect.grid import Grid, GridFinding, infer_grid
 from smalti.inspect.subject import Subject, load_subject
 from smalti.progress import stage
 
-PAGE, FINDINGS = "index.html", "findings.json"
+PAGE, FINDINGS, GRID = "index.html", "findings.json", "grid.json"
+GRID_VERSION = 2
+"""Of how grids are looked for: what another version found is not taken from `grid.json`."""
 
 
 def inspect_bundle(
@@ -36,9 +44,12 @@ def inspect_bundle(
     code_offset: int = 0,
     force: bool = False,
     show_progress: bool = False,
+    heard: Callable[[Finding], None] = lambda finding: None,
 ) -> list[Section]:
     """Writes `index.html` and `findings.json` into the folder `output`; returns what is in them.
 
+    Both are written anew after each section, and `heard` is told of each finding, so that the first can be read while
+    the last is looked for. The grid is kept in `grid.json`: another report on the same lines takes it from there.
     Raises InputError if they exist and `force` is not set, or bundle and data do not fit together.
     """
     output = Path(output)
@@ -52,33 +63,68 @@ def inspect_bundle(
             code_offset=code_offset,
             seed=config.seed,
         )
-    sections = inspect_subject(subject, config, show_progress=show_progress)
     about = (
         f"{subject.name}: {subject.model.num_parameters:,} parameters, looked at on {len(subject.codes):,} lines of "
         f"{subject.codes.shape[1]} codes from {Path(data).name}, in the order “{subject.layout[subject.order]}”."
     )
-    with new_file(output / PAGE, force=force) as temporary:
-        temporary.write_text(page(subject.name, about, sections), encoding="utf-8")
-    with new_file(output / FINDINGS, force=force) as temporary:
-        temporary.write_text(json.dumps(_as_json(sections), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    sections = []
+    with stage("inspecting", unit="finding", show=show_progress) as progress:
+
+        def told(finding: Finding) -> None:
+            heard(finding)
+            progress.advance(note=finding.function)
+
+        looked_at = inspect_subject(replace(subject, heard=told), config, kept_in=output / GRID)
+        for section in looked_at:
+            sections.append(section)
+            first = len(sections) == 1
+            with new_file(output / PAGE, force=force or not first) as temporary:
+                temporary.write_text(page(subject.name, about, sections), encoding="utf-8")
+            with new_file(output / FINDINGS, force=force or not first) as temporary:
+                text = json.dumps(_as_json(sections), indent=1, ensure_ascii=False)
+                temporary.write_text(text + "\n", encoding="utf-8")
     return sections
 
 
-def inspect_subject(subject: Subject, config: InspectConfig, *, show_progress: bool = False) -> list[Section]:
-    """All sections, the first being about the positions, whose grid the others use."""
-    with stage("inspecting positions", show=show_progress):
-        first, found = position_section(subject, config)
-    others = {
-        "codes": code_section,
-        "predictions": prediction_section,
-        "causes": cause_section,
-        "pictures": picture_section,
-    }
-    sections: list[Section | None] = [first]
-    for name, section in others.items():
-        with stage(f"inspecting {name}", show=show_progress):
-            sections.append(section(subject, config, found.grid))
-    return [section for section in sections if section is not None]
+def inspect_subject(subject: Subject, config: InspectConfig, *, kept_in: Path | None = None) -> Iterator[Section]:
+    """All sections as they come, the first being about the positions, whose grid the others use."""
+    found = kept_grid(subject, config, kept_in)
+    yield position_section(subject, config, found)
+    for section in (code_section, prediction_section, cause_section, picture_section):
+        if (looked_at := section(subject, config, found.grid)) is not None:
+            yield looked_at
+
+
+def kept_grid(subject: Subject, config: InspectConfig, path: Path | None) -> GridFinding:
+    """The grid of the lines: as an earlier report on the same lines kept it, else looked for, and kept."""
+    key = hashlib.sha256(np.ascontiguousarray(subject.codes, dtype="<i8").tobytes())
+    key.update(json.dumps([GRID_VERSION, subject.vocab_size, config.num_halvings, config.seed]).encode())
+    if path is not None and path.is_file() and (kept := _read_grid(path, key.hexdigest())) is not None:
+        return kept
+    found = infer_grid(subject.codes, subject.vocab_size, num_halvings=config.num_halvings, seed=config.seed)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = {**asdict(found), "information": found.information.tolist()}
+        with new_file(path, force=True) as temporary:
+            temporary.write_text(json.dumps({"lines": key.hexdigest(), "finding": kept}) + "\n", encoding="utf-8")
+    return found
+
+
+def _read_grid(path: Path, key: str) -> GridFinding | None:
+    """What is kept, if it is of these lines and whole; a file of anything else is as good as none."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["lines"] != key:
+            return None
+        given = kept["finding"]
+        grids = {name: given[name] and _as_grid(given[name]) for name in ("grid", "runner_up")}
+        return GridFinding(**{**given, **grids, "information": np.array(given["information"])})
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _as_grid(given: dict) -> Grid:
+    return Grid(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def page(title: str, about: str, sections: Sequence[Section]) -> str:
@@ -86,7 +132,7 @@ def page(title: str, about: str, sections: Sequence[Section]) -> str:
     headlines = [finding for section in sections for finding in section.findings if finding.headline]
     parts = [_findings(headlines, "In short")]
     for section in sections:
-        shown = "".join(_picture(caption, figures.png_bytes(figure)) for caption, figure in section.figures)
+        shown = "".join(_picture(caption, png) for caption, png in section.drawn(figures.png_bytes))
         parts.append(_findings(section.findings, section.title) + shown)
     body = "\n".join(f"<section>{part}</section>" for part in parts)
     return _PAGE.format(title=html.escape(title), about=html.escape(about), body=body)

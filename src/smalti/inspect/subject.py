@@ -3,6 +3,7 @@
 Letters: N lines, L codes of a line, h w grid.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from smalti.models.decoder_only import DecoderOnly
 from smalti.sequences.layout import Layout, Packed, Slot
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Subject:
     """Lines and the model that predicts them."""
 
@@ -36,6 +37,8 @@ class Subject:
     image_tokenizer: Any
     code_offset: int = 0
     """What a line's code is above the image tokenizer's."""
+    heard: Callable[[Any], None] = lambda finding: None
+    """Told of each finding as it comes."""
 
     @property
     def vocab_size(self) -> int:
@@ -63,7 +66,7 @@ class Subject:
         rows, columns = self.image_tokenizer.config.grid
         if rows * columns == len(self.positions):
             codes = codes[..., torch.arange(rows * columns)] if grid is None else codes[..., self._cells(grid)]
-        elif grid is not None and (grid.rows, grid.columns) == (rows, columns) and grid.column_order is None:
+        elif grid is not None and (grid.rows, grid.columns) == (rows, columns) and grid.is_upright:
             codes = codes[..., torch.from_numpy(grid.positions.ravel())]
         else:
             return None
@@ -73,7 +76,7 @@ class Subject:
 
     def _cells(self, grid: Grid) -> Tensor:
         rows, columns = self.image_tokenizer.config.grid
-        same = (grid.rows, grid.columns) == (rows, columns) and grid.column_order is None
+        same = (grid.rows, grid.columns) == (rows, columns) and grid.is_upright
         return torch.from_numpy(grid.positions.ravel()) if same else torch.arange(rows * columns)
 
 
