@@ -55,7 +55,14 @@ def recipe(
 
 
 def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
-    from smalti.recipes import CaptionsRecipe, ClassesRecipe, LinesRecipe, TextToImageRecipe, TokenizerRecipe
+    from smalti.recipes import (
+        CaptionsRecipe,
+        ClassesRecipe,
+        LinesRecipe,
+        ScenesRecipe,
+        TextToImageRecipe,
+        TokenizerRecipe,
+    )
 
     if isinstance(checked, TokenizerRecipe):
         _train_tokenizer(checked, quiet)
@@ -73,6 +80,18 @@ def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
         )
         return
     output = checked.output
+    if isinstance(checked, ScenesRecipe):
+        from smalti.systems.scenes import train_scenes
+
+        bundle = train_scenes(checked, command=command, show_progress=not quiet)
+        typer.echo(
+            f"\nOpen {output}/prompts.html (pictures of seen and unseen prompts) and {output}/model/curves.png. The "
+            f"bundle is {bundle}.\n"
+            "Try next:\n"
+            f'  smalti generate "a red ring left of a blue square" -o scene.png --bundle {bundle}\n'
+            f"  smalti evaluate prompts {bundle}"
+        )
+        return
     if isinstance(checked, ClassesRecipe):
         from smalti.systems.classes import train_classes
 
