@@ -8,6 +8,8 @@ from smalti.errors import shortened
 DEFAULT_BUNDLE = "digits"
 ANY_WORDS_BUNDLE = "emoji"
 """Takes any prompt."""
+SCENES_BUNDLE = "scenes"
+"""Takes captions of its grammar."""
 CLASSES_BUNDLE = "mnist-classes"
 SHIPPED = ", ".join(sorted(path.parent.name for path in (Path(__file__).parent / "bundles").glob("*/config.json")))
 """The names of the bundles that ship, for help."""
@@ -19,13 +21,16 @@ class Choice(NamedTuple):
 
 
 def bundle_for_prompt(*prompts: str) -> Choice:
-    """`digits` if every word is one of its vocabulary, and there is one; else `emoji`. Raises InputError for text that
-    is not Unicode."""
+    """`digits` if every word is one of its vocabulary, and there is one; `scenes` for captions of its grammar; else
+    `emoji`. Raises InputError for text that is not Unicode."""
     from smalti.bundle import TEXT_TOKENIZER, find_bundle
+    from smalti.data.scenes import is_caption
     from smalti.text_tokenizer import TextTokenizer
 
     words = TextTokenizer.load(find_bundle(DEFAULT_BUNDLE) / TEXT_TOKENIZER)
     unknown = [word for prompt in prompts for word in words.unknown_words(prompt)]
+    if unknown and all(is_caption(prompt) for prompt in prompts if prompt.split()):
+        return Choice(SCENES_BUNDLE, "a scene of shapes")
     if unknown:
         return Choice(ANY_WORDS_BUNDLE, f"{shortened(unknown[0], 40)!r} is no word of {DEFAULT_BUNDLE}")
     if not any(prompt.split() for prompt in prompts):

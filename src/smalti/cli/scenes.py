@@ -20,7 +20,7 @@ def data_scenes(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Draw scenes of one to four shapes with captions as parquet tables; some combinations are kept for the test."""
-    from smalti.data.scenes import ScenesConfig, write_scenes
+    from smalti.data.scene_tables import ScenesConfig, write_scenes
 
     config = ScenesConfig(num_train=rows, num_validation=held_out, num_test=held_out, seed=seed)
     for path in write_scenes(output, config, force=force, show_progress=not quiet).values():

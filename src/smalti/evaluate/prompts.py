@@ -2,8 +2,8 @@
 
 Prompts are drawn by a grammar, pictures of them by the bundle, and each picture is held against its prompt:
 
-    scenes    shapes, colours, sizes, count, relation, background and texture, by `smalti.data.scenes`: half of the
-              prompts combine what no training scene shows together, of each kind alike
+    scenes    shapes, colours, sizes, count, relation, background and texture, by `smalti.data.scene_reading`: half of
+              the prompts combine what no training scene shows together, of each kind alike
     digits    digit and both colours, by the judge of `smalti.evaluate.digits`
 
 For each guidance scale the candidates of a prompt are drawn once, with the bundle's other settings. "1 picture" is the
@@ -32,8 +32,10 @@ from rich.table import Table
 
 from smalti.data.digits import COLOUR_PAIRS, DIGITS, images_to_levels
 from smalti.data.digits import PICTURE_SIZE as DIGITS_SIDE
-from smalti.data.scenes import CATEGORIES, UNSEEN, check, parse_caption, read_picture, scene_row
+from smalti.data.scene_reading import CATEGORIES, check, read_picture
+from smalti.data.scene_tables import scene_row
 from smalti.data.scenes import SIDE as SCENES_SIDE
+from smalti.data.scenes import UNSEEN, parse_caption
 from smalti.errors import InputError
 from smalti.evaluate.digits import judge_pictures, load_digit_classifier
 from smalti.files import new_file, refuse_existing

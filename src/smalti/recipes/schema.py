@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from smalti.bundle import Sampling
 from smalti.data.digits import ColouringConfig
 from smalti.data.picture_sets import PicturesConfig
-from smalti.data.scenes import ScenesConfig
+from smalti.data.scene_tables import ScenesConfig
 from smalti.evaluate.captions import CaptionsReportConfig
 from smalti.evaluate.classes import ClassesReportConfig
 from smalti.evaluate.compositions import CompositionsConfig

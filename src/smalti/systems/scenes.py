@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from smalti.data.pairs import PairTable
-from smalti.data.scenes import write_scenes
+from smalti.data.scene_tables import write_scenes
 from smalti.image_tokenizers import load_image_tokenizer
 from smalti.recipes import CaptionsRecipe, ScenesRecipe, claim_folder
 from smalti.recipes.schema import CaptionedPictures
