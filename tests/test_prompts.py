@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from smalti.bundle import Bundle
 from smalti.cli.app import run
 from smalti.data.scene_tables import scene_row
 from smalti.data.scenes import UNSEEN, render
@@ -24,7 +23,6 @@ from smalti.evaluate.prompts import (
     wilson_interval,
 )
 from smalti.image_files import PictureConfig
-from tests.tiny_bundle import tiny_bundle
 
 
 class Painter:
@@ -104,7 +102,7 @@ def test_what_is_written(report, tmp_path):
     assert "| 1 picture, guidance 4 | unseen | 50.0% [29.9, 70.1] |" in (tmp_path / "prompts.md").read_text()
     with pytest.raises(InputError, match=r"prompts\.json"):
         found.write(tmp_path)
-    assert list(found.figures())[0] == "prompts, seen: 1 picture, guidance 1"
+    assert next(iter(found.figures())) == "prompts, seen: 1 picture, guidance 1"
 
 
 def test_wilsons_interval():
@@ -153,9 +151,7 @@ def test_bad_options_are_refused(options, message: str, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_bundle_that_cannot_be_read_is_refused(tmp_path):
-    bundle: Bundle = tiny_bundle()
+def test_a_bundle_whose_pictures_cannot_be_read_is_refused():
     pipe: Any = SimpleNamespace(name="odd", pictures=PictureConfig(height=30, width=20))
     with pytest.raises(InputError, match="odd draws pictures of 20×30; prompts can be checked"):
         evaluate_prompts(pipe, show_progress=False)
-    assert bundle.pictures is not None
