@@ -24,7 +24,8 @@ from smalti.errors import InputError, shortened
 
 SIDE = 64
 LATTICE = 8
-"""Boxes of things begin one pixel behind its multiples, and are at least so far from each other."""
+"""Boxes of things begin one pixel behind its multiples, and are at least so far from each other. None is in the first
+row of cells, which is plain ground: an image tokenizer with cells of this size can keep the colours there."""
 
 Colour = tuple[int, int, int]
 
@@ -211,7 +212,7 @@ def _place(claim: Claim, stream: random.Random) -> tuple[Thing, ...] | None:
 def _places(size: int) -> Int[np.ndarray, "n 2"]:
     """Top and left of the boxes of this size on the lattice."""
     starts = range(1, SIDE - size, LATTICE)
-    return np.array(list(itertools.product(starts, starts)))
+    return np.array(list(itertools.product(starts[1:], starts)))
 
 
 def _are_free(places: Int[np.ndarray, "n 2"], size: int, placed: Sequence[Thing]) -> Bool[np.ndarray, " n"]:
