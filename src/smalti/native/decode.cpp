@@ -206,8 +206,15 @@ struct Norm {
 };
 
 struct Layer {
-    Norm attention_norm, q_norm, k_norm, feed_forward_norm;
-    Matrix qkv, out, up, down;
+    Norm attention_norm, q_norm, k_norm, feed_forward_norm, cross_norm;  // no cross_norm: no cross-attention
+    Matrix qkv, out, up, down, cross_q, cross_out;
+};
+
+// What an encoder made of a row's text.
+struct Context {
+    long length;
+    const float* const* keys;  // for each layer (num_heads, length, head_width)
+    const float* const* values;
 };
 
 enum FeedForward : long { GELU, GELU_TANH, RELU, TANH, SWIGLU };  // in the order of transformer.FEED_FORWARDS
@@ -232,6 +239,7 @@ struct Batch {
     float* const* keys;     // for each layer (capacity, kv_heads, S, head_width), contiguous but for the first axis
     float* const* values;
     long row_stride, head_stride;
+    const Context* const* contexts;  // (size): what cross-attention sees of each row's text, where there is any
     long every;     // whether the hidden states of all tokens are wanted
     float* hidden;  // (size, D), of the last token of each row; or (num_tokens, D)
     float* workspace;
@@ -416,6 +424,17 @@ void attend_head(const Model& model, const Batch& batch, const Workspace& space,
     }
 }
 
+// One head of all new tokens of one row of the batch attends to the row's text.
+void attend_to_text(const Model& model, const Batch& batch, const Workspace& space, long layer, long b, long head,
+                    float* scores) {
+    const Context& context = *batch.contexts[b];
+    const long width = model.head_width, start = head * context.length * width;
+    for (long t = batch.first(b); t < batch.first(b + 1); ++t)
+        attend(space.qkv + t * space.qkv_width + head * width, context.keys[layer] + start,
+               context.values[layer] + start, context.length, width, context.length * width, scores,
+               space.attended + t * space.attended_width + head * width);
+}
+
 // y = f(sums), PANEL numbers to PANEL, or for SwiGLU gates and values, PANEL / 2 each, to PANEL / 2.
 void activate(long kind, const float* sums, float* y) {
     auto each = [&](int count, auto f) {
@@ -453,15 +472,26 @@ void run_layer(const Model& model, const Batch& batch, const Workspace& space, c
         float* x = space.x + r * space.width + panel * PANEL;
         for (int i = 0; i < PANEL; ++i) x[i] += sums[i];
     };
-    normalise(layer.attention_norm);
-    product(layer.qkv, normed, space.width, [&](long r, long panel, const float* sums) {
+    auto write_qkv = [&](long r, long panel, const float* sums) {
         memcpy(space.qkv + r * space.qkv_width + panel * PANEL, sums, sizeof(float) * PANEL);
-    });
+    };
+    normalise(layer.attention_norm);
+    product(layer.qkv, normed, space.width, write_qkv);
     const smalti::Share heads = crew.part((crew.batch.end - crew.batch.begin) * model.kv_heads);
     for (long i = heads.begin; i < heads.end; ++i)
         attend_head(model, batch, space, index, crew.batch.begin + i / model.kv_heads, i % model.kv_heads, scores);
     crew.wait();
     product(layer.out, space.attended, space.attended_width, add_to_x);
+    if (layer.cross_norm.weight) {
+        normalise(layer.cross_norm);
+        product(layer.cross_q, normed, space.width, write_qkv);
+        const smalti::Share text_heads = crew.part((crew.batch.end - crew.batch.begin) * model.num_heads);
+        for (long i = text_heads.begin; i < text_heads.end; ++i)
+            attend_to_text(model, batch, space, index, crew.batch.begin + i / model.num_heads, i % model.num_heads,
+                           scores);
+        crew.wait();
+        product(layer.cross_out, space.attended, space.attended_width, add_to_x);
+    }
     normalise(layer.feed_forward_norm);
     const long step = model.feed_forward == SWIGLU ? PANEL / 2 : PANEL;
     product(layer.up, normed, space.width, [&](long r, long panel, const float* sums) {

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
@@ -38,9 +39,11 @@ from smalti.likelihood import Likelihood, evaluate_nll
 from smalti.models.base import SequenceModel
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
-from smalti.models.families import AnyModel
+from smalti.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from smalti.models.families import AnyModel, build_model
 from smalti.models.loss import SlotTargets, slot_nll, slot_targets
 from smalti.models.rar import RAR, RARConfig
+from smalti.models.transformer import Transformer
 from smalti.precision import (
     AUTO,
     FLOAT32,
@@ -51,6 +54,7 @@ from smalti.precision import (
 from smalti.processor import separate_compile_cache
 from smalti.sequences.layout import NO_SLOT, PARTS, Layout, Marker, Order, Packed, Span, SpanValues
 from smalti.sequences.vocabulary import SPECIAL, Vocabulary
+from smalti.training.adafactor import Adafactor
 from smalti.training.checkpoint import (
     Checkpoint,
     check_writable,
@@ -74,8 +78,8 @@ from smalti.training.run import (
 )
 from smalti.training.settings import check_ranges
 
-SCHEDULES = ("constant", "cosine")
-OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("constant", "cosine", "exponential")
+OPTIMIZERS = ("adamw", "muon", "adafactor")
 EVALUATION_BATCH_SIZE = 256
 CHECKPOINTS, BEST = "checkpoints", "best"
 COMPILE_FROM_TOKENS = 10_000_000
@@ -135,13 +139,17 @@ class TrainConfig:
     """Pieces in which each process takes its share of a batch, to save memory; gradients are accumulated."""
     optimizer: str = "adamw"
     """`adamw`, or `muon`: Muon (`smalti.training.muon`) for the matrices of the blocks, AdamW for embeddings, head,
-    norms and biases, both at `learning_rate` and `weight_decay`."""
+    norms and biases, both at `learning_rate` and `weight_decay`; or `adafactor` (`smalti.training.adafactor`), which
+    needs a quarter of AdamW's memory."""
     learning_rate: float = 1e-3
     schedule: str = "constant"
-    """After the warm-up: "constant", or "cosine" down to `final_share` of the learning rate at the last step."""
+    """After the warm-up: "constant", or "cosine" down to `final_share` of the learning rate at the last step, or
+    "exponential" down to it from the share `decay_from` of the training on."""
     warmup_steps: int = 0
     """Updates over which the learning rate rises linearly."""
     final_share: float = 0.1
+    decay_from: float = 0.0
+    """Share of the training up to which the schedule "exponential" is constant (Parti: 85,000 of 450,000 updates)."""
     weight_decay: float = 0.0
     """AdamW's (arXiv:1711.05101), on tensors of two or more dimensions; at 0 this is Adam."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -153,6 +161,9 @@ class TrainConfig:
     precision: str = AUTO
     """Of products: "float32", "bfloat16" (weights and optimizer stay in float32), or "auto", bfloat16 where the
     hardware multiplies in it."""
+    recompute: bool = False
+    """Compute each block again in the backward pass instead of keeping its activations (activation checkpointing): a
+    third more work, and memory for the activations of one block."""
     compile: bool | None = None
     """Pass the model through `torch.compile`. None: where training is long enough for a minute or two of compiling to
     pay off."""
@@ -193,7 +204,7 @@ class TrainConfig:
             positive="num_epochs num_steps batch_size num_micro_batches learning_rate max_grad_norm patience "
             "evaluation_rows checkpoint_every keep_checkpoints",
             not_negative="warmup_steps weight_decay seed",
-            below_one="ema_decay dropout_from token_dropout caption_dropout betas",
+            below_one="ema_decay dropout_from decay_from token_dropout caption_dropout betas",
             shares="final_share permuted",
         )
         if self.permuted is not None and self.permuted[0] > self.permuted[1]:
@@ -217,6 +228,10 @@ class TrainConfig:
 
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
     """Of the update after `step` updates, the last of which has the lowest."""
+    if config.schedule == "exponential" and step >= config.warmup_steps:
+        first = config.decay_from * num_steps
+        progress = max(0.0, step - first) / (num_steps - first)
+        return config.learning_rate * config.final_share**progress
     return scheduled(
         step,
         peak=config.learning_rate,
@@ -491,21 +506,29 @@ class TrainState:
 
 
 def make_optimizer(model: AnyModel, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer | Optimizers:
-    """AdamW, or Muon and AdamW beside it, as `config.optimizer` says."""
+    """AdamW, or Muon and AdamW beside it, or Adafactor, as `config.optimizer` says."""
     muon = config.optimizer == "muon"
-    blocks = model.blocks if isinstance(model, RAR) else model.transformer.blocks
-    matrices = [p for p in blocks.parameters() if p.ndim == 2] if muon else []
+    matrices = [p for p in _block_parameters(model) if p.ndim == 2] if muon else []
     taken = set(matrices)
     others = [parameter for parameter in model.parameters() if parameter not in taken]
     decayed = [parameter for parameter in others if parameter.ndim >= 2]
     plain = [parameter for parameter in others if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    if config.optimizer == "adafactor":
+        return Adafactor(groups, lr=config.learning_rate, betas=config.betas)
     # Fused, in one pass over memory: a third of the time of the other ways on a CPU.
     fused = device.type in ("cpu", "cuda")
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
     if not muon:
         return adamw
     return Optimizers(Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay), adamw)
+
+
+def _block_parameters(model: AnyModel) -> Iterator[Tensor]:
+    if isinstance(model, RAR):
+        return model.blocks.parameters()
+    stacks = (model.encoder, model.decoder) if isinstance(model, EncoderDecoder) else (model.transformer,)
+    return chain.from_iterable(stack.blocks.parameters() for stack in stacks)
 
 
 def with_choices(
@@ -543,7 +566,8 @@ def make_loss(
     Only what a run that goes on finds again decides, so that it takes the same path.
     """
     native = None
-    if not asked.compile and num_steps * chosen.batch_size * layout.max_length >= NATIVE_FROM_TOKENS:
+    many = num_steps * chosen.batch_size * layout.max_length >= NATIVE_FROM_TOKENS
+    if not asked.compile and not asked.recompute and many:
         native = make_native_loss(model, chosen.precision)
         if native is not None:
             native_decode.load()  # who trains for so long draws from the model next, in jobs too short to compile it
@@ -674,7 +698,7 @@ class Pace:
 
 
 def train_model(
-    model: AnyModel | TransformerConfig | RARConfig,
+    model: AnyModel | TransformerConfig | RARConfig | EncoderDecoderConfig,
     layout: Layout,
     train: Pairs,
     validation: Pairs,
@@ -708,7 +732,7 @@ def train_model(
         stack.enter_context(run_lock(directory, rank))
         run = Run(directory / CHECKPOINTS)
         model, asked = _ready_model(model, layout, config, run, device), config
-        dtype = model.embed_tokens.weight.dtype
+        dtype = next(model.parameters()).dtype
         config = with_choices(config, layout, num_steps, device, parameters_dtype=dtype, begun=run.precision)
         loss_module = make_loss(model, layout, asked, config, num_steps)
         why = partial(_why_slow, model, asked, config, loss_module)
@@ -780,21 +804,27 @@ def train_model(
 
 
 def _ready_model(
-    model: AnyModel | TransformerConfig | RARConfig,
+    model: AnyModel | TransformerConfig | RARConfig | EncoderDecoderConfig,
     layout: Layout,
     config: TrainConfig,
     run: Run,
     device: torch.device,
 ) -> AnyModel:
     """The model on its device, in training mode: the one given, or a fresh one of this shape."""
-    if isinstance(model, TransformerConfig | RARConfig):
+    if isinstance(model, TransformerConfig | RARConfig | EncoderDecoderConfig):
         torch.manual_seed(config.seed)
     if isinstance(model, TransformerConfig):
         model = new_model(layout, model, full_head=config.full_softmax or _has_full_head(run))
-    elif isinstance(model, RARConfig):
-        model = RAR(model)
+    elif isinstance(model, RARConfig | EncoderDecoderConfig):
+        model = build_model(model)
     if config.permuted is not None and not isinstance(model, RAR):
         raise ValueError("permuted is for a RAR, which is told which cell comes next; leave it out.")
+    if config.recompute:
+        stacks = [module for module in model.modules() if isinstance(module, Transformer)]
+        if not stacks:
+            raise ValueError(f"recompute is for models of plain blocks, which a {type(model).__name__} is not.")
+        for stack in stacks:
+            stack.recomputes = True
     return model.to(device).train()
 
 

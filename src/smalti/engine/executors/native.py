@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int, c_long, c_void_p
 from itertools import accumulate, chain
 from operator import add
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -24,8 +25,9 @@ from smalti.models.base import SequenceModel
 from smalti.models.config import FEED_FORWARDS
 from smalti.models.decode_state import DecodeState, Rows
 from smalti.models.decoder_only import DecoderOnly
+from smalti.models.encoder_decoder import EncoderDecoder
 from smalti.models.stored_weights import STORAGES, StoredLinear, StoredWeight
-from smalti.models.transformer import Block, Norm
+from smalti.models.transformer import Block, Context, Norm
 from smalti.sequences.layout import Slot
 
 FEED_FORWARD_CODES = {name: code for code, name in enumerate(FEED_FORWARDS)}
@@ -49,8 +51,12 @@ class _Matrix(Structure):
 
 
 class _Layer(Structure):
-    _fields_ = [(name, _Norm) for name in ("attention_norm", "q_norm", "k_norm", "feed_forward_norm")]
-    _fields_ += [(name, _Matrix) for name in ("qkv", "out", "up", "down")]
+    _fields_ = [(name, _Norm) for name in ("attention_norm", "q_norm", "k_norm", "feed_forward_norm", "cross_norm")]
+    _fields_ += [(name, _Matrix) for name in ("qkv", "out", "up", "down", "cross_q", "cross_out")]
+
+
+class _Context(Structure):
+    _fields_ = [("length", c_long), ("keys", c_void_p), ("values", c_void_p)]
 
 
 class _Model(Structure):
@@ -63,7 +69,8 @@ class _Batch(Structure):
     _fields_ = [("size", c_long), ("num_tokens", c_long)]
     _fields_ += [(name, c_void_p) for name in ("token_ids", "slots", "firsts", "rows")]
     _fields_ += [("most_slots", c_long), ("keys", c_void_p), ("values", c_void_p), ("row_stride", c_long)]
-    _fields_ += [("head_stride", c_long), ("every", c_long), ("hidden", c_void_p), ("workspace", c_void_p)]
+    _fields_ += [("head_stride", c_long), ("contexts", c_void_p), ("every", c_long)]
+    _fields_ += [("hidden", c_void_p), ("workspace", c_void_p)]
 
 
 class _Draw(Structure):
@@ -97,27 +104,33 @@ class Native(Eager):
 
     @classmethod
     def why_not(cls, model: SequenceModel, num_steps: int | None = None) -> list[str]:
-        reasons = why_no_copy(model, {torch.float32}, STORAGES)
-        if isinstance(model, DecoderOnly) and _weight_bytes(model) > MOST_PACKED_BYTES:
+        reasons = why_no_copy(model, {torch.float32}, STORAGES, reads_encoders=True)
+        if isinstance(model, DecoderOnly | EncoderDecoder) and _weight_bytes(model) > MOST_PACKED_BYTES:
             reasons.append(f"the weights take more than {MOST_PACKED_BYTES} bytes")
         build = num_steps is None or num_steps >= STEPS_THAT_REPAY_COMPILING
         if not reasons and load(build=build) is None:
             reasons.append(MISSING)
         return reasons
 
-    model: DecoderOnly
+    model: DecoderOnly | EncoderDecoder
 
-    def __init__(self, model: DecoderOnly):
+    def __init__(self, model: DecoderOnly | EncoderDecoder):
         super().__init__(model)
         library = load()
         if library is None:
             raise InputError(MISSING)
         self.library = library
         self.kept: list[Tensor] = []  # what the structures point to
-        transformer, config = model.transformer, model.config.transformer
-        table = transformer.positions.weight if config.positions == "learned" else getattr(transformer, "table", None)
+        if isinstance(model, EncoderDecoder):
+            transformer, embedding, table = model.decoder, model.embed_codes.weight, model.position_table()
+        else:
+            transformer, embedding = model.transformer, model.embed_tokens.weight
+            learned = transformer.config.positions == "learned"
+            table = transformer.positions.weight if learned else getattr(transformer, "table", None)
+        self.config = config = transformer.config
+        kind = "learned" if isinstance(model, EncoderDecoder) else config.positions
         self.fields = _Model(
-            vocab_size=model.config.vocab_size,
+            vocab_size=len(embedding),
             num_layers=config.num_layers,
             width=config.d_model,
             num_heads=config.num_heads,
@@ -125,8 +138,8 @@ class Native(Eager):
             head_width=config.head_dim,
             wide=config.d_ff,
             feed_forward=FEED_FORWARD_CODES[config.feed_forward],
-            positions=POSITION_CODES[config.positions],
-            embedding=self._address(model.embed_tokens.weight),
+            positions=POSITION_CODES[kind],
+            embedding=self._address(embedding),
             table=self._address(table),
             norm=self._norm(transformer.norm),
             layers=(_Layer * config.num_layers)(*map(self._layer, transformer.blocks)),  # type: ignore[arg-type]
@@ -139,6 +152,8 @@ class Native(Eager):
         indices = state.indices(rows)
         if self.bound is None or self.bound.state is not state:
             self.bound = _BoundState(state)
+        if isinstance(self.model, EncoderDecoder):
+            tokens = [self.model.decoder_ids(new) for new in self.model.begin(state, indices, tokens)]
         counts = list(map(len, tokens))
         columns = max(1, MOST_ROWS // len(indices))
         if max(counts) <= columns:
@@ -154,6 +169,17 @@ class Native(Eager):
         indices = state.indices(rows)
         if self.bound is None or self.bound.state is not state:
             self.bound = _BoundState(state)
+        if isinstance(self.model, EncoderDecoder):
+            begun = self.model.begin(state, indices, tokens)
+            hidden = self._run_all(state, indices, [self.model.decoder_ids(new) for new in begun])
+            before = [len(new) - len(left) for new, left in zip(tokens, begun, strict=True)]
+            parts = hidden.split(list(map(len, begun)))
+            return torch.cat([F.pad(part, (0, 0, given, 0)) for part, given in zip(parts, before, strict=True)])
+        return self._run_all(state, indices, tokens)
+
+    def _run_all(
+        self, state: DecodeState, indices: Sequence[int], tokens: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "tokens D"]:
         counts = list(map(len, tokens))
         at_once = max(1, MOST_ROWS // max(counts))  # rows
         parts = [slice(start, start + at_once) for start in range(0, len(indices), at_once)]
@@ -162,6 +188,8 @@ class Native(Eager):
 
     def logits(self, hidden: Float[Tensor, "R D"], slot: Slot | None = None) -> Float[Tensor, "R n"]:
         """What they take of the head is packed once."""
+        if slot is None and isinstance(self.model, EncoderDecoder):
+            return self.model.logits(hidden)
         if slot is None and self.model.config.head_ranges is not None:
             return self.model.spread(self.logits(hidden, self.model.config.head_slot))
         matrix, hidden = self._head(slot).matrix, hidden.contiguous()
@@ -217,29 +245,36 @@ class Native(Eager):
         """Runs new tokens into the state; returns what predicts the token behind each row's last, or behind every
         one."""
         assert self.bound is not None
-        lengths = [state.lengths[row] for row in indices]
+        lengths = [state.num_filled(row) for row in indices]
         ends = list(map(add, lengths, counts))
         most = max(ends)
-        state.check_length(most, self.model.config.transformer.max_length)
+        state.check_length(most, self.config.max_length)
         token_ids = array("q", chain.from_iterable(tokens))
         slots, firsts = array("q", lengths), None
         if len(token_ids) > len(counts):
             slots = array("q", chain.from_iterable(map(range, lengths, ends)))
             firsts = array("q", accumulate(counts, initial=0))
         rows, threads = array("q", indices), torch.get_num_threads()
-        needed = self.library.workspace_floats(byref(self.fields), len(token_ids), most, threads)
+        contexts = None
+        if self.config.cross_attention:
+            found = [self.bound.context(state.conditions[row]) for row in indices]
+            contexts = array("q", map(ctypes.addressof, found))
+            widest = max(most, *(one.length for one in found))
+        else:
+            widest = most
+        needed = self.library.workspace_floats(byref(self.fields), len(token_ids), widest, threads)
         if len(self.workspace) < needed:
             self.workspace = torch.empty(needed)
         hidden = torch.empty(len(token_ids) if every else len(counts), self.fields.width)
         batch = self.bound.batch
-        batch.size, batch.num_tokens, batch.most_slots = len(counts), len(token_ids), most
+        batch.size, batch.num_tokens, batch.most_slots = len(counts), len(token_ids), widest
+        batch.contexts = None if contexts is None else _address(contexts)
         batch.token_ids, batch.slots, batch.rows = map(_address, (token_ids, slots, rows))
         batch.firsts = None if firsts is None else _address(firsts)
         batch.every, batch.hidden, batch.workspace = every, hidden.data_ptr(), self.workspace.data_ptr()
         if self.library.decode(byref(self.fields), byref(batch), threads):
             raise IndexError(f"a token id is outside 0..{self.fields.vocab_size - 1}.")
-        for row, end in zip(indices, ends, strict=True):
-            state.lengths[row] = end
+        state.advance(indices, counts)
         return hidden
 
     def _head(self, slot: Slot | None) -> "_Head":
@@ -259,11 +294,22 @@ class Native(Eager):
             q_norm=self._norm(getattr(attention, "q_norm", None)),
             k_norm=self._norm(getattr(attention, "k_norm", None)),
             feed_forward_norm=self._norm(block.feed_forward_norm),
+            **self._cross_attention(block),
             qkv=self._linear(attention.qkv),
             out=self._linear(attention.out),
             up=self._linear(feed_forward.up, gated=feed_forward.kind == "swiglu"),
             down=self._linear(feed_forward.down),
         )
+
+    def _cross_attention(self, block: Block) -> dict[str, Structure]:
+        if not self.config.cross_attention:
+            return {}
+        cross = block.cross_attention
+        return {
+            "cross_norm": self._norm(block.cross_norm),
+            "cross_q": self._linear(cross.q),
+            "cross_out": self._linear(cross.out),
+        }
 
     def _norm(self, norm: Norm | None) -> _Norm:
         if norm is None:
@@ -317,7 +363,7 @@ def _rows_of(tensor: Tensor, ranges: tuple[tuple[int, int], ...] | None) -> Tens
     return torch.cat([tensor[start:end] for start, end in ranges])
 
 
-def _weight_bytes(model: DecoderOnly) -> int:
+def _weight_bytes(model: DecoderOnly | EncoderDecoder) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
@@ -326,10 +372,11 @@ def _address(numbers: array) -> int:
 
 
 class _BoundState:
-    """Where the keys and values of a state lie."""
+    """Where the keys and values of a state lie, and those of what its rows' texts were encoded to."""
 
     def __init__(self, state: DecodeState):
         self.state = state
+        self.contexts: dict[int, tuple[Context, _Context, list[Any]]] = {}
         self.addresses = [(c_void_p * len(state.both))(*(both[i].data_ptr() for both in state.both)) for i in range(2)]
         row_stride, head_stride, slot_stride, channel_stride = state.keys(0).stride()
         assert (slot_stride, channel_stride) == (state.keys(0).shape[3], 1)
@@ -339,3 +386,15 @@ class _BoundState:
             row_stride=row_stride,
             head_stride=head_stride,
         )
+
+    def context(self, context: Context) -> _Context:
+        """As the library reads it. What is kept here is alive, so that no other can have its number."""
+        if id(context) not in self.contexts:
+            while len(self.contexts) > 2 * self.state.capacity:
+                del self.contexts[next(iter(self.contexts))]
+            both = [
+                (c_void_p * len(part))(*(one.data_ptr() for one in part)) for part in (context.keys, context.values)
+            ]
+            fields = _Context(context.keys[0].shape[2], *map(ctypes.addressof, both))
+            self.contexts[id(context)] = context, fields, both
+        return self.contexts[id(context)][1]

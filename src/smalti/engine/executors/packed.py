@@ -39,6 +39,7 @@ from smalti.engine.executors.products import (
 from smalti.models.base import SequenceModel
 from smalti.models.decode_state import SLOT_BLOCK, DecodeState, Rows
 from smalti.models.decoder_only import DecoderOnly
+from smalti.models.encoder_decoder import EncoderDecoder
 from smalti.models.stored_weights import StoredWeight
 from smalti.models.transformer import Block, Norm
 from smalti.sequences.layout import Slot
@@ -51,24 +52,33 @@ GRAIN = 2**15
 """Numbers that torch's elementwise kernels leave to one thread."""
 
 
-def why_no_copy(model: SequenceModel, dtypes: set[torch.dtype], storages: tuple[str, ...] = ("float32",)) -> list[str]:
+def why_no_copy(
+    model: SequenceModel,
+    dtypes: set[torch.dtype],
+    storages: tuple[str, ...] = ("float32",),
+    *,
+    reads_encoders: bool = False,
+) -> list[str]:
     """What keeps an executor for CPUs that copies weights, of these dtypes and stored so, from a model, in words."""
-    if not isinstance(model, DecoderOnly):
+    if isinstance(model, EncoderDecoder) and reads_encoders:
+        local = model.config.local_kernel is not None
+        reasons = ["it has no convolution-shaped attention (local_kernel)"] if local else []
+    elif isinstance(model, DecoderOnly):
+        reasons = why_not_plain(model)
+    else:
         return why_not_plain(model)
-    reasons, config = why_not_plain(model), model.config.transformer
     if model.device.type != "cpu":
         reasons.append(f"the model is on {model.device}, not on a CPU")
     if model.storage not in storages:
         reasons.append(f"it reads weights stored as {' or '.join(storages)}, not as {model.storage}")
     stored = {id(module.values) for module in model.modules() if isinstance(module, StoredWeight)}
-    found = {tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in stored}
+    tensors = (*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point()))
+    found = {tensor.dtype for tensor in tensors if id(tensor) not in stored}
     if not found <= dtypes or torch.is_autocast_enabled("cpu"):
         given = "autocast" if found <= dtypes else ", ".join(sorted(map(str, found)))
         reasons.append(f"it computes in {' or '.join(sorted(map(str, dtypes)))}, not in {given}")
     if model.training:
         reasons.append("the model is in training mode")
-    if config.cross_attention:
-        reasons.append("it has no cross-attention")
     return reasons
 
 
