@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from smalti.data.pairs import PairTable
-from smalti.data.scene_tables import write_scenes
+from smalti.data.scene_tables import ScenesConfig, write_scenes
 from smalti.image_tokenizers import load_image_tokenizer
-from smalti.recipes import CaptionsRecipe, ScenesRecipe, claim_folder
+from smalti.recipes import CaptionsRecipe, ImageTokenizer, ScenesRecipe, claim_folder
 from smalti.recipes.schema import CaptionedPictures
 from smalti.systems.captions import train_captions
 from smalti.systems.stages import stored_image_tokenizer, team
@@ -24,10 +25,14 @@ from smalti.training.image_tokenizer import train_tokenizer
 
 _SCALE = 4
 """Drawn pictures are enlarged this many times."""
-_OF_CAPTIONS = (
-    "evaluate", "sample", "about", "watch", "text_size", "segments", "layout", "model", "train",
-)  # fmt: skip
-"""Sections that `train_captions` guards, or that describe."""
+
+
+class _Sources(BaseModel):
+    """What decides pictures and image tokenizer; `train_captions` guards the rest."""
+
+    data: ScenesConfig
+    tokenizer_pictures: int
+    image_tokenizer: ImageTokenizer
 
 
 def train_scenes(recipe: ScenesRecipe, *, command: str = "", show_progress: bool = True) -> Path:
@@ -51,7 +56,8 @@ def train_scenes(recipe: ScenesRecipe, *, command: str = "", show_progress: bool
 
     with team(output) as processes:
         if processes.is_first:
-            claim_folder(recipe, output / "data", free=_OF_CAPTIONS)
+            sources = {name: getattr(recipe, name) for name in _Sources.model_fields}
+            claim_folder(_Sources(**sources), output / "data", free=())
             write_scenes(output / "data", recipe.data, show_progress=show_progress)
             stored_image_tokenizer(output / "image_tokenizer", make_image_tokenizer)
         processes.wait()
