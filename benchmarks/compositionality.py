@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from smalti.data.scene_reading import read_picture
 from smalti.data.scene_tables import scene_row
 from smalti.data.scenes import BACKGROUNDS, COLOURS, INVERSE, SHAPES, SIZES, TEXTURES, Scene, render, unseen_kinds
@@ -146,7 +147,7 @@ def relation_surprise(pipe: Pipeline, num: int) -> dict[str, float]:
 
 
 def attention(pipe: Pipeline, num: int) -> dict[str, Any]:
-    """Share of attention from the cells of each kind to each kind of word, averaged over heads; and the head with most."""
+    """Share of attention from the cells of each kind to each kind of word, mean of all heads; and the head with most."""
     palette = getattr(pipe.image_tokenizer.config, "palette", 0)
     sums: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
     for scene, words in singles(num, 4):
