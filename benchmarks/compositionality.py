@@ -147,7 +147,7 @@ def relation_surprise(pipe: Pipeline, num: int) -> dict[str, float]:
 
 
 def attention(pipe: Pipeline, num: int) -> dict[str, Any]:
-    """Share of attention from the cells of each kind to each kind of word, mean of all heads; and the head with most."""
+    """Share of attention from cells of each kind to each kind of word: mean of all heads, and the head with most."""
     palette = getattr(pipe.image_tokenizer.config, "palette", 0)
     sums: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
     for scene, words in singles(num, 4):

@@ -290,10 +290,11 @@ def split_palette(
     chosen, present = chosen.gather(1, order), frequent.gather(1, order) > 0
     chosen = torch.where(present, chosen, chosen[:, :1])
     colours = (chosen[..., None] // weights % levels).to(images.dtype) / (levels - 1)  # (B, M, C)
-    differences = values.transpose(1, 2)[:, None].to(images.dtype) / (levels - 1) - colours[:, :, None]
-    distances = differences.square().sum(-1)  # (B, M, H * W)
-    nearest = distances.masked_fill(~present[..., None], torch.inf).argmin(1, keepdim=True)
-    shape = torch.zeros_like(distances).scatter_(1, nearest, 1.0)
+    # Distances are taken of every colour there can be, not of every pixel: these are fewer.
+    every = torch.arange(levels**C, device=images.device)[:, None] // weights % levels  # (L ** C, C)
+    distances = (every.to(images.dtype) / (levels - 1) - colours[:, :, None]).square().sum(-1)  # (B, M, L ** C)
+    nearest = distances.masked_fill(~present[..., None], torch.inf).argmin(1).gather(1, packed)  # (B, H * W)
+    shape = (nearest[:, None] == torch.arange(num_colours, device=images.device)[:, None]).to(images.dtype)
     return shape.view(B, num_colours, H, W), colours
 
 
