@@ -43,6 +43,10 @@ class Painter:
         self.asked.append(sampling | {"seed": list(seed), "n": n})
         return torch.tensor([[self.order.index(text), i] for text in texts for i in range(n)])
 
+    def encode_images(self, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+        assert images.shape == (len(self.order), 3, 64, 64)
+        return torch.tensor([[index, 1] for index in range(len(images))])
+
     def decode_images(self, codes: torch.Tensor, batch_size: int) -> torch.Tensor:
         pictures = []
         for index, candidate in codes.tolist():
@@ -67,6 +71,7 @@ def report():
 def test_rates_are_of_what_was_read(report):
     _, found = report
     rows = {(row.guidance_scale, row.best_of, row.group): row.shares for row in found.rows}
+    assert rows[1.0, 0, "seen"]["all"] == rows[1.0, 0, "unseen"]["all"] == Share(20, 20)  # the image tokenizer's own
     for scale in (1.0, 4.0):
         # prompts 1, 5, 9 … are unseen ones, ten of the twenty
         assert rows[scale, 1, "seen"]["all"] == Share(20, 20)
@@ -94,7 +99,7 @@ def test_what_is_written(report, tmp_path):
     found.write(tmp_path)
     content = json.loads((tmp_path / "prompts.json").read_text())
     first = content["rows"][0]
-    assert (first["group"], first["best_of"], first["shares"]["all"]["right"]) == ("seen", 1, 20)
+    assert (first["group"], first["best_of"], first["shares"]["all"]["right"]) == ("seen", 0, 20)
     assert first["shares"]["all"]["interval_95"] == pytest.approx([0.8389, 1.0], abs=1e-4)
     page = (tmp_path / "prompts.html").read_text()
     assert page.count("<figure") == 4 * 40 and page.count('class="wrong"') == 2 * 10
@@ -102,7 +107,7 @@ def test_what_is_written(report, tmp_path):
     assert "| 1 picture, guidance 4 | unseen | 50.0% [29.9, 70.1] |" in (tmp_path / "prompts.md").read_text()
     with pytest.raises(InputError, match=r"prompts\.json"):
         found.write(tmp_path)
-    assert next(iter(found.figures())) == "prompts, seen: 1 picture, guidance 1"
+    assert next(iter(found.figures())) == "prompts, seen: true pictures, rebuilt"
 
 
 def test_wilsons_interval():

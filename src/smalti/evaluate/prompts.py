@@ -6,7 +6,8 @@ Prompts are drawn by a grammar, pictures of them by the bundle, and each picture
               the prompts combine what no training scene shows together, of each kind alike
     digits    digit and both colours, by the judge of `smalti.evaluate.digits`
 
-For each guidance scale the candidates of a prompt are drawn once, with the bundle's other settings. "1 picture" is the
+The ceiling is what is read of true pictures of the same prompts, through the bundle's image tokenizer and back. For
+each guidance scale the candidates of a prompt are drawn once, with the bundle's other settings. "1 picture" is the
 first of them, "best of n" the one among the first n that the bundle's own likelihood prefers.
 
 Letters: P prompts, c candidates of each.
@@ -35,7 +36,7 @@ from smalti.data.digits import PICTURE_SIZE as DIGITS_SIDE
 from smalti.data.scene_reading import CATEGORIES, check, read_picture
 from smalti.data.scene_tables import scene_row
 from smalti.data.scenes import SIDE as SCENES_SIDE
-from smalti.data.scenes import UNSEEN, parse_caption
+from smalti.data.scenes import UNSEEN, parse_caption, render
 from smalti.errors import InputError
 from smalti.evaluate.digits import judge_pictures, load_digit_classifier
 from smalti.files import new_file, refuse_existing
@@ -91,6 +92,10 @@ class Subject(Protocol):
     categories: tuple[str, ...]
 
     def prompts(self, num: int, seed: int) -> list[Prompt]: ...
+    def true_images(self, num: int, seed: int) -> Float[torch.Tensor, "B 3 H W"] | None:
+        """A true picture of each of the prompts; None where there are none."""
+        ...
+
     def judge(self, images: Float[torch.Tensor, "B 3 H W"], prompts: Sequence[str]) -> list[Verdict]: ...
 
 
@@ -104,6 +109,10 @@ class ScenesSubject:
         """Seen and unseen in turn."""
         rows = [scene_row("test", index, seed) for index in range(num)]
         return [Prompt(row.caption, row.unseen or SEEN) for row in rows]
+
+    def true_images(self, num: int, seed: int) -> Float[torch.Tensor, "B 3 H W"] | None:
+        pictures = np.stack([render(scene_row("test", index, seed).scene.content) for index in range(num)])
+        return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
 
     def judge(self, images: Float[torch.Tensor, "B 3 H W"], prompts: Sequence[str]) -> list[Verdict]:
         pictures = to_pixels(images)
@@ -128,6 +137,9 @@ class DigitsSubject:
             digit = DIGITS[int(stream.random() * len(DIGITS))]
             texts.append(f"{' '.join(foreground)} {digit} on {' '.join(background)}")
         return [Prompt(text, "any") for text in texts]
+
+    def true_images(self, num: int, seed: int) -> Float[torch.Tensor, "B 3 H W"] | None:
+        return None
 
     def judge(self, images: Float[torch.Tensor, "B 3 H W"], prompts: Sequence[str]) -> list[Verdict]:
         found = judge_pictures(images_to_levels(images), prompts, self.classifier)
@@ -189,11 +201,14 @@ class Row(NamedTuple):
 
     guidance_scale: float
     best_of: int
+    """Of how many one was kept; 0: true pictures, rebuilt by the image tokenizer."""
     group: str
     shares: dict[str, Share]
 
     @property
     def way(self) -> str:
+        if not self.best_of:
+            return "true pictures, rebuilt"
         chosen = "1 picture" if self.best_of == 1 else f"best of {self.best_of}"
         return f"{chosen}, guidance {self.guidance_scale:g}"
 
@@ -390,6 +405,12 @@ def evaluate_prompts(
     rerank = pipe.rerankers[0] if most > 1 else None
     rows: list[Row] = []
     shown: dict[str, list[Shown]] = {}
+    groups = [prompt.group for prompt in prompts]
+    if (true := subject.true_images(config.num, config.seed)) is not None:
+        with stage("rebuilding true pictures", show=show_progress):
+            rebuilt = pipe.decode_images(pipe.encode_images(true, batch_size=_AT_ONCE), batch_size=_AT_ONCE)
+            found = subject.judge(rebuilt, [prompt.text for prompt in prompts])
+        rows += rows_of(found, groups, subject.categories, 1.0, 0)
     total = len(scales) * len(prompts)
     with stage("drawing prompts", total, unit="prompt", show=show_progress) as progress:
         for scale in scales:
@@ -411,7 +432,6 @@ def evaluate_prompts(
                         for prompt, i, verdict in list(zip(chosen, kept, found, strict=True))[:room]
                     ]
                 progress.advance(len(chosen))
-            groups = [prompt.group for prompt in prompts]
             for n, found in verdicts.items():
                 rows += rows_of(found, groups, subject.categories, scale, n)
     return PromptsReport(
