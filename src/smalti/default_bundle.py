@@ -39,7 +39,8 @@ def bundle_for_prompt(*prompts: str) -> Choice:
 
 
 def bundle_for_picture(path: Path | str) -> Choice:
-    """`emoji` if the picture is of its size or that enlarged whole, and not so of `digits`; else `digits`."""
+    """`emoji` if the picture is of its size or that enlarged whole, and not so of `digits`; `scenes`, whose size is the
+    same, if its receipt says that it drew it; else `digits`."""
     from PIL import Image
 
     from smalti.bundle import find_bundle, read_config
@@ -53,5 +54,18 @@ def bundle_for_picture(path: Path | str) -> Choice:
         pictures = read_config(find_bundle(name))["pictures"]
         (columns, too_wide), (rows, too_high) = divmod(size[0], pictures["width"]), divmod(size[1], pictures["height"])
         if not (too_wide or too_high) and columns == rows > 0:
+            if name == ANY_WORDS_BUNDLE and _drawn_by(path) == SCENES_BUNDLE:
+                return Choice(SCENES_BUNDLE, "it drew the picture")
             return Choice(name, f"the picture is {size[0]}×{size[1]}")
     return Choice(DEFAULT_BUNDLE, "")
+
+
+def _drawn_by(path: Path | str) -> object:
+    """The bundle that a picture's receipt names; None if there is none."""
+    from smalti.errors import InputError
+    from smalti.image_files import read_receipt
+
+    try:
+        return read_receipt(path).get("bundle")
+    except InputError:
+        return None
