@@ -19,6 +19,9 @@ DIGIT = "dark green eight on bright cyan"
         (("dark green",), "digits", "it knows every word"),
         (("drak green eight on bright cyan",), "emoji", "'drak' is no word of digits"),
         ((DIGIT, "red heart"), "emoji", "'heart' is no word of digits"),  # what is steered away from
+        (("a red circle left of a blue square",), "scenes", "a scene of shapes"),
+        (("three small orange rings on a dotted gray background", ""), "scenes", "a scene of shapes"),
+        (("a red circle", "a dog"), "emoji", "'a' is no word of digits"),
         (("a dog " * 10_000,), "emoji", "'a' is no word of digits"),
         (("x" * 1000,), "emoji", f"'{'x' * 20} … {'x' * 10}' is no word of digits"),
         (("<|endofimage|>",), "emoji", "'<|endofimage|>' is no word of digits"),

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from smalti.errors import InputError
 from smalti.image_tokenizers import FAMILIES, load_image_tokenizer, save_image_tokenizer
 from smalti.image_tokenizers.quantizer import FSQConfig, LFQConfig, QuantizerConfig
-from smalti.image_tokenizers.vqvae import VQVAE, DeepulVQVAE, DeepulVQVAEConfig, VQVAEConfig, split_two_colours
+from smalti.image_tokenizers.vqvae import (
+    VQVAE,
+    DeepulVQVAE,
+    DeepulVQVAEConfig,
+    VQVAEConfig,
+    split_palette,
+    split_two_colours,
+)
 
 SMALL = VQVAEConfig(
     image_size=15,
@@ -29,6 +36,7 @@ CONFIGS = {
     "levels": SMALL,
     "continuous": replace(SMALL, levels=0),
     "two colours": replace(SMALL, two_colours=True),
+    "palette": replace(SMALL, palette=3),
     "fsq": replace(SMALL, quantizer=FSQConfig(levels=(5, 3))),
     "lfq": replace(SMALL, quantizer=LFQConfig(num_bits=3)),
 }
@@ -316,3 +324,49 @@ def test_pictures_of_the_wrong_size_are_refused():
         ValueError, match=r"images are \(1, 3, 20, 14\); expected \(B, 3, H, W\), H and W multiples of 4"
     ):
         DeepulVQVAE(DeepulVQVAEConfig(width=6)).encode_images(torch.zeros(1, 3, 20, 14))
+
+
+def test_a_palette_is_in_the_order_of_first_appearance_and_has_the_most_frequent_colours():
+    # 2 levels, 2 channels: colours 00, 10, 01, 11. The rarest of the four, 11, comes second and gets no place of three.
+    rows = [["00", "11", "01"], ["01", "10", "10"], ["00", "00", "01"]]
+    image = torch.tensor([[[int(pixel[channel]) for pixel in row] for row in rows] for channel in (0, 1)]).float()
+    one_colour = torch.ones(2, 3, 3)
+    shape, colours = split_palette(torch.stack([image, one_colour]), 3, 2)
+    assert colours[0].tolist() == [[0, 0], [0, 1], [1, 0]]
+    assert shape[0].argmax(0).tolist() == [[0, 1, 1], [1, 2, 2], [0, 0, 1]]  # 11 is as near to 01 as to 10: the first
+    assert colours[1].tolist() == [[1, 1]] * 3 and shape[1].argmax(0).eq(0).all()
+    assert shape.sum(1).eq(1).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 5))
+def test_a_picture_of_no_more_colours_than_its_palette_is_told_exactly(seed: int, num_colours: int):
+    generator = torch.Generator().manual_seed(seed)
+    colours = torch.randint(4, (num_colours, 3), generator=generator) / 3
+    image = colours[torch.randint(num_colours, (2, 7, 5), generator=generator)].permute(0, 3, 1, 2)
+    shape, found = split_palette(image, num_colours, 4)
+    assert torch.allclose(torch.einsum("bmhw,bmc->bchw", shape, found), image)
+
+
+def test_shapes_in_other_colours_have_the_same_codes_but_for_the_palettes_own():
+    config = replace(SMALL, palette=3, encoder_blocks=0)
+    image_tokenizer = make(config)
+    indices = torch.randint(3, (1, 15, 15), generator=torch.Generator().manual_seed(0))
+    indices[0, 0, :3] = torch.arange(3)
+    colours = torch.tensor([[[0, 0], [1, 0.5], [0, 1]], [[1, 1], [0, 0.5], [0.5, 0]]])
+    one, other = (image_tokenizer.encode_images(table[indices].permute(0, 3, 1, 2)) for table in colours)
+    assert torch.equal(one[:, 1:], other[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"palette": 3, "two_colours": True}, "two ways to code colours apart"),
+        ({"palette": 1}, "palette is 1; expected 0, or 2 to 3, the columns of codes"),
+        ({"palette": 4}, "palette is 4; expected 0, or 2 to 3"),
+        ({"palette": 3, "levels": 0}, "palette needs flat colours: levels 0"),
+        ({"palette": 3, "levels": 256}, "levels 256 of 2 channels are not 2 to 4,096 colours"),
+    ],
+)
+def test_a_palette_that_cannot_be_is_refused(changes, message: str):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **changes)

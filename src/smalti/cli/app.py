@@ -20,6 +20,7 @@ from smalti.cli.doctor import app as doctor_app
 from smalti.cli.evaluate import app as evaluate_app
 from smalti.cli.evaluate import parse_size
 from smalti.cli.interop import app as interop_app
+from smalti.cli.scenes import data_scenes
 from smalti.cli.train import RECIPE_NAMES
 from smalti.cli.train import app as train_app
 from smalti.default_bundle import CLASSES_BUNDLE, DEFAULT_BUNDLE, SHIPPED, Choice, bundle_for_picture, bundle_for_prompt
@@ -36,6 +37,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 data_app = typer.Typer(help="Make the tables that training reads.", no_args_is_help=True)
+data_app.command(
+    "scenes",
+    epilog="Examples: smalti data scenes out/scenes · smalti data scenes out/few --rows 1000 --held-out 100 --seed 7",
+)(data_scenes)
 app.add_typer(data_app, name="data")
 app.add_typer(interop_app)
 app.add_typer(doctor_app)

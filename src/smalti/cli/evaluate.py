@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from smalti.bounds import MAX_CANDIDATES
+from smalti.cli.prompts import prompts
 from smalti.default_bundle import SHIPPED
 from smalti.errors import shortened
 from smalti.tables import print_table
@@ -29,6 +30,10 @@ app = typer.Typer(
     epilog="Examples: smalti evaluate digits --data out/digits · smalti evaluate tokenizer out/vqgan photos",
     no_args_is_help=True,
 )
+app.command(
+    "prompts",
+    epilog="Examples: smalti evaluate prompts scenes · smalti evaluate prompts digits --num 200 -o out/report",
+)(prompts)
 
 
 @app.command(

@@ -61,6 +61,7 @@ def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
         ClassesRecipe,
         LinesRecipe,
         PartiRecipe,
+        ScenesRecipe,
         TextToImageRecipe,
         TokenizerRecipe,
     )
@@ -91,6 +92,18 @@ def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
             "Try next:\n"
             f'  smalti generate "a bird on a tree" -n 4 -o birds.png --bundle {bundle}\n'
             f"  smalti doctor {bundle}"
+        )
+        return
+    if isinstance(checked, ScenesRecipe):
+        from smalti.systems.scenes import train_scenes
+
+        bundle = train_scenes(checked, command=command, show_progress=not quiet)
+        typer.echo(
+            f"\nOpen {output}/prompts.html (pictures of seen and unseen prompts) and {output}/model/curves.png. The "
+            f"bundle is {bundle}.\n"
+            "Try next:\n"
+            f'  smalti generate "a red ring left of a blue square" -o scene.png --bundle {bundle}\n'
+            f"  smalti evaluate prompts {bundle}"
         )
         return
     if isinstance(checked, ClassesRecipe):

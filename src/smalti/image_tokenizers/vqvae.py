@@ -25,6 +25,9 @@ from torch.nn import functional as F
 from smalti.bounds import MAX_CELLS, check_sizes
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, Quantized, QuantizerConfig, make_quantizer
 
+MAX_COLOURS = 4096
+"""Colours of `palette` that are counted in each picture at most."""
+
 
 class Reconstructed(NamedTuple):
     """What training needs: the loss of the picture, and the quantizer's output with its losses."""
@@ -45,6 +48,10 @@ class VQVAEConfig:
     `two_colours` is for pictures of two flat colours on a grid whose top corners are plain: those two codes
     carry the more frequent colour (left) and the rarer one (right), all others only which pixels have the
     rarer colour. Of other pictures it keeps no more than these two parts and their mean colours.
+
+    `palette` M > 0 does the same for pictures of up to M flat colours whose first M cells are plain: these carry the
+    colours, in the order in which they first appear, all others only which pixel has which of them. Of other pictures
+    it keeps the M most frequent colours.
     """
 
     image_size: int = 28
@@ -56,6 +63,7 @@ class VQVAEConfig:
     decoder_blocks: int = 2
     num_heads: int = 4
     two_colours: bool = False
+    palette: int = 0
     quantizer: AnyQuantizerConfig = field(default_factory=QuantizerConfig)
 
     def __post_init__(self):
@@ -77,8 +85,29 @@ class VQVAEConfig:
             raise ValueError(f"levels is {self.levels}; use 0 for continuous values or at least 2.")
         if self.two_colours and self.image_size == self.patch_size:
             raise ValueError("two_colours needs at least two columns of codes; use a smaller patch_size.")
+        if self.palette:
+            self._check_palette()
         if self.encoder_blocks < 0 or self.decoder_blocks < 0:
             raise ValueError(f"there cannot be {min(self.encoder_blocks, self.decoder_blocks)} blocks.")
+
+    def _check_palette(self) -> None:
+        if self.two_colours:
+            raise ValueError("two_colours and palette are two ways to code colours apart; give one of them.")
+        if not 2 <= self.palette <= self.grid[1]:
+            raise ValueError(
+                f"palette is {self.palette}; expected 0, or 2 to {self.grid[1]}, the columns of codes, whose first row "
+                "carries the colours."
+            )
+        if not 2 <= self.levels**self.channels <= MAX_COLOURS:
+            raise ValueError(
+                f"palette needs flat colours: levels {self.levels} of {self.channels} channels are not 2 to "
+                f"{MAX_COLOURS:,} colours; use fewer levels, but not 0."
+            )
+
+    @property
+    def colour_cells(self) -> list[int]:
+        """Columns of the first row whose codes carry a colour each, if colours are coded apart."""
+        return [0, -1] if self.two_colours else list(range(self.palette))
 
     @property
     def codebook_size(self) -> int:
@@ -88,12 +117,12 @@ class VQVAEConfig:
     def colours_per_cell(self) -> int:
         """How many colours each cell of the decoder proposes; two cells together make those of two-colour
         pictures."""
-        return 1 if self.two_colours else 4
+        return 1 if self.colour_cells else 4
 
     @property
     def colours_mixed(self) -> int:
         """Of how many colours the decoder mixes a pixel."""
-        return 2 if self.two_colours else 4
+        return len(self.colour_cells) or 4
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -142,9 +171,9 @@ class VQVAE(nn.Module):
         super().__init__()
         self.config = config
         D, E = config.width, config.quantizer.code_dim
-        seen = 1 if config.two_colours else config.channels
+        seen = 1 if config.two_colours else config.palette or config.channels
         self.patches_in = nn.Linear(seen * config.patch_size**2, D)
-        if config.two_colours:
+        if config.colour_cells:
             self.colours_in = nn.Sequential(nn.Linear(config.channels, D), nn.GELU(), nn.Linear(D, D))
         self.encoder = nn.Sequential(*(Block(D, config.num_heads) for _ in range(config.encoder_blocks)))
         self.encoder_norm = nn.LayerNorm(D)
@@ -187,13 +216,18 @@ class VQVAE(nn.Module):
         (h, w), p = config.grid, config.patch_size
         if config.two_colours:
             shape, colours = split_two_colours(images)
+        elif config.palette:
+            shape, colours = split_palette(images, config.palette, config.levels)
         else:
             shape, colours = images, None
         patches = (2 * shape - 1).view(len(images), -1, h, p, w, p).permute(0, 2, 4, 1, 3, 5).flatten(3)
         cells = self.encoder(self.patches_in(patches))  # (B, h, w, D)
         if colours is not None:
-            corners = self.colours_in(2 * colours - 1).to(cells.dtype)  # (B, 2, D)
-            top = torch.cat([corners[:, :1], cells[:, 0, 1:-1], corners[:, 1:]], dim=1)
+            coloured = self.colours_in(2 * colours - 1).to(cells.dtype)  # (B, 2 or M, D)
+            if config.two_colours:
+                top = torch.cat([coloured[:, :1], cells[:, 0, 1:-1], coloured[:, 1:]], dim=1)
+            else:
+                top = torch.cat([coloured, cells[:, 0, config.palette :]], dim=1)
             cells = torch.cat([top[:, None], cells[:, 1:]], dim=1)
         return self.to_code(self.encoder_norm(cells))
 
@@ -206,11 +240,11 @@ class VQVAE(nn.Module):
         cells = self.decoder_norm(cells)
         mixture = self.mixture(cells).unflatten(-1, (config.patch_size, config.patch_size, config.colours_mixed))
         mixture = mixture.permute(0, 5, 1, 3, 2, 4)  # (B, M, h, p, w, p), M colours mixed
-        if config.two_colours:
+        if config.colour_cells:
             # One product for the whole picture, with pixels innermost: softmax and cross-entropy over rows of 2 and 4
             # numbers were a quarter of a step without blocks.
-            shares = mixture.reshape(len(cells), config.colours_mixed, -1).softmax(1)  # (B, 2, H * W)
-            palette = self.palette(cells[:, 0, [0, -1]]).transpose(1, 2)  # (B, C * L, 2)
+            shares = mixture.reshape(len(cells), config.colours_mixed, -1).softmax(1)  # (B, M, H * W)
+            palette = self.palette(cells[:, 0, config.colour_cells]).transpose(1, 2)  # (B, C * L, M)
             outputs = palette @ shares.to(palette.dtype)
         else:
             palette = self.palette(cells).unflatten(-1, (config.colours_per_cell, -1))  # (B, h, w, M, C * L)
@@ -234,6 +268,34 @@ def split_two_colours(
     rare = (distances > distances.mean((2, 3), keepdim=True) + 1e-8).to(images.dtype)
     colours = [(images * side).sum((2, 3)) / side.sum((2, 3)).clamp(min=1) for side in (1 - rare, rare)]
     return rare, torch.stack(colours, dim=1)
+
+
+def split_palette(
+    images: Float[Tensor, "B C H W"], num_colours: int, levels: int
+) -> tuple[Float[Tensor, "B M H W"], Float[Tensor, "B M C"]]:
+    """Which pixels have which of the M most frequent colours of their picture (1, others 0), and these colours, in the
+    order in which they first appear, row by row. Pixels of further colours have the nearest of them; where there are
+    fewer, the first stands in the places left, and no pixel has it.
+    """
+    B, C, H, W = images.shape
+    values = (images.clamp(0, 1) * (levels - 1)).round().long().flatten(2)  # (B, C, H * W)
+    weights = levels ** torch.arange(C, device=images.device)
+    packed = (values * weights[:, None]).sum(1)
+    counts = torch.zeros(B, levels**C, dtype=torch.long, device=images.device)
+    counts.scatter_add_(1, packed, torch.ones_like(packed))
+    places = torch.arange(H * W, device=images.device).expand(B, -1)
+    first = torch.full_like(counts, H * W).scatter_reduce(1, packed, places, "amin")
+    frequent, chosen = counts.topk(num_colours, dim=1)
+    order = first.gather(1, chosen).argsort(1)
+    chosen, present = chosen.gather(1, order), frequent.gather(1, order) > 0
+    chosen = torch.where(present, chosen, chosen[:, :1])
+    colours = (chosen[..., None] // weights % levels).to(images.dtype) / (levels - 1)  # (B, M, C)
+    # Distances are taken of every colour there can be, not of every pixel: these are fewer.
+    every = torch.arange(levels**C, device=images.device)[:, None] // weights % levels  # (L ** C, C)
+    distances = (every.to(images.dtype) / (levels - 1) - colours[:, :, None]).square().sum(-1)  # (B, M, L ** C)
+    nearest = distances.masked_fill(~present[..., None], torch.inf).argmin(1).gather(1, packed)  # (B, H * W)
+    shape = (nearest[:, None] == torch.arange(num_colours, device=images.device)[:, None]).to(images.dtype)
+    return shape.view(B, num_colours, H, W), colours
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ causes.py      logit lens, ablation, activation patching, changing one code
 captions.py    nats of each patch with and without a caption; which word moves which patch
 memorisation.py training pictures nearest to a drawn one, beside those nearest to new ones
 hooks.py       TransformerLens' names for what goes on inside a model
+words.py       which word a picture's codes look at; contradicted and swapped words
 patches.py     what codes look like, where an image tokenizer exists
 sequences.py   codes as the sequences a model reads
 subject.py     what a report is about: a bundle and its data

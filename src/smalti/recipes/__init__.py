@@ -12,6 +12,7 @@ from smalti.recipes.schema import ImageTokenizer as ImageTokenizer
 from smalti.recipes.schema import LinesRecipe as LinesRecipe
 from smalti.recipes.schema import PartiRecipe as PartiRecipe
 from smalti.recipes.schema import Recipe as Recipe
+from smalti.recipes.schema import ScenesRecipe as ScenesRecipe
 from smalti.recipes.schema import TextToImageRecipe as TextToImageRecipe
 from smalti.recipes.schema import TextToImageStage as TextToImageStage
 from smalti.recipes.schema import TokenizerRecipe as TokenizerRecipe

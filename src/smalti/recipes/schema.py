@@ -10,9 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from smalti.bundle import Sampling
 from smalti.data.digits import ColouringConfig
 from smalti.data.picture_sets import PicturesConfig
+from smalti.data.scene_tables import ScenesConfig
 from smalti.evaluate.captions import CaptionsReportConfig
 from smalti.evaluate.classes import ClassesReportConfig
 from smalti.evaluate.compositions import CompositionsConfig
+from smalti.evaluate.prompts import PromptsConfig
 from smalti.evaluate.report import ReportConfig
 from smalti.image_tokenizers.losses import AdversarialConfig, LossConfig
 from smalti.image_tokenizers.titok import TiTokConfig
@@ -235,6 +237,8 @@ class CaptionsRecipe(Section):
     sample: Sampling = Sampling()
     evaluate: CompositionsConfig | None = None
     """Draw the compositions of `data.validation` and look for each among all true pictures; None: do not."""
+    prompts: PromptsConfig | None = None
+    """Draw prompts and check the pictures by reading them; None: do not."""
     about: dict[str, str] = {}
     """What the model card says of data and licence."""
     output: Path
@@ -318,6 +322,8 @@ class PartiRecipe(Section):
     sample: Sampling = Sampling()
     evaluate: CompositionsConfig | None = None
     """Draw the compositions of `data.validation` and look for each among all true pictures; None: do not."""
+    prompts: PromptsConfig | None = None
+    """Draw prompts and check the pictures by reading them; None: do not."""
     about: dict[str, str] = {}
     """What the model card says of data and licence."""
     output: Path
@@ -326,6 +332,41 @@ class PartiRecipe(Section):
     def _in_range(self) -> "PartiRecipe":
         UnigramConfig(text_size=self.text_size)
         self.model.config(text_size=1, max_text=self.max_text, codebook_size=1, grid=(1, 1))
+        return self
+
+
+class ScenesRecipe(Section):
+    """A checked recipe of the system `scenes`: scenes of a grammar, an image tokenizer for them, and the system
+    `captions` on both."""
+
+    system: Literal["scenes"]
+    description: str
+    expects: str
+    minutes: Minutes = {}
+    data: ScenesConfig = ScenesConfig()
+    tokenizer_pictures: int = Field(default=20_000, ge=1)
+    """Training scenes that the image tokenizer learns from at most; they are held in memory."""
+    image_tokenizer: ImageTokenizer
+    text_size: int
+    """Pieces of words."""
+    segments: tuple[str, ...]
+    """Which ids come first: image, special and text in some order."""
+    layout: Orders
+    model: TransformerConfig
+    """Without `max_length`, which is that of the layout's longest sequence; `preset` names one of `PRESETS` to start
+    from."""
+    train: TrainConfig
+    watch: SampleTableConfig = SampleTableConfig()
+    sample: Sampling = Sampling()
+    evaluate: PromptsConfig = PromptsConfig()
+    about: dict[str, str] = {}
+    """What the model card says of data and licence."""
+    output: Path
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "ScenesRecipe":
+        BPEConfig(image_size=1, text_size=self.text_size, specials=self.layout.specials, order=self.segments)
+        self.layout.make(codebook_size=1, text_vocab_size=1)
         return self
 
 
@@ -471,12 +512,22 @@ class TextToImageRecipe(Section):
         return self
 
 
-AnyRecipe = Recipe | LinesRecipe | TokenizerRecipe | CaptionsRecipe | PartiRecipe | ClassesRecipe | TextToImageRecipe
+AnyRecipe = (
+    Recipe
+    | LinesRecipe
+    | TokenizerRecipe
+    | CaptionsRecipe
+    | ScenesRecipe
+    | PartiRecipe
+    | ClassesRecipe
+    | TextToImageRecipe
+)
 System = (
     type[Recipe]
     | type[LinesRecipe]
     | type[TokenizerRecipe]
     | type[CaptionsRecipe]
+    | type[ScenesRecipe]
     | type[PartiRecipe]
     | type[ClassesRecipe]
     | type[TextToImageRecipe]
@@ -486,6 +537,7 @@ SYSTEMS: dict[str, System] = {
     "lines": LinesRecipe,
     "image tokenizer": TokenizerRecipe,
     "captions": CaptionsRecipe,
+    "scenes": ScenesRecipe,
     "parti": PartiRecipe,
     "classes": ClassesRecipe,
     "text to image": TextToImageRecipe,

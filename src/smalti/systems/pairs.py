@@ -11,6 +11,7 @@ The folder of a run (see stages.py):
     samples/              the same prompts with the same seeds on the way: table.png, table.md
     bundle/               what `Pipeline.load` reads
     compositions.md       held-out compositions, where the recipe asks for them
+    prompts.md            prompts whose pictures are read back, likewise
 """
 
 import shlex
@@ -28,6 +29,7 @@ from smalti.data.tokenize_pairs import TokenizeConfig
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
 from smalti.evaluate.compositions import evaluate_compositions
+from smalti.evaluate.prompts import evaluate_prompts
 from smalti.files import made_again
 from smalti.image_files import PictureConfig
 from smalti.models.config import TransformerConfig
@@ -92,7 +94,7 @@ def train_on_pairs(
         if given is not None:
             opened |= {split: open_tokens(ready[split], split, image_tokenizer, given, **lengths) for split in ready}
         if processes.is_first:
-            claim_folder(recipe, output, free=("sample", "evaluate", "about"))
+            claim_folder(recipe, output, free=("sample", "evaluate", "prompts", "about"))
             image_tokenizer = stored_image_tokenizer(output / "image_tokenizer", lambda: image_tokenizer)
             if not (output / "text_tokenizer.json").exists():
                 learned = given or _learn_words(recipe.data.train, shape, show_progress)
@@ -209,6 +211,11 @@ def _figures(
         report = evaluate_compositions(pipe, test, train, recipe.evaluate, command=command, show_progress=show_progress)
         report.write(recipe.output, force=True)
         figures |= report.figures()
+    if recipe.prompts is not None:
+        command = shlex.join(["smalti", "evaluate", "prompts", str(recipe.output / "bundle")])
+        prompts = evaluate_prompts(pipe, recipe.prompts, command=command, show_progress=show_progress)
+        prompts.write(recipe.output, force=True)
+        figures |= prompts.figures()
     return figures
 
 

@@ -1,0 +1,90 @@
+"""The system of scenes from grammar to report: it ends with a bundle whose prompts were read back, and running it again
+changes nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from smalti.cli.app import run
+from smalti.data.pairs import PairTable
+from smalti.errors import InputError
+from smalti.recipes import load_recipe
+from smalti.systems.scenes import train_scenes
+from smalti.tasks.images import Pipeline
+
+SETTINGS = [
+    "data.num_train=120",
+    "data.num_validation=6",
+    "data.num_test=4",
+    "tokenizer_pictures=16",
+    "image_tokenizer.model.width=8",
+    "image_tokenizer.model.num_heads=2",
+    "image_tokenizer.model.decoder_blocks=1",
+    "codebook_size=23",
+    "image_tokenizer.train.num_steps=3",
+    "image_tokenizer.train.batch_size=8",
+    "text_size=440",
+    "model.num_layers=1",
+    "model.d_model=12",
+    "model.num_heads=2",
+    "model.d_ff=17",
+    "train.num_steps=3",
+    "train.warmup_steps=1",
+    "train.batch_size=8",
+    "watch={}",
+    "evaluate.num=4",
+    "evaluate.best_of=[1, 2]",
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return train(tmp_path_factory.mktemp("scenes") / "run").parent
+
+
+def train(output: Path, *settings: str) -> Path:
+    recipe = load_recipe("scenes", [*SETTINGS, *settings, f"output={output}"])
+    return train_scenes(recipe, command="smalti train scenes", show_progress=False)
+
+
+def test_a_run_has_everything_and_running_again_changes_nothing(whole: Path):
+    pipe = Pipeline.load(whole / "bundle")
+    assert pipe.grid == (8, 8) and pipe.bundle.about["Trained by"] == "`smalti train scenes`"
+    report = json.loads((whole / "prompts.json").read_text())
+    assert report["weights_sha256"] == pipe.weights_sha256 and report["config"]["num"] == 4
+    assert any(name.startswith("prompts, unseen: best of 2") for name in pipe.bundle.figures)
+    assert len(PairTable(whole / "data" / "train.parquet")) == 120
+    watched = [path for path in whole.rglob("*") if path.is_file() and "bundle" not in path.parts]
+    before = {path: path.stat().st_mtime_ns for path in watched if "prompts" not in path.name}
+    assert train(whole) == whole / "bundle"
+    assert {path: path.stat().st_mtime_ns for path in before if "prompts" not in path.name} == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.num_train=121", r"data\.num_train is 120 there, 121 here"),
+        ("image_tokenizer.train.num_steps=4", r"num_steps is 3 there, 4 here"),
+        ("model.d_ff=19", r"model\.d_ff is 17 there, 19 here"),
+    ],
+)
+def test_another_recipe_is_refused(whole: Path, setting: str, message: str):
+    with pytest.raises(InputError, match=message):
+        train(whole, setting)
+
+
+def test_the_recipe_as_it_ships():
+    recipe = load_recipe("scenes")
+    assert recipe.image_tokenizer.model.palette == 4 and recipe.layout.orders.keys() == {
+        "text to image",
+        "image to text",
+    }
+
+
+def test_the_bundle_is_measured_by_the_command(whole: Path, capsys):
+    command = ["evaluate", "prompts", str(whole / "bundle"), "--num", "4", "--best-of", "1", "--guidance", "1,2"]
+    assert run([*command, "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "4 prompts of scenes drawn by run" in said and "1 picture, guidance 2" in said
+    assert "unseen shape and colour" in said
