@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from smalti.bounds import MAX_CANDIDATES
+from smalti.cli import evaluate_samples
 from smalti.default_bundle import SHIPPED
 from smalti.errors import shortened
 from smalti.tables import print_table
@@ -25,10 +26,12 @@ class BundleGroup(TyperGroup):
 
 app = typer.Typer(
     cls=BundleGroup,
-    help="Measure a bundle of digits (smalti evaluate digits), a bundle on held-out compositions, or image tokenizers.",
+    help="Measure a bundle of digits (smalti evaluate digits), a bundle on held-out compositions, image tokenizers, or "
+    "drawn pictures beside real ones.",
     epilog="Examples: smalti evaluate digits --data out/digits · smalti evaluate tokenizer out/vqgan photos",
     no_args_is_help=True,
 )
+evaluate_samples.register(app)
 
 
 @app.command(

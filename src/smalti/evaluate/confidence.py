@@ -1,8 +1,9 @@
-"""How sure a figure is: intervals by the bootstrap over pictures, the bias of Fréchet distances, tests between two models.
+"""How sure a figure is: intervals by the bootstrap over pictures, the bias of Fréchet distances, tests between two
+models.
 
-Replicate r of a bootstrap draws N pictures of N with a generator of (seed, r) alone. So two models whose pictures stand in
-the same order, as with the same seeds and classes, get the same pictures in each replicate, and the difference of their
-replicates is that of a paired bootstrap, though each was measured by itself.
+Replicate r of a bootstrap draws N pictures of N with a generator of (seed, r) alone. So two models whose pictures stand
+in the same order, as with the same seeds and classes, get the same pictures in each replicate, and the difference of
+their replicates is that of a paired bootstrap, though each was measured by itself.
 
 Letters: N samples, M reference pictures, D features, R replicates.
 """
@@ -82,9 +83,9 @@ def counted_figure(
 
 
 class FrechetReplicates:
-    """Fréchet distances from one reference to many subsets and resamplings of one set of features, which is never copied
-    whole. The reference's root is taken once, and the eigenvalues of R S R replace singular values: quicker, and as
-    good as 1e-6 of the distance."""
+    """Fréchet distances from one reference to many subsets and resamplings of one set of features, which is never
+    copied whole. The reference's root is taken once, and the eigenvalues of R S R replace singular values: quicker, and
+    as good as 1e-6 of the distance."""
 
     def __init__(self, features: Float[Tensor, "N D"], reference: Gaussian):
         self.features, self.reference = features, reference
@@ -117,8 +118,8 @@ class FrechetReplicates:
 
 @dataclass(frozen=True, kw_only=True)
 class Extrapolation:
-    """What a Fréchet distance would be with pictures without end (Chong and Forsyth 2020, arXiv:1911.07023): the distance
-    falls along 1/n, and a line through subsets of several sizes is read at 0."""
+    """What a Fréchet distance would be with pictures without end (Chong and Forsyth 2020, arXiv:1911.07023): the
+    distance falls along 1/n, and a line through subsets of several sizes is read at 0."""
 
     value: float
     sizes: tuple[int, ...]
@@ -144,7 +145,7 @@ def extrapolate(replicates: FrechetReplicates, seed: int, *, rows: np.ndarray | 
         found = [replicates.of_rows(order[i * size : (i + 1) * size]) for i in range(parts)]
         sizes.append(size)
         distances.append(float(np.mean(found)))
-    slope, intercept = np.polyfit(1 / np.asarray(sizes), distances, 1)
+    _slope, intercept = np.polyfit(1 / np.asarray(sizes), distances, 1)
     return Extrapolation(value=float(intercept), sizes=tuple(sizes), distances=tuple(distances))
 
 

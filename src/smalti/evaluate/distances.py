@@ -1,8 +1,8 @@
 """How far one set of features lies from another: the figures that papers report, as functions of features alone.
 
-Letters: N samples, M reference pictures, D features, K classes, P projections, R replicates of a bootstrap. All is computed
-in float64. What pictures contribute is given one by one where there is such a thing, so that intervals can be taken over
-them (`confidence.py`).
+Letters: N samples, M reference pictures, D features, K classes, P projections, R replicates of a bootstrap. All is
+computed in float64. What pictures contribute is given one by one where there is such a thing, so that intervals can be
+taken over them (`confidence.py`).
 """
 
 import math
@@ -18,6 +18,8 @@ from smalti.evaluate.moments import Gaussian
 
 BLOCK = 512
 """Rows whose distances to all others are in memory at once."""
+COLUMNS = 4096
+"""Of the other set, how many are in float64 at once."""
 DIRECTIONS = 32
 """Directions along which all pictures are in memory at once."""
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
@@ -116,17 +118,17 @@ def neighbours(
     largest = max(k, k_density)
     if min(len(samples), len(reference)) <= largest:
         raise ValueError(
-            f"{len(samples)} samples and {len(reference)} reference pictures; neighbours need more than {largest} of each."
+            f"{len(samples)} samples and {len(reference)} reference pictures; neighbours need more than {largest} of "
+            "each."
         )
     # Distances do not change with the origin; near it, less of them is lost in squares.
     centre = reference.double().mean(0)
-    samples, reference = samples.double() - centre, reference.double() - centre
-    radii_samples = neighbour_distances(samples, [k])[:, 0]
-    radii_k, radii_density = neighbour_distances(reference, [k, k_density]).T
+    radii_samples = neighbour_distances(samples, [k], centre)[:, 0]
+    radii_k, radii_density = neighbour_distances(reference, [k, k_density], centre).T
     precision, density = torch.zeros(len(samples)), torch.zeros(len(samples))
     recall = torch.zeros(len(reference), dtype=torch.bool)
     coverage = torch.zeros(len(reference), dtype=torch.bool)
-    for rows, distances in _distance_blocks(samples, reference):
+    for rows, distances in _distance_blocks(samples, reference, centre):
         precision[rows] = (distances <= radii_k).any(1).float()
         within: Bool[Tensor, "b M"] = distances < radii_density
         density[rows] = within.sum(1).float() / k_density
@@ -135,10 +137,12 @@ def neighbours(
     return Neighbours(precision.double(), recall.double(), density.double(), coverage.double())
 
 
-def neighbour_distances(features: Float[Tensor, "N D"], ks: list[int]) -> Float[Tensor, "N k"]:
+def neighbour_distances(
+    features: Float[Tensor, "N D"], ks: list[int], centre: Float[Tensor, " D"]
+) -> Float[Tensor, "N k"]:
     """Squared distance of each from its k-th neighbour, itself not counted, for each of `ks`."""
     found = torch.zeros(len(features), len(ks), dtype=torch.float64)
-    for rows, distances in _distance_blocks(features, features):
+    for rows, distances in _distance_blocks(features, features, centre):
         distances[torch.arange(len(distances)), torch.arange(rows.start, rows.stop)] = -1.0  # itself, before its copies
         nearest = distances.topk(max(ks) + 1, dim=1, largest=False, sorted=True).values
         found[rows] = nearest[:, ks]
@@ -146,14 +150,18 @@ def neighbour_distances(features: Float[Tensor, "N D"], ks: list[int]) -> Float[
 
 
 def _distance_blocks(
-    ours: Float[Tensor, "N D"], theirs: Float[Tensor, "M D"]
+    ours: Float[Tensor, "N D"], theirs: Float[Tensor, "M D"], centre: Float[Tensor, " D"]
 ) -> Iterator[tuple[slice, Float[Tensor, "b M"]]]:
-    """Squared distances, some rows at a time."""
-    norms = theirs.square().sum(1)
+    """Squared distances, some rows at a time, of features that need not fit into memory in float64."""
     for start in range(0, len(ours), BLOCK):
         rows = slice(start, min(start + BLOCK, len(ours)))
-        block = ours[rows]
-        yield rows, (block.square().sum(1, keepdim=True) - 2 * block @ theirs.T + norms).clamp_(min=0)
+        block = ours[rows].double() - centre
+        norms = block.square().sum(1, keepdim=True)
+        parts = []
+        for other in theirs.split(COLUMNS):
+            other = other.double() - centre
+            parts.append((norms - 2 * block @ other.T + other.square().sum(1)).clamp_(min=0))
+        yield rows, torch.cat(parts, 1)
 
 
 # Kernels ---------------------------------------------------------------------------------------------------------
@@ -162,18 +170,17 @@ def _distance_blocks(
 def kernel_distance(
     samples: Float[Tensor, "N D"], reference: Float[Tensor, "M D"], *, kernel: str = "cubic"
 ) -> Estimate:
-    """The squared maximum mean discrepancy, without bias, of all pairs: "cubic" is (x·y / D + 1)^3, of KID (Bińkowski et al. 2018, arXiv:1801.01401); "gaussian" is
-    exp(-|x - y|^2 / (2 · 10^2)) of features of length 1, times 1000, of CMMD (Jayasumana et al. 2024,
-    arXiv:2401.09603), here without its bias. Raises ValueError for fewer than two of either."""
+    """The squared maximum mean discrepancy, without bias, of all pairs: "cubic" is (x·y / D + 1)^3, of KID (Bińkowski
+    et al. 2018, arXiv:1801.01401); "gaussian" is exp(-|x - y|^2 / (2 · 10^2)) of features of length 1, times 1000, of
+    CMMD (Jayasumana et al. 2024, arXiv:2401.09603), here without its bias. Raises ValueError for fewer than two of
+    either."""
     _same_width(samples.shape[1], reference.shape[1])
     N, M = len(samples), len(reference)
     if min(N, M) < 2:
         raise ValueError(f"{N} samples and {M} reference pictures; a kernel distance needs at least 2 of each.")
     if kernel not in ("cubic", "gaussian"):
         raise ValueError(f"kernel {kernel!r} is unknown; choose cubic or gaussian.")
-    x, y, scale = samples.double(), reference.double(), 1.0
-    if kernel == "gaussian":
-        x, y, scale = _unit(x), _unit(y), CMMD_SCALE
+    x, y, scale = samples, reference, CMMD_SCALE if kernel == "gaussian" else 1.0
     within = _kernel_sums(x, x, kernel, without_itself=True) / (N - 1)
     across = _kernel_sums(x, y, kernel) / M
     of_reference = float(_kernel_sums(y, y, kernel, without_itself=True).mean()) / (M - 1)
@@ -209,16 +216,23 @@ def _kernel_sums(
 ) -> Float[Tensor, " N"]:
     sums = torch.zeros(len(ours), dtype=torch.float64)
     for start in range(0, len(ours), BLOCK):
-        block = ours[start : start + BLOCK]
-        products = block @ theirs.T
-        if kernel == "cubic":
-            values = (products / ours.shape[1] + 1) ** 3
-        else:  # of length 1, so that |x - y|^2 is 2 - 2 x·y
-            values = ((products - 1) / CMMD_SIGMA**2).exp()
-        sums[start : start + BLOCK] = values.sum(1)
+        block = _prepared(ours[start : start + BLOCK], kernel)
+        for first in range(0, len(theirs), COLUMNS):
+            values = _kernel(block @ _prepared(theirs[first : first + COLUMNS], kernel).T, kernel, ours.shape[1])
+            sums[start : start + BLOCK] += values.sum(1)
         if without_itself:
-            sums[start : start + BLOCK] -= values.diagonal(start)
+            sums[start : start + BLOCK] -= _kernel(block.square().sum(1), kernel, ours.shape[1])
     return sums
+
+
+def _kernel(products: Tensor, kernel: str, D: int) -> Tensor:
+    if kernel == "cubic":
+        return (products / D + 1) ** 3
+    return ((products - 1) / CMMD_SIGMA**2).exp()  # of length 1, so that |x - y|^2 is 2 - 2 x·y
+
+
+def _prepared(features: Float[Tensor, "N D"], kernel: str) -> Float[Tensor, "N D"]:
+    return _unit(features.double()) if kernel == "gaussian" else features.double()
 
 
 def _unit(features: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
@@ -251,7 +265,7 @@ def sliced_wasserstein(
 
 
 def _along(features: Float[Tensor, "N D"], directions: Float[Tensor, "P D"]) -> Float[Tensor, "P N"]:
-    return torch.cat([directions @ block.double().T for block in features.split(4096)], 1)
+    return torch.cat([directions @ block.double().T for block in features.split(COLUMNS)], 1)
 
 
 def _pieces(N: int, M: int) -> tuple[Tensor, Tensor, Float[Tensor, " n"]]:

@@ -1,9 +1,9 @@
 """Inception-v3 as FID has it: the network of TensorFlow's inception-2015-12-05 with 1,008 outputs, as its own graph.
 
-It is not torchvision's: average pools leave the padding out of their average, the last block has a maximum pool where the
-paper has an average, BatchNorm's epsilon is 0.001, and pixels are (x - 128) / 128 (Szegedy et al. 2016, arXiv:1512.00567;
-the graph file itself). Keys are those of the ported weight file that pytorch-fid and torch-fidelity share,
-`pt_inception-2015-12-05-6726825d.pth`, which the user supplies: 23,850,960 parameters, read without running
+It is not torchvision's: average pools leave the padding out of their average, the last block has a maximum pool where
+the paper has an average, BatchNorm's epsilon is 0.001, and pixels are (x - 128) / 128 (Szegedy et al. 2016,
+arXiv:1512.00567; the graph file itself). Keys are those of the ported weight file that pytorch-fid and torch-fidelity
+share, `pt_inception-2015-12-05-6726825d.pth`, which the user supplies: 23,850,960 parameters, read without running
 anything in the file.
 
 Letters: B pictures, C channels, H W rows and columns.
@@ -17,17 +17,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smalti.errors import InputError
+from smalti.image_tokenizers.perceptual import load_strictly
 from smalti.weight_files import read_weights, require_values
-from smalti.weights import file_sha256
 
 NUM_OUTPUTS = 1008
 POOLED_WIDTH = 2048
 SPATIAL_CHANNELS = 7
 """Of the 192 of mixed_6/conv, which sFID reads (Nash et al. 2021, arXiv:2103.03841; ADM's evaluator)."""
 SPATIAL_WIDTH = 17 * 17 * SPATIAL_CHANNELS
-SHA256_BEGINS = "6726825d"
-"""Of the ported file: torch.hub's names carry the first eight digits."""
+FILE = "inception-2015-12-05-6726825d.pth"
+"""The ported weights' name; behind the last dash stand the first digits of their SHA-256, as torch.hub has it."""
 MARK = "Mixed_7c.branch_pool.conv.weight"
 """A key that only this network has."""
 
@@ -195,35 +194,17 @@ class Inception(nn.Module):
         self.eval().requires_grad_(False)
 
     @classmethod
-    def load(cls, file: Path | str, *, sha256: str | None = None) -> "Inception":
-        """With the weights of a file. Raises InputError for a file with another hash than `sha256`, which may be its
-        beginning, and naming the first key that is missing, left over, of another shape or not finite."""
+    def load(cls, file: Path | str) -> "Inception":
+        """With the weights of a file. Raises InputError naming the first key that is missing, left over, of another
+        shape or not finite."""
         path = Path(file)
-        if sha256 is not None and not (found := file_sha256(path)).startswith(sha256.lower()):
-            raise InputError(
-                f"{path} has the SHA-256 {found}, expected {sha256}: figures of other weights do not compare; take the "
-                "file that was used before, or leave the hash out."
-            )
         tensors = read_weights(path).tensors
         network = cls()
-        wanted = network.state_dict()
-        # Converters keep or drop these counters; no figure depends on them.
-        tensors = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}
-        for name in sorted({*tensors, *(name for name in wanted if not name.endswith("num_batches_tracked"))}):
-            problem = None
-            if name not in tensors:
-                problem = f"has no tensor {name}"
-            elif name not in wanted:
-                problem = f"has a tensor {name} that is not known"
-            elif tensors[name].shape != wanted[name].shape:
-                problem = f"has {name} of shape {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
-            if problem:
-                raise InputError(
-                    f"{path} {problem}; expected FID's Inception, pt_inception-2015-12-05-{SHA256_BEGINS}.pth, not "
-                    "torchvision's."
-                )
-        require_values(tensors, tensors)
-        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
+        # Converters keep or drop the counters of BatchNorm; no figure depends on them.
+        counters = {name: t for name, t in network.state_dict().items() if name.endswith("num_batches_tracked")}
+        weights = {name: t for name, t in tensors.items() if name not in counters}
+        load_strictly(network, weights | counters, path, f"FID's Inception (pt_{FILE}), not torchvision's")
+        require_values(weights, weights)
         return network
 
     def train(self, mode: bool = True) -> "Inception":

@@ -1,8 +1,9 @@
 """Mean and covariance of features, taken batch by batch in float64, and files of them.
 
-A set may be cut into shards that are measured apart, in any order: moments merge (Chan et al. 1979), and the whole's are
-those of its parts up to the rounding of float64. Files are `.npz` with the arrays of ADM's evaluator: `mu` and `sigma` of
-the pooled features, `mu_s` and `sigma_s` of spatial ones; ours have `num` besides, without which nothing can be merged.
+A set may be cut into shards that are measured apart, in any order: moments merge (Chan et al. 1979), and the whole's
+are those of its parts up to the rounding of float64. Files are `.npz` with the arrays of ADM's evaluator: `mu` and
+`sigma` of the pooled features, `mu_s` and `sigma_s` of spatial ones; ours have `num` besides, without which nothing can
+be merged.
 
 Letters: N pictures, D features.
 """

@@ -1,11 +1,11 @@
-"""Pictures to the 299 × 299 of Inception, as each of the field's tools does it. FIDs of two resizers do not compare (Parmar
-et al. 2022, arXiv:2104.11222).
+"""Pictures to the 299 × 299 of Inception, as each of the field's tools does it. FIDs of two resizers do not compare
+(Parmar et al. 2022, arXiv:2104.11222).
 
 - `tf1`: what stands in the TensorFlow graph of 2015, so ADM's evaluator, torch-fidelity and the original FID: bilinear
   between the two nearest pixels at i · in/out, without antialiasing, and without the half pixel by which newer resizers
   place pixel centres. A picture made smaller keeps only some of its pixels, and all move up and left.
-- `clean`: clean-fid's. Pillow's bicubic, antialiased, of each channel by itself in floating point, clipped to [0, 255] and
-  not rounded.
+- `clean`: clean-fid's. Pillow's bicubic, antialiased, of each channel by itself in floating point, clipped to [0, 255]
+  and not rounded.
 - `half-pixel`: pytorch-fid's. Bilinear with pixel centres at the half, without antialiasing.
 
 Letters: B pictures, H W rows and columns. Pictures are bytes, what comes back is float32 in [0, 255].
