@@ -3,8 +3,8 @@
     python benchmarks/guidance_curve.py --bundle mnist-classes --classes all --reference FOLDER --features FILE \\
         --scales 1,1.25,1.5,2,3,4 -n 2000 -o OUT [--workers 2] [--size 64]
 
-Each scale is a `smalti sample` and a `smalti evaluate samples` with the same seeds, so that scales are paired. What is done
-is not done again. Printed is a table in Markdown; OUT/guidance_curve.png draws it.
+Each scale is a `smalti sample` and a `smalti evaluate samples` with the same seeds, so that scales are paired. What is
+done is not done again. Printed is a table in Markdown; OUT/guidance_curve.png draws it.
 """
 
 import argparse

@@ -47,19 +47,28 @@ def test_it_has_the_size_of_the_published_file(network):
     assert network.train().training is False and not any(p.requires_grad for p in network.parameters())
 
 
-# The graph once more, as TensorFlow's file lists it: per block its branches, each a chain of operations. A convolution is
-# its name, and what its padding and stride are follows from its kernel: "v" is TensorFlow's VALID padding with stride 2.
+# The graph once more, as TensorFlow's file lists it: per block its branches, each a chain of operations. A convolution
+# is its name, and its padding follows from its kernel: "v" is TensorFlow's VALID padding with stride 2.
 A = ["branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3", "avg branch_pool"]
 B = ["branch3x3:v", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3:v", "max:v"]
 C = ["branch1x1", "branch7x7_1 branch7x7_2 branch7x7_3",
      "branch7x7dbl_1 branch7x7dbl_2 branch7x7dbl_3 branch7x7dbl_4 branch7x7dbl_5", "avg branch_pool"]  # fmt: skip
 D = ["branch3x3_1 branch3x3_2:v", "branch7x7x3_1 branch7x7x3_2 branch7x7x3_3 branch7x7x3_4:v", "max:v"]
-E = ["branch1x1", "branch3x3_1 branch3x3_2a", "branch3x3_1 branch3x3_2b", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3a",
-     "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3b", "{pool} branch_pool"]  # fmt: skip
+E = [
+    "branch1x1",
+    "branch3x3_1 branch3x3_2a",
+    "branch3x3_1 branch3x3_2b",
+    "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3a",
+    "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3b",
+]
 BLOCKS = {
-    "Mixed_5b": A, "Mixed_5c": A, "Mixed_5d": A, "Mixed_6a": B, "Mixed_6b": C, "Mixed_6c": C, "Mixed_6d": C, "Mixed_6e": C,
-    "Mixed_7a": D, "Mixed_7b": [one.format(pool="avg") for one in E], "Mixed_7c": [one.format(pool="max") for one in E],
-}  # fmt: skip
+    **{f"Mixed_5{letter}": A for letter in "bcd"},
+    "Mixed_6a": B,
+    **{f"Mixed_6{letter}": C for letter in "bcde"},
+    "Mixed_7a": D,
+    "Mixed_7b": [*E, "avg branch_pool"],
+    "Mixed_7c": [*E, "max branch_pool"],
+}
 
 
 def written_out(weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +132,7 @@ def test_the_file_is_read_strictly(network, weight_file, tmp_path):
     assert opened.name == "inception" and len(opened.sha256) == 64 and opened.resizer == "tf1 to 299×299"
     found = opened(pictures)
     assert torch.allclose(found.pooled, network(resized(pictures.permute(0, 3, 1, 2), "tf1")).pooled, atol=1e-4)
-    with pytest.raises(InputError, match="has the SHA-256 .* expected 6726825d: figures of other weights"):
+    with pytest.raises(InputError, match=r"has the SHA-256 .* expected 6726825d: figures of other weights"):
         open_network(weight_file, ADM, sha256="6726825d")
     assert open_network(weight_file, ADM, sha256=opened.sha256[:8]).sha256 == opened.sha256
     with pytest.raises(ValueError, match="smalti does not say how pictures are resized"):
@@ -134,7 +143,7 @@ def test_the_file_is_read_strictly(network, weight_file, tmp_path):
     with pytest.raises(InputError, match=r"fc.weight of shape \(1000, 2048\) instead of .*not torchvision's"):
         open_network(tmp_path / "torchvision.pth", ADM)
     torch.save(state | {"fc.bias": torch.full((1008,), float("nan"))}, tmp_path / "nan.pth")
-    with pytest.raises(InputError, match="fc.bias holds 1008 of 1008 values that are NaN"):
+    with pytest.raises(InputError, match=r"fc\.bias holds 1008 of 1008 values that are NaN"):
         open_network(tmp_path / "nan.pth", ADM)
     torch.save({name: t for name, t in state.items() if "num_batches" not in name}, tmp_path / "bare.pth")
     assert torch.equal(Inception.load(tmp_path / "bare.pth").fc.weight, network.fc.weight)

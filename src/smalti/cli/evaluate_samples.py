@@ -16,7 +16,7 @@ Features = Annotated[
     str,
     typer.Option(
         help="What looks at the pictures: a weight file (FID's Inception, VGG16, ConvNeXt-S, a judge), a folder of "
-        "CLIP or DINOv2; judge (trained on the reference's classes), tokenizer (of --bundle), given (files of features)."
+        "CLIP or DINOv2; judge (trained on the reference), tokenizer (of --bundle), given (files of features)."
     ),
 ]
 ProtocolName = Annotated[
@@ -70,7 +70,7 @@ def samples(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, and of the judge's training.")] = 0,
     size: Size = None,
-    split: Annotated[str | None, typer.Option(help="Of MNIST's folder as reference: train, validation, test.")] = None,
+    split: Annotated[str | None, typer.Option(help="Of MNIST's folder as reference: train or test (default).")] = None,
     batch_size: BatchSize = 64,
     force: Force = False,
     quiet: Quiet = False,
@@ -114,7 +114,7 @@ def statistics(
     judge_data: Annotated[Path | None, typer.Option(help="Pictures of classes that a judge is trained on.")] = None,
     seed: Annotated[int, typer.Option(help="Of the judge's training.")] = 0,
     size: Size = None,
-    split: Annotated[str | None, typer.Option(help="Of MNIST's folder: train, validation, test.")] = None,
+    split: Annotated[str | None, typer.Option(help="Of MNIST's folder: train or test (default).")] = None,
     keep_features: Annotated[
         int, typer.Option(min=0, help="Keep the first N pictures' features too, for neighbours and kernels.")
     ] = 0,

@@ -25,7 +25,6 @@ from smalti.weights import file_sha256
 
 PICTURES = "arr_0"
 MEND = "expected arr_0 of bytes, (N, rows, columns, 3), as smalti sample and ADM's scripts write it"
-SPLITS = ("train", "validation", "test")
 
 
 class SampleSet:

@@ -52,7 +52,7 @@ IGNORED = (
     "samples.path",
     "samples.sha256",
     "reference.path",
-    *(f"samples.drawn.{name}" for name in ("made", "sha256", "command", "layout")),
+    *(f"samples.drawn.{name}" for name in ("made", "sha256", "command", "layout", "pictures_per_part")),
 )
 PAIRING = ("seed", "labels", "classes", "prompts", "per_prompt", "num")
 """Fields of two drawings that make picture i of one and of the other a pair."""

@@ -2,7 +2,7 @@
 
 Picture i is drawn with the seed SEED + i, whatever the number of processes and whichever part it stands in: every
 process works with one thread, so that sums are taken in one order, and the whole job takes one executor. The parts lie
-beside the output (`.NAME.parts`), 128 pictures each, with a manifest that says what is being drawn; a job that was
+beside the output (`.NAME.parts`), with a manifest that says what is being drawn; a job that was
 killed keeps its whole parts, and goes on with any number of processes. At the end the parts are written as what was
 asked for, one in memory at a time.
 
@@ -49,7 +49,6 @@ from smalti.tasks.features import FeaturePipeline, captions_face
 from smalti.tasks.images import Pipeline
 from smalti.weights import file_sha256
 
-PART = 128
 MOST = 1_000_000
 MANIFEST = "manifest.json"
 CARD_SUFFIX = ".card.json"
@@ -71,6 +70,8 @@ class SamplingConfig:
     per_prompt: int = 1
     """Pictures of a prompt, which stand together."""
     batch_size: int = 64
+    pictures_per_part: int = 128
+    """What is lost at most when a job is killed, for each process."""
     workers: int = 1
     """Processes, each of one thread; on a GPU, each with a copy of the model."""
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +86,7 @@ class SamplingConfig:
             raise ValueError(f"num is {self.num:,}; expected 1 to {MOST:,} pictures.")
         if self.labels not in LABELS:
             raise ValueError(f"labels is {self.labels!r}; choose one of {', '.join(LABELS)}.")
-        for name in ("per_prompt", "batch_size", "workers"):
+        for name in ("per_prompt", "batch_size", "pictures_per_part", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if not 0 <= self.seed < 2**63 - MOST:
@@ -120,10 +121,11 @@ class Job(NamedTuple):
 
     @property
     def num_parts(self) -> int:
-        return -(-self.config.num // PART)
+        return -(-self.config.num // self.config.pictures_per_part)
 
     def numbers(self, part: int) -> range:
-        return range(part * PART, min((part + 1) * PART, self.config.num))
+        size = self.config.pictures_per_part
+        return range(part * size, min((part + 1) * size, self.config.num))
 
     def file(self, part: int) -> Path:
         return self.folder / f"{part:08d}.npz"
@@ -313,6 +315,7 @@ def _manifest(face: Face, subjects: Subjects, sampling: SampleConfig, config: Sa
         "per_prompt": config.per_prompt if prompts is not None else None,
         "negative_prompt": config.negative_prompt,
         "sampling": asdict(sampling),
+        "pictures_per_part": config.pictures_per_part,
         "bundle": face.name,
         "weights_sha256": face.weights_sha256,
         "weights": face.model.storage,
@@ -542,6 +545,7 @@ def parse_classes(text: str, bundle: Any) -> tuple[int, ...]:
 def _once(found: Sequence[int], text: str) -> tuple[int, ...]:
     if not found:
         raise InputError(f"--classes is {text!r}; give all, or numbers, ranges and names with commas between.")
-    if twice := next((label for label in found if found.count(label) > 1), None):
-        raise InputError(f"--classes names class {twice} twice.")
+    twice = [label for label in found if found.count(label) > 1]
+    if twice:
+        raise InputError(f"--classes names class {twice[0]} twice.")
     return tuple(found)
