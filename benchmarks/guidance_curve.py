@@ -53,6 +53,8 @@ def drawn(cards: dict[float, dict]) -> Figure:
             label = {"frechet": "as measured", "frechet_infinity": "extrapolated to n = ∞"}.get(name, name)
             axes.errorbar(list(found), values, yerr=errors, marker="o", markersize=4, capsize=3, label=label)
         axes.set_xlabel("guidance scale")
+        if title == "Fréchet distance":
+            axes.set_yscale("log")
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

@@ -323,7 +323,7 @@ def test_what_does_not_go_together_is_told(files, judge_file, tmp_path, capsys):
         side(tmp_path / "s.npz", tmp_path / "x")
 
 
-# Cards -----------------------------------------------------------------------------------------------------------------
+# Cards --------------------------------------------------------------------------------------------------------------
 
 
 def card_of(samples: Path, reference: Path, folder: Path, protocol=SMALTI, config=QUICK) -> dict:

@@ -83,7 +83,9 @@ def samples(
     from smalti.evaluate.samples import MeasureConfig, measure, measured, work_folder
     from smalti.files import refuse_existing
 
-    names = {} if figures is None else {"figures": tuple(name.strip() for name in figures.split(",") if name.strip())}
+    names: dict[str, Any] = (
+        {} if figures is None else {"figures": tuple(name.strip() for name in figures.split(",") if name.strip())}
+    )
     config = MeasureConfig(num_replicates=bootstrap, seed=seed, **names)
     if output:
         refuse_existing([output / name for name in CARD_FILES], force=force)

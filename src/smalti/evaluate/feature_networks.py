@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from smalti.data.labelled_pictures import Labelled, open_labelled
@@ -70,7 +70,8 @@ class FeatureNetwork:
                 f"{self.picture_size[0]}×{self.picture_size[1]} (rows × columns): resize them, or take other features."
             )
         with torch.inference_mode():
-            found = Found(*(None if part is None else part.float().cpu() for part in self.compute(pictures)))
+            pooled, *others = self.compute(pictures)
+            found = Found(pooled.float().cpu(), *(None if part is None else part.float().cpu() for part in others))
         for part in found:
             if part is not None and not (finite := part.isfinite().all(1)).all():
                 bad = first + int((~finite).nonzero()[0, 0])
@@ -231,9 +232,7 @@ def _folder_features(folder: Path, sha256: str | None) -> FeatureNetwork:
             "CLIP and DINOv2 need transformers, which is in an extra: pip install 'smalti[t5]'."
         ) from error
     how: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-    network: nn.Module = (AutoModel if kind == "dinov2" else CLIPVisionModelWithProjection).from_pretrained(
-        folder, **how
-    )
+    network: Any = (AutoModel if kind == "dinov2" else CLIPVisionModelWithProjection).from_pretrained(folder, **how)
     device = best_device()
     network = network.eval().to(device)
     side, mean, std = _preprocessing(folder, config)

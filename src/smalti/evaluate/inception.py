@@ -48,7 +48,7 @@ class Convolution(nn.Module):
     def __init__(self, num_in: int, num_out: int, kernel: int | tuple[int, int], *, stride: int = 1, same: bool = True):
         super().__init__()
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = tuple(side // 2 for side in sides) if same else 0
+        padding = (sides[0] // 2, sides[1] // 2) if same else 0
         self.conv = nn.Conv2d(num_in, num_out, sides, stride=stride, padding=padding, bias=False)
         self.bn = nn.BatchNorm2d(num_out, eps=0.001)
 

@@ -450,8 +450,8 @@ def _warnings(samples: Measured, reference: Measured, protocol: Protocol, resize
             f"{num:,}: a Fréchet distance falls with their number"
         )
     sizes = samples.about.get("size"), reference.about.get("size")
-    if None not in sizes and sizes[0] != sizes[1]:
-        ours, theirs = (f"{rows}×{columns}" for rows, columns in sizes)
+    if sizes[0] is not None and sizes[1] is not None and sizes[0] != sizes[1]:
+        ours, theirs = ("×".join(map(str, size)) for size in sizes if size is not None)
         said = f"the samples are of {ours} pixels (rows × columns), the reference of {theirs}"
         mend = "--size brings the reference's files to the samples' size"
         if resizer == "none":

@@ -379,15 +379,15 @@ def _card(
 Writer = Callable[[Job, bool], None]
 
 
-def _writer(output: Path, layout: str, subjects: Subjects, config: SamplingConfig) -> tuple[Path, Writer] | Any:
+def _writer(output: Path, layout: str, subjects: Subjects, config: SamplingConfig) -> Writer:
     """What writes the output. Raises InputError for a layout that cannot be."""
     if layout not in LAYOUTS:
         raise InputError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}.")
     if output.suffix.lower() in (".npz", ".parquet"):
         if layout != "plain":
             raise InputError(f"{output}: the layout {layout} is a folder's; give the name of a folder.")
-        write = _write_npz if output.suffix.lower() == ".npz" else _write_table
-        return lambda job, force: write(job, output, force)
+        is_npz = output.suffix.lower() == ".npz"
+        return lambda job, force: (_write_npz if is_npz else _write_table)(job, output, force)
     if output.suffix:
         raise InputError(
             f"{output}: pictures are written as .npz or .parquet, or to a folder, whose name has no ending."
