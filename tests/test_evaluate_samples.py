@@ -413,7 +413,7 @@ def test_another_protocol_does_not_compare(cards, tmp_path, capsys):
     assert "samples.num" in compare_cards(cards["a"], of_few, ("A", "B")).decisive
     words = ["evaluate", "compare", str(folder / "card-a"), str(tmp_path / "other" / "card.json")]
     assert run([*words, "-o", str(tmp_path / "compared.md")]) == 0
-    assert "protocol.resizer" in (said := capsys.readouterr().out) and "do not compare" in said
+    assert "protocol.resizer" in (said := capsys.readouterr().out) and "do not compare, as these fields differ" in said
     assert "| protocol.resizer | none | tf1 | not comparable |" in (tmp_path / "compared.md").read_text()
 
 

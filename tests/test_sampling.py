@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tiny_bundle import save_tiny_bundle
@@ -134,6 +135,8 @@ def test_prompts_are_read_as_benchmarks_publish_them(tmp_path):
     (tmp_path / "dpg" / "partiprompts7.txt").write_text("a long\nprompt")
     assert read_prompts(tmp_path / "dpg").names == ("partiprompts7",)
     assert read_prompts(tmp_path / "dpg").prompts == ("a long prompt",)
+    pq.write_table(pa.table({"caption": ["a", "b"], "image": [b"", b""]}), tmp_path / "p.parquet")
+    assert read_prompts(tmp_path / "p.parquet").rows == ({"caption": "a"}, {"caption": "b"})
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n')
     with pytest.raises(InputError, match=r"bad\.jsonl, line 2: the prompt is ''"):
         read_prompts(tmp_path / "bad.jsonl")

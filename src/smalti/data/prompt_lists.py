@@ -3,6 +3,7 @@
 - a table: CSV or TSV such as PartiPrompts (columns Prompt, Category, Challenge, Note) or COCO's captions, JSON lines
   such as GenEval's `evaluation_metadata.jsonl` and GenEval 2's `geneval2_data.jsonl` (their prompts under `prompt`),
   one JSON;
+- a parquet table, of which the columns of text are read;
 - a text file with a prompt on each line;
 - a folder with a `.txt` file for each prompt, as DPG-Bench has them (`dpg_bench/prompts`).
 """
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smalti.data.text_tables import SUFFIXES, caption_column, open_text_table, text_lines
+from smalti.data import arrow_types
+from smalti.data.parquet_files import ParquetReader
+from smalti.data.text_tables import SUFFIXES, caption_column, find_column, open_text_table, text_lines
 from smalti.errors import InputError, shortened
 
 MOST_PROMPTS = 1_000_000
@@ -35,6 +38,8 @@ def read_prompts(path: Path | str, *, column: str | None = None, most: int | Non
     path = Path(path)
     if path.is_dir():
         found = _of_folder(path)
+    elif path.suffix.lower() == ".parquet":
+        found = _of_parquet(path, column)
     elif path.suffix.lower() in SUFFIXES:
         found = _of_table(path, column)
     elif not path.is_file():
@@ -60,6 +65,16 @@ def _of_table(path: Path, column: str | None) -> list[tuple[str, Any, dict[str, 
     table = open_text_table(path, wanted=column)
     name = caption_column(table, column)
     return [(row.where, row.values.get(name), dict(row.values)) for row in table.rows()]
+
+
+def _of_parquet(path: Path, column: str | None) -> list[tuple[str, Any, dict[str, Any]]]:
+    reader = ParquetReader(path)
+    columns = [name for name in reader.schema.names if arrow_types.is_text(reader.schema.field(name).type)]
+    if not columns:
+        raise InputError(f"{path} has no column of text; it has {', '.join(reader.schema.names) or 'none'}.")
+    name = find_column(columns, column, path)
+    rows = [row for batch in reader.batches(columns, rows_at_once=65_536) for row in batch.to_pylist()]
+    return [(f"{path}: row {number}", row[name], row) for number, row in enumerate(rows)]
 
 
 def _of_folder(folder: Path) -> list[tuple[str, Any, dict[str, Any]]]:

@@ -283,7 +283,7 @@ class CardComparison:
     def how(self) -> str:
         """What the test is of, and what stands against it."""
         if self.decisive:
-            return f"The figures do not compare: {', '.join(self.decisive)} differ."
+            return f"The figures do not compare, as these fields differ: {', '.join(self.decisive)}."
         if self.paired:
             return "Paired: picture i of both has the same seed and condition, and replicates resample both alike."
         return "Not paired: the two sets of samples are independent, and their variances add up."
