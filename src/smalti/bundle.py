@@ -114,6 +114,15 @@ class Classes:
         return int(text)
 
 
+def classes_of(name: str | Path) -> Classes:
+    """The classes of a bundle, of which nothing else is read. Raises InputError if it has none."""
+    directory = find_bundle(name)
+    described = read_config(directory)
+    if "classes" not in described:
+        raise InputError(f"{name} knows no classes; give it captions (--prompts) instead.")
+    return config_of(Classes, described["classes"], f"{directory / CONFIG}: classes")
+
+
 @cache
 def smalti_version() -> str:
     """As it is installed. Looked up once: that takes a millisecond, and every picture's receipt names it."""

@@ -20,6 +20,7 @@ from smalti.cli.doctor import app as doctor_app
 from smalti.cli.evaluate import app as evaluate_app
 from smalti.cli.evaluate import parse_size
 from smalti.cli.interop import app as interop_app
+from smalti.cli.sample import app as sample_app
 from smalti.cli.scenes import data_scenes
 from smalti.cli.train import RECIPE_NAMES
 from smalti.cli.train import app as train_app
@@ -44,6 +45,7 @@ data_app.command(
 app.add_typer(data_app, name="data")
 app.add_typer(interop_app)
 app.add_typer(doctor_app)
+app.add_typer(sample_app)
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
 
@@ -997,7 +999,7 @@ def _run(arguments: Sequence[str]) -> int:
             return _complain(f"{argument!r} holds a null byte, which no command line can: leave it out.")
     try:
         with stoppable(), _warnings_in_one_line():
-            result: Any = app(list(arguments), prog_name="smalti", standalone_mode=False)
+            result: Any = app(list(arguments), prog_name="smalti", standalone_mode=False, obj=list(arguments))
         return result if isinstance(result, int) else 0
     except TyperException as error:
         message, context = error.format_message(), getattr(error, "ctx", None)

@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from smalti.bounds import MAX_CANDIDATES
+from smalti.cli import evaluate_samples
 from smalti.cli.prompts import prompts
 from smalti.default_bundle import SHIPPED
 from smalti.errors import shortened
@@ -26,7 +27,8 @@ class BundleGroup(TyperGroup):
 
 app = typer.Typer(
     cls=BundleGroup,
-    help="Measure a bundle of digits (smalti evaluate digits), a bundle on held-out compositions, or image tokenizers.",
+    help="Measure a bundle of digits (smalti evaluate digits), a bundle on held-out compositions, image tokenizers, or "
+    "drawn pictures beside real ones.",
     epilog="Examples: smalti evaluate digits --data out/digits · smalti evaluate tokenizer out/vqgan photos",
     no_args_is_help=True,
 )
@@ -34,6 +36,7 @@ app.command(
     "prompts",
     epilog="Examples: smalti evaluate prompts scenes · smalti evaluate prompts digits --num 200 -o out/report",
 )(prompts)
+evaluate_samples.register(app)
 
 
 @app.command(

@@ -75,10 +75,10 @@ class LPIPS(nn.Module):
         network = cls()
         vgg = {name: tensor for name, tensor in read_weights(Path(vgg_file)).tensors.items()}
         trunk = {name.removeprefix("features."): t for name, t in vgg.items() if not name.startswith("classifier.")}
-        _load(network.features, trunk, vgg_file, "torchvision's vgg16")
+        load_strictly(network.features, trunk, vgg_file, "torchvision's vgg16")
         found = read_weights(Path(lpips_file)).tensors
         lins = {match[1]: t for name, t in found.items() if (match := re.fullmatch(r"lin(\d)\.model\.1\.weight", name))}
-        _load(network.lins, lins, lpips_file, "the linear layers of LPIPS for VGG (lin0.model.1.weight, ...)")
+        load_strictly(network.lins, lins, lpips_file, "the linear layers of LPIPS for VGG (lin0.model.1.weight, ...)")
         return network
 
     def train(self, mode: bool = True) -> "LPIPS":
@@ -138,7 +138,7 @@ class ConvNeXtDistance(nn.Module):
         if any(name.startswith("stem.") for name in found):
             found = {torchvision_name(name): tensor for name, tensor in found.items()}
         found = {name: t.view(-1, 1, 1) if name.endswith("layer_scale") else t for name, t in found.items()}
-        _load(distance.network, found, file, "ConvNeXt-S of torchvision or timm")
+        load_strictly(distance.network, found, file, "ConvNeXt-S of torchvision or timm")
         return distance
 
     def train(self, mode: bool = True) -> "ConvNeXtDistance":
@@ -233,7 +233,7 @@ def torchvision_name(name: str) -> str:
     return name
 
 
-def _load(module: nn.Module, found: dict[str, Tensor], file: Path | str, what: str) -> None:
+def load_strictly(module: nn.Module, found: dict[str, Tensor], file: Path | str, what: str) -> None:
     """Loads strictly. Raises InputError naming the first key that does not fit."""
     wanted = module.state_dict()
     for name in sorted({*wanted, *found}):
