@@ -3,6 +3,7 @@
 Letters: N pictures of h by w codes, H by W pixels.
 """
 
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +19,13 @@ from smalti.documents import config_of
 from smalti.engine.executors import EXECUTORS
 from smalti.engine.executors.native import load
 from smalti.engine.generate import Request, generate
+from smalti.engine.resampling import ResampleConfig
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, first_line, shortened
 from smalti.image_files import GRID_GAP, grid_columns, read_picture, read_receipts, to_grid, with_receipt
 from smalti.models.stored_weights import STORAGES
 from smalti.tasks.classes import CLASS, ClassPipeline
-from smalti.tasks.edit import edit_request
+from smalti.tasks.edit import edit_request, pixel_distance, resampled
 from smalti.tasks.features import FeaturePipeline, captions_face
 from smalti.tasks.images import Pipeline
 
@@ -79,9 +81,12 @@ def replay(path: Path | str, bundle: str | Path | None = None, text_encoder: str
         raise InputError(f"{path}: its receipt cannot be drawn again: {error}") from error
     except ValueError as error:  # settings that do not go together, or a seed out of range
         raise _damaged(path, first_line(error)) from error
+    drawn = pipe.decode(codes, scale=scale)
     pictures = [
         with_receipt(picture, {**receipt, "codes": row.tolist()})
-        for picture, receipt, row in zip(pipe.decode(codes, scale=scale), receipts, codes.flatten(1), strict=True)
+        for picture, receipt, row in zip(
+            unblended(pipe, given, drawn, receipts), receipts, codes.flatten(1), strict=True
+        )
     ]
     picture = to_grid(pictures) if len(pictures) > 1 else pictures[0]
     difference = code_difference(codes, receipts) or _pixel_difference(np.asarray(picture), np.asarray(given))
@@ -107,9 +112,13 @@ def checked_receipts(path: Path | str, receipts: list[dict[str, Any]]) -> list[d
                 raise _damaged(path, f"not all of its {name} are whole numbers")
         if receipt.get("weights", "float32") not in STORAGES:
             raise _damaged(path, f"weights is {shortened(repr(receipt['weights']))}, expected {', '.join(STORAGES)}")
+        if not isinstance(receipt.get("blended", 0), int) or receipt.get("blended", 0) < 0:
+            raise _damaged(path, f"blended is {shortened(repr(receipt['blended']))}, expected a number of pixels")
         if receipt["task"] not in TASK_ENTRIES:
             raise InputError(f"{path}: a picture of the task {receipt['task']!r} cannot be drawn again.")
         config_of(SampleConfig, receipt["sampling"], f"{path}: its receipt is damaged: sampling")
+        if "resampling" in receipt:
+            config_of(ResampleConfig, receipt["resampling"], f"{path}: its receipt is damaged: resampling")
     return receipts
 
 
@@ -216,10 +225,45 @@ def _check_executor(path: Path | str, executor: Any) -> None:
 
 def _drawn_by_named(pipe: AnyPipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
     drawn = []
-    for (config, executor), alike in groupby(receipts, lambda one: (receipt_config(pipe, one), one.get("executor"))):
+    for (config, executor, *more), alike in groupby(receipts, lambda one: _way_of(pipe, one)):
         requests = [receipt_request(pipe, receipt) for receipt in alike]
-        drawn += generate(pipe.model, pipe.layout, requests, config, executor=executor)
-    return torch.stack([found.spans["image"].view(pipe.grid) for found in drawn])
+        if more and isinstance(pipe, Pipeline):
+            drawn += [resampled(pipe, [request], config, more[0], executor)[0] for request in requests]
+            continue
+        found = generate(pipe.model, pipe.layout, requests, config, executor=executor)
+        drawn += [one.spans["image"].view(pipe.grid) for one in found]
+    return torch.stack(drawn)
+
+
+def _way_of(pipe: AnyPipeline, receipt: dict[str, Any]) -> tuple:
+    """What pictures that are drawn together have in common."""
+    way = receipt_config(pipe, receipt), receipt.get("executor")
+    return (*way, ResampleConfig(**receipt["resampling"])) if is_resampled(receipt) else way
+
+
+def is_resampled(receipt: dict[str, Any]) -> bool:
+    """Whether it is of an edit that was drawn given what is kept behind it."""
+    return receipt["task"] == "edit" and "resampling" in receipt
+
+
+def unblended(
+    pipe: AnyPipeline, given: Image.Image, drawn: Sequence[Image.Image], receipts: Sequence[dict[str, Any]]
+) -> list[Image.Image]:
+    """The drawn pictures, those of blended edits in their redrawn cells alone: their other pixels are, in part or all,
+    of a picture that is not at hand, and are taken from the picture `given`, or from its place in that grid."""
+    pictures, columns = [], grid_columns(len(drawn))
+    for number, (picture, receipt) in enumerate(zip(drawn, receipts, strict=True)):
+        if receipt["task"] == "edit" and "blended" in receipt:
+            row, column = divmod(number, columns)
+            left, top = column * (picture.width + GRID_GAP), row * (picture.height + GRID_GAP)
+            theirs = given.convert("RGB").crop((left, top, left + picture.width, top + picture.height))
+            cells = torch.zeros(pipe.grid, dtype=torch.bool)
+            cells.view(-1)[receipt["redrawn"]] = True
+            inside = Image.fromarray((pixel_distance(cells, pipe.pictures) == 0).numpy())
+            theirs.paste(picture, mask=inside.resize(picture.size, Image.Resampling.NEAREST))
+            picture = theirs
+        pictures.append(picture)
+    return pictures
 
 
 def receipt_config(pipe: AnyPipeline, receipt: dict[str, Any]) -> SampleConfig:
