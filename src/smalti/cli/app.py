@@ -48,6 +48,7 @@ from smalti.cli.options import (
 )
 from smalti.cli.train import RECIPE_NAMES
 from smalti.cli.train import app as train_app
+from smalti.cli.upsampler import app as upsampler_app
 from smalti.default_bundle import CLASSES_BUNDLE, DEFAULT_BUNDLE, SHIPPED, Choice, bundle_for_prompt
 from smalti.errors import MAX_MESSAGE, InputError, InputWarning, shortened
 from smalti.stopping import Stopped, resuming, stoppable, without_debris
@@ -66,6 +67,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(interop_app)
 app.add_typer(doctor_app)
 app.add_typer(edit_app)
+app.add_typer(upsampler_app)
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
 
@@ -157,6 +159,9 @@ def generate(
         str, typer.Option(help="How matrices are kept: float32, or in a half or a quarter of it: bfloat16, int8.")
     ] = "float32",
     text_encoder: TextEncoderName = None,
+    upscale: Annotated[
+        bool, typer.Option("--upscale", help="Make pictures larger by the bundle's upsampler, if it has one.")
+    ] = False,
 ) -> None:
     """Draw pictures of a caption, or of a class. Each PNG carries a receipt, from which `smalti replay` redraws it."""
     outputs = output_names(output, 1 if grid else n)
@@ -201,13 +206,11 @@ def generate(
         draw = partial(pipe.generate, prompt, negative_prompt=negative_prompt, **candidates)
     if grid:
         from smalti.image_files import grid_size
+        from smalti.tasks.codes import drawn_pictures
 
-        grid_size(
-            n,
-            pipe.pictures.width * (scale or pipe.pictures.scale),
-            pipe.pictures.height * (scale or pipe.pictures.scale),
-        )
-    pictures = draw(seed=seed, n=n, scale=scale, **sampling)
+        size = drawn_pictures(pipe.bundle, upscale)
+        grid_size(n, size.width * (scale or size.scale), size.height * (scale or size.scale))
+    pictures = draw(seed=seed, n=n, scale=scale, upscale=upscale, **sampling)
     if grid:
         from smalti.image_files import to_grid
 
@@ -576,6 +579,9 @@ def _info(bundle: Any) -> Iterator[tuple[str, str]]:
     if image_tokenizer is not None:
         rows, columns = image_tokenizer.config.grid
         yield "pictures", f"{pictures.width}×{pictures.height}, codes {rows}×{columns}"
+    if bundle.upsampler is not None:
+        height, width = bundle.upsampler.config.output_size
+        yield "upsampler", f"to {width}×{height} (--upscale), {bundle.upsampler.num_parameters:,} parameters"
     if bundle.classes is not None:
         names = bundle.classes.names
         null = "none" if bundle.null_label is None else f"label {bundle.null_label}"

@@ -14,3 +14,4 @@ from smalti.recipes.schema import Recipe as Recipe
 from smalti.recipes.schema import TextToImageRecipe as TextToImageRecipe
 from smalti.recipes.schema import TextToImageStage as TextToImageStage
 from smalti.recipes.schema import TokenizerRecipe as TokenizerRecipe
+from smalti.recipes.schema import UpsamplerRecipe as UpsamplerRecipe

@@ -29,6 +29,8 @@ from smalti.text_tokenizer import BPEConfig
 from smalti.training.gan_tokenizer import TrainGANTokenizerConfig
 from smalti.training.image_tokenizer import TrainTokenizerConfig
 from smalti.training.token_model import TrainConfig
+from smalti.training.upsampler import TrainUpsamplerConfig
+from smalti.upsample import UpsamplerConfig
 
 
 class Section(BaseModel):
@@ -191,6 +193,27 @@ class TokenizerRecipe(Section):
     losses: LossConfig = LossConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
     train: TrainGANTokenizerConfig = TrainGANTokenizerConfig()
+    output: Path
+
+
+class UpsamplerRecipe(Section):
+    """A checked recipe of the system `upsampler`: super-resolution behind a frozen image tokenizer."""
+
+    system: Literal["upsampler"]
+    description: str
+    expects: str
+    minutes: dict[Literal["upsampler"], Annotated[float, Field(gt=0)]] = {}
+    pictures: Path | None = None
+    """Folder of pictures, or parquet table with a column `image`, at least as large as what comes out."""
+    held_out: Path | None = None
+    """Pictures of their own to measure on. None: some of `pictures` are kept back."""
+    image_tokenizer: Path | None = None
+    """Whose pictures are enlarged: a folder of a trained image tokenizer, or a bundle that has one."""
+    reading: PicturesConfig = PicturesConfig()
+    model: UpsamplerConfig
+    losses: LossConfig = LossConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
+    train: TrainUpsamplerConfig = TrainUpsamplerConfig()
     output: Path
 
 
@@ -387,11 +410,14 @@ class TextToImageRecipe(Section):
         return self
 
 
-AnyRecipe = Recipe | LinesRecipe | TokenizerRecipe | CaptionsRecipe | ClassesRecipe | TextToImageRecipe
+AnyRecipe = (
+    Recipe | LinesRecipe | TokenizerRecipe | UpsamplerRecipe | CaptionsRecipe | ClassesRecipe | TextToImageRecipe
+)
 System = (
     type[Recipe]
     | type[LinesRecipe]
     | type[TokenizerRecipe]
+    | type[UpsamplerRecipe]
     | type[CaptionsRecipe]
     | type[ClassesRecipe]
     | type[TextToImageRecipe]
@@ -400,6 +426,7 @@ SYSTEMS: dict[str, System] = {
     "digits": Recipe,
     "lines": LinesRecipe,
     "image tokenizer": TokenizerRecipe,
+    "upsampler": UpsamplerRecipe,
     "captions": CaptionsRecipe,
     "classes": ClassesRecipe,
     "text to image": TextToImageRecipe,

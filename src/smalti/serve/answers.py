@@ -43,6 +43,7 @@ from smalti.tasks.replay import (
     checked_receipts,
     code_difference,
     is_resampled,
+    is_upscaled,
     receipt_config,
     receipt_request,
     unblended,
@@ -320,8 +321,9 @@ def replay_job(worker: Worker, picture: Image.Image, receipts: list[dict[str, An
         raise ApiError(
             400, f"the picture holds {len(receipts)}, at most {MOST_REPLAYED} are drawn again.", param="image"
         )
-    if any(map(is_resampled, receipts)):
-        raise ApiError(400, "the picture was drawn with resampling, which smalti replay draws again.", param="image")
+    for what, is_so in (("with resampling", is_resampled), ("and made larger", is_upscaled)):
+        if any(map(is_so, receipts)):
+            raise ApiError(400, f"the picture was drawn {what}, which smalti replay draws again.", param="image")
     drawings = [EngineRequest(receipt_request(pipe, receipt), receipt_config(pipe, receipt)) for receipt in receipts]
 
     def finish(found: list[Generated]) -> dict[str, Any]:

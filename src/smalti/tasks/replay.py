@@ -25,6 +25,7 @@ from smalti.errors import InputError, first_line, shortened
 from smalti.image_files import GRID_GAP, grid_columns, read_picture, read_receipts, to_grid, with_receipt
 from smalti.models.stored_weights import STORAGES
 from smalti.tasks.classes import CLASS, ClassPipeline
+from smalti.tasks.codes import drawn_pictures
 from smalti.tasks.edit import edit_request, pixel_distance, resampled
 from smalti.tasks.features import FeaturePipeline, captions_face
 from smalti.tasks.images import Pipeline
@@ -74,14 +75,17 @@ def replay(path: Path | str, bundle: str | Path | None = None, text_encoder: str
         _check_text_encoder(path, receipts, pipe)
     for receipt in receipts:
         _check_executor(path, receipt.get("executor"))
-    scale = _scale(path, given, len(receipts), pipe)  # before the work: a picture made smaller has no place for them
+    upscale = _is_upscaled(path, receipts, pipe)
+    scale = _scale(
+        path, given, len(receipts), drawn_pictures(pipe.bundle, upscale).width
+    )  # before the work: a picture made smaller has no place for them
     try:
         codes = _draw_codes(pipe, receipts)
     except InputError as error:
         raise InputError(f"{path}: its receipt cannot be drawn again: {error}") from error
     except ValueError as error:  # settings that do not go together, or a seed out of range
         raise _damaged(path, first_line(error)) from error
-    drawn = pipe.decode(codes, scale=scale)
+    drawn = pipe.decode(codes, scale=scale, upscale=upscale)
     pictures = [
         with_receipt(picture, {**receipt, "codes": row.tolist()})
         for picture, receipt, row in zip(
@@ -104,7 +108,7 @@ def checked_receipts(path: Path | str, receipts: list[dict[str, Any]]) -> list[d
                     f"{path}: its receipt has {name} {shortened(repr(receipt.get(name)))}, so it cannot be drawn "
                     "again; was it written by another program, or another version of smalti?"
                 )
-        for name in ("prompt", "negative_prompt", "text_encoder", "text_encoder_sha256"):
+        for name in ("prompt", "negative_prompt", "text_encoder", "text_encoder_sha256", "upsampler_sha256"):
             if not isinstance(receipt.get(name), str | None):
                 raise _damaged(path, f"{name} is {shortened(repr(receipt[name]))}, expected text")
         for name in ("codes", "redrawn"):
@@ -184,16 +188,30 @@ def _check_text_encoder(path: Path | str, receipts: list[dict[str, Any]], pipe: 
             )
 
 
-def _scale(path: Path | str, given: Image.Image, num_pictures: int, pipe: AnyPipeline) -> int:
+def _is_upscaled(path: Path | str, receipts: list[dict[str, Any]], pipe: AnyPipeline) -> bool:
+    """Whether they were made larger by the bundle's upsampler. Raises InputError for another one's."""
+    [wanted, *others] = {receipt.get("upsampler_sha256") for receipt in receipts}
+    if others:
+        raise _damaged(path, "its pictures were made larger by different upsamplers")
+    if wanted is not None and wanted != pipe.bundle.upsampler_sha256:
+        has = "has none" if pipe.bundle.upsampler is None else f"has {pipe.bundle.upsampler_sha256}"
+        raise InputError(
+            f"{path} was made larger by an upsampler of sha256 {wanted}, the bundle {pipe.name} {has}; name the bundle "
+            "it was drawn with by --bundle."
+        )
+    return wanted is not None
+
+
+def _scale(path: Path | str, given: Image.Image, num_pictures: int, drawn_width: int) -> int:
     """How often every pixel was enlarged."""
     columns = grid_columns(num_pictures) if num_pictures > 1 else 1
     width = (given.width - (columns - 1) * GRID_GAP) // columns
-    if width < pipe.pictures.width:
+    if width < drawn_width:
         raise InputError(
-            f"{path} is {given.width} pixels wide, too few for {num_pictures} of {pipe.pictures.width}: it was made "
+            f"{path} is {given.width} pixels wide, too few for {num_pictures} of {drawn_width}: it was made "
             "smaller after it was drawn."
         )
-    return width // pipe.pictures.width
+    return width // drawn_width
 
 
 def _draw_codes(pipe: AnyPipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
@@ -244,6 +262,11 @@ def _way_of(pipe: AnyPipeline, receipt: dict[str, Any]) -> tuple:
 def is_resampled(receipt: dict[str, Any]) -> bool:
     """Whether it is of an edit that was drawn given what is kept behind it."""
     return receipt["task"] == "edit" and "resampling" in receipt
+
+
+def is_upscaled(receipt: dict[str, Any]) -> bool:
+    """Whether an upsampler made the picture larger."""
+    return receipt.get("upsampler_sha256") is not None
 
 
 def unblended(

@@ -163,7 +163,7 @@ def train_gan_tokenizer(
             f"{type(model_config).__name__} cannot be trained here; use the config of a VQGAN, ViT-VQGAN or TiTok."
         )
     image_size = model_config.image_size
-    rows, measured = _split(pictures, held_out, image_size, reading)
+    rows, measured = split_pictures(pictures, held_out, image_size, reading)
     torch.manual_seed(config.seed)
     learner = GANLearner(model_config, config, losses, adversarial, measured)
 
@@ -286,7 +286,7 @@ def tokenizer_losses(
             proxy_codes = proxy.encode_images(images)
         total = parts["proxy_nats"] = F.cross_entropy(logits.float(), proxy_codes)
     else:
-        parts |= _picture_losses(rebuilt, images, config, perceptual, precision)
+        parts |= picture_losses(rebuilt, images, config, perceptual, precision)
         total = torch.stack(
             [getattr(config, name) * value for name, value in parts.items() if name != "quantizer"]
         ).sum()
@@ -294,10 +294,10 @@ def tokenizer_losses(
     return Losses(total, {"loss": total.detach(), **parts}, rebuilt, quantized)
 
 
-def _picture_losses(
+def picture_losses(
     rebuilt: Any, images: Tensor, config: LossConfig, perceptual: nn.Module | None, precision: str
 ) -> dict[str, Tensor]:
-    """The unweighted losses of every part that has a weight."""
+    """The unweighted losses of rebuilt pictures, of every part that has a weight."""
     functions = {"l2": l2_loss, "l1": l1_loss, "logit_laplace": logit_laplace_loss, "gradients": gradient_loss}
     parts = {name: function(rebuilt, images) for name, function in functions.items() if getattr(config, name)}
     if perceptual is not None:
@@ -351,7 +351,7 @@ class _Memory:
         )
 
 
-def _split(
+def split_pictures(
     pictures: PictureSet, held_out: PictureSet | None, image_size: tuple[int, int], reading: PicturesConfig
 ) -> tuple[Int64[np.ndarray, " n"], UInt8[Tensor, "N H W 3"]]:
     """The rows to train on, and the pictures to measure on: those held out, or rows kept back from training."""
