@@ -293,13 +293,13 @@ def test_workers_change_nothing(tmp_path, pictures, held_out):
 
 
 def test_without_held_out_pictures_a_tenth_is_kept_back(tmp_path, pictures):
-    kept, measured = module._split(pictures, None, SIZE, READING)
+    kept, measured = module.split_pictures(pictures, None, SIZE, READING)
     assert len(kept) == 19 and len(measured) == 2 and len(set(kept.tolist())) == 19
     missing = sorted(set(range(21)) - set(kept.tolist()))
     assert torch.equal(measured, pictures.fitted(missing, SIZE))
     few = folder_of(tmp_path / "few", scenes(9))
     with pytest.raises(InputError, match="holds 9 pictures, too few to keep a tenth back"):
-        module._split(few, None, SIZE, READING)
+        module.split_pictures(few, None, SIZE, READING)
 
 
 # The two sides

@@ -3,7 +3,7 @@
 For VQGAN, ViT-VQGAN and TiTok; the loop is `train_loop` of image_tokenizer.py. A run has one of three stages:
 - "pixels": everything learns, from the losses of the rebuilt pictures;
 - "proxy_codes": TiTok's first stage, where logits over the codes of a frozen VQGAN learn by cross-entropy;
-- "decoder": TiTok's second stage, or an enlarged ViT-VQGAN decoder: encoder and codes stay as they are in
+- "decoder": TiTok's second stage, or an enlarged decoder of a VQGAN or ViT-VQGAN: encoder and codes stay as they are in
   `start_from`, and what comes after them learns from the losses of the rebuilt pictures.
 
 Letters: B batch, N pictures, C H W image.
@@ -64,6 +64,9 @@ TOKENIZER_PARTS = ("loss", "l2", "l1", "logit_laplace", "gradients", "perceptual
 HEALTH_PARTS = ("usage", "perplexity", "dead_codes")
 ENCODER_SIDE = ("patches_in", "gather", "latent_tokens", "encoder", "to_code", "latent_norm", "quantizer")
 """The modules and parameters that make codes of pictures, in all three families."""
+
+DECODER_FIELDS = {ViTVQGANConfig: ("decoder",), VQGANConfig: ("decoder_multipliers", "decoder_attention_levels")}
+"""What may differ from `start_from` where the stage is "decoder": an enlarged decoder behind the same codes."""
 
 WORSE_DB = 0.5
 """A run says so when held-out PSNR falls this far below its best from before the adversarial loss was enabled."""
@@ -391,11 +394,11 @@ def _started_from(directory: Path, model_config: Any, stage: str) -> nn.Module:
     theirs: Any = model.config
     if theirs == model_config:
         return model
-    if isinstance(model, ViTVQGAN) and stage == "decoder" and type(model_config) is ViTVQGANConfig:
-        enlarged = model.with_decoder(model_config.decoder)
-        others = [field.name for field in fields(ViTVQGANConfig) if field.name != "decoder"]
+    of_decoder = DECODER_FIELDS.get(type(theirs), ()) if stage == "decoder" else ()
+    if of_decoder and type(model_config) is type(theirs):
+        others = [field.name for field in fields(theirs) if field.name not in of_decoder]
         if all(getattr(theirs, name) == getattr(model_config, name) for name in others):
-            return enlarged
+            return cast(Any, model).with_decoder(*(getattr(model_config, name) for name in of_decoder))
     ours_text, theirs_text = asdict(model_config), asdict(theirs)
     name = next((name for name in ours_text if theirs_text.get(name) != ours_text[name]), "family")
     raise InputError(
