@@ -20,6 +20,7 @@ from smalti.cli.doctor import app as doctor_app
 from smalti.cli.edit import app as edit_app
 from smalti.cli.evaluate import app as evaluate_app
 from smalti.cli.evaluate import parse_size
+from smalti.cli.gallery import app as gallery_app
 from smalti.cli.interop import app as interop_app
 from smalti.cli.options import (
     BundleName,
@@ -67,6 +68,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(interop_app)
 app.add_typer(doctor_app)
 app.add_typer(edit_app)
+app.add_typer(gallery_app)
 app.add_typer(upsampler_app)
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
