@@ -2,18 +2,21 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_generate import DIGITS, teacher_forced, tiny_model
 from tiny_bundle import tiny_bpe_pipeline, tiny_pipeline
 
+from smalti.cli import app as cli
 from smalti.engine.engine import Engine
+from smalti.engine.resampling import ResampleConfig
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
 from smalti.image_files import RECEIPT, read_receipt, save_picture
 from smalti.sequences.request import Request
-from smalti.tasks.edit import codes_of, edit, edit_codes, redrawn_cells
+from smalti.tasks.edit import codes_of, edit, edit_codes, is_behind, pixel_distance, reach, read_mask, redrawn_cells
 from smalti.tasks.replay import replay
 
 CAPTION = "dark green eight on bright cyan"
@@ -103,3 +106,119 @@ def test_a_mask_says_which_cells_are_drawn():
 def test_nothing_to_draw_is_said():
     with pytest.raises(InputError, match="nothing to draw"):
         edit_codes(tiny_pipeline(), torch.zeros(7, 7, dtype=torch.long), cells(), CAPTION)
+
+
+def painted(seed: int) -> Image.Image:
+    """A picture that no code stands for: noise of the levels that the bundle's pictures have."""
+    levels = torch.randint(0, 4, (28, 28, 3), generator=torch.Generator().manual_seed(seed)) * 85
+    return Image.fromarray(levels.byte().numpy()).resize((56, 56), Image.Resampling.NEAREST)
+
+
+def test_resampled_edits_keep_codes_and_far_pixels_and_are_drawn_again(tmp_path):
+    pipe, picture, redrawn = tiny_pipeline(), painted(0), cells(8, 9, 30)
+    resampling = ResampleConfig(num_particles=3, num_sweeps=1)
+    how = {"seed": 5, "guidance_scale": 2.0, "resampling": resampling, "blended": True}
+    drawn = edit(pipe, picture, redrawn, CAPTION, n=2, **how)
+    codes = codes_of(pipe, picture)
+    assert len({one.info[RECEIPT] for one in drawn}) == 2
+    pipe.save(tmp_path / "bundle")
+    for i, one in enumerate(drawn):
+        receipt = json.loads(one.info[RECEIPT])
+        found = torch.tensor(receipt["codes"]).view(7, 7)
+        assert torch.equal(found[~redrawn], codes[~redrawn]) and receipt["seed"] == 5 + i
+        assert receipt["resampling"] == {"num_particles": 3, "num_sweeps": 1}
+        alone = edit(pipe, picture, redrawn, CAPTION, **how | {"seed": 5 + i})[0]
+        assert json.loads(alone.info[RECEIPT])["codes"] == receipt["codes"]
+        path = tmp_path / f"{i}.png"
+        save_picture(one, path)
+        assert replay(path, tmp_path / "bundle").difference is None
+        wrong = one.copy()
+        wrong.putpixel((2 * 4 + 1, 2 * 4 + 1), (1, 2, 3))  # in cell 8
+        wrong.info = one.info
+        save_picture(wrong, path, force=True)
+        assert "pixels differ" in str(replay(path, tmp_path / "bundle").difference)
+
+
+def test_blended_pixels_are_the_given_ones_beyond_the_reach_and_the_drawn_ones_inside():
+    pipe, picture, redrawn = tiny_pipeline(), painted(1), cells(0)
+    [drawn] = edit(pipe, picture, redrawn, CAPTION, seed=1, blended=True, scale=1, best_of=1)
+    receipt, given = json.loads(drawn.info[RECEIPT]), np.asarray(picture)[::2, ::2]
+    distance = pixel_distance(redrawn, pipe.pictures).numpy()
+    assert distance[3, 3] == 0 and distance[4, 0] == 1 and distance[5, 9] == 6
+    [whole] = pipe.decode(torch.tensor(receipt["codes"]).view(1, 7, 7), scale=1)
+    far = distance > receipt["blended"]
+    assert far.sum() > 0 and (np.asarray(drawn)[far] == given[far]).all()
+    assert (np.asarray(drawn)[distance == 0] == np.asarray(whole)[distance == 0]).all()
+    assert set(np.unique(np.asarray(drawn)).tolist()) <= {0, 85, 170, 255}
+
+
+def test_the_reach_of_a_cell_is_as_far_as_its_code_changes_pixels():
+    """Of a decoder whose pixels each depend on the codes at most 6 pixels away, all of them equally."""
+    pipe = tiny_pipeline()
+
+    def decode_codes(codes):
+        pixels = codes.float().repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].expand(-1, 3, -1, -1)
+        return torch.nn.functional.max_pool2d(pixels / 100, 13, stride=1, padding=6)
+
+    pipe.image_tokenizer.decode_codes = decode_codes
+    codes = torch.zeros(7, 7, dtype=torch.long)
+    assert reach(pipe, codes, cells(24)) == 6
+    assert reach(pipe, codes, cells(16, 24, 32)) == 6
+
+
+def test_what_stands_behind_all_that_is_kept_is_drawn_as_the_model_draws():
+    pipe, redrawn = tiny_pipeline(), cells(*range(20, 49))
+    assert is_behind(redrawn) and not is_behind(cells(20, 22)) and is_behind(cells(48))
+    [picture] = pipe.generate(CAPTION, seed=1)
+    [plain] = edit(pipe, picture, redrawn, CAPTION, seed=3)
+    [asked] = edit(pipe, picture, redrawn, CAPTION, seed=3, resampling=ResampleConfig())
+    assert plain.info[RECEIPT] == asked.info[RECEIPT]
+
+
+def test_the_command_edits_and_refuses_other_masks(tmp_path, capsys):
+    pipe = tiny_pipeline()
+    pipe.save(tmp_path / "bundle")
+    painted(2).save(tmp_path / "picture.png")
+    mask = Image.new("L", (56, 56))
+    mask.paste(255, (16, 8, 30, 14))
+    mask.save(tmp_path / "mask.png")
+    Image.new("L", (56, 50), 255).save(tmp_path / "other.png")
+    Image.new("L", (56, 56)).save(tmp_path / "nothing.png")
+
+    def run(name: str, *more: str) -> int:
+        files = [str(tmp_path / "picture.png"), "--mask", str(tmp_path / name), CAPTION]
+        return cli.run(["edit", *files, "-o", str(tmp_path / "out.png"), "--bundle", str(tmp_path / "bundle"), *more])
+
+    assert run("mask.png", "--particles", "2", "-n", "2", "--seed", "4") == 0, capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "drawing: 42 steps" in said.err and "out-2.png" in said.out
+    receipt = read_receipt(tmp_path / "out-1.png")
+    assert receipt["redrawn"] == [9, 10] and receipt["seed"] == 4  # the mask touches cells 2 and 3 of row 1
+    for name, more, match in (
+        ("other.png", [], "other.png has 56×50 pixels, the picture"),
+        ("nothing.png", [], "has no bright part: there is nothing to draw"),
+        ("mask.png", ["--temperature", "0"], "temperature 0 draws one and the same"),
+        ("mask.png", ["--particles", "0"], "num_particles is 0; expected 2"),
+        ("mask.png", ["-n", "2"], "exists"),
+    ):
+        assert run(name, *more) == 2
+        assert match in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_mask_is_read_by_its_alpha_channel_or_by_what_is_bright(tmp_path):
+    Image.new("RGB", (28, 28)).save(tmp_path / "picture.png")
+    alpha = Image.new("RGBA", (28, 28), (255, 255, 255, 255))
+    alpha.putpixel((5, 0), (255, 255, 255, 0))
+    bright = Image.new("RGB", (28, 28))
+    bright.putpixel((5, 0), (255, 255, 255))
+    for name, mask in (("alpha.png", alpha), ("bright.png", bright)):
+        mask.save(tmp_path / name)
+        redrawn = read_mask(tmp_path / name, tmp_path / "picture.png", (7, 7))
+        assert redrawn.flatten().nonzero().flatten().tolist() == [1]
+
+
+def test_candidates_and_particles_are_two_ways():
+    pipe = tiny_pipeline()
+    with pytest.raises(InputError, match="leave one of them out"):
+        edit(pipe, painted(0), cells(3), CAPTION, best_of=2, resampling=ResampleConfig())

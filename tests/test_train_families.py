@@ -293,13 +293,13 @@ def test_workers_change_nothing(tmp_path, pictures, held_out):
 
 
 def test_without_held_out_pictures_a_tenth_is_kept_back(tmp_path, pictures):
-    kept, measured = module._split(pictures, None, SIZE, READING)
+    kept, measured = module.split_pictures(pictures, None, SIZE, READING)
     assert len(kept) == 19 and len(measured) == 2 and len(set(kept.tolist())) == 19
     missing = sorted(set(range(21)) - set(kept.tolist()))
     assert torch.equal(measured, pictures.fitted(missing, SIZE))
     few = folder_of(tmp_path / "few", scenes(9))
     with pytest.raises(InputError, match="holds 9 pictures, too few to keep a tenth back"):
-        module._split(few, None, SIZE, READING)
+        module.split_pictures(few, None, SIZE, READING)
 
 
 # The two sides
@@ -541,7 +541,8 @@ def test_the_command_line_says_what_to_mend(arguments, message, capsys):
 
 
 def test_the_tokenizer_recipes_make_small_tokenizers():
-    """At most 6 MB in half precision; 9 where a TiTok carries the decoder of the VQGAN whose codes it learned."""
+    """At most 6 MB in half precision; 9 where a TiTok carries the decoder of the VQGAN whose codes it learned, 15 where a
+    decoder is an enlarged one."""
     families = {VQGANConfig: VQGAN, ViTVQGANConfig: ViTVQGAN, TiTokConfig: TiTok}
     recipes = {name: load_recipe(name) for name in shipped_recipes()}
     configs = {
@@ -551,6 +552,6 @@ def test_the_tokenizer_recipes_make_small_tokenizers():
     for name, config in configs.items():
         with torch.device("meta"):
             model = families[type(config)](config)
-        most = 9e6 if config.grid == (1, 32) else 6e6
+        most = 15e6 if name.endswith("-decoder") else 9e6 if config.grid == (1, 32) else 6e6
         assert 2 * sum(tensor.numel() for tensor in model.state_dict().values()) < most, name
         assert config.grid in ((8, 8), (1, 32)) and config.image_size in ((64, 64), (128, 128))

@@ -5,6 +5,7 @@ model.safetensors       the transformer's weights; may be in half precision
 text_tokenizer.json     the words, as the `tokenizers` library saves them, if there are any
 image_tokenizer/        config.json and model.safetensors of the image tokenizer, if there is one
 reranker/               config.json and model.safetensors of a dual encoder that ranks candidates, if there is one
+upsampler/              the same of what makes its pictures larger, if there is that
 README.md               the model card
 
 What a bundle can do follows from its layout and its parts, and is asked of it: `can_draw`, `can_caption`,
@@ -44,6 +45,7 @@ from smalti.sequences.layout import Layout, Marker, Span
 from smalti.sequences.vocabulary import FEATURES
 from smalti.text_features import TextEncoderConfig
 from smalti.text_tokenizer import TextTokenizer
+from smalti.upsample import Upsampler, UpsamplerConfig, check_input_size, find_upsampler, load_upsampler, save_upsampler
 from smalti.weights import (
     ANEW,
     BUILD_ERRORS,
@@ -65,10 +67,11 @@ LABEL = "label"
 """The segment of a vocabulary that classes stand in."""
 NO_CLASSES = "the layout has labels; give the classes that they stand for."
 CARD = "README.md"
+UPSAMPLER = "upsampler"
 PARTS = (
     WEIGHTS,
     TEXT_TOKENIZER,
-    *(f"{folder}/{file}" for folder in (IMAGE_TOKENIZER, RERANKER) for file in (CONFIG, WEIGHTS)),
+    *(f"{folder}/{file}" for folder in (IMAGE_TOKENIZER, RERANKER, UPSAMPLER) for file in (CONFIG, WEIGHTS)),
 )
 """Files of which a bundle's config must know the checksum, where they are there."""
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -147,6 +150,8 @@ class Bundle:
     """What tells how well a caption and a picture's codes fit, where one was trained."""
     pictures: PictureConfig | None = None
     """Those that the image tokenizer reads and draws; there if it is."""
+    upsampler: Upsampler | None = None
+    """What makes these pictures larger."""
     classes: Classes | None = None
     """What the labels are, where the layout has any."""
     text_encoder: TextEncoderConfig | None = None
@@ -187,6 +192,11 @@ class Bundle:
             fits.append(("the reranker's codebook_size", shape.codebook_size, vocabulary["image"].size))
             fits.append(("the reranker's number of codes", shape.num_codes, self.image_length))
             fits.append(("the reranker's text_size", shape.text_size, vocabulary["text"].size))
+        if self.upsampler is not None:
+            if self.pictures is None:
+                raise ValueError("an upsampler is given, but no image tokenizer whose pictures it makes larger.")
+            size = self.pictures.height, self.pictures.width
+            check_input_size(self.upsampler.eval().config, size, f"the bundle {self.name} has pictures")
         for what, found, wanted in fits:
             if found != wanted:
                 raise ValueError(f"{what} is {found}, the layout says {wanted}.")
@@ -281,6 +291,11 @@ class Bundle:
         return next(self.model.parameters()).dtype
 
     @cached_property
+    def upsampler_sha256(self) -> str | None:
+        """Of the upsampler's weights, if there is one: they make no codes, and so are no part of `weights_sha256`."""
+        return None if self.upsampler is None else weights_sha256(self.upsampler)
+
+    @cached_property
     def weights_sha256(self) -> str:
         """A hash of all weights as they are in memory: the same however the bundle is stored. It is taken when it is
         first asked for, as a receipt does."""
@@ -312,8 +327,8 @@ class Bundle:
             raise InputError(f"weights {weights!r} is unknown; choose one of {', '.join(STORAGES)}.")
         if weights != "float32" and DTYPES[dtype] != torch.float32:
             raise InputError(f"weights {weights!r} are computed with in float32; leave out dtype {dtype!r}.")
-        weight_files = {WEIGHTS, f"{RERANKER}/{WEIGHTS}"}
-        weight_files |= {f"{IMAGE_TOKENIZER}/{WEIGHTS}"} if "pictures" in config else set()
+        networks = (IMAGE_TOKENIZER, UPSAMPLER) if "pictures" in config else ()
+        weight_files = {WEIGHTS, *(f"{folder}/{WEIGHTS}" for folder in (*networks, RERANKER))}
         for file in sha256.keys() - weight_files:
             check_sha256(directory / file, sha256[file])
         with described_by(path):
@@ -331,6 +346,9 @@ class Bundle:
                     "image_tokenizer": load_image_tokenizer(folder, sha256=image_sha256, device=device),
                     "text_tokenizer": TextTokenizer.load(text_tokenizer) if text_tokenizer and not form else None,
                 }
+                if f"{UPSAMPLER}/{WEIGHTS}" in sha256:
+                    folder, upsampler_sha256 = directory / UPSAMPLER, sha256[f"{UPSAMPLER}/{WEIGHTS}"]
+                    parts["upsampler"] = load_upsampler(folder, sha256=upsampler_sha256, device=device)
             if "text_encoder" in config:
                 parts["text_encoder"] = config_of(TextEncoderConfig, config["text_encoder"], f"{path}: text_encoder")
             if f"{RERANKER}/{WEIGHTS}" in sha256:
@@ -384,6 +402,8 @@ class Bundle:
             (folder / RERANKER).mkdir()
             save_weights(self.reranker.state_dict(), folder / RERANKER / WEIGHTS, half=half)
             write_json(folder / RERANKER / CONFIG, self.reranker.config.to_dict())
+        if self.upsampler is not None:
+            save_upsampler(self.upsampler, folder / UPSAMPLER, half=half)
         (folder / CARD).write_text(self.card(), encoding="utf-8")
         return {
             "name": self.name,
@@ -434,6 +454,11 @@ class Bundle:
         )
         if not self.can_caption:
             use = use.replace(CAPTION_USE, "")
+        if self.upsampler is not None:
+            height, width = self.upsampler.config.output_size
+            what += (
+                f" With `--upscale` they are {width}×{height}, by an upsampler of {self.upsampler.num_parameters:,}."
+            )
         orders = "\n".join(f"    {order}" for order in self.layout.orders.values())
         tables = _card_table("Where it comes from", self.about) + _card_table("Measured", self.figures)
         return f"{CARD_HEAD}# {self.name}\n\n{what} Its sequences:\n\n{orders}\n\n## Use\n\n{use}{tables}"
@@ -517,6 +542,34 @@ def write_bundle(directory: Path | str, write_files: Callable[[Path], dict[str, 
         (temporary / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def add_upsampler(
+    name: str | Path, upsampler: Path | str, directory: Path | str, *, force: bool = False
+) -> UpsamplerConfig:
+    """Writes a bundle again into `directory`, file by file, with an upsampler in place of the one it had, if any.
+    Raises InputError for one that takes pictures of another size, and as `Bundle.load` and `write_bundle`."""
+    source, found = find_bundle(name), find_upsampler(upsampler)
+    loaded = Bundle.load(source, device="cpu")
+    network = load_upsampler(found)
+    if loaded.pictures is None:
+        raise InputError(f"{name} is a bundle of {loaded.kind}: it has no pictures that an upsampler makes larger.")
+    size = loaded.pictures.height, loaded.pictures.width
+    check_input_size(network.config, size, f"the bundle {loaded.name} has pictures")
+
+    def write_files(folder: Path) -> dict[str, Any]:
+        config = read_config(source)
+        for file in config.pop("sha256"):
+            if not file.startswith(f"{UPSAMPLER}/"):
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / file, folder / file)
+        save_upsampler(network, folder / UPSAMPLER)
+        loaded.upsampler = network
+        (folder / CARD).write_text(loaded.card(), encoding="utf-8")
+        return config
+
+    write_bundle(directory, write_files, force=force)
+    return network.config
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """A bundle's `config.json` in the form of today, after checking that every file it names is there.
 
@@ -571,7 +624,8 @@ def _is_bundle(directory: Path) -> bool:
         return read_json(directory / CONFIG, ANEW).get("format") == FORMAT
     except InputError:
         names = {path.name for path in directory.iterdir()}
-        return CONFIG in names and names <= {CONFIG, WEIGHTS, TEXT_TOKENIZER, IMAGE_TOKENIZER, RERANKER, CARD}
+        names_there = {CONFIG, WEIGHTS, TEXT_TOKENIZER, IMAGE_TOKENIZER, RERANKER, UPSAMPLER, CARD}
+        return CONFIG in names and names <= names_there
 
 
 @contextmanager

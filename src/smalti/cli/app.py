@@ -17,14 +17,42 @@ from typer.exceptions import TyperException
 
 from smalti.bounds import MAX_CANDIDATES, MAX_PICTURES
 from smalti.cli.doctor import app as doctor_app
+from smalti.cli.edit import app as edit_app
 from smalti.cli.evaluate import app as evaluate_app
 from smalti.cli.evaluate import parse_size
+from smalti.cli.gallery import app as gallery_app
 from smalti.cli.interop import app as interop_app
+from smalti.cli.options import (
+    BundleName,
+    Count,
+    Coupling,
+    Force,
+    Guidance,
+    Interval,
+    MinP,
+    Power,
+    Quiet,
+    Scale,
+    Schedule,
+    Seed,
+    Speculative,
+    Temperature,
+    TextEncoderName,
+    TopK,
+    TopP,
+    interval_of,
+    output_names,
+    refuse_outputs,
+    save_pictures,
+    settings_given,
+    usual_bundle_for_picture,
+)
 from smalti.cli.sample import app as sample_app
 from smalti.cli.scenes import data_scenes
 from smalti.cli.train import RECIPE_NAMES
 from smalti.cli.train import app as train_app
-from smalti.default_bundle import CLASSES_BUNDLE, DEFAULT_BUNDLE, SHIPPED, Choice, bundle_for_picture, bundle_for_prompt
+from smalti.cli.upsampler import app as upsampler_app
+from smalti.default_bundle import CLASSES_BUNDLE, DEFAULT_BUNDLE, SHIPPED, Choice, bundle_for_prompt
 from smalti.errors import MAX_MESSAGE, InputError, InputWarning, shortened
 from smalti.stopping import Stopped, resuming, stoppable, without_debris
 from smalti.tables import print_table
@@ -46,58 +74,12 @@ app.add_typer(data_app, name="data")
 app.add_typer(interop_app)
 app.add_typer(doctor_app)
 app.add_typer(sample_app)
+app.add_typer(edit_app)
+app.add_typer(gallery_app)
+app.add_typer(upsampler_app)
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
 
-BundleName = Annotated[
-    str | None,
-    typer.Option(
-        help=f"A shipped bundle's name ({SHIPPED}), a folder, or a hub's owner/name (default: emoji for a picture of "
-        "its size, else digits)."
-    ),
-]
-Seed = Annotated[int, typer.Option(help="The same seed and prompt give the same picture, whatever else is drawn.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
-Count = Annotated[
-    int, typer.Option("-n", min=1, max=MAX_PICTURES, help="How many to draw; the i-th is drawn with the seed SEED + i.")
-]
-Scale = Annotated[
-    int | None, typer.Option(help="Enlarge each pixel to this many by this many (default: the bundle's).")
-]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy, 1 the model's own distribution.")]
-TopK = Annotated[int | None, typer.Option(help="Keep the K most likely tokens; 0 keeps all.")]
-TopP = Annotated[float | None, typer.Option(help="Keep the fewest tokens whose probability reaches P, in (0, 1].")]
-MinP = Annotated[float | None, typer.Option(help="Keep tokens at least P times as likely as the likeliest, in [0, 1].")]
-Guidance = Annotated[
-    float | None, typer.Option(help="null + scale · (cond − null): 1 is off, larger follows the prompt.")
-]
-Schedule = Annotated[
-    str | None, typer.Option(help="How the guidance grows from 1 over a picture: constant, linear, cosine.")
-]
-TextEncoderName = Annotated[
-    str | None,
-    typer.Option(
-        help="For a bundle that reads captions as features: the folder of a T5 encoder, or a hub's owner/name to fetch "
-        "it (default: what the bundle names)."
-    ),
-]
-Speculative = Annotated[
-    int | None, typer.Option(help="Draft N codes ahead and verify them in one pass, exactly; 0 is off.", metavar="N")
-]
-Coupling = Annotated[
-    str | None,
-    typer.Option(
-        help="How drafts are verified: maximal keeps most; with gumbel the picture does not depend on N; with inverse "
-        "it is the same as without drafts."
-    ),
-]
-Power = Annotated[
-    float | None, typer.Option(help="Its time to this power: with cosine, RAR's power-cosine (default: 1).")
-]
-Interval = Annotated[
-    str | None, typer.Option(help="Guide only the codes START:END of a picture, as 0:64 or 16: (default: all).")
-]
 OF_PICTURES, OF_LINES = "For a bundle of pictures", "For a bundle of lines"
 
 
@@ -193,14 +175,17 @@ def generate(
         str, typer.Option(help="How matrices are kept: float32, or in a half or a quarter of it: bfloat16, int8.")
     ] = "float32",
     text_encoder: TextEncoderName = None,
+    upscale: Annotated[
+        bool, typer.Option("--upscale", help="Make pictures larger by the bundle's upsampler, if it has one.")
+    ] = False,
 ) -> None:
     """Draw pictures of a caption, or of a class. Each PNG carries a receipt, from which `smalti replay` redraws it."""
-    outputs = _output_names(output, 1 if grid else n)
-    _refuse_existing(outputs, force)
+    outputs = output_names(output, 1 if grid else n)
+    refuse_outputs(outputs, force)
     if (rerank or clip) and best_of == 1:
         given = f"--rerank {rerank}" if rerank else "--clip"
         raise InputError(f"{given} has one picture to choose from; give --best-of 2 or more as well.")
-    sampling = _given(
+    sampling = settings_given(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -208,14 +193,16 @@ def generate(
         guidance_scale=guidance_scale,
         guidance_schedule=guidance_schedule,
         guidance_power=guidance_power,
-        guidance_interval=None if guidance_interval is None else _interval(guidance_interval),
+        guidance_interval=None if guidance_interval is None else interval_of(guidance_interval),
         speculative=speculative,
         coupling=coupling,
     )
     chosen = None
     if class_ is not None:
-        of_captions = _given(prompt=prompt, negative_prompt=negative_prompt, rerank=rerank, text_encoder=text_encoder)
-        of_captions |= _given(clip=clip)
+        of_captions = settings_given(
+            prompt=prompt, negative_prompt=negative_prompt, rerank=rerank, text_encoder=text_encoder
+        )
+        of_captions |= settings_given(clip=clip)
         of_captions |= {} if best_of == 1 else {"best_of": best_of}
         if bundle is None:
             chosen = Choice(CLASSES_BUNDLE, "it draws classes")
@@ -241,18 +228,16 @@ def generate(
         draw = partial(pipe.generate, prompt, negative_prompt=negative_prompt, **candidates)
     if grid:
         from smalti.image_files import grid_size
+        from smalti.tasks.codes import drawn_pictures
 
-        grid_size(
-            n,
-            pipe.pictures.width * (scale or pipe.pictures.scale),
-            pipe.pictures.height * (scale or pipe.pictures.scale),
-        )
-    pictures = draw(seed=seed, n=n, scale=scale, **sampling)
+        size = drawn_pictures(pipe.bundle, upscale)
+        grid_size(n, size.width * (scale or size.scale), size.height * (scale or size.scale))
+    pictures = draw(seed=seed, n=n, scale=scale, upscale=upscale, **sampling)
     if grid:
         from smalti.image_files import to_grid
 
         pictures = [to_grid(pictures)]
-    _save(pictures, outputs, force)
+    save_pictures(pictures, outputs, force)
     if chosen:
         typer.echo(f"drawn by the bundle {chosen.name} ({chosen.why}); --bundle chooses another", err=True)
 
@@ -280,14 +265,6 @@ def _loaded_for_prompt(name: str, weights: str) -> Any:
     return loaded
 
 
-def _interval(text: str) -> tuple[int, int | None]:
-    found = re.fullmatch(r"\s*(\d*):(\d*)\s*", text)
-    if found is None:
-        raise InputError(f"--guidance-interval is {shortened(text)!r}; expected START:END, such as 0:64, or 16:.")
-    start, end = found.groups()
-    return int(start or 0), int(end) if end else None
-
-
 @app.command(epilog="Examples: smalti replay eight.png · smalti replay bird.png -o again.png --bundle out/cc3m/bundle")
 def replay(
     picture: Annotated[Path, typer.Argument(help="PNG file that generate or complete wrote, or a grid of them.")],
@@ -305,12 +282,12 @@ def replay(
     The exit code is 0 if they are, and 1 if not: then the first difference is printed.
     """
     if output is not None:
-        _refuse_existing(_output_names(output, 1), force)
+        refuse_outputs(output_names(output, 1), force)
     from smalti.tasks.replay import replay as draw_again
 
     found = draw_again(picture, bundle, text_encoder)
     if output is not None:
-        _save([found.picture], [output], force)
+        save_pictures([found.picture], [output], force)
     if found.difference is not None:
         typer.echo(f"error: {picture} is not drawn again as it was: {found.difference}.", err=True)
         raise typer.Exit(1)
@@ -333,10 +310,10 @@ def caption(
     """Print a caption for each picture; without --bundle each by the bundle of its size."""
     from smalti.tasks.images import Pipeline
 
-    given = _given(temperature=temperature, guidance_scale=guidance_scale)
+    given = settings_given(temperature=temperature, guidance_scale=guidance_scale)
     by_bundle: dict[str, list[int]] = {}
     for i, path in enumerate(pictures):
-        by_bundle.setdefault(str(_bundle_for_picture(bundle, path)), []).append(i)
+        by_bundle.setdefault(str(usual_bundle_for_picture(bundle, path)), []).append(i)
     captions, bundles = [""] * len(pictures), [""] * len(pictures)
     for name, places in by_bundle.items():
         found = Pipeline.load(name).caption([pictures[i] for i in places], seed=seed, **given)
@@ -425,11 +402,13 @@ def complete(
     """
     from smalti.bundle import Bundle
 
-    bundle = _bundle_for_picture(bundle, picture)
+    bundle = usual_bundle_for_picture(bundle, picture)
     loaded = Bundle.load(bundle)
-    of_pictures = _given(picture=picture, rows=rows, n=n, scale=scale, guidance_scale=guidance_scale)
-    of_lines = _given(strategy=strategy, num_candidates=num_candidates, beam_width=beam_width, batch_size=batch_size)
-    sampling = _given(temperature=temperature, top_k=top_k, top_p=top_p)
+    of_pictures = settings_given(picture=picture, rows=rows, n=n, scale=scale, guidance_scale=guidance_scale)
+    of_lines = settings_given(
+        strategy=strategy, num_candidates=num_candidates, beam_width=beam_width, batch_size=batch_size
+    )
+    sampling = settings_given(temperature=temperature, top_k=top_k, top_p=top_p)
     if loaded.is_lines:
         _refuse_options(of_pictures, bundle, "lines")
         if beginning is None or output is None:
@@ -443,7 +422,7 @@ def complete(
     from smalti.tasks.images import Pipeline
 
     pipe = Pipeline(loaded)
-    given = {**sampling, **_given(guidance_scale=guidance_scale)}
+    given = {**sampling, **settings_given(guidance_scale=guidance_scale)}
     if picture is None:
         if beginning is not None and Path(beginning).is_file():
             raise ValueError(
@@ -455,21 +434,11 @@ def complete(
         return
     if output is None:
         raise ValueError("a completed picture needs a file to go to: add -o FILE.png.")
-    outputs = _output_names(output, n or 1)
-    _refuse_existing(outputs, force)
+    outputs = output_names(output, n or 1)
+    refuse_outputs(outputs, force)
     kept = 3 if rows is None else rows
     drawn = pipe.complete(picture, rows=kept, caption=beginning, seed=seed, n=n or 1, scale=scale, **given)
-    _save(drawn, outputs, force)
-
-
-def _bundle_for_picture(bundle: str | None, picture: Path | None) -> str:
-    """The bundle that was named, or else the one of pictures of this size; says so where that is not the usual one."""
-    if bundle is not None or picture is None:
-        return bundle or DEFAULT_BUNDLE
-    chosen = bundle_for_picture(picture)
-    if chosen.name != DEFAULT_BUNDLE:
-        typer.echo(f"read by the bundle {chosen.name} ({chosen.why}); --bundle chooses another", err=True)
-    return chosen.name
+    save_pictures(drawn, outputs, force)
 
 
 def _refuse_options(options: dict[str, Any], bundle: str, kind: str) -> None:
@@ -522,7 +491,7 @@ def score(
     """
     from smalti.bundle import Bundle
 
-    bundle = _bundle_for_picture(bundle, source)
+    bundle = usual_bundle_for_picture(bundle, source)
     loaded = Bundle.load(bundle)
     if loaded.is_lines:
         if captions or text_encoder:
@@ -532,7 +501,7 @@ def score(
         with resuming():
             _score_lines(source, output, loaded, batch_size or 256, force, as_json, quiet)
         return
-    _refuse_options(_given(output=output, batch_size=batch_size, force=force or None), bundle, loaded.kind)
+    _refuse_options(settings_given(output=output, batch_size=batch_size, force=force or None), bundle, loaded.kind)
     if not captions:
         raise ValueError("no caption is given; write one or more after the picture.")
     from smalti.tasks.features import captions_face
@@ -632,6 +601,9 @@ def _info(bundle: Any) -> Iterator[tuple[str, str]]:
     if image_tokenizer is not None:
         rows, columns = image_tokenizer.config.grid
         yield "pictures", f"{pictures.width}×{pictures.height}, codes {rows}×{columns}"
+    if bundle.upsampler is not None:
+        height, width = bundle.upsampler.config.output_size
+        yield "upsampler", f"to {width}×{height} (--upscale), {bundle.upsampler.num_parameters:,} parameters"
     if bundle.classes is not None:
         names = bundle.classes.names
         null = "none" if bundle.null_label is None else f"label {bundle.null_label}"
@@ -809,7 +781,7 @@ def tokenize(
     quiet: Quiet = False,
 ) -> None:
     """Turn pictures and captions into tokens. If it is stopped, run it again: it resumes."""
-    _refuse_existing([output], force)
+    refuse_outputs([output], force)
     from smalti.data.tokenize_pairs import TokenizeConfig, tokenize_pairs
 
     config = TokenizeConfig(
@@ -1053,38 +1025,11 @@ def _complain(message: str) -> int:
     return 2
 
 
-def _given(**settings: Any) -> dict[str, Any]:
-    """The settings that were given; the others are the bundle's own."""
-    return {name: value for name, value in settings.items() if value is not None}
-
-
 def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(",") if number.strip())
     except ValueError as error:
         raise ValueError(f"{name} is {text!r}; expected whole numbers with commas between, such as 1,4,16.") from error
-
-
-def _output_names(output: Path, n: int) -> list[Path]:
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"{output}: pictures are written as PNG; give a name that ends in .png.")
-    if n == 1:
-        return [output]
-    return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(1, n + 1)]
-
-
-def _refuse_existing(outputs: Sequence[Path], force: bool) -> None:
-    from smalti.files import refuse_existing
-
-    refuse_existing(outputs, force=force)
-
-
-def _save(pictures: Sequence[Any], outputs: Sequence[Path], force: bool) -> None:
-    from smalti.image_files import save_picture
-
-    for picture, output in zip(pictures, outputs, strict=True):
-        save_picture(picture, output, force=force)
-        typer.echo(output)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,62 @@ def tokenizer(
 
 
 @app.command(
+    "upsampler", epilog="Example: smalti evaluate upsampler out/emoji-upsampler test.parquet --image-tokenizer emoji"
+)
+def upsampler(
+    upsampler: Annotated[Path, typer.Argument(help="Folder of an upsampler, of a training run or of a bundle.")],
+    pictures: Annotated[Path, typer.Argument(help="A folder or a table of pictures, as large as what comes out.")],
+    image_tokenizer: Annotated[
+        Path, typer.Option(help="Whose pictures are made larger: a folder of an image tokenizer, or a bundle.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for upsampling.json and upsampling.png.")
+    ] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="Measure on the first NUM pictures (default: all).")] = None,
+    vgg: Annotated[Path | None, typer.Option(help="torchvision's vgg16 weights, for LPIPS.")] = None,
+    lpips: Annotated[Path | None, typer.Option(help="The linear layers of LPIPS, vgg.pth.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """An upsampler beside nearest, bicubic and Lanczos: PSNR, SSIM, perceptual distance, one table."""
+    import shlex
+
+    from smalti.evaluate.upsampling import REPORT_FILES, compare_upsampling
+    from smalti.files import refuse_existing
+    from smalti.image_tokenizers import load_image_tokenizer
+    from smalti.image_tokenizers.perceptual import LPIPS
+    from smalti.systems.stages import given_image_tokenizer
+    from smalti.upsample import load_upsampler
+
+    if (vgg is None) != (lpips is None):
+        raise ValueError("LPIPS needs two files: give both --vgg and --lpips.")
+    if output:
+        refuse_existing([output / name for name in REPORT_FILES], force=force)
+    words = [
+        "smalti",
+        "evaluate",
+        "upsampler",
+        str(upsampler),
+        str(pictures),
+        "--image-tokenizer",
+        str(image_tokenizer),
+    ]
+    found = compare_upsampling(
+        load_upsampler(upsampler),
+        load_image_tokenizer(given_image_tokenizer(image_tokenizer)),
+        pictures,
+        num=num,
+        lpips=LPIPS.load(vgg, lpips) if vgg and lpips else None,
+        command=shlex.join([*words, *(["--num", str(num)] if num else [])]),
+        show_progress=not quiet,
+    )
+    print_table(found.table())
+    if output:
+        found.write(output, force=force)
+        typer.echo(f"{output}: {', '.join(REPORT_FILES)}")
+
+
+@app.command(
     "compositions",
     epilog="Example: smalti evaluate compositions emoji --test test.parquet --train train.parquet -o out/report",
 )

@@ -14,6 +14,10 @@ TOKENIZER_RECIPE_NAMES = ", ".join(
     path.stem for path in _RECIPES if "\nsystem: image tokenizer\n" in path.read_text(encoding="utf-8")
 )
 
+UPSAMPLER_RECIPE_NAMES = ", ".join(
+    path.stem for path in _RECIPES if "\nsystem: upsampler\n" in path.read_text(encoding="utf-8")
+)
+
 
 class RecipeGroup(TyperGroup):
     """`smalti train demo` is short for `smalti train recipe demo`, whatever is not the name of a part."""
@@ -64,10 +68,14 @@ def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
         ScenesRecipe,
         TextToImageRecipe,
         TokenizerRecipe,
+        UpsamplerRecipe,
     )
 
     if isinstance(checked, TokenizerRecipe):
         _train_tokenizer(checked, quiet)
+        return
+    if isinstance(checked, UpsamplerRecipe):
+        _train_upsampler(checked, quiet)
         return
     if isinstance(checked, CaptionsRecipe):
         from smalti.systems.captions import train_captions
@@ -203,6 +211,64 @@ def _train_tokenizer(recipe: Any, quiet: bool) -> None:
         f"\nOpen {recipe.output}/curves.png and the last of {recipe.output}/reconstructions. The image tokenizer is "
         f"{recipe.output}/image_tokenizer.\nTry next:\n"
         f"  smalti evaluate tokenizer {recipe.output} {measured_on} -o {recipe.output}/report"
+    )
+
+
+@app.command(
+    "upsampler",
+    epilog="Examples: smalti train upsampler emoji-upsampler pictures=train.parquet held_out=test.parquet · "
+    "smalti train upsampler emoji-upsampler pictures=photos image_tokenizer=out/vqgan model.image_size=[128,128]",
+)
+def upsampler(
+    recipe: Annotated[
+        str, typer.Argument(help=f"A shipped recipe for upsamplers ({UPSAMPLER_RECIPE_NAMES}), or a YAML file.")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings, each key=value; pictures=FOLDER_OR_PARQUET is needed."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Train super-resolution behind a frozen image tokenizer. If it is stopped, run it again: it resumes."""
+    from smalti.recipes import UpsamplerRecipe, load_recipe
+
+    checked = load_recipe(recipe, settings or [])
+    if not isinstance(checked, UpsamplerRecipe):
+        raise ValueError(f"{recipe} is a recipe of the system {checked.system}; train it by: smalti train {recipe}")
+    with resuming():
+        _train_upsampler(checked, quiet)
+
+
+def _train_upsampler(recipe: Any, quiet: bool) -> None:
+    from smalti.data.picture_sets import PictureSet
+    from smalti.image_tokenizers import load_image_tokenizer
+    from smalti.systems.stages import given_image_tokenizer
+    from smalti.training.estimate import Estimate, Length
+    from smalti.training.upsampler import train_upsampler
+
+    if recipe.pictures is None or recipe.image_tokenizer is None:
+        raise ValueError(
+            "an upsampler is trained on pictures as an image tokenizer rebuilds them; give both: "
+            "pictures=FOLDER_OR_PARQUET image_tokenizer=FOLDER_OR_BUNDLE."
+        )
+    train_upsampler(
+        PictureSet(recipe.pictures),
+        None if recipe.held_out is None else PictureSet(recipe.held_out),
+        load_image_tokenizer(given_image_tokenizer(recipe.image_tokenizer)),
+        recipe.model,
+        recipe.train,
+        recipe.output,
+        losses=recipe.losses,
+        adversarial=recipe.adversarial,
+        reading=recipe.reading,
+        show_progress=not quiet,
+        estimate=Estimate(recipe.minutes, {"upsampler": Length("train.num_steps", recipe.train.num_steps)}),
+    )
+    measured_on = recipe.held_out or recipe.pictures
+    typer.echo(
+        f"\nThe upsampler is {recipe.output}/upsampler.\nTry next:\n"
+        f"  smalti evaluate upsampler {recipe.output} {measured_on} --image-tokenizer {recipe.image_tokenizer}\n"
+        f"  smalti add-upsampler BUNDLE {recipe.output} -o {recipe.output}/bundle"
     )
 
 

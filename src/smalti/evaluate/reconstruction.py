@@ -23,7 +23,7 @@ from smalti.data.picture_sets import PictureSet
 from smalti.errors import InputError
 from smalti.files import new_file, refuse_existing
 from smalti.image_tokenizers import load_image_tokenizer
-from smalti.image_tokenizers.perceptual import LPIPS
+from smalti.image_tokenizers.perceptual import LPIPS, unit
 from smalti.image_tokenizers.quantizer import CodebookHealth
 from smalti.progress import track
 
@@ -151,12 +151,23 @@ class RandomFeatures(nn.Module):
                 filters[4:] -= filters[4:].mean((1, 2, 3), keepdims=True)
             self.register_buffer(name, torch.from_numpy(filters.astype(np.float32)))
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 64"]:
-        x, means = images, []
+    def taps(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B D h w"]]:
+        """The responses after each of the three layers."""
+        x, found = images, []
         for i, filters in enumerate((self.first, self.second, self.third)):
             x = F.relu(F.conv2d(x, filters, stride=1 if i == 0 else 2, padding=1))
-            means.append(x.mean((2, 3)))
-        return torch.cat(means, dim=1)
+            found.append(x)
+        return found
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 64"]:
+        return torch.cat([x.mean((2, 3)) for x in self.taps(images)], dim=1)
+
+    def distance(self, ours: Float[Tensor, "B 3 H W"], theirs: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
+        """Of each pair, as LPIPS has it (Zhang et al. 2018, arXiv:1801.03924) with these filters in place of VGG's and
+        all channels weighted alike: squared differences of responses at unit length, summed over channels, averaged
+        over places, summed over layers. It needs no weights, and knows nothing that people see."""
+        layers = zip(self.taps(ours), self.taps(theirs), strict=True)
+        return torch.stack([(unit(a) - unit(b)).square().sum(1).mean((1, 2)) for a, b in layers]).sum(0)
 
 
 def frechet_distance(ours: Float[Tensor, "N D"], theirs: Float[Tensor, "M D"]) -> float:

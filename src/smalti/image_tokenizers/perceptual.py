@@ -108,12 +108,12 @@ class LPIPS(nn.Module):
             raise ValueError(f"pictures of {images.shape[-2]} x {images.shape[-1]} pixels; LPIPS needs 16 a side.")
         total = torch.zeros(len(images), device=images.device)
         for ours, theirs, lin in zip(self.taps(reconstructions), self.taps(images), self.lins, strict=True):
-            difference = _unit(ours.float()) - _unit(theirs.float())
+            difference = unit(ours.float()) - unit(theirs.float())
             total = total + (difference.square() * lin).sum(1).mean((1, 2))
         return total
 
 
-def _unit(features: Tensor) -> Tensor:
+def unit(features: Tensor) -> Tensor:
     """Features of length 1 at every place. The floor keeps the gradient finite where all of them are 0."""
     return features / (features.square().sum(1, keepdim=True) + 1e-20).sqrt().clamp(min=1e-10)
 

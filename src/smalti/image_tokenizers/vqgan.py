@@ -10,7 +10,7 @@ pictures used in [0, 1] as they come, and a shortcut that reads the branch's own
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -392,6 +392,22 @@ class VQGAN(nn.Module):
         """Encode, quantize with straight-through gradients, decode."""
         quantized = self.quantizer(self.encode_latents(images))
         return Reconstructed(self.decode_latents(quantized.latents), quantized)
+
+    def with_decoder(self, multipliers: tuple[int, ...], attention_levels: tuple[int, ...]) -> "VQGAN":
+        """A copy with the same encoder and codebook, without gradients, and a new untrained decoder, as a rule a wider
+        one, of as many levels. Codes are unchanged in eval mode (Parti, arXiv:2206.10789, section 2.1). Raises
+        ValueError for another number of levels."""
+        if len(multipliers) != len(self.config.decoder_multipliers):
+            raise ValueError(
+                f"decoder_multipliers {list(multipliers)} are {len(multipliers)} levels; this tokenizer's codes need "
+                f"{len(self.config.decoder_multipliers)}."
+            )
+        config = replace(self.config, decoder_multipliers=multipliers, decoder_attention_levels=attention_levels)
+        copy = VQGAN(config).to(self.encoder.conv_in.weight.device)
+        for name in ("encoder", "to_code", "quantizer"):
+            getattr(copy, name).load_state_dict(getattr(self, name).state_dict())
+            getattr(copy, name).requires_grad_(False)
+        return copy
 
 
 PRESETS: dict[str, VQGANConfig] = {

@@ -16,3 +16,4 @@ from smalti.recipes.schema import ScenesRecipe as ScenesRecipe
 from smalti.recipes.schema import TextToImageRecipe as TextToImageRecipe
 from smalti.recipes.schema import TextToImageStage as TextToImageStage
 from smalti.recipes.schema import TokenizerRecipe as TokenizerRecipe
+from smalti.recipes.schema import UpsamplerRecipe as UpsamplerRecipe

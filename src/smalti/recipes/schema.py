@@ -33,6 +33,8 @@ from smalti.training.dual_encoder import TrainDualConfig
 from smalti.training.gan_tokenizer import TrainGANTokenizerConfig
 from smalti.training.image_tokenizer import TrainTokenizerConfig
 from smalti.training.token_model import TrainConfig
+from smalti.training.upsampler import TrainUpsamplerConfig
+from smalti.upsample import UpsamplerConfig
 
 
 class Section(BaseModel):
@@ -195,6 +197,27 @@ class TokenizerRecipe(Section):
     losses: LossConfig = LossConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
     train: TrainGANTokenizerConfig = TrainGANTokenizerConfig()
+    output: Path
+
+
+class UpsamplerRecipe(Section):
+    """A checked recipe of the system `upsampler`: super-resolution behind a frozen image tokenizer."""
+
+    system: Literal["upsampler"]
+    description: str
+    expects: str
+    minutes: dict[Literal["upsampler"], Annotated[float, Field(gt=0)]] = {}
+    pictures: Path | None = None
+    """Folder of pictures, or parquet table with a column `image`, at least as large as what comes out."""
+    held_out: Path | None = None
+    """Pictures of their own to measure on. None: some of `pictures` are kept back."""
+    image_tokenizer: Path | None = None
+    """Whose pictures are enlarged: a folder of a trained image tokenizer, or a bundle that has one."""
+    reading: PicturesConfig = PicturesConfig()
+    model: UpsamplerConfig
+    losses: LossConfig = LossConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
+    train: TrainUpsamplerConfig = TrainUpsamplerConfig()
     output: Path
 
 
@@ -516,6 +539,7 @@ AnyRecipe = (
     Recipe
     | LinesRecipe
     | TokenizerRecipe
+    | UpsamplerRecipe
     | CaptionsRecipe
     | ScenesRecipe
     | PartiRecipe
@@ -526,6 +550,7 @@ System = (
     type[Recipe]
     | type[LinesRecipe]
     | type[TokenizerRecipe]
+    | type[UpsamplerRecipe]
     | type[CaptionsRecipe]
     | type[ScenesRecipe]
     | type[PartiRecipe]
@@ -536,6 +561,7 @@ SYSTEMS: dict[str, System] = {
     "digits": Recipe,
     "lines": LinesRecipe,
     "image tokenizer": TokenizerRecipe,
+    "upsampler": UpsamplerRecipe,
     "captions": CaptionsRecipe,
     "scenes": ScenesRecipe,
     "parti": PartiRecipe,

@@ -40,7 +40,16 @@ from smalti.tasks.classes import CLASS, ClassPipeline
 from smalti.tasks.edit import check_cells, codes_of, edit_receipt, edit_request, kept_candidates, redrawn_cells
 from smalti.tasks.face import PictureFace
 from smalti.tasks.images import Pipeline
-from smalti.tasks.replay import check_kept, checked_receipts, code_difference, receipt_config, receipt_request
+from smalti.tasks.replay import (
+    check_kept,
+    checked_receipts,
+    code_difference,
+    is_resampled,
+    is_upscaled,
+    receipt_config,
+    receipt_request,
+    unblended,
+)
 
 MAX_OUTPUT_SIDE = 1024
 """Pictures are enlarged so far at most, unless the bundle's own scale goes further."""
@@ -342,6 +351,9 @@ def replay_job(worker: Worker, picture: Image.Image, receipts: list[dict[str, An
         raise ApiError(
             400, f"the picture holds {len(receipts)}, at most {MOST_REPLAYED} are drawn again.", param="image"
         )
+    for what, is_so in (("with resampling", is_resampled), ("and made larger", is_upscaled)):
+        if any(map(is_so, receipts)):
+            raise ApiError(400, f"the picture was drawn {what}, which smalti replay draws again.", param="image")
     drawings = [EngineRequest(receipt_request(pipe, receipt), receipt_config(pipe, receipt)) for receipt in receipts]
 
     def finish(found: list[Generated]) -> dict[str, Any]:
@@ -349,6 +361,8 @@ def replay_job(worker: Worker, picture: Image.Image, receipts: list[dict[str, An
         difference = code_difference(codes, receipts)
         scale = max(1, picture.width // pipe.pictures.width) if len(found) == 1 else pipe.pictures.scale
         drawn = pipe.decode(codes, scale=min(scale, MAX_SIDE // max(pipe.pictures.width, pipe.pictures.height)))
+        if picture.size == drawn[0].size:
+            drawn = unblended(pipe, picture, drawn, receipts)
         if difference is None and len(drawn) == 1:
             same = drawn[0].size == picture.size and np.array_equal(np.asarray(drawn[0]), np.asarray(picture))
             difference = None if same else "the codes agree, but pixels differ: the file was changed after it was drawn"

@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from smalti.bundle import LABEL, Bundle, Classes, Sampling, find_bundle
+from smalti.bundle import LABEL, Bundle, Classes, Sampling
 from smalti.data.labelled_pictures import Labelled, open_labelled, split, write_codes
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
 from smalti.evaluate.classes import evaluate_classes
-from smalti.evaluate.reconstruction import default_image_size, find_image_tokenizer
+from smalti.evaluate.reconstruction import default_image_size
 from smalti.files import made_again
 from smalti.image_files import PictureConfig
 from smalti.image_tokenizers import load_image_tokenizer
@@ -30,7 +30,7 @@ from smalti.progress import stage
 from smalti.recipes import ClassesRecipe, claim_folder
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import Vocabulary
-from smalti.systems.stages import finish, stored_image_tokenizer, team
+from smalti.systems.stages import finish, given_image_tokenizer, stored_image_tokenizer, team
 from smalti.tasks.classes import ClassPipeline
 from smalti.training.estimate import Estimate
 from smalti.training.token_model import nats_by_order, train_model
@@ -49,7 +49,7 @@ def train_classes(recipe: ClassesRecipe, *, command: str = "", show_progress: bo
             "give data.train, pictures of classes (a folder with one folder for each, a table with the columns image "
             "and label, or MNIST's four files), and image_tokenizer, a folder or a bundle that has one."
         )
-    output, given = recipe.output, _given_image_tokenizer(recipe.image_tokenizer)
+    output, given = recipe.output, given_image_tokenizer(recipe.image_tokenizer)
     train, held_out = _read(recipe)
     with team(output) as processes:
         if processes.is_first:
@@ -97,11 +97,6 @@ def train_classes(recipe: ClassesRecipe, *, command: str = "", show_progress: bo
 
             finish(trained, output / "bundle", measure)
     return output / "bundle"
-
-
-def _given_image_tokenizer(path: Path) -> Path:
-    """The folder of an image tokenizer, from it, from one that holds it, or from a bundle's name."""
-    return find_image_tokenizer(path if path.is_dir() else find_bundle(path))
 
 
 def _read(recipe: ClassesRecipe) -> tuple[Labelled, Labelled]:

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from smalti.bundle import Bundle
+from smalti.bundle import Bundle, find_bundle
 from smalti.data.tokenize_pairs import TokenizeConfig, require_tokenizers, tokenize_pairs, tokenizer_metadata
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
+from smalti.evaluate.reconstruction import find_image_tokenizer
 from smalti.files import made_again
 from smalti.image_tokenizers import load_image_tokenizer, save_image_tokenizer
 from smalti.sequences.layout import Layout
@@ -47,6 +48,11 @@ def team(output: Path) -> Iterator[Team]:
 
 
 # Prepare -------------------------------------------------------------------------------------------------------
+
+
+def given_image_tokenizer(path: Path) -> Path:
+    """The folder of an image tokenizer, from it, from one that holds it, or from a bundle's name."""
+    return find_image_tokenizer(path if path.is_dir() else find_bundle(path))
 
 
 def stored_image_tokenizer(folder: Path, make: Callable[[], nn.Module]) -> Any:

@@ -77,25 +77,27 @@ class ClassPipeline(PictureFace):
         seed: int | Sequence[int] = 0,
         n: int = 1,
         scale: int | None = None,
+        upscale: bool = False,
         batch_size: int = 64,
         **sampling: Any,
     ) -> list[Image.Image]:
         """`n` pictures of each class, given by its number or name, those of one class together.
 
         Picture i of a class is drawn with the seed `seed + i`; `seed` may be one for each class. `sampling` are fields
-        of `SampleConfig`; guidance steers away from pictures of no class. Every picture carries its receipt in
+        of `SampleConfig`; guidance steers away from pictures of no class. With `upscale` the bundle's upsampler makes
+        them larger. Every picture carries its receipt in
         `info["smalti"]`. Raises InputError for a class there is not, and for guidance without a null condition.
         """
-        checked_scale(self.pictures, scale)  # before the work, not after it
+        self.check_drawn_size(scale, upscale)  # before the work, not after it
         labels, seeds = self._labels_and_seeds(classes, seed, n)
         config = self.sample_config(self.sampling.picture, sampling)
         executor = job_executor(self.model, self.layout, len(labels), batch_size)
         codes = self._draw(labels, seeds, config, batch_size, executor)
-        shared = {"sampling": asdict(config), "executor": executor}
+        shared = {"sampling": asdict(config), "executor": executor, **self.upscale_receipt(upscale)}
         return [
             with_receipt(picture, self.class_receipt(label, drawn_seed, found, **shared))
             for picture, label, drawn_seed, found in zip(
-                self.decode(codes, scale=scale), labels, seeds, codes, strict=True
+                self.decode(codes, scale=scale, upscale=upscale), labels, seeds, codes, strict=True
             )
         ]
 
@@ -133,9 +135,9 @@ class ClassPipeline(PictureFace):
         }
         return score(self.model, self.layout, self._order, spans, segments=["image"], batch_size=batch_size)["image"]
 
-    def decode(self, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
+    def decode(self, codes: Codes, *, scale: int | None = None, upscale: bool = False) -> list[Image.Image]:
         self._with_pictures()
-        return super().decode(codes, scale=scale)
+        return super().decode(codes, scale=scale, upscale=upscale)
 
     def decode_images(self, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
         self._with_pictures()

@@ -53,11 +53,38 @@ def encode_images(bundle: Bundle, images: Float[Tensor, "B 3 H W"], *, batch_siz
     return torch.cat([bundle.image_tokenizer.encode_images(i.to(device)).cpu() for i in images.split(batch_size)])
 
 
-def decode(bundle: Bundle | PictureDecoder, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
-    """Pictures of codes, each enlarged `scale` times; on a CPU each decoded alone: none depends on the others."""
+def decode(
+    bundle: Bundle | PictureDecoder, codes: Codes, *, scale: int | None = None, upscale: bool = False
+) -> list[Image.Image]:
+    """Pictures of codes, each enlarged `scale` times; on a CPU each decoded alone: none depends on the others. With
+    `upscale` the bundle's upsampler makes them larger first."""
     assert bundle.pictures is not None
     alone = bundle.device.type == "cpu"
-    return to_pictures(decode_images(bundle, codes, batch_size=1 if alone else 64), bundle.pictures, scale)
+    images = decode_images(bundle, codes, batch_size=1 if alone else 64)
+    if not upscale:
+        return to_pictures(images, bundle.pictures, scale)
+    assert isinstance(bundle, Bundle)
+    config = drawn_pictures(bundle, upscale)
+    if not len(images):
+        return []
+    assert bundle.upsampler is not None
+    whole = (images.clamp(0, 1) * 255).round() / 255  # as it was trained on them
+    return to_pictures(bundle.upsampler.upsample(whole.to(bundle.device)), config, scale)
+
+
+def drawn_pictures(bundle: Bundle, upscale: bool) -> PictureConfig:
+    """What drawn pictures are: the bundle's own, or with `upscale` the larger ones. Raises InputError for a bundle
+    without an upsampler."""
+    assert bundle.pictures is not None
+    if not upscale:
+        return bundle.pictures
+    if bundle.upsampler is None:
+        raise InputError(
+            f"the bundle {bundle.name} has no upsampler; train one (smalti train upsampler), and put it into a bundle: "
+            "smalti add-upsampler."
+        )
+    height, width = bundle.upsampler.config.output_size
+    return PictureConfig(height=height, width=width)
 
 
 @torch.inference_mode()

@@ -16,13 +16,14 @@ from torch import Tensor
 from smalti.bundle import Bundle
 from smalti.engine.generate import Generated, Request, stream
 from smalti.engine.sampling import SampleConfig
-from smalti.image_files import Picture, PictureConfig, to_images
+from smalti.image_files import Picture, PictureConfig, checked_scale, to_images
 from smalti.image_tokenizers.titok import TiTok
 from smalti.tasks.codes import (
     Codes,
     Partial,
     decode,
     decode_images,
+    drawn_pictures,
     encode_images,
     grid_of,
     partial_picture,
@@ -89,9 +90,18 @@ class PictureFace(Face):
         """Codes of images in [0, 1], on the CPU."""
         return encode_images(self.bundle, images, batch_size=batch_size)
 
-    def decode(self, codes: Codes, *, scale: int | None = None) -> list[Image.Image]:
-        """Pictures of codes, each enlarged `scale` times; on a CPU each decoded alone: none depends on the others."""
-        return decode(self.bundle, codes, scale=scale)
+    def decode(self, codes: Codes, *, scale: int | None = None, upscale: bool = False) -> list[Image.Image]:
+        """Pictures of codes, each enlarged `scale` times; on a CPU each decoded alone: none depends on the others. With
+        `upscale` the bundle's upsampler makes them larger first, and `scale` is 1 by default."""
+        return decode(self.bundle, codes, scale=scale, upscale=upscale)
+
+    def check_drawn_size(self, scale: int | None, upscale: bool) -> None:
+        """Raises InputError without an upsampler that makes pictures larger, ValueError if they would get too large."""
+        checked_scale(drawn_pictures(self.bundle, upscale), scale)
+
+    def upscale_receipt(self, upscale: bool) -> dict[str, Any]:
+        """What a receipt says of how a picture was made larger."""
+        return {"upsampler_sha256": self.bundle.upsampler_sha256} if upscale else {}
 
     def decode_images(self, codes: Codes, *, batch_size: int = 64) -> Float[Tensor, "B 3 H W"]:
         """Images of codes as the image tokenizer gives them, not clamped to [0, 1]. Raises InputError for codes of

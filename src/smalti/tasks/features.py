@@ -26,7 +26,7 @@ from smalti.engine.generate import Request, generate, job_executor
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, InputWarning
 from smalti.files import user_cache
-from smalti.image_files import checked_scale, listed, with_receipt
+from smalti.image_files import listed, with_receipt
 from smalti.likelihood import score
 from smalti.models.decoder_only import DecoderOnly
 from smalti.sequences.layout import SpanValues
@@ -146,22 +146,25 @@ class FeaturePipeline(PictureFace):
         n: int = 1,
         negative_prompt: str | None = None,
         scale: int | None = None,
+        upscale: bool = False,
         batch_size: int = 64,
         **sampling: Any,
     ) -> list[Image.Image]:
-        """`n` pictures of each prompt, those of one prompt together, each enlarged `scale` times.
+        """`n` pictures of each prompt, those of one prompt together, each enlarged `scale` times;
+        with `upscale` by the bundle's upsampler before that.
 
         Picture i of a prompt is drawn with the seed `seed + i`; `seed` may be one for each prompt. Guidance steers away
         from pictures of no caption, or from those of `negative_prompt`. `sampling` are fields of `SampleConfig`. Every
         picture carries its receipt in `info["smalti"]`.
         """
-        checked_scale(self.pictures, scale)  # before the work, not after it
+        self.check_drawn_size(scale, upscale)  # before the work, not after it
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         config = self.sample_config(self.sampling.picture, sampling)
         executor = job_executor(self.model, self.layout, len(prompts) * n, batch_size)
         requests = self._requests(prompts, seed, n, negative_prompt, config)
         codes = self._draw(requests, config, batch_size, executor)
         shared: dict[str, Any] = {"negative_prompt": negative_prompt, "sampling": asdict(config), "executor": executor}
+        shared |= self.upscale_receipt(upscale)
         if any(map(str.strip, (*prompts, negative_prompt or ""))):
             shared |= {"text_encoder": self.text_encoder.name, "text_encoder_sha256": self.text_encoder.sha256}
         repeated = [prompt for prompt in prompts for _ in range(n)]
@@ -178,7 +181,7 @@ class FeaturePipeline(PictureFace):
                 ),
             )
             for picture, prompt, request, found in zip(
-                self.decode(codes, scale=scale), repeated, requests, codes, strict=True
+                self.decode(codes, scale=scale, upscale=upscale), repeated, requests, codes, strict=True
             )
         ]
 

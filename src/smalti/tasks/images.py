@@ -23,7 +23,7 @@ from smalti.bundle import Bundle
 from smalti.engine.generate import Generated, Request, generate, job_executor
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, InputWarning, shortened
-from smalti.image_files import Picture, checked_scale, listed, with_receipt
+from smalti.image_files import Picture, listed, with_receipt
 from smalti.likelihood import score
 from smalti.prompts import PromptTokenizer
 from smalti.sequences.layout import Layout, SpanValues
@@ -103,10 +103,12 @@ class Pipeline(PictureFace):
         rerank: str | None = None,
         negative_prompt: str | None = None,
         scale: int | None = None,
+        upscale: bool = False,
         batch_size: int = 64,
         **sampling: Any,
     ) -> list[Image.Image]:
-        """`n` pictures of each prompt, those of one prompt together, each enlarged `scale` times.
+        """`n` pictures of each prompt, those of one prompt together, each enlarged `scale` times; with `upscale` by the
+        bundle's upsampler before that.
 
         Picture i of a prompt is drawn with the seed `seed + i`, whatever else is asked for; `seed` may be one for each
         prompt. With `best_of` m > 1 it is the best, by `rerank` (see RERANKERS; by default the first of `rerankers`),
@@ -115,13 +117,14 @@ class Pipeline(PictureFace):
         in `info["smalti"]`. Raises InputError for unknown words.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        checked_scale(self.pictures, scale)  # before the work, not after it
+        self.check_drawn_size(scale, upscale)  # before the work, not after it
         config = self.sample_config(self.sampling.picture, sampling)
         executor = self.executor(len(prompts) * n * best_of, batch_size)
         drawn = self._draw_pictures(prompts, config, seed, n, best_of, rerank, negative_prompt, batch_size, executor)
         codes = self._codes([found for _, found in drawn])
-        pictures = self.decode(codes, scale=scale)
+        pictures = self.decode(codes, scale=scale, upscale=upscale)
         shared = {"negative_prompt": negative_prompt, "sampling": asdict(config), "executor": executor}
+        shared |= self.upscale_receipt(upscale)
         if best_of > 1:
             shared |= {"best_of": best_of, "rerank": rerank or self.rerankers[0]}
         repeated = [prompt for prompt in prompts for _ in range(n)]

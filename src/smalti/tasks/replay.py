@@ -3,6 +3,7 @@
 Letters: N pictures of h by w codes, H by W pixels.
 """
 
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +19,14 @@ from smalti.documents import config_of
 from smalti.engine.executors import EXECUTORS
 from smalti.engine.executors.native import load
 from smalti.engine.generate import Request, generate
+from smalti.engine.resampling import ResampleConfig
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, first_line, shortened
 from smalti.image_files import GRID_GAP, grid_columns, read_picture, read_receipts, to_grid, with_receipt
 from smalti.models.stored_weights import STORAGES
 from smalti.tasks.classes import CLASS, ClassPipeline
-from smalti.tasks.edit import edit_request
+from smalti.tasks.codes import drawn_pictures
+from smalti.tasks.edit import edit_request, pixel_distance, resampled
 from smalti.tasks.features import FeaturePipeline, captions_face
 from smalti.tasks.images import Pipeline
 
@@ -72,16 +75,22 @@ def replay(path: Path | str, bundle: str | Path | None = None, text_encoder: str
         _check_text_encoder(path, receipts, pipe)
     for receipt in receipts:
         _check_executor(path, receipt.get("executor"))
-    scale = _scale(path, given, len(receipts), pipe)  # before the work: a picture made smaller has no place for them
+    upscale = _is_upscaled(path, receipts, pipe)
+    scale = _scale(
+        path, given, len(receipts), drawn_pictures(pipe.bundle, upscale).width
+    )  # before the work: a picture made smaller has no place for them
     try:
         codes = _draw_codes(pipe, receipts)
     except InputError as error:
         raise InputError(f"{path}: its receipt cannot be drawn again: {error}") from error
     except ValueError as error:  # settings that do not go together, or a seed out of range
         raise _damaged(path, first_line(error)) from error
+    drawn = pipe.decode(codes, scale=scale, upscale=upscale)
     pictures = [
         with_receipt(picture, {**receipt, "codes": row.tolist()})
-        for picture, receipt, row in zip(pipe.decode(codes, scale=scale), receipts, codes.flatten(1), strict=True)
+        for picture, receipt, row in zip(
+            unblended(pipe, given, drawn, receipts), receipts, codes.flatten(1), strict=True
+        )
     ]
     picture = to_grid(pictures) if len(pictures) > 1 else pictures[0]
     difference = code_difference(codes, receipts) or _pixel_difference(np.asarray(picture), np.asarray(given))
@@ -99,7 +108,7 @@ def checked_receipts(path: Path | str, receipts: list[dict[str, Any]]) -> list[d
                     f"{path}: its receipt has {name} {shortened(repr(receipt.get(name)))}, so it cannot be drawn "
                     "again; was it written by another program, or another version of smalti?"
                 )
-        for name in ("prompt", "negative_prompt", "text_encoder", "text_encoder_sha256"):
+        for name in ("prompt", "negative_prompt", "text_encoder", "text_encoder_sha256", "upsampler_sha256"):
             if not isinstance(receipt.get(name), str | None):
                 raise _damaged(path, f"{name} is {shortened(repr(receipt[name]))}, expected text")
         for name in ("codes", "redrawn"):
@@ -107,9 +116,13 @@ def checked_receipts(path: Path | str, receipts: list[dict[str, Any]]) -> list[d
                 raise _damaged(path, f"not all of its {name} are whole numbers")
         if receipt.get("weights", "float32") not in STORAGES:
             raise _damaged(path, f"weights is {shortened(repr(receipt['weights']))}, expected {', '.join(STORAGES)}")
+        if not isinstance(receipt.get("blended", 0), int) or receipt.get("blended", 0) < 0:
+            raise _damaged(path, f"blended is {shortened(repr(receipt['blended']))}, expected a number of pixels")
         if receipt["task"] not in TASK_ENTRIES:
             raise InputError(f"{path}: a picture of the task {receipt['task']!r} cannot be drawn again.")
         config_of(SampleConfig, receipt["sampling"], f"{path}: its receipt is damaged: sampling")
+        if "resampling" in receipt:
+            config_of(ResampleConfig, receipt["resampling"], f"{path}: its receipt is damaged: resampling")
     return receipts
 
 
@@ -175,16 +188,30 @@ def _check_text_encoder(path: Path | str, receipts: list[dict[str, Any]], pipe: 
             )
 
 
-def _scale(path: Path | str, given: Image.Image, num_pictures: int, pipe: AnyPipeline) -> int:
+def _is_upscaled(path: Path | str, receipts: list[dict[str, Any]], pipe: AnyPipeline) -> bool:
+    """Whether they were made larger by the bundle's upsampler. Raises InputError for another one's."""
+    [wanted, *others] = {receipt.get("upsampler_sha256") for receipt in receipts}
+    if others:
+        raise _damaged(path, "its pictures were made larger by different upsamplers")
+    if wanted is not None and wanted != pipe.bundle.upsampler_sha256:
+        has = "has none" if pipe.bundle.upsampler is None else f"has {pipe.bundle.upsampler_sha256}"
+        raise InputError(
+            f"{path} was made larger by an upsampler of sha256 {wanted}, the bundle {pipe.name} {has}; name the bundle "
+            "it was drawn with by --bundle."
+        )
+    return wanted is not None
+
+
+def _scale(path: Path | str, given: Image.Image, num_pictures: int, drawn_width: int) -> int:
     """How often every pixel was enlarged."""
     columns = grid_columns(num_pictures) if num_pictures > 1 else 1
     width = (given.width - (columns - 1) * GRID_GAP) // columns
-    if width < pipe.pictures.width:
+    if width < drawn_width:
         raise InputError(
-            f"{path} is {given.width} pixels wide, too few for {num_pictures} of {pipe.pictures.width}: it was made "
+            f"{path} is {given.width} pixels wide, too few for {num_pictures} of {drawn_width}: it was made "
             "smaller after it was drawn."
         )
-    return width // pipe.pictures.width
+    return width // drawn_width
 
 
 def _draw_codes(pipe: AnyPipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
@@ -216,10 +243,50 @@ def _check_executor(path: Path | str, executor: Any) -> None:
 
 def _drawn_by_named(pipe: AnyPipeline, receipts: list[dict[str, Any]]) -> Int[Tensor, "N h w"]:
     drawn = []
-    for (config, executor), alike in groupby(receipts, lambda one: (receipt_config(pipe, one), one.get("executor"))):
+    for (config, executor, *more), alike in groupby(receipts, lambda one: _way_of(pipe, one)):
         requests = [receipt_request(pipe, receipt) for receipt in alike]
-        drawn += generate(pipe.model, pipe.layout, requests, config, executor=executor)
-    return torch.stack([found.spans["image"].view(pipe.grid) for found in drawn])
+        if more and isinstance(pipe, Pipeline):
+            drawn += [resampled(pipe, [request], config, more[0], executor)[0] for request in requests]
+            continue
+        found = generate(pipe.model, pipe.layout, requests, config, executor=executor)
+        drawn += [one.spans["image"].view(pipe.grid) for one in found]
+    return torch.stack(drawn)
+
+
+def _way_of(pipe: AnyPipeline, receipt: dict[str, Any]) -> tuple:
+    """What pictures that are drawn together have in common."""
+    way = receipt_config(pipe, receipt), receipt.get("executor")
+    return (*way, ResampleConfig(**receipt["resampling"])) if is_resampled(receipt) else way
+
+
+def is_resampled(receipt: dict[str, Any]) -> bool:
+    """Whether it is of an edit that was drawn given what is kept behind it."""
+    return receipt["task"] == "edit" and "resampling" in receipt
+
+
+def is_upscaled(receipt: dict[str, Any]) -> bool:
+    """Whether an upsampler made the picture larger."""
+    return receipt.get("upsampler_sha256") is not None
+
+
+def unblended(
+    pipe: AnyPipeline, given: Image.Image, drawn: Sequence[Image.Image], receipts: Sequence[dict[str, Any]]
+) -> list[Image.Image]:
+    """The drawn pictures, those of blended edits in their redrawn cells alone: their other pixels are, in part or all,
+    of a picture that is not at hand, and are taken from the picture `given`, or from its place in that grid."""
+    pictures, columns = [], grid_columns(len(drawn))
+    for number, (picture, receipt) in enumerate(zip(drawn, receipts, strict=True)):
+        if receipt["task"] == "edit" and "blended" in receipt:
+            row, column = divmod(number, columns)
+            left, top = column * (picture.width + GRID_GAP), row * (picture.height + GRID_GAP)
+            theirs = given.convert("RGB").crop((left, top, left + picture.width, top + picture.height))
+            cells = torch.zeros(pipe.grid, dtype=torch.bool)
+            cells.view(-1)[receipt["redrawn"]] = True
+            inside = Image.fromarray((pixel_distance(cells, pipe.pictures) == 0).numpy())
+            theirs.paste(picture, mask=inside.resize(picture.size, Image.Resampling.NEAREST))
+            picture = theirs
+        pictures.append(picture)
+    return pictures
 
 
 def receipt_config(pipe: AnyPipeline, receipt: dict[str, Any]) -> SampleConfig:

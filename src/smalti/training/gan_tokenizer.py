@@ -3,7 +3,7 @@
 For VQGAN, ViT-VQGAN and TiTok; the loop is `train_loop` of image_tokenizer.py. A run has one of three stages:
 - "pixels": everything learns, from the losses of the rebuilt pictures;
 - "proxy_codes": TiTok's first stage, where logits over the codes of a frozen VQGAN learn by cross-entropy;
-- "decoder": TiTok's second stage, or an enlarged ViT-VQGAN decoder: encoder and codes stay as they are in
+- "decoder": TiTok's second stage, or an enlarged decoder of a VQGAN or ViT-VQGAN: encoder and codes stay as they are in
   `start_from`, and what comes after them learns from the losses of the rebuilt pictures.
 
 Letters: B batch, N pictures, C H W image.
@@ -64,6 +64,9 @@ TOKENIZER_PARTS = ("loss", "l2", "l1", "logit_laplace", "gradients", "perceptual
 HEALTH_PARTS = ("usage", "perplexity", "dead_codes")
 ENCODER_SIDE = ("patches_in", "gather", "latent_tokens", "encoder", "to_code", "latent_norm", "quantizer")
 """The modules and parameters that make codes of pictures, in all three families."""
+
+DECODER_FIELDS = {ViTVQGANConfig: ("decoder",), VQGANConfig: ("decoder_multipliers", "decoder_attention_levels")}
+"""What may differ from `start_from` where the stage is "decoder": an enlarged decoder behind the same codes."""
 
 WORSE_DB = 0.5
 """A run says so when held-out PSNR falls this far below its best from before the adversarial loss was enabled."""
@@ -163,7 +166,7 @@ def train_gan_tokenizer(
             f"{type(model_config).__name__} cannot be trained here; use the config of a VQGAN, ViT-VQGAN or TiTok."
         )
     image_size = model_config.image_size
-    rows, measured = _split(pictures, held_out, image_size, reading)
+    rows, measured = split_pictures(pictures, held_out, image_size, reading)
     torch.manual_seed(config.seed)
     learner = GANLearner(model_config, config, losses, adversarial, measured)
 
@@ -286,7 +289,7 @@ def tokenizer_losses(
             proxy_codes = proxy.encode_images(images)
         total = parts["proxy_nats"] = F.cross_entropy(logits.float(), proxy_codes)
     else:
-        parts |= _picture_losses(rebuilt, images, config, perceptual, precision)
+        parts |= picture_losses(rebuilt, images, config, perceptual, precision)
         total = torch.stack(
             [getattr(config, name) * value for name, value in parts.items() if name != "quantizer"]
         ).sum()
@@ -294,10 +297,10 @@ def tokenizer_losses(
     return Losses(total, {"loss": total.detach(), **parts}, rebuilt, quantized)
 
 
-def _picture_losses(
+def picture_losses(
     rebuilt: Any, images: Tensor, config: LossConfig, perceptual: nn.Module | None, precision: str
 ) -> dict[str, Tensor]:
-    """The unweighted losses of every part that has a weight."""
+    """The unweighted losses of rebuilt pictures, of every part that has a weight."""
     functions = {"l2": l2_loss, "l1": l1_loss, "logit_laplace": logit_laplace_loss, "gradients": gradient_loss}
     parts = {name: function(rebuilt, images) for name, function in functions.items() if getattr(config, name)}
     if perceptual is not None:
@@ -351,7 +354,7 @@ class _Memory:
         )
 
 
-def _split(
+def split_pictures(
     pictures: PictureSet, held_out: PictureSet | None, image_size: tuple[int, int], reading: PicturesConfig
 ) -> tuple[Int64[np.ndarray, " n"], UInt8[Tensor, "N H W 3"]]:
     """The rows to train on, and the pictures to measure on: those held out, or rows kept back from training."""
@@ -391,11 +394,11 @@ def _started_from(directory: Path, model_config: Any, stage: str) -> nn.Module:
     theirs: Any = model.config
     if theirs == model_config:
         return model
-    if isinstance(model, ViTVQGAN) and stage == "decoder" and type(model_config) is ViTVQGANConfig:
-        enlarged = model.with_decoder(model_config.decoder)
-        others = [field.name for field in fields(ViTVQGANConfig) if field.name != "decoder"]
+    of_decoder = DECODER_FIELDS.get(type(theirs), ()) if stage == "decoder" else ()
+    if of_decoder and type(model_config) is type(theirs):
+        others = [field.name for field in fields(theirs) if field.name not in of_decoder]
         if all(getattr(theirs, name) == getattr(model_config, name) for name in others):
-            return enlarged
+            return cast(Any, model).with_decoder(*(getattr(model_config, name) for name in of_decoder))
     ours_text, theirs_text = asdict(model_config), asdict(theirs)
     name = next((name for name in ours_text if theirs_text.get(name) != ours_text[name]), "family")
     raise InputError(
