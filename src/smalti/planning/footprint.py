@@ -26,7 +26,7 @@ from smalti.models.families import AnyModel
 from smalti.models.loss import SlotTargets
 from smalti.models.rar import RAR, RARConfig
 from smalti.precision import BFLOAT16, FLOAT32, autocast
-from smalti.sequences.layout import Layout, Packed, SpanValues
+from smalti.sequences.layout import Layout, Packed
 from smalti.training.distributed import recompute_activations
 from smalti.training.token_model import (
     MicroBatch,
@@ -142,19 +142,17 @@ def example(task: Task, num_rows: int) -> MicroBatch:
     for index, order in enumerate(layout.orders.values()):
         if not (count := int((orders == index).sum())):
             continue
-        lengths = torch.empty(count, dtype=torch.long)
-        spans = {
-            span.segment: SpanValues(
-                torch.zeros(count, span.length, dtype=torch.long), torch.full((count,), span.length)
-            )
-            for span in order.spans
-        }
+        spans = {span.segment: _zeros(count, span.length) for span in order.spans}
         features = None
         if order.features is not None:
             spans = {name: values for name, values in spans.items() if name != order.features.segment}
             features = [torch.zeros(order.features.length, task.feature_width or 1)] * count
         packed.append(layout.pack(order.name, spans, features))
     return make_micro_batch(layout, joined(packed), full_softmax=task.train.full_softmax)
+
+
+def _zeros(count: int, length: int) -> SpanValues:
+    return SpanValues(torch.zeros(count, length, dtype=torch.long), torch.full((count,), length))
 
 
 def _run(task: Task, num_rows: int, *, precision: str, sharded: bool, recompute: bool, fused: bool) -> Footprint:

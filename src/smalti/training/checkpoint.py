@@ -2,9 +2,9 @@
 
 A run's directory holds one folder per checkpoint, `step_00001200`, with `model.safetensors` (what is published),
 `training_state.pt` (what only the run itself needs) and the checksums of both. Of a run whose weights lie in shares
-(`parallel.py`), the folder `shards` holds what each process has of all tensors, in torch's distributed checkpoint, which
-any other number of processes reads; its files are safetensors, so that nothing is unpickled. A folder is written and
-synced under a temporary name and then renamed: a folder that has its final name is complete, and everything else is
+(`parallel.py`), the folder `shards` holds what each process has of all tensors, in torch's distributed checkpoint,
+which any other number of processes reads; its files are safetensors, so that nothing is unpickled. A folder is written
+and synced under a temporary name and then renamed: a folder that has its final name is complete, and everything else is
 ignored and later removed.
 """
 
