@@ -26,7 +26,7 @@ from smalti.models.families import AnyModel
 from smalti.models.loss import SlotTargets
 from smalti.models.rar import RAR, RARConfig
 from smalti.precision import BFLOAT16, FLOAT32, autocast
-from smalti.sequences.layout import Layout, Packed
+from smalti.sequences.layout import Layout, Packed, SpanValues
 from smalti.training.distributed import recompute_activations
 from smalti.training.token_model import (
     MicroBatch,
