@@ -113,6 +113,6 @@ def test_rows_of_a_step_are_the_same_for_any_number_of_processes(step):
 def test_processes_that_cannot_be_divided_are_refused():
     with pytest.raises(ValueError, match=r"tensor_parallel is 3, and there are 4 processes.*nproc-per-node 6"):
         make_processes(0, 4, torch.device("cpu"), sharding="full", tensor_parallel=3)
-    with pytest.raises(ValueError, match="muon, which moves whole matrices"):
+    with pytest.raises(ValueError, match="muon, which looks at whole matrices"):
         TrainConfig(num_steps=1, optimizer="muon", sharding="full")
     assert make_processes(0, 1, torch.device("cpu"), sharding="full", tensor_parallel=2) == Processes()

@@ -28,15 +28,21 @@ NUM = 17
 CAPTIONS = [f"{colour} Straße with {number} birds" for colour in ("red", "blue") for number in range(9)][:NUM]
 
 
-@pytest.fixture
-def recipe(tmp_path):
-    """A small recipe in the shipped one's form, with pairs and an image tokenizer beside it."""
-    pictures = np.random.default_rng(0).integers(256, size=(NUM, 28, 28, 3)).astype(np.uint8)
+def encoded_pictures(size: tuple[int, int]) -> list[bytes]:
+    """A picture of noise for each of CAPTIONS."""
+    pictures = np.random.default_rng(0).integers(256, size=(NUM, *size, 3)).astype(np.uint8)
     encoded = []
     for picture in pictures:
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, format="PNG")
         encoded.append(buffer.getvalue())
+    return encoded
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A small recipe in the shipped one's form, with pairs and an image tokenizer beside it."""
+    encoded = encoded_pictures((28, 28))
     for name in ("train", "validation"):
         pq.write_table(pa.table({"image": encoded, "caption": CAPTIONS}), tmp_path / f"{name}.parquet")
     torch.manual_seed(0)

@@ -131,7 +131,7 @@ STEPS = TrainConfig(
     weight_decay=0.1,
     ema_decay=0.5,
     checkpoint_every=5,
-    checkpoint_activations=True,
+    recompute=True,
     precision="float32",
     compile=False,
 )

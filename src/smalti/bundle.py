@@ -206,7 +206,9 @@ class Bundle:
     def decoder_only(self, what: str) -> DecoderOnly:
         """The model, for `what` knows decoder-only ones alone. Raises InputError for another."""
         if not isinstance(self.model, DecoderOnly):
-            raise InputError(f"the model of {self.name} is a {type(self.model).__name__}; {what} takes none.")
+            kind = type(self.model).__name__
+            article = "an" if kind[0] in "AEIOU" else "a"
+            raise InputError(f"the model of {self.name} is {article} {kind}; {what} takes none.")
         return self.model
 
     @property

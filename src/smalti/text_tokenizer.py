@@ -3,13 +3,15 @@
 The numbers count from 0; where they stand among all token ids is the layout's business. A word-level vocabulary is
 closed: a word it does not hold is an error that names it, never an `<unk>` that would quietly change the prompt.
 Byte-level pieces of words (BPE) spell any text. Their file holds the whole vocabulary of a system, picture codes and
-markers too, each as one token, so that other programs read and write its sequences as text.
+markers too, each as one token, so that other programs read and write its sequences as text. SentencePiece's pieces
+(unigram) hold text alone; what no piece spells is spelled by its bytes.
 """
 
 import difflib
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +39,13 @@ SPECIALS = (
 )
 SEGMENTS = ("image", SPECIAL, "text")
 NUM_BYTES = 256
+UNKNOWN = "<unk>"
+LETTERS = "".join(map(chr, range(ord("!"), ord("~") + 1)))
+"""Those that every vocabulary of unigram pieces spells."""
+TWIN = "\ue000"
+"""No caption's letter, from Unicode's private ones."""
+UNLIKELY = 1000
+"""How many times less likely than any other a piece is that no caption is to have, on the logarithmic scale."""
 MAX_HINTS = 6
 """Unknown words that an error names with words near to them."""
 _IMAGE_TOKEN = re.compile(r"<\|image:(\d+)\|>")
@@ -78,6 +87,24 @@ class BPEConfig:
     def vocabulary(self) -> Vocabulary:
         sizes = {"image": self.image_size, SPECIAL: self.specials, "text": self.text_size}
         return Vocabulary({name: sizes[name] for name in self.order})
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnigramConfig:
+    """Size of a vocabulary of pieces; by default Parti's. Raises ValueError where it cannot be."""
+
+    text_size: int = 16_000
+    """Pieces of words; among them the 256 bytes, the one for what is unknown, and the letters of ASCII."""
+
+    def __post_init__(self) -> None:
+        least = NUM_BYTES + 1 + len(LETTERS) + 1
+        if self.text_size < least:
+            raise ValueError(
+                f"text_size is {self.text_size}; it holds the {NUM_BYTES} bytes, {len(LETTERS)} letters and a piece "
+                f"for what is unknown, so it is at least {least}."
+            )
+        if self.text_size > MAX_VOCABULARY:
+            raise ValueError(f"text_size is {self.text_size}; at most {MAX_VOCABULARY} is possible.")
 
 
 class Cut(NamedTuple):
@@ -154,6 +181,43 @@ class TextTokenizer:
         pieces += [f"<|unused:{i}|>" for i in range(num_unused)]
         merges = [(first, second) for first, second in model["merges"]]
         return cls(_whole_vocabulary(config, pieces, merges)), num_unused
+
+    @classmethod
+    def train_unigram(
+        cls,
+        captions: Sequence[str],
+        config: UnigramConfig = UnigramConfig(),
+    ) -> tuple[Self, int]:
+        """SentencePiece's unigram pieces (arXiv:1808.06226) of captions, and how many of its `text_size` numbers are
+        unused, as in `train`. Spaces are part of the pieces; a character that is in no piece is spelled by its bytes.
+
+        The pieces of the same captions are the same, in alphabetical order; their scores may differ in the fifth digit,
+        since the library adds in any order. Raises InputError if all captions are empty.
+        """
+        if not any(captions):
+            raise InputError("there are no captions to train a text tokenizer on: all of them are empty.")
+        found = _unigram(models.Unigram())
+        trainer = trainers.UnigramTrainer(
+            vocab_size=config.text_size - NUM_BYTES,
+            unk_token=UNKNOWN,
+            special_tokens=[UNKNOWN],
+            initial_alphabet=list(LETTERS),
+            show_progress=False,
+        )
+        # The library proposes what stands in two different words, whatever their counts: a word that stands within no
+        # other would be spelled in pieces. So each that occurs twice is there once more, with a letter behind it.
+        counts = Counter(word for caption in captions for word in caption.split(" ") if word)
+        found.train_from_iterator([*captions, *(word + TWIN for word in counts if counts[word] > 1)], trainer)
+        learned = json.loads(found.to_str())["model"]["vocab"]
+        scores = {piece: score for piece, score in learned if piece != UNKNOWN and TWIN not in piece}
+        lowest = min(scores.values())
+        scores |= {letter: lowest for letter in LETTERS if letter not in scores}
+        # Typed into a caption, the names of bytes are text: letters spell them, since these score far less.
+        never = UNLIKELY * lowest
+        pieces = [(UNKNOWN, never), *((byte_piece(byte), never) for byte in range(NUM_BYTES)), *sorted(scores.items())]
+        num_unused = config.text_size - len(pieces)
+        pieces += [(f"<unused {i}>", never) for i in range(num_unused)]  # no text has a space that is not U+2581
+        return cls(_unigram(models.Unigram(pieces, unk_id=0, byte_fallback=True))), num_unused
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -331,6 +395,9 @@ class TextTokenizer:
     @cached_property
     def _can_miss(self) -> bool:
         """Whether there are words that the vocabulary cannot spell. Bytes, and pieces made of them, spell all."""
+        if isinstance(self._tokenizer.model, models.Unigram):
+            has_fallback = json.loads(self._tokenizer.to_str())["model"].get("byte_fallback", False)
+            return not (has_fallback and self._vocabulary.keys() >= set(map(byte_piece, range(NUM_BYTES))))
         if not isinstance(self._tokenizer.model, models.BPE):
             return True
         has_bytes = "ByteLevel(" in repr(self._tokenizer.pre_tokenizer)
@@ -409,6 +476,22 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def byte_piece(byte: int) -> str:
+    """How SentencePiece writes a byte."""
+    return f"<0x{byte:02X}>"
+
+
+def _unigram(model: models.Unigram) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    # Every word, the first too, begins with the space before it, which is written as U+2581.
+    tokenizer.normalizer = normalizers.Prepend(" ")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)]
+    )
     return tokenizer
 
 

@@ -34,7 +34,8 @@ app = typer.Typer(
 @app.command(
     epilog="Examples: smalti train demo · smalti train digits data.path=mnist train.num_epochs=2 output=out/short · "
     "smalti train lines data=lines.parquet · smalti train c2i data.train=photos image_tokenizer=out/vq16 · "
-    "smalti train t2i data=pairs image_tokenizer=out/vq16 text_encoder=flan-t5-base"
+    "smalti train t2i data=pairs image_tokenizer=out/vq16 text_encoder=flan-t5-base · "
+    "smalti train parti data.train=train.parquet data.validation=val.parquet image_tokenizer=out/vit_vqgan"
 )
 def recipe(
     recipe: Annotated[str, typer.Argument(help=f"A shipped recipe ({RECIPE_NAMES}), or a YAML file.")],
@@ -55,7 +56,14 @@ def recipe(
 
 
 def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
-    from smalti.recipes import CaptionsRecipe, ClassesRecipe, LinesRecipe, TextToImageRecipe, TokenizerRecipe
+    from smalti.recipes import (
+        CaptionsRecipe,
+        ClassesRecipe,
+        LinesRecipe,
+        PartiRecipe,
+        TextToImageRecipe,
+        TokenizerRecipe,
+    )
 
     if isinstance(checked, TokenizerRecipe):
         _train_tokenizer(checked, quiet)
@@ -73,6 +81,18 @@ def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
         )
         return
     output = checked.output
+    if isinstance(checked, PartiRecipe):
+        from smalti.systems.parti import train_parti
+
+        bundle = train_parti(checked, command=command, show_progress=not quiet)
+        table = f", {output}/samples/table.png (the same prompts on the way)" if checked.watch.prompts else ""
+        typer.echo(
+            f"\nOpen {output}/model/curves.png{table}. The bundle is {bundle}.\n"
+            "Try next:\n"
+            f'  smalti generate "a bird on a tree" -n 4 -o birds.png --bundle {bundle}\n'
+            f"  smalti doctor {bundle}"
+        )
+        return
     if isinstance(checked, ClassesRecipe):
         from smalti.systems.classes import train_classes
 

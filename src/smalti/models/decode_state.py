@@ -4,7 +4,7 @@ Letters: C rows there is room for, R rows of a call, T new tokens, M key-value h
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,8 +22,8 @@ Rows: TypeAlias = "slice | list[int]"
 class DecodeState:
     """Keys and values, allocated once: per layer (capacity, M, max_length in whole blocks, Dh).
 
-    Row r holds `lengths[r]` tokens, in its slots from 0 on. What lies behind them is left from before, finite, and
-    nobody looks at it.
+    Row r holds `lengths[r]` tokens, in its slots from 0 on, but for those at its beginning that an encoder read. What
+    lies behind them is left from before, finite, and nobody looks at it.
     """
 
     def __init__(
@@ -42,8 +42,15 @@ class DecodeState:
         """Keys and values of each layer in one tensor, so that one copy can write both."""
         self.lengths = [0] * capacity
         """On the host: whoever drives the rows knows them, and nothing waits for the device."""
-        self.conditions: list[Float[Tensor, ...] | None] = [None] * capacity
-        """What a row is conditioned on beside its tokens, if anything: features, a label's embedding."""
+        self.encoded = [0] * capacity
+        """How many of a row's tokens, at its beginning, an encoder read: they have no slots."""
+        self.conditions: list[Any] = [None] * capacity
+        """What a row is conditioned on beside the tokens in its slots, if anything: features, a label's embedding, the
+        `Context` that an encoder made of its text."""
+        self.contexts: dict[tuple[int, ...], Any] = {}
+        """What an encoder made of the texts that rows began with lately, by their token ids."""
+        self.row_contexts: Any = None
+        """The contexts of the rows that ran last, put together; the same rows run next, as a rule."""
 
     def keys(self, layer: int) -> Float[Tensor, "C M S Dh"]:
         return self.both[layer][0]
@@ -53,6 +60,10 @@ class DecodeState:
 
     def indices(self, rows: Rows) -> Sequence[int]:
         return range(rows.start, rows.stop) if isinstance(rows, slice) else rows
+
+    def num_filled(self, row: int) -> int:
+        """Slots of a row that hold a token."""
+        return self.lengths[row] - self.encoded[row]
 
     def advance(self, rows: Rows, counts: int | Sequence[int]) -> None:
         """The rows are so many tokens longer now."""
@@ -68,7 +79,7 @@ class DecodeState:
         """Raises ValueError if a row has no room for so many tokens more, or they would be more than `most`."""
         indices = self.indices(rows)
         each = [counts] * len(indices) if isinstance(counts, int) else counts
-        longest = max((self.lengths[row] + count for row, count in zip(indices, each, strict=True)), default=0)
+        longest = max((self.num_filled(row) + count for row, count in zip(indices, each, strict=True)), default=0)
         self.check_length(longest, most)
 
     def check_length(self, num_tokens: int, most: int) -> None:
@@ -81,17 +92,21 @@ class DecodeState:
         """Row targets[i] becomes what row sources[i] was: candidates of one prompt, a beam that follows its parent."""
         if not sources:
             return
-        width = max(self.lengths[source] for source in sources)
+        width = max(map(self.num_filled, sources))
         into, taken = torch.tensor(targets), torch.tensor(sources)
         for both in self.both:
             both[:, into, :, :width] = both[:, taken, :, :width]
-        held = [(self.lengths[source], self.conditions[source]) for source in sources]
-        for target, (length, condition) in zip(targets, held, strict=True):
-            self.lengths[target], self.conditions[target] = length, condition
+        held = [(self.lengths[source], self.encoded[source], self.conditions[source]) for source in sources]
+        for target, found in zip(targets, held, strict=True):
+            self.lengths[target], self.encoded[target], self.conditions[target] = found
 
     def begin(self, row: int, condition: Float[Tensor, "..."] | None = None) -> None:
         """The row is to hold a new sequence; what it held before is finite and may stay."""
-        self.lengths[row], self.conditions[row] = 0, condition
+        self.lengths[row], self.encoded[row], self.conditions[row] = 0, 0, condition
+
+    def begin_encoded(self, row: int, num_tokens: int, context: Any) -> None:
+        """The row begins with so many tokens that an encoder read, and `context` is what it made of them."""
+        self.lengths[row], self.encoded[row], self.conditions[row] = num_tokens, num_tokens, context
 
     def clear(self, row: int) -> None:
         """Empties a row; what it held may not have been finite."""
@@ -106,7 +121,7 @@ class Places:
     def __init__(self, state: DecodeState, rows: Rows, num_tokens: int, counts: Sequence[int] | None = None):
         self.state, self.rows = state, rows
         self.device = state.both[0].device
-        lengths = [state.lengths[row] for row in state.indices(rows)]
+        lengths = [state.num_filled(row) for row in state.indices(rows)]
         self.past, longest = min(lengths), max(lengths)
         self.num_tokens, self.width = num_tokens, longest + num_tokens
         self.are_level = self.past == longest and counts is None

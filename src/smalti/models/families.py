@@ -5,16 +5,18 @@ from typing import Any
 
 from smalti.errors import InputError, shortened
 from smalti.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from smalti.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from smalti.models.janus import Janus, JanusConfig
 from smalti.models.rar import RAR, RARConfig
 
-AnyModel = DecoderOnly | RAR | Janus
-AnyModelConfig = DecoderOnlyConfig | RARConfig | JanusConfig
+AnyModel = DecoderOnly | RAR | Janus | EncoderDecoder
+AnyModelConfig = DecoderOnlyConfig | RARConfig | JanusConfig | EncoderDecoderConfig
 
 FAMILIES: dict[str, tuple[type[AnyModelConfig], type[AnyModel]]] = {
     "decoder_only": (DecoderOnlyConfig, DecoderOnly),
     "rar": (RARConfig, RAR),
     "janus": (JanusConfig, Janus),
+    "encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
 }
 """The config and the module of each family."""
 
@@ -39,4 +41,6 @@ def build_model(config: AnyModelConfig) -> AnyModel:
     """A fresh model of a config."""
     if isinstance(config, RARConfig):
         return RAR(config)
+    if isinstance(config, EncoderDecoderConfig):
+        return EncoderDecoder(config)
     return Janus(config) if isinstance(config, JanusConfig) else DecoderOnly(config)

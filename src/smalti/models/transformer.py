@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import DecodeState, Places, Rows
@@ -92,6 +93,62 @@ class Context(NamedTuple):
     mask: Bool[Tensor, "B S"] | None
     """True at the real tokens; None: all are."""
 
+    def attend(self, q: Float[Tensor, "B N T Dh"], layer: int, dropout: float = 0.0) -> Float[Tensor, "B N T Dh"]:
+        """What a layer's queries find."""
+        allowed = None if self.mask is None else self.mask[:, None, None]
+        return F.scaled_dot_product_attention(
+            q, self.keys[layer], self.values[layer], attn_mask=allowed, dropout_p=dropout
+        )
+
+
+MOST_RUNS = 4
+"""Contexts of a step that are attended to one after the other; more are put into one tensor."""
+
+
+class RowContexts:
+    """The contexts of a decode step's rows, each made of one text.
+
+    Rows side by side that have one context, as the candidates of a prompt and all null rows do, attend to it together:
+    it is read once for all of them. Many different ones are laid into one tensor, which is made once for all steps of
+    the same rows.
+    """
+
+    def __init__(self, contexts: Sequence[Context]):
+        self.contexts = list(contexts)
+        ends = [i + 1 for i in range(len(contexts)) if i + 1 == len(contexts) or contexts[i + 1] is not contexts[i]]
+        self.runs = list(zip([0, *ends], ends, strict=False))
+        self.stacked = _stacked(contexts) if len(self.runs) > MOST_RUNS else None
+
+    def attend(self, q: Float[Tensor, "R N T Dh"], layer: int, dropout: float = 0.0) -> Float[Tensor, "R N T Dh"]:
+        """What a layer's queries find, each row's in its own context."""
+        if self.stacked is not None:
+            return self.stacked.attend(q, layer, dropout)
+        found = [self._attend_alike(q[start:end], self.contexts[start], layer, dropout) for start, end in self.runs]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _attend_alike(
+        self, q: Float[Tensor, "R N T Dh"], context: Context, layer: int, dropout: float
+    ) -> Float[Tensor, "R N T Dh"]:
+        R, N, T, Dh = q.shape
+        together = q.transpose(0, 1).reshape(1, N, R * T, Dh)
+        return context.attend(together, layer, dropout).view(N, R, T, Dh).transpose(0, 1)
+
+
+def _stacked(contexts: Sequence[Context]) -> Context:
+    """Contexts of one text each as one of several, filled up with keys that nobody sees."""
+    lengths = [context.keys[0].shape[2] for context in contexts]
+    longest, device = max(lengths), contexts[0].keys[0].device
+    mask = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+
+    def together(parts: Sequence[Float[Tensor, "1 N S Dh"]]) -> Float[Tensor, "R N S Dh"]:
+        return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[2])) for part in parts])
+
+    keys, values = (
+        [together([getattr(context, name)[layer] for context in contexts]) for layer in range(len(contexts[0].keys))]
+        for name in ("keys", "values")
+    )
+    return Context(keys, values, mask)
+
 
 class CrossAttention(nn.Module):
     """Attention of the decoder's tokens to an encoder's output."""
@@ -107,14 +164,10 @@ class CrossAttention(nn.Module):
         kv = self.kv(encoded).view(*encoded.shape[:2], 2, self.config.num_heads, self.config.head_dim)
         return kv.permute(2, 0, 3, 1, 4)
 
-    def forward(self, x: Float[Tensor, "B T D"], context: Context, layer: int) -> Float[Tensor, "B T D"]:
+    def forward(self, x: Float[Tensor, "B T D"], context: Context | RowContexts, layer: int) -> Float[Tensor, "B T D"]:
         B, T, _ = x.shape
         q = self.q(x).view(B, T, self.config.num_heads, self.config.head_dim).transpose(1, 2)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        allowed = None if context.mask is None else context.mask[:, None, None]
-        attended = F.scaled_dot_product_attention(
-            q, context.keys[layer], context.values[layer], attn_mask=allowed, dropout_p=dropout
-        )
+        attended = context.attend(q, layer, self.config.attention_dropout if self.training else 0.0)
         return self.out(attended.transpose(1, 2).reshape(B, T, self.config.q_width))
 
 
@@ -161,7 +214,7 @@ class Block(nn.Module):
         x: Float[Tensor, "B T D"],
         rotation: Float[Tensor, "... T half 2"] | None,
         mask: Bool[Tensor, "..."] | None,
-        context: "Context | None",
+        context: Context | RowContexts | None,
         places: Places | None,
         layer: int,
     ) -> Float[Tensor, "B T D"]:
@@ -183,6 +236,9 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
+        self.recomputes = False
+        """Whether training computes each block again in the backward pass instead of keeping what it computed: a third
+        more work, memory for the activations of one block alone."""
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = Norm(config.norm, config.d_model, config.norm_eps)
         if config.positions == "learned":
@@ -213,7 +269,7 @@ class Transformer(nn.Module):
         *,
         positions: Int[Tensor, "..."] | None = None,
         places: Places | None = None,
-        context: Context | None = None,
+        context: Context | RowContexts | None = None,
         mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Hidden states of T new tokens. With `places` they stand behind the tokens of a state; the caller then
@@ -241,7 +297,10 @@ class Transformer(nn.Module):
         if mask is None and places is not None and config.causal:
             mask = places.mask()
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, mask, context, places, layer)
+            if self.recomputes and self.training and places is None:
+                x = checkpoint(block, x, rotation, mask, context, None, layer, use_reentrant=False)
+            else:
+                x = block(x, rotation, mask, context, places, layer)
         return self.norm(x)
 
     def extend(
@@ -250,7 +309,7 @@ class Transformer(nn.Module):
         state: DecodeState,
         rows: Rows,
         counts: Sequence[int] | None = None,
-        context: Context | None = None,
+        context: Context | RowContexts | None = None,
         *,
         ahead: Int[Tensor, " R"] | None = None,
     ) -> Float[Tensor, "R T D"]:

@@ -20,12 +20,13 @@ from smalti.image_tokenizers.vit_vqgan import ViTVQGANConfig
 from smalti.image_tokenizers.vqgan import VQGANConfig
 from smalti.image_tokenizers.vqvae import VQVAEConfig
 from smalti.models.config import TransformerConfig
+from smalti.models.encoder_decoder import EncoderDecoderConfig, preset_config
 from smalti.recipes.line_presets import AUTO, choose_preset
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import SPECIAL, Vocabulary
 from smalti.tasks.sample_table import SampleTableConfig
 from smalti.text_features import MAX_FEATURES
-from smalti.text_tokenizer import BPEConfig
+from smalti.text_tokenizer import BPEConfig, UnigramConfig
 from smalti.training.gan_tokenizer import TrainGANTokenizerConfig
 from smalti.training.image_tokenizer import TrainTokenizerConfig
 from smalti.training.token_model import TrainConfig
@@ -245,6 +246,68 @@ class CaptionsRecipe(Section):
         return self
 
 
+class PartiModel(Section):
+    """A text encoder and a picture decoder: a preset of `encoder_decoder.PRESETS`, with some sizes changed."""
+
+    preset: str
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
+    d_model: int | None = None
+    num_heads: int | None = None
+    d_ff: int | None = None
+    local_kernel: int | None = None
+    """Rows and columns of the decoder's convolution-shaped window, odd; None: every code sees all before it."""
+    bias: bool = False
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "PartiModel":
+        self.config(text_size=1, max_text=1, codebook_size=1, grid=(1, 1))  # known when the tokenizers are loaded
+        return self
+
+    def config(
+        self, *, text_size: int, max_text: int, codebook_size: int, grid: tuple[int, int]
+    ) -> EncoderDecoderConfig:
+        changes = self.model_dump(exclude={"preset"}, exclude_none=True)
+        return preset_config(
+            self.preset, text_size=text_size, max_text=max_text, codebook_size=codebook_size, grid=grid, **changes
+        )
+
+
+class PartiRecipe(Section):
+    """A checked recipe of the system `parti`: pictures from captions by a text encoder and a picture decoder."""
+
+    system: Literal["parti"]
+    description: str
+    expects: str
+    minutes: Minutes = {}
+    data: CaptionedPictures
+    image_tokenizer: Path | None = None
+    """Folder of a trained image tokenizer, or a bundle that has one."""
+    text_tokenizer: Path | None = None
+    """File of a text tokenizer, which tokens need. None: one is trained on the captions of the training pictures."""
+    text_size: int = 16_000
+    """Pieces of words, where they are learned."""
+    max_text: int = 128
+    """Pieces of a caption that are read at most."""
+    model: PartiModel
+    train: TrainConfig
+    watch: SampleTableConfig = SampleTableConfig()
+    sample: Sampling = Sampling()
+    evaluate: CompositionsConfig | None = None
+    """Draw the compositions of `data.validation` and look for each among all true pictures; None: do not."""
+    about: dict[str, str] = {}
+    """What the model card says of data and licence."""
+    output: Path
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "PartiRecipe":
+        UnigramConfig(text_size=self.text_size)
+        self.model.config(text_size=1, max_text=self.max_text, codebook_size=1, grid=(1, 1))
+        return self
+
+
 class LabelledPicturesData(Section):
     """Pictures of classes: a folder with one folder for each, a parquet table with the columns image and label, or
     MNIST's four idx files."""
@@ -387,12 +450,13 @@ class TextToImageRecipe(Section):
         return self
 
 
-AnyRecipe = Recipe | LinesRecipe | TokenizerRecipe | CaptionsRecipe | ClassesRecipe | TextToImageRecipe
+AnyRecipe = Recipe | LinesRecipe | TokenizerRecipe | CaptionsRecipe | PartiRecipe | ClassesRecipe | TextToImageRecipe
 System = (
     type[Recipe]
     | type[LinesRecipe]
     | type[TokenizerRecipe]
     | type[CaptionsRecipe]
+    | type[PartiRecipe]
     | type[ClassesRecipe]
     | type[TextToImageRecipe]
 )
@@ -401,6 +465,7 @@ SYSTEMS: dict[str, System] = {
     "lines": LinesRecipe,
     "image tokenizer": TokenizerRecipe,
     "captions": CaptionsRecipe,
+    "parti": PartiRecipe,
     "classes": ClassesRecipe,
     "text to image": TextToImageRecipe,
 }

@@ -1,52 +1,22 @@
-"""Pictures from free captions, from top to bottom: text tokenizer, tokens, transformer, bundle.
+"""Pictures from free captions in one vocabulary: a decoder-only transformer on pairs.py, which says what a run's folder
+holds."""
 
-The folder of a run (see stages.py):
-
-    image_tokenizer/      the image tokenizer, in half precision
-    text_tokenizer.json   pieces of words, learned from the training captions
-    tokens/               train and validation pairs as codes and numbers
-    model/                the transformer's training: checkpoints, curves.csv, curves.png, tensorboard
-    samples/              the same prompts with the same seeds on the way: table.png, table.md
-    bundle/               what `Pipeline.load` reads
-    compositions.md       held-out compositions, where the recipe asks for them
-"""
-
-import shlex
 from pathlib import Path
 from typing import Any
 
-from smalti.bundle import Bundle
-from smalti.data.pair_sources import open_pairs
-from smalti.data.ready_tokens import are_tokens, open_tokens
-from smalti.data.tokenize_pairs import TokenizeConfig
-from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
-from smalti.evaluate.compositions import evaluate_compositions
 from smalti.evaluate.reconstruction import find_image_tokenizer
-from smalti.files import made_again
-from smalti.image_files import PictureConfig
 from smalti.image_tokenizers import load_image_tokenizer
-from smalti.models.families import AnyModel
-from smalti.progress import stage, track
-from smalti.recipes import CaptionsRecipe, claim_folder
+from smalti.recipes import CaptionsRecipe
 from smalti.sequences.layout import Layout
-from smalti.systems.stages import check_grid, finish, stored_image_tokenizer, stored_tokens, team
-from smalti.tasks.images import Pipeline
-from smalti.tasks.sample_table import SampleTable
+from smalti.systems.pairs import Shape, train_on_pairs
 from smalti.text_tokenizer import BPEConfig, TextTokenizer
-from smalti.training.estimate import Estimate
-from smalti.training.token_model import Pairs, nats_by_order, train_model
 
 
 def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: bool = True) -> Path:
-    """Trains the system of a recipe in its output folder, from wherever it stands; returns the bundle's folder.
-
-    Under `torchrun` the first process makes the tables, all of them train the transformer. Raises InputError if the
-    folder holds a run of another recipe, the layout does not fit the image tokenizer, or as the stages do.
-    """
+    """Trains the system of a recipe in its output folder, as `train_on_pairs` does; returns the bundle's folder."""
     if recipe.data.train is None or recipe.data.validation is None or recipe.image_tokenizer is None:
         raise InputError("give data.train and data.validation, pictures with captions, and image_tokenizer, a folder.")
-    output, watch = recipe.output, recipe.watch
     image_tokenizer: Any = load_image_tokenizer(find_image_tokenizer(recipe.image_tokenizer)).eval()
     words = BPEConfig(
         image_size=image_tokenizer.config.codebook_size,
@@ -55,134 +25,13 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
         order=recipe.segments,
     )
     layout = Layout.parse(words.vocabulary, recipe.layout.orders)
-    check_grid(layout, image_tokenizer)
-    max_text_length = _most_text(layout)
-    size = recipe.data.size or _picture_size(image_tokenizer)
-    sources = {"train": recipe.data.train, "validation": recipe.data.validation}
-    ready = {split: source for split, source in sources.items() if are_tokens(source)}
-    given = _given_text_tokenizer(recipe, layout, ready)
-    with team(output) as processes:
-        # Tokens that are there are of the image tokenizer as it was given, not of its copy in half precision.
-        lengths: Any = {"max_text_length": max_text_length, "seed": recipe.train.seed}
-        opened: dict[str, Pairs] = {}
-        if given is not None:
-            opened |= {split: open_tokens(ready[split], split, image_tokenizer, given, **lengths) for split in ready}
-        if processes.is_first:
-            claim_folder(recipe, output, free=("sample", "evaluate", "about"))
-            image_tokenizer = stored_image_tokenizer(output / "image_tokenizer", lambda: image_tokenizer)
-            if not (output / "text_tokenizer.json").exists():
-                learned = given or _learn_words(recipe.data.train, words, show_progress)
-                learned.save(output / "text_tokenizer.json")
-        processes.wait()
-        with made_again(output / "text_tokenizer.json"):
-            text_tokenizer = TextTokenizer.load(output / "text_tokenizer.json")
-        tables = {split: output / "tokens" / f"{split}.parquet" for split in sources if split not in opened}
-        if processes.is_first:
-            config = TokenizeConfig(size=size, max_text_length=max_text_length, on_error=recipe.data.on_error)
-            for split, tokens in tables.items():
-                pairs = sources[split]
-                stored_tokens(pairs, tokens, image_tokenizer, text_tokenizer, config, show_progress=show_progress)
-        processes.wait()
-        opened |= {split: TokenTable.open(tokens) for split, tokens in tables.items()}
-        train, validation = opened["train"], opened["validation"]
-
-        def make_pipeline(model: AnyModel, **described: Any) -> Pipeline:
-            bundle = Bundle(
-                model=model,
-                layout=layout,
-                image_tokenizer=image_tokenizer,
-                text_tokenizer=text_tokenizer,
-                pictures=PictureConfig(height=size[0], width=size[1], scale=recipe.data.scale),
-                sampling=recipe.sample,
-                name=output.name,
-                **described,
-            )
-            return Pipeline(bundle)
-
-        model = train_model(
-            recipe.model,
-            layout,
-            train,
-            validation,
-            recipe.train,
-            output / "model",
-            sampler=SampleTable(output / "samples", watch, make_pipeline) if watch.prompts else None,
-            sample_every=watch.every,
-            show_progress=show_progress,
-            estimate=Estimate(recipe.minutes, {"transformer": recipe.train.length}),
-        )
-        if processes.is_first:
-            about = {**recipe.about, "Trained by": f"`{command}`", "Seed": str(recipe.train.seed)}
-            trained = make_pipeline(model.cpu(), about=about).bundle
-            finish(trained, output / "bundle", lambda bundle: _figures(bundle, recipe, validation, show_progress))
-    return output / "bundle"
-
-
-def _given_text_tokenizer(recipe: CaptionsRecipe, layout: Layout, ready: dict[str, Path]) -> TextTokenizer | None:
-    """The recipe's own, if it names one, which tokens that are `ready` need."""
-    if recipe.text_tokenizer is not None:
-        given = TextTokenizer.load(recipe.text_tokenizer)
+    given = None if recipe.text_tokenizer is None else TextTokenizer.load(recipe.text_tokenizer)
+    if given is not None:
         given.check_vocabulary(layout.vocabulary)
-        return given
-    if ready:
-        raise InputError(
-            f"{next(iter(ready.values()))} holds tokens: give the text_tokenizer that goes with them, a file."
-        )
-    return None
-
-
-def _learn_words(pairs: Path, config: BPEConfig, show_progress: bool) -> TextTokenizer:
-    records = open_pairs(pairs)
-    shown = track(records.records(), "reading captions", unit="pair", show=show_progress, total=len(records))
-    captions = [pair.caption for pair in shown if pair.caption]
-    with stage("learning words", show=show_progress):
-        return TextTokenizer.train(captions, config)[0]
-
-
-def _figures(bundle: Bundle, recipe: CaptionsRecipe, validation: Pairs, show_progress: bool) -> dict[str, str]:
-    pipe = Pipeline(bundle)
-    num_rows = min(len(validation), recipe.train.evaluation_rows or len(validation))
-    with stage("measuring likelihood", show=show_progress):
-        figures = _likelihood_figures(pipe, validation, num_rows)
-    if recipe.evaluate is not None:
-        train, test = recipe.data.train, recipe.data.validation
-        assert train is not None and test is not None
-        command = (
-            shlex.join(["smalti", "evaluate", "compositions", str(recipe.output / "bundle")])
-            + f" --test {test} --train {train}"
-        )
-        report = evaluate_compositions(pipe, test, train, recipe.evaluate, command=command, show_progress=show_progress)
-        report.write(recipe.output, force=True)
-        figures |= report.figures()
-    return figures
-
-
-def _likelihood_figures(pipe: Pipeline, validation: Pairs, num_rows: int) -> dict[str, str]:
-    """Nats per token of each part that an order learns, on the validation pairs; of pictures also without captions."""
-    figures = {}
-    for captioned in (True, False):
-        for name, found in nats_by_order(pipe.model, pipe.layout, validation, num_rows, captioned=captioned).items():
-            for part, nats in found.items():
-                if nats.num_tokens and part in ("picture", "caption") and (captioned or part == "picture"):
-                    given = "" if captioned else ", captions empty"
-                    what = f"validation nats per {part} token, {name}{given}"
-                    figures[what] = f"{nats.nats_per_token:.4f} ± {nats.standard_error:.4f}"
-    return figures
-
-
-def _picture_size(image_tokenizer: Any) -> tuple[int, int]:
-    """Rows and columns that an image tokenizer was trained on."""
-    size = image_tokenizer.config.image_size
-    return (size, size) if isinstance(size, int) else size
-
-
-def _most_text(layout: Layout) -> int:
-    """How many tokens of a caption fit every order. Raises InputError if a caption's span is not of open length."""
-    spans = {name: order.span("text") for name, order in layout.orders.items()}
-    for name, span in spans.items():
-        if span.end is None:
-            raise InputError(
-                f"the order {name!r} has {span}, but free captions have any length; write text{{..{span.length}}} with "
-                "a marker behind it."
-            )
-    return min(span.length for span in spans.values())
+    shape = Shape(
+        layout=layout,
+        model=recipe.model,
+        learn_words=lambda captions: TextTokenizer.train(captions, words)[0],
+        text_tokenizer=given,
+    )
+    return train_on_pairs(recipe, image_tokenizer, shape, command=command, show_progress=show_progress)

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from smalti.errors import InputError, first_line
-from smalti.models.transformer import Attention
+from smalti.models.transformer import Attention, Transformer
 
 NONE, FULL = SHARDINGS = ("none", "full")
 DATA, TENSOR = "data", "tensor"
@@ -119,9 +119,14 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """From now on layers keep their input alone, and are computed again for the backward pass (arXiv:1604.06174)."""
-    for block in blocks_of(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    """From now on training computes layers again in the backward pass, and keeps their input alone
+    (arXiv:1604.06174)."""
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.recomputes = True
+    if not any(isinstance(module, Transformer) for module in model.modules()):  # blocks of a family's own
+        for block in blocks_of(model):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def own_device(device: torch.device | str | None) -> torch.device:

@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from smalti.models.transformer import Attention, CrossAttention, FeedForward
 from smalti.precision import BFLOAT16, FLOAT32
-from smalti.training.distributed import DATA, TENSOR, Processes, blocks_of, recompute_activations
+from smalti.training.distributed import DATA, TENSOR, Processes, blocks_of
 
 _log = logging.getLogger("torch.distributed.tensor._redistribute")
 
@@ -108,7 +108,7 @@ def join(tensors: Mapping[str, Tensor], parts: Parts) -> dict[str, Tensor]:
 class Shares:
     """A model taken apart in shares. The model that is given becomes this process's share of it."""
 
-    def __init__(self, model: nn.Module, processes: Processes, *, recompute: bool = False):
+    def __init__(self, model: nn.Module, processes: Processes):
         assert processes.mesh is not None
         _log.setLevel(logging.ERROR)  # it finds our two groups of processes worth a warning at each norm
         self.processes, self.model = processes, model
@@ -120,8 +120,6 @@ class Shares:
         if processes.tensor_parallel > 1:
             for module in list(model.modules()):
                 _share_layer(module, processes.mesh[TENSOR])
-        if recompute:
-            recompute_activations(model)
 
     def wrap(self, loss: nn.Module, *methods: str, precision: str = FLOAT32) -> None:
         """Shards a module around the model; its weights are whole, in `precision`, within its `forward` and these

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -38,6 +39,7 @@ from smalti.likelihood import Likelihood, evaluate_nll
 from smalti.models.base import SequenceModel
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
+from smalti.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from smalti.models.families import AnyModel, build_model
 from smalti.models.loss import SlotTargets, slot_nll, slot_targets, token_nll
 from smalti.models.rar import RAR, RARConfig
@@ -51,6 +53,7 @@ from smalti.precision import (
 from smalti.processor import separate_compile_cache
 from smalti.sequences.layout import NO_SLOT, PARTS, Layout, Marker, Order, Packed, Span, SpanValues
 from smalti.sequences.vocabulary import SPECIAL, Vocabulary
+from smalti.training.adafactor import Adafactor
 from smalti.training.checkpoint import (
     Checkpoint,
     check_writable,
@@ -88,8 +91,8 @@ from smalti.training.settings import check_ranges
 if TYPE_CHECKING:
     from smalti.training.parallel import Shares
 
-SCHEDULES = ("constant", "cosine")
-OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("constant", "cosine", "exponential")
+OPTIMIZERS = ("adamw", "muon", "adafactor")
 EVALUATION_BATCH_SIZE = 256
 EVALUATION_LOGITS = 2**28
 """Numbers that an evaluation holds of them at once at most: a gigabyte."""
@@ -151,13 +154,17 @@ class TrainConfig:
     """Pieces in which each process takes its share of a batch, to save memory; gradients are accumulated."""
     optimizer: str = "adamw"
     """`adamw`, or `muon`: Muon (`smalti.training.muon`) for the matrices of the blocks, AdamW for embeddings, head,
-    norms and biases, both at `learning_rate` and `weight_decay`."""
+    norms and biases, both at `learning_rate` and `weight_decay`; or `adafactor` (`smalti.training.adafactor`), which
+    needs a quarter of AdamW's memory."""
     learning_rate: float = 1e-3
     schedule: str = "constant"
-    """After the warm-up: "constant", or "cosine" down to `final_share` of the learning rate at the last step."""
+    """After the warm-up: "constant", or "cosine" down to `final_share` of the learning rate at the last step, or
+    "exponential" down to it from the share `decay_from` of the training on."""
     warmup_steps: int = 0
     """Updates over which the learning rate rises linearly."""
     final_share: float = 0.1
+    decay_from: float = 0.0
+    """Share of the training up to which the schedule "exponential" is constant (Parti: 85,000 of 450,000 updates)."""
     weight_decay: float = 0.0
     """AdamW's (arXiv:1711.05101), on tensors of two or more dimensions; at 0 this is Adam."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -172,12 +179,12 @@ class TrainConfig:
     tensor_parallel: int = 1
     """Neighbouring processes that compute every layer together, each with some heads and a part of the feed-forward:
     for layers that are too large for one device, within a machine. It implies sharding."""
-    checkpoint_activations: bool = False
-    """Keep of every layer its input alone, and compute it again for the backward pass: a third more products for a
-    fraction of the memory."""
     precision: str = AUTO
     """Of products: "float32", "bfloat16" (weights and optimizer stay in float32), or "auto", bfloat16 where the
     hardware multiplies in it."""
+    recompute: bool = False
+    """Compute each block again in the backward pass instead of keeping its activations (activation checkpointing): a
+    third more work, and memory for the activations of one block."""
     compile: bool | None = None
     """Pass the model through `torch.compile`. None: where training is long enough for a minute or two of compiling to
     pay off."""
@@ -218,13 +225,13 @@ class TrainConfig:
             positive="num_epochs num_steps batch_size num_micro_batches tensor_parallel learning_rate max_grad_norm "
             "patience evaluation_rows checkpoint_every keep_checkpoints",
             not_negative="warmup_steps weight_decay seed",
-            below_one="ema_decay dropout_from token_dropout caption_dropout betas",
+            below_one="ema_decay dropout_from decay_from token_dropout caption_dropout betas",
             shares="final_share permuted",
         )
-        if self.optimizer == "muon" and (self.sharding != NONE or self.tensor_parallel > 1):
+        if self.optimizer != "adamw" and (self.sharding != NONE or self.tensor_parallel > 1):
             raise ValueError(
-                "optimizer is muon, which moves whole matrices, and sharding would give each process a share of them; "
-                "use adamw, or sharding none with tensor_parallel 1."
+                f"optimizer is {self.optimizer}, which looks at whole matrices, and sharding gives each process a "
+                "share of them; use adamw, or sharding none with tensor_parallel 1."
             )
         if self.permuted is not None and self.permuted[0] > self.permuted[1]:
             raise ValueError(f"permuted is {self.permuted}; the first share must not be above the second.")
@@ -247,6 +254,10 @@ class TrainConfig:
 
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
     """Of the update after `step` updates, the last of which has the lowest."""
+    if config.schedule == "exponential" and step >= config.warmup_steps:
+        first = config.decay_from * num_steps
+        progress = max(0.0, step - first) / (num_steps - first)
+        return config.learning_rate * config.final_share**progress
     return scheduled(
         step,
         peak=config.learning_rate,
@@ -553,21 +564,29 @@ class TrainState:
 
 
 def make_optimizer(model: AnyModel, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer | Optimizers:
-    """AdamW, or Muon and AdamW beside it, as `config.optimizer` says."""
+    """AdamW, or Muon and AdamW beside it, or Adafactor, as `config.optimizer` says."""
     muon = config.optimizer == "muon"
-    blocks = model.blocks if isinstance(model, RAR) else model.transformer.blocks
-    matrices = [p for p in blocks.parameters() if p.ndim == 2] if muon else []
+    matrices = [p for p in _block_parameters(model) if p.ndim == 2] if muon else []
     taken = set(matrices)
     others = [parameter for parameter in model.parameters() if parameter not in taken]
     decayed = [parameter for parameter in others if parameter.ndim >= 2]
     plain = [parameter for parameter in others if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    if config.optimizer == "adafactor":
+        return Adafactor(groups, lr=config.learning_rate, betas=config.betas)
     # Fused, in one pass over memory: a third of the time of the other ways on a CPU.
     fused = device.type in ("cpu", "cuda")
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
     if not muon:
         return adamw
     return Optimizers(Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay), adamw)
+
+
+def _block_parameters(model: AnyModel) -> Iterator[Tensor]:
+    if isinstance(model, RAR):
+        return model.blocks.parameters()
+    stacks = (model.encoder, model.decoder) if isinstance(model, EncoderDecoder) else (model.transformer,)
+    return chain.from_iterable(stack.blocks.parameters() for stack in stacks)
 
 
 def with_choices(
@@ -605,11 +624,8 @@ def make_loss(
     Only what a run that goes on finds again decides, so that it takes the same path.
     """
     native = None
-    if (
-        not asked.compile
-        and not chosen.checkpoint_activations
-        and num_steps * chosen.batch_size * layout.max_length >= NATIVE_FROM_TOKENS
-    ):
+    many = num_steps * chosen.batch_size * layout.max_length >= NATIVE_FROM_TOKENS
+    if not asked.compile and not asked.recompute and many:
         native = make_native_loss(model, chosen.precision)
         if native is not None:
             native_decode.load()  # who trains for so long draws from the model next, in jobs too short to compile it
@@ -761,7 +777,7 @@ class Pace:
 
 
 def train_model(
-    model: AnyModel | TransformerConfig | RARConfig,
+    model: AnyModel | TransformerConfig | RARConfig | EncoderDecoderConfig,
     layout: Layout,
     train: Pairs,
     validation: Pairs,
@@ -800,14 +816,12 @@ def train_model(
         run = Run(directory / CHECKPOINTS)
         # Of a model in shares no process's device need hold all of it.
         model, asked = _ready_model(model, layout, config, run, device if team.mesh is None else None), config
-        dtype = model.embed_tokens.weight.dtype
+        dtype = next(model.parameters()).dtype
         config = with_choices(config, layout, num_steps, device, parameters_dtype=dtype, begun=run.precision)
         averaged = deepcopy(model).eval() if config.ema_decay else None
         if team.mesh is None:
             loss_module, packed_nll = make_loss(model, layout, asked, config, num_steps), None
             why = partial(_why_slow, model, asked, config, loss_module)
-            if config.checkpoint_activations:
-                recompute_activations(model)
             if world_size > 1:
                 loss_module = DistributedDataParallel(loss_module)
             optimizer = make_optimizer(model, config, device)
@@ -908,7 +922,7 @@ def _shared_out(
     from smalti.training.sharded_state import parameter_names
 
     names = parameter_names(model, make_optimizer(model, config, device))
-    shares = Shares(model, team, recompute=config.checkpoint_activations)
+    shares = Shares(model, team)
     if asked.compile:  # layer by layer, so that weights are gathered between them
         separate_compile_cache()
         for block in blocks_of(model):
@@ -952,21 +966,23 @@ def _plain_model(state: TrainState, *, keep: bool = True) -> AnyModel:
 
 
 def _ready_model(
-    model: AnyModel | TransformerConfig | RARConfig,
+    model: AnyModel | TransformerConfig | RARConfig | EncoderDecoderConfig,
     layout: Layout,
     config: TrainConfig,
     run: Run,
     device: torch.device | None,
 ) -> AnyModel:
     """The model on its device (None: as it is), in training mode: the one given, or a fresh one of this shape."""
-    if isinstance(model, TransformerConfig | RARConfig):
+    if isinstance(model, TransformerConfig | RARConfig | EncoderDecoderConfig):
         torch.manual_seed(config.seed)
     if isinstance(model, TransformerConfig):
         model = new_model(layout, model, full_head=config.full_softmax or _has_full_head(run))
-    elif isinstance(model, RARConfig):
-        model = RAR(model)
+    elif isinstance(model, RARConfig | EncoderDecoderConfig):
+        model = build_model(model)
     if config.permuted is not None and not isinstance(model, RAR):
         raise ValueError("permuted is for a RAR, which is told which cell comes next; leave it out.")
+    if config.recompute:
+        recompute_activations(model)
     return (model if device is None else model.to(device)).train()
 
 
