@@ -88,7 +88,7 @@ def test_a_checkpoint_of_shares_is_safetensors_and_its_damage_is_named(runs):
 @pytest.mark.slow
 def test_families_go_on_in_shares_of_layers_from_a_plain_checkpoint(tmp_path):
     run("sharded_families", tmp_path)
-    for name in ("rar", "gpt"):
+    for name in ("rar", "gpt", "parti"):
         assert_alike(tmp_path / f"{name}-one", tmp_path / f"{name}-many")
 
 

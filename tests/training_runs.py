@@ -18,6 +18,7 @@ import torch._dynamo  # the first optimizer would import it, in every child anew
 
 from smalti.errors import InputError
 from smalti.models.config import TransformerConfig
+from smalti.models.encoder_decoder import EncoderDecoderConfig
 from smalti.models.rar import RARConfig
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import Vocabulary
@@ -36,9 +37,9 @@ OPEN = Layout.parse(
 )
 
 
-def arrays(num_rows: int, seed: int = 0) -> TokenArrays:
+def arrays(num_rows: int, seed: int = 0, text_length: int = 3) -> TokenArrays:
     generator = np.random.default_rng(seed)
-    return TokenArrays(generator.integers(0, 17, (num_rows, 5)), generator.integers(0, 7, (num_rows, 3)))
+    return TokenArrays(generator.integers(0, 17, (num_rows, 5)), generator.integers(0, 7, (num_rows, text_length)))
 
 
 class KillingArrays(TokenArrays):
@@ -174,7 +175,9 @@ def shared_out(
 
     token_model.train_step = stopping
     config = replace(STEPS, **how)
-    trained = train_model(model, layout, arrays(29), arrays(7, seed=1), config, directory, show_progress=False)
+    text_length = 1 if "label" in layout.vocabulary.segments else 3
+    train, validation = arrays(29, 0, text_length), arrays(7, 1, text_length)
+    trained = train_model(model, layout, train, validation, config, directory, show_progress=False)
     if os.environ.get("RANK", "0") == "0":
         torch.save(trained.state_dict(), directory / "final.pt")
 
@@ -189,11 +192,13 @@ def sharded(directory: Path) -> None:
 
 
 def sharded_families(directory: Path) -> None:
-    """A RAR, whose queries and keys are normed, and a GPT in shares of layers; a plain run that goes on in shares."""
-    rar = RARConfig(codebook_size=17, num_classes=6, num_codes=5, num_layers=2, d_model=16, num_heads=4, d_ff=24,
+    """A RAR, whose queries and keys are normed, a GPT and a Parti in shares of layers; plain runs that go on so."""
+    rar = RARConfig(codebook_size=17, num_classes=7, num_codes=5, num_layers=2, d_model=16, num_heads=4, d_ff=24,
                     dropout=0.0, attention_dropout=0.0)  # fmt: skip
     gpt = TransformerConfig(num_layers=2, d_model=16, num_heads=4, d_ff=24, max_length=12)
-    for name, model, layout in (("rar", rar, rar.layout), ("gpt", gpt, FIXED)):
+    parti = EncoderDecoderConfig(text_size=7, max_text=4, codebook_size=17, grid=(1, 5), encoder_layers=1,
+                                 decoder_layers=2, d_model=16, num_heads=4, d_ff=24, dropout=0.0)  # fmt: skip
+    for name, model, layout in (("rar", rar, rar.layout), ("gpt", gpt, FIXED), ("parti", parti, parti.layout)):
         how = {"model": model, "layout": layout}
         assert in_ranks(1, partial(shared_out, directory / f"{name}-one", **how)) == [0]
         assert in_ranks(1, partial(shared_out, directory / f"{name}-many", until=12, **how)) == [0]

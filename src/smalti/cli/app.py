@@ -20,6 +20,7 @@ from smalti.cli.doctor import app as doctor_app
 from smalti.cli.evaluate import app as evaluate_app
 from smalti.cli.evaluate import parse_size
 from smalti.cli.interop import app as interop_app
+from smalti.cli.plan import app as plan_app
 from smalti.cli.train import RECIPE_NAMES
 from smalti.cli.train import app as train_app
 from smalti.default_bundle import CLASSES_BUNDLE, DEFAULT_BUNDLE, SHIPPED, Choice, bundle_for_picture, bundle_for_prompt
@@ -39,6 +40,7 @@ data_app = typer.Typer(help="Make the tables that training reads.", no_args_is_h
 app.add_typer(data_app, name="data")
 app.add_typer(interop_app)
 app.add_typer(doctor_app)
+app.add_typer(plan_app)
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
 

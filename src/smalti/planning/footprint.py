@@ -22,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
-from smalti.models.families import AnyModel
+from smalti.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from smalti.models.families import AnyModel, build_model
 from smalti.models.loss import SlotTargets
-from smalti.models.rar import RAR, RARConfig
+from smalti.models.rar import RARConfig
 from smalti.precision import BFLOAT16, FLOAT32, autocast
 from smalti.sequences.layout import Layout, Packed, SpanValues
 from smalti.training.distributed import recompute_activations
@@ -39,9 +40,11 @@ from smalti.training.token_model import (
     rows_at_once,
 )
 
-DEPTHS = (2, 3)
-"""Layers of the models that are run in place of a deeper one."""
-Shape = TransformerConfig | RARConfig
+DEPTHS = ("num_layers", "encoder_layers", "decoder_layers")
+"""What configs call their numbers of layers."""
+DEEPEST = 3
+"""Layers of the models that are run in place of deeper ones."""
+Shape = TransformerConfig | RARConfig | EncoderDecoderConfig
 
 
 class Footprint(NamedTuple):
@@ -57,6 +60,8 @@ class Footprint(NamedTuple):
     """What a micro-batch needs at most beside them."""
     peak_bytes: float
     """At any moment of a step or of an evaluation. Gradients grow while activations shrink, so it is less than all."""
+    evaluation_bytes: float
+    """At any moment of an evaluation."""
     flops: float
     """Of the forward and the backward pass of a micro-batch, without what is computed twice."""
     block_parameters: float
@@ -67,9 +72,9 @@ class Footprint(NamedTuple):
         """What is held all the time: weights, optimizer, average, and gradients where they are accumulated."""
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.average_bytes
 
-    def times(self, other: "Footprint", share: float) -> "Footprint":
-        """self + share · (other − self)."""
-        return Footprint(*(a + share * (b - a) for a, b in zip(self, other, strict=True)))
+    def plus(self, more: "Footprint", less: "Footprint", times: float) -> "Footprint":
+        """self + times · (more − less)."""
+        return Footprint(*(own + times * (a - b) for own, a, b in zip(self, more, less, strict=True)))
 
 
 class Task(NamedTuple):
@@ -98,39 +103,50 @@ def footprint(
     the feed-forward. `fused` attention keeps no scores, as on a GPU; without it they are held, as a CPU does in
     bfloat16.
     """
-    shape = _share(task.shape, tensor_parallel)
+    task = task._replace(shape=_share(task.shape, tensor_parallel))
     how: Any = {"precision": precision, "sharded": sharded, "recompute": recompute, "fused": fused}
-    L = shape.num_layers
-    low, high = DEPTHS
-    if high >= L:
-        return _run(task._replace(shape=shape), num_rows, **how)
-    first, second = (_run(task._replace(shape=replace(shape, num_layers=depth)), num_rows, **how) for depth in DEPTHS)
-    found = first.times(second, (L - low) / (high - low))
-    return found._replace(block_parameters=second.num_parameters - first.num_parameters)
+    depths = {name: getattr(task.shape, name) for name in DEPTHS if hasattr(task.shape, name)}
+    if max(depths.values()) <= DEEPEST:
+        return _run(task, num_rows, **how)
+    shallow = dict.fromkeys(depths, DEEPEST - 1)
+    first = found = _run(task._replace(shape=replace(task.shape, **shallow)), num_rows, **how)
+    block_parameters = 0.0
+    for name, depth in depths.items():
+        deeper = _run(task._replace(shape=replace(task.shape, **(shallow | {name: DEEPEST}))), num_rows, **how)
+        found = found.plus(deeper, first, depth - DEEPEST + 1)
+        block_parameters = max(block_parameters, deeper.num_parameters - first.num_parameters)
+    return found._replace(block_parameters=block_parameters)
 
 
 def _share(shape: Shape, num_processes: int) -> Any:
     """The shape of one process's part of every layer. Raises ValueError where heads or widths cannot be divided."""
     if num_processes == 1:
         return shape
-    heads = {"num_heads": shape.num_heads}
+    parts = {"num_heads": shape.num_heads, "d_ff": shape.d_ff}
     if isinstance(shape, TransformerConfig):
-        heads["num_kv_heads"] = shape.kv_heads
-    for name, value in (*heads.items(), ("d_ff", shape.d_ff)):
+        parts["num_kv_heads"] = shape.kv_heads
+    for name, value in parts.items():
         if value % num_processes:
             raise ValueError(f"{name} {value} is not divisible by {num_processes} processes that share a layer.")
-    if isinstance(shape, RARConfig):
+    if not isinstance(shape, TransformerConfig):  # its heads are as wide as their number makes them
         return replace(shape, d_ff=shape.d_ff // num_processes)
-    parts = {name: value // num_processes for name, value in heads.items()}
-    return replace(shape, head_width=shape.head_dim, d_ff=shape.d_ff // num_processes, **parts)
+    shared = {name: value // num_processes for name, value in parts.items()}
+    return replace(shape, head_width=shape.head_dim, **shared)
 
 
 def make_model(task: Task) -> AnyModel:
     """A fresh model of a task."""
-    if isinstance(task.shape, RARConfig):
-        return RAR(task.shape)
+    if isinstance(task.shape, RARConfig | EncoderDecoderConfig):
+        return build_model(task.shape)
     full = task.train.full_softmax
     return new_model(task.layout, task.shape, full_head=full, feature_width=task.feature_width)
+
+
+def _knows_starts(model: AnyModel, piece: MicroBatch) -> None:
+    """Tells an encoder-decoder where its sequences' pictures begin: it would read that from the ids, which are none."""
+    if isinstance(model, EncoderDecoder):
+        start = piece.token_ids.shape[1] - model.config.num_codes - 1
+        model._starts = lambda token_ids: [start] * len(token_ids)  # pyright: ignore
 
 
 def example(task: Task, num_rows: int) -> MicroBatch:
@@ -158,10 +174,11 @@ def _zeros(count: int, length: int) -> SpanValues:
 def _run(task: Task, num_rows: int, *, precision: str, sharded: bool, recompute: bool, fused: bool) -> Footprint:
     most = rows_at_once(task.layout)
     piece, evaluated = example(task, num_rows), example(task, min(most, task.train.evaluation_rows or most))
-    with _fake() as fake:
+    gathered = sharded and precision == BFLOAT16
+    with _fake(torch.bfloat16 if gathered else torch.float32) as fake:
         model, living, counter = make_model(task), _Living(), FlopCounterMode(display=False)
-        if sharded and precision == BFLOAT16:
-            model.bfloat16()
+        _knows_starts(model, piece)
+        if gathered:
             precision = FLOAT32  # nothing is copied
         optimizer = make_optimizer(model, task.train, torch.device("cpu"))
         loss, piece, evaluated = NextTokenLoss(model, task.layout), _faked(piece, fake), _faked(evaluated, fake)
@@ -197,14 +214,28 @@ def _run(task: Task, num_rows: int, *, precision: str, sharded: bool, recompute:
     average = weights if task.train.ema_decay else 0
     peak = average + max(step, evaluation + state)
     return Footprint(
-        num_parameters, weights, gradients, state, average, activations, peak, counter.get_total_flops(), 0.0
+        num_parameters=num_parameters,
+        weights_bytes=weights,
+        gradients_bytes=gradients,
+        optimizer_bytes=state,
+        average_bytes=average,
+        activations_bytes=activations,
+        peak_bytes=peak,
+        evaluation_bytes=average + evaluation + state,
+        flops=counter.get_total_flops(),
+        block_parameters=0.0,
     )
 
 
 @contextmanager
-def _fake() -> Iterator[FakeTensorMode]:
-    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        yield fake
+def _fake(dtype: torch.dtype) -> Iterator[FakeTensorMode]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            yield fake
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -128,7 +128,9 @@ class Shares:
         gathered = MixedPrecisionPolicy()
         if precision == BFLOAT16:  # tables of positions stay as they are
             gathered = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        for module in (*blocks_of(self.model), loss):
+        # An encoder's output becomes keys and values before the layers that look at them are reached.
+        ahead = [module.kv for module in self.model.modules() if isinstance(module, CrossAttention)]
+        for module in (*ahead, *blocks_of(self.model), loss):
             fully_shard(module, mesh=self.processes.mesh[DATA], mp_policy=gathered)
         for method in methods:
             register_fsdp_forward_method(loss, method)
