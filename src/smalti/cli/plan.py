@@ -95,11 +95,11 @@ def _show(plan: Any) -> None:
         typer.echo(f"assumed: {'; '.join(plan.assumptions)}")
     if plan.here is not None:
         here = plan.here
+        parts = ", ".join(f"{name} {_bytes(value)}" for name, value in here.memory.items() if value)
         typer.echo(
-            f"\nhere ({here.device}, {here.threads} threads, {here.precision}, {here.path}): "
-            f"{_time(here.step_s)} a step, {here.tokens_per_s:,.0f} tokens/s, {_long(here.days)}; memory {_bytes(here.peak_bytes)} at most ("
-            + ", ".join(f"{name} {_bytes(value)}" for name, value in here.memory.items() if value)
-            + ")"
+            f"\nhere ({here.device}, {here.threads} threads, {here.precision}, {here.path}): {_time(here.step_s)} a "
+            f"step, {here.tokens_per_s:,.0f} tokens/s, {_long(here.days)}; memory {_bytes(here.peak_bytes)} at most "
+            f"({parts})"
         )
     if plan.gpus:
         columns = ("", "layout", "rows × micro", "memory", "step", "tokens/s", "in all", "GPU hours", "cost")

@@ -214,9 +214,9 @@ def _step_s(
     """Seconds of a step, and what they go to."""
     one = footprints(sharded=sharding == "full", tensor_parallel=1, recompute=recompute)
     rate = gpu.bfloat16_flops if footprints.precision == BFLOAT16 else gpu.float32_flops
-    products_s = (
-        task.train.batch_size * one.flops * (RECOMPUTED if recompute else 1) / num_devices / (rate * efficiency)
-    )
+    flops = task.train.batch_size * one.flops * (RECOMPUTED if recompute else 1)
+    products_s = flops / num_devices / (rate * efficiency)
+    launches_s = num_micro_batches * num_layers(task) * LAYER_S
     data = num_devices // tensor_parallel
     parameters = _held(one, task, tensor_parallel)
     width = 2 if footprints.precision == BFLOAT16 else 4
