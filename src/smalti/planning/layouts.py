@@ -9,7 +9,7 @@ gathering weights goes on beside the products, sums within layers do not.
 from typing import NamedTuple
 
 from smalti.planning.footprint import Footprint, Task, footprint
-from smalti.planning.gpus import BANDWIDTH_EFFICIENCY, GPU, KEPT_FREE, TRAINING_EFFICIENCY
+from smalti.planning.gpus import BANDWIDTH_EFFICIENCY, GPU, KEPT_FREE, LAYER_S, TRAINING_EFFICIENCY
 from smalti.precision import BFLOAT16
 
 RECOMPUTED = 4 / 3
@@ -103,7 +103,10 @@ def choose_layout(
                 found += made
                 least = smallest if least is None or smallest < least else least
             name = _name(sharding, tensor_parallel)
-            if len(found) == before and least is not None:
+            if least == float("inf"):
+                share = num_devices // tensor_parallel
+                reasons.append(f"{name}: a batch of {task.train.batch_size} is not divisible by {share}")
+            elif len(found) == before and least is not None:
                 reasons.append(f"{name} needs {least / 1e9:,.0f} GB a device at least, and {room / 1e9:,.0f} are free")
         if found:
             break  # sums within layers only cost where layers fit
@@ -226,7 +229,9 @@ def _step_s(
         moved *= num_micro_batches * (2 * width + 4)
     else:  # gradients summed: scattered and gathered
         moved *= 8
-    link = gpu.link_bytes_per_s if num_devices <= gpu.per_machine else gpu.network_bytes_per_s * tensor_parallel
+    link = gpu.link_bytes_per_s
+    if num_devices > gpu.per_machine:  # a machine's GPUs send their parts of it side by side
+        link = min(link, gpu.network_bytes_per_s * gpu.per_machine / tensor_parallel)
     weights_s = moved / (link * BANDWIDTH_EFFICIENCY) if data > 1 else 0.0
     sums_s = 0.0
     if tensor_parallel > 1:  # two sums a layer and pass, of all tokens of the group's rows
