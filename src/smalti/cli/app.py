@@ -93,6 +93,7 @@ Power = Annotated[
 Interval = Annotated[
     str | None, typer.Option(help="Guide only the codes START:END of a picture, as 0:64 or 16: (default: all).")
 ]
+OF_TABLES = "For a table of captions"
 OF_PICTURES, OF_LINES = "For a bundle of pictures", "For a bundle of lines"
 
 
@@ -129,7 +130,8 @@ def options(
 @app.command(
     epilog='Examples: smalti generate "dark green eight on bright cyan" -o eight.png · '
     "smalti generate --class 207 -o dog.png --bundle out/c2i-b --guidance-scale 4 · "
-    'smalti generate "a red fox in the snow" -o fox.png --bundle out/t2i-xl --text-encoder flan-t5-xl'
+    'smalti generate "a red fox in the snow" -o fox.png --bundle out/t2i-xl --text-encoder flan-t5-xl · '
+    "smalti generate --captions captions.csv -o drawn.parquet --bundle out/cc3m/bundle --ray --workers 4"
 )
 def generate(
     prompt: Annotated[
@@ -141,6 +143,21 @@ def generate(
         str | None,
         typer.Option("--class", help="Instead of a caption, for a bundle of classes: a class's number or name."),
     ] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a caption: a file of them (.txt, .csv, .tsv, .jsonl, .parquet). Their pictures' codes go "
+            "into a token table, OUTPUT.parquet, in parts: if it is stopped, run it again.",
+            rich_help_panel=OF_TABLES,
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that share the parts; 0: this one alone.", rich_help_panel=OF_TABLES)
+    ] = 0,
+    ray: Annotated[
+        bool,
+        typer.Option("--ray", help="Have actors of a Ray cluster share them, as many.", rich_help_panel=OF_TABLES),
+    ] = False,
     bundle: Annotated[
         str | None,
         typer.Option(
@@ -183,7 +200,7 @@ def generate(
     text_encoder: TextEncoderName = None,
 ) -> None:
     """Draw pictures of a caption, or of a class. Each PNG carries a receipt, from which `smalti replay` redraws it."""
-    outputs = _output_names(output, 1 if grid else n)
+    outputs = [output] if captions is not None else _output_names(output, 1 if grid else n)
     _refuse_existing(outputs, force)
     if rerank and best_of == 1:
         raise InputError(f"--rerank {rerank} has one picture to choose from; give --best-of 2 or more as well.")
@@ -199,6 +216,17 @@ def generate(
         speculative=speculative,
         coupling=coupling,
     )
+    if captions is not None:
+        of_one = _given(prompt=prompt, class_=class_, negative_prompt=negative_prompt, rerank=rerank, scale=scale)
+        of_one |= {name: given for name, given in (("n", n > 1), ("grid", grid), ("best_of", best_of > 1)) if given}
+        for name in of_one:
+            raise InputError(
+                f"--captions draws one picture of each caption; {name.rstrip('_')} is for one: leave it out."
+            )
+        _draw_table(captions, output, bundle, seed, workers, ray, force, text_encoder, sampling)
+        return
+    if workers or ray:
+        raise InputError("--workers and --ray share the parts of a table: give --captions FILE, or leave them out.")
     chosen = None
     if class_ is not None:
         of_captions = _given(prompt=prompt, negative_prompt=negative_prompt, rerank=rerank, text_encoder=text_encoder)
@@ -237,6 +265,30 @@ def generate(
     _save(pictures, outputs, force)
     if chosen:
         typer.echo(f"drawn by the bundle {chosen.name} ({chosen.why}); --bundle chooses another", err=True)
+
+
+def _draw_table(
+    captions: Path,
+    output: Path,
+    bundle: str | None,
+    seed: int,
+    workers: int,
+    ray: bool,
+    force: bool,
+    text_encoder: str | None,
+    sampling: dict[str, Any],
+) -> None:
+    from smalti.data.captions import read_captions
+    from smalti.tasks.draw_table import DrawTableConfig, draw_table
+
+    if output.suffix.lower() != ".parquet":
+        raise InputError(f"{output}: codes go into a token table; give a name that ends in .parquet.")
+    config = DrawTableConfig(seed=seed, workers=workers, ray=ray)
+    lines = read_captions(captions)
+    how = {"text_encoder": text_encoder, "force": force}
+    with resuming():
+        num_rows = draw_table(bundle or DEFAULT_BUNDLE, lines, output, config, **how, **sampling)
+    typer.echo(f"{output}: {num_rows} rows")
 
 
 def _class_pipeline(bundle: str, of_captions: dict[str, Any], weights: str) -> Any:
@@ -776,6 +828,7 @@ def tokenize(
         str, typer.Option(help="What to do about a broken picture: stop, or skip and name it.")
     ] = "stop",
     workers: Annotated[int, typer.Option(min=0, help="Processes that share the work; 0: this one alone.")] = 0,
+    ray: Annotated[bool, typer.Option("--ray", help="Have actors of a Ray cluster share it, as many.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at a time.")] = 256,
     image_column: Annotated[str, typer.Option(help="Column of the pictures in parquet.")] = "image",
     caption_column: Annotated[
@@ -800,6 +853,7 @@ def tokenize(
         on_error=on_error,
         batch_size=batch_size,
         workers=workers,
+        ray=ray,
     )
     tokenizers = _tokenizers(bundle, image_tokenizer, text_tokenizer)
     columns = {"image_column": image_column, "caption_column": caption_column, "delimiter": delimiter}

@@ -65,7 +65,9 @@ class Footprint(NamedTuple):
     flops: float
     """Of the forward and the backward pass of a micro-batch, without what is computed twice."""
     block_parameters: float
-    """Of one layer."""
+    """Of the largest layer."""
+    in_blocks: float
+    """Parameters of all layers."""
 
     @property
     def state_bytes(self) -> float:
@@ -110,12 +112,13 @@ def footprint(
         return _run(task, num_rows, **how)
     shallow = dict.fromkeys(depths, DEEPEST - 1)
     first = found = _run(task._replace(shape=replace(task.shape, **shallow)), num_rows, **how)
-    block_parameters = 0.0
+    block_parameters = in_blocks = 0.0
     for name, depth in depths.items():
         deeper = _run(task._replace(shape=replace(task.shape, **(shallow | {name: DEEPEST}))), num_rows, **how)
         found = found.plus(deeper, first, depth - DEEPEST + 1)
-        block_parameters = max(block_parameters, deeper.num_parameters - first.num_parameters)
-    return found._replace(block_parameters=block_parameters)
+        each = deeper.num_parameters - first.num_parameters
+        block_parameters, in_blocks = max(block_parameters, each), in_blocks + depth * each
+    return found._replace(block_parameters=block_parameters, in_blocks=in_blocks)
 
 
 def _share(shape: Shape, num_processes: int) -> Any:
@@ -224,6 +227,7 @@ def _run(task: Task, num_rows: int, *, precision: str, sharded: bool, recompute:
         evaluation_bytes=average + evaluation + state,
         flops=counter.get_total_flops(),
         block_parameters=0.0,
+        in_blocks=0.0,
     )
 
 

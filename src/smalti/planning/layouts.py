@@ -172,7 +172,7 @@ def memory_of(
     sharded = sharding == "full"
     whole = footprints(sharded=sharded, tensor_parallel=1, recompute=recompute)
     one = footprints(sharded=sharded, tensor_parallel=tensor_parallel, recompute=recompute)
-    held = _held(whole, task, tensor_parallel) / whole.num_parameters / num_shares
+    held = _held(whole, tensor_parallel) / whole.num_parameters / num_shares
     copies = 0.0  # of the weights in the precision of the products, where they are not gathered in it
     if footprints.precision == BFLOAT16 and not sharded:
         copies = min(2 * one.num_parameters, one.activations_bytes)
@@ -180,7 +180,7 @@ def memory_of(
     gathered = 0.0
     if sharded:
         width = 2 if footprints.precision == BFLOAT16 else 4
-        root = whole.num_parameters - num_layers(task) * whole.block_parameters
+        root = whole.num_parameters - whole.in_blocks
         gathered = width * (2 * whole.block_parameters / tensor_parallel + 2 * root)  # with the root's gradients
     return Memory(
         whole.weights_bytes * held,
@@ -197,10 +197,9 @@ def num_layers(task: Task) -> int:
     return shape.num_layers if hasattr(shape, "num_layers") else shape.encoder_layers + shape.decoder_layers
 
 
-def _held(whole: Footprint, task: Task, tensor_parallel: int) -> float:
+def _held(whole: Footprint, tensor_parallel: int) -> float:
     """Parameters of one device of a group that shares layers: its part of them, and all else."""
-    blocks = min(num_layers(task) * whole.block_parameters, whole.num_parameters)
-    return whole.num_parameters - blocks + blocks / tensor_parallel
+    return whole.num_parameters - whole.in_blocks + whole.in_blocks / tensor_parallel
 
 
 def _step_s(
@@ -221,7 +220,7 @@ def _step_s(
     products_s = flops / num_devices / (rate * efficiency)
     launches_s = num_micro_batches * num_layers(task) * LAYER_S
     data = num_devices // tensor_parallel
-    parameters = _held(one, task, tensor_parallel)
+    parameters = _held(one, tensor_parallel)
     width = 2 if footprints.precision == BFLOAT16 else 4
     # Every process sends, and gets, all but its own share of what is gathered or summed.
     moved = parameters * (data - 1) / data
