@@ -1,5 +1,6 @@
 """The command line: parses, calls, prints. What a command needs is imported inside it, so that each starts fast."""
 
+import os
 import re
 import sys
 import traceback
@@ -108,6 +109,23 @@ def _set_debug(asked: bool) -> None:
     _debug = asked
 
 
+def _set_device(name: str | None) -> None:
+    """For this command and the processes that it starts. Said at once if it is not there."""
+    if name is not None:
+        from smalti.devices import DEVICE_VARIABLE, choose_device
+
+        choose_device(name)
+        os.environ[DEVICE_VARIABLE] = name
+
+
+def _set_dtype(name: str | None) -> None:
+    if name is not None:
+        from smalti.devices import DTYPE_VARIABLE, choose_dtype
+
+        choose_dtype(name)
+        os.environ[DTYPE_VARIABLE] = name
+
+
 _debug = False
 """Whether errors are shown with their traceback and what caused them."""
 
@@ -120,6 +138,24 @@ def options(
             "--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error, with its cause."
         ),
     ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            callback=_set_device,
+            is_eager=True,
+            help="What to compute on: auto (a GPU where there is one), cpu, cuda, cuda:1, mps.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            callback=_set_dtype,
+            is_eager=True,
+            help="What transformers draw and score in: auto (float32), float32, bfloat16.",
+        ),
+    ] = None,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,

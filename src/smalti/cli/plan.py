@@ -32,7 +32,6 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure some steps on this machine, for some seconds.")
     ] = True,
-    device: Annotated[str, typer.Option(help="What to measure: auto, cpu, cuda or mps.")] = "auto",
     codebook_size: Annotated[
         int | None, typer.Option(min=1, help="Codes of the image tokenizer, where the recipe names none.")
     ] = None,
@@ -47,6 +46,7 @@ def plan(
     within a third, and measure before you pay.
     """
     from smalti.cli.evaluate import parse_size
+    from smalti.devices import choose_device
     from smalti.planning.gpus import TRAINING_EFFICIENCY, find_gpu
     from smalti.planning.plan import make_plan
     from smalti.planning.subjects import Assumed, find_subject
@@ -61,7 +61,7 @@ def plan(
         price=price,
         efficiency=TRAINING_EFFICIENCY if efficiency is None else efficiency,
         measure=measure,
-        device=_device(device),
+        device=choose_device(),
     )
     if as_json:
         import json
@@ -75,12 +75,6 @@ def _count(text: str) -> int:
     if not text.strip().isdigit() or not int(text):
         raise InputError(f"--devices has {text!r}; expected numbers of GPUs with commas between, such as 1,8,64.")
     return int(text)
-
-
-def _device(name: str) -> Any:
-    from smalti.devices import choose_device
-
-    return choose_device(name)
 
 
 def _show(plan: Any) -> None:

@@ -30,6 +30,7 @@ from smalti.data.pairs import Record, decode_picture
 from smalti.data.parquet_files import ParquetReader
 from smalti.data.parts import claim, do_parts, parts_folder, remove_leftovers
 from smalti.data.tokens import SCHEMA, token_rows, write_token_table
+from smalti.devices import AUTO, choose_device
 from smalti.documents import parse_json
 from smalti.errors import InputError
 from smalti.files import lock_of, locked, made_again, refuse_existing
@@ -58,6 +59,8 @@ class TokenizeConfig:
     """What is lost at most when a run is killed: minutes with the large networks, which encode one or two a second."""
     workers: int = 0
     """Processes that share the parts; 0: this one does them."""
+    device: str = AUTO
+    """Where pictures are encoded, as `smalti.devices` knows them; each process moves its own image tokenizer there."""
     ray: bool = False
     """Have actors of a Ray cluster share them instead, as many as `workers`."""
 
@@ -260,9 +263,11 @@ class _Job(NamedTuple):
         return self.text_tokenizer.encode_within(caption, self.config.max_text_length)
 
     def _encode(self, rows: list["_Row"]) -> pa.RecordBatch:
-        pictures = torch.from_numpy(np.stack([row.picture for row in rows]))  # (N, H, W, 3)
+        device = choose_device(self.config.device)
+        image_tokenizer = self.image_tokenizer.to(device)  # once; behind that nothing moves
+        pictures = torch.from_numpy(np.stack([row.picture for row in rows])).to(device)  # (N, H, W, 3)
         with torch.inference_mode():
-            codes = self.image_tokenizer.encode_images(pictures.permute(0, 3, 1, 2).float() / 255)
+            codes = image_tokenizer.encode_images(pictures.permute(0, 3, 1, 2).float() / 255).cpu()
         words, texts = [row.numbers for row in rows], [row.caption for row in rows]
         return token_rows([row.key for row in rows], codes.flatten(1).numpy(), words, texts)
 
@@ -314,7 +319,7 @@ def _first_size(source: PairSource) -> tuple[int, int]:
 
 def _manifest(source: PairSource, config: TokenizeConfig, metadata: dict[str, Any]) -> dict[str, Any]:
     settings = asdict(config)
-    for name in ("workers", "ray", "batch_size", "on_error"):  # these change nothing in a part that is whole
+    for name in ("workers", "ray", "device", "batch_size", "on_error"):  # these change nothing in a part that is whole
         del settings[name]
     return {"source": source.fingerprint, "settings": settings, "tokenizers": metadata}
 

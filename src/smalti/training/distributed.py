@@ -127,12 +127,3 @@ def recompute_activations(model: nn.Module) -> None:
     if not any(isinstance(module, Transformer) for module in model.modules()):  # blocks of a family's own
         for block in blocks_of(model):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def own_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for; for None this process's GPU, if there is one."""
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")

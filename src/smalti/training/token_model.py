@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from smalti.data.featured_pairs import FeaturedPairs
 from smalti.data.loader import prefetch, step_rows
 from smalti.data.tokens import TokenBatch
+from smalti.devices import choose_device
 from smalti.engine.executors import native as native_decode
 from smalti.errors import InputError, require_finite
 from smalti.likelihood import Likelihood, evaluate_nll
@@ -71,7 +72,6 @@ from smalti.training.distributed import (
     gradients_kept_back,
     make_processes,
     others_alive,
-    own_device,
     processes,
     recompute_activations,
 )
@@ -795,7 +795,7 @@ def train_model(
 
     `directory` gets `checkpoints/`, `curves.csv`, `curves.png` and `tensorboard/`, and `best/` if the run may stop
     early. A run found there goes on from its last checkpoint and ends with the weights it would have had without the
-    stop. Under `torchrun` all processes work on shares of the same batches. `device` None takes a GPU if there is one.
+    stop. Under `torchrun` all processes work on shares of the same batches. `device` None is "auto" (`smalti.devices`).
     `sampler` is shown the model every `sample_every` updates, before the first and after the last. `estimate` says
     early how long a recipe takes in all, if progress is shown.
 
@@ -805,7 +805,7 @@ def train_model(
     directory = Path(directory)
     with processes() as (rank, world_size), ExitStack() as stack:
         # The run and its model.
-        device = own_device(device)
+        device = choose_device("auto" if device is None else device)
         divided: Any = {"sharding": config.sharding, "tensor_parallel": config.tensor_parallel}
         team = make_processes(rank, world_size, device, **divided)
         _check_task(layout, train, validation, config, team.data_size)
