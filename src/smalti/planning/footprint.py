@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
@@ -179,7 +179,7 @@ def _run(task: Task, num_rows: int, *, precision: str, sharded: bool, recompute:
     piece, evaluated = example(task, num_rows), example(task, min(most, task.train.evaluation_rows or most))
     gathered = sharded and precision == BFLOAT16
     with _fake(torch.bfloat16 if gathered else torch.float32) as fake:
-        model, living, counter = make_model(task), _Living(), FlopCounterMode(display=False)
+        model, living, counter = make_model(task), _Living(), _counter()
         _knows_starts(model, piece)
         if gathered:
             precision = FLOAT32  # nothing is copied
@@ -240,6 +240,23 @@ def _fake(dtype: torch.dtype) -> Iterator[FakeTensorMode]:
             yield fake
     finally:
         torch.set_default_dtype(before)
+
+
+def _counter() -> FlopCounterMode:
+    """torch's, with the attention of CPUs, which it leaves out: all T × T scores, as it counts that of GPUs."""
+    aten = torch.ops.aten
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 @contextmanager
