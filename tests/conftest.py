@@ -17,6 +17,19 @@ hypothesis.settings.load_profile("smalti")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--device", default="auto", help="Where test_cuda.py holds executors to the CPU's numbers: cuda.")
+
+
+@pytest.fixture
+def gpu(request) -> torch.device:
+    """The GPU of `--device`; a test that asks for it is skipped, and says so, where there is none."""
+    asked = request.config.getoption("--device")
+    if asked == "cpu" or not torch.cuda.is_available():
+        pytest.skip(f"needs a GPU: --device {asked} finds none")
+    return torch.device("cuda" if asked == "auto" else asked)
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The optional folder of reference models and real data: `../shared`, or what SMALTI_SHARED names."""

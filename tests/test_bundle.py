@@ -120,7 +120,7 @@ def test_on_meta_there_are_shapes_and_no_weights(saved: Path):
 @pytest.mark.parametrize(
     "asked, message",
     [
-        ({"device": "abacus"}, "device 'abacus' is unknown; give auto, cpu, or cuda"),
+        ({"device": "abacus"}, "device 'abacus' is unknown; give one of auto, cpu, cuda, mps"),
         ({"dtype": "float8"}, "dtype 'float8' is unknown; choose one of auto, float32, bfloat16"),
     ],
 )

@@ -1,4 +1,5 @@
-"""On a GPU: the same numbers as on a CPU, and captured steps equal to the model's own. Skipped where there is none."""
+"""On a GPU (pytest --device cuda): the contract of executors again. The same numbers as on a CPU, and captured steps
+equal to the model's own. Skipped, visibly, where there is none."""
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from smalti.likelihood import score
 from smalti.models.decode_state import SLOT_BLOCK
 from smalti.sequences.layout import SpanValues
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.usefixtures("gpu")
 
 CONFIGS = [
     SampleConfig(temperature=0),

@@ -29,6 +29,7 @@ from typing import Any, Self
 
 import torch
 
+from smalti.devices import choose_device, choose_dtype
 from smalti.documents import config_of, read_json
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, first_line, shortened
@@ -74,7 +75,6 @@ PARTS = (
     *(f"{folder}/{file}" for folder in (IMAGE_TOKENIZER, RERANKER, UPSAMPLER) for file in (CONFIG, WEIGHTS)),
 )
 """Files of which a bundle's config must know the checksum, where they are there."""
-DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,23 +310,21 @@ class Bundle:
     ) -> Self:
         """A bundle from its folder, by the name of one that ships, or by a hub's `owner/name` (extra "hub").
 
-        `device` "auto" is a GPU where there is one; on "meta" a bundle has its shapes and no weights. `dtype` is the
-        transformer's, of DTYPES; "auto" is float32. `weights` of STORAGES is how its matrices are kept: in bfloat16 or
-        int8 they take a half or a quarter of the memory, and are computed with in float32 all the same. The image
-        tokenizer is always in float32: codes would change at near ties. Every file is read once and compared with its
-        checksum on the way. Raises InputError if there is no such bundle or device, a file of it is missing or damaged,
-        or a newer version wrote it.
+        `device` and `dtype`, the transformer's, are as `smalti.devices` knows them: "auto" is a GPU where there is one,
+        and float32; on "meta" a bundle has its shapes and no weights. `weights` of STORAGES is how its matrices are
+        kept: in bfloat16 or int8 they take a half or a quarter of the memory, and are computed with in float32 all the
+        same. The image tokenizer is always in float32: codes would change at near ties. Every file is read once and
+        compared with its checksum on the way. Raises InputError if there is no such bundle or device, a file of it is
+        missing or damaged, or a newer version wrote it.
         """
         directory = find_bundle(name)
         config = read_config(directory)
         path, sha256 = directory / CONFIG, config["sha256"]
-        device = _device(device)
-        if dtype not in DTYPES:
-            raise InputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+        device, chosen = choose_device(device), choose_dtype(dtype)
         if weights not in STORAGES:
             raise InputError(f"weights {weights!r} is unknown; choose one of {', '.join(STORAGES)}.")
-        if weights != "float32" and DTYPES[dtype] != torch.float32:
-            raise InputError(f"weights {weights!r} are computed with in float32; leave out dtype {dtype!r}.")
+        if weights != "float32" and chosen != torch.float32:
+            raise InputError(f"weights {weights!r} are computed with in float32; leave out dtype {chosen}.")
         networks = (IMAGE_TOKENIZER, UPSAMPLER) if "pictures" in config else ()
         weight_files = {WEIGHTS, *(f"{folder}/{WEIGHTS}" for folder in (*networks, RERANKER))}
         for file in sha256.keys() - weight_files:
@@ -362,7 +360,7 @@ class Bundle:
                 directory / WEIGHTS,
                 sha256=sha256[WEIGHTS],
                 device=device,
-                dtype=DTYPES[dtype],
+                dtype=chosen,
             )
             if weights != "float32":
                 model.store_weights(weights)
@@ -476,18 +474,6 @@ def is_lines(layout: Layout) -> bool:
         return False
     marker, span = first.parts
     return isinstance(marker, Marker) and isinstance(span, Span) and span.segment == "image" and span.end is None
-
-
-def _device(device: torch.device | str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {str(device)!r} is unknown; give auto, cpu, or cuda.") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {str(device)!r} is not there: torch finds no GPU; give auto or cpu.")
-    return chosen
 
 
 # Folders -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Letters: N sequences, B batch, T tokens.
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,18 +121,24 @@ def to_device(packed: Packed, device: torch.device) -> Packed:
     return packed.map(lambda tensor: tensor.to(device))
 
 
-def evaluate_nll(model: SequenceModel, layout: Layout, batches: Iterable[Packed]) -> dict[str, Likelihood]:
+def evaluate_nll(
+    model: SequenceModel,
+    layout: Layout,
+    batches: Iterable[Packed],
+    packed_nll: Callable[[Packed], Float[Tensor, "B T"]] | None = None,
+) -> dict[str, Likelihood]:
     """Likelihood of packed sequences: by part ("picture", "caption", "markers", ...) and in all ("total").
 
     Every predicted token is counted, also those that only one id can be, at 0 nats: only the first token of a
     sequence, padding, and what training only ever gave (see `is_predicted`) are left out. "total" therefore divides by
-    all positions but the first where the head has rows for all ids.
+    all positions but the first where the head has rows for all ids. `packed_nll` stands for the model's `token_nll`.
     """
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
     with torch.no_grad(), evaluating(model):
         for packed in batches:
             moved = to_device(packed, model.device)
-            nll = token_nll(model, moved, layout.slots).double()
+            found = token_nll(model, moved, layout.slots) if packed_nll is None else packed_nll(moved)
+            nll = found.double()
             predicted = is_predicted(model, moved.slot_ids, layout.slots)
             masks = _segment_masks(layout, moved, predicted)
             for name, inside in masks.items():

@@ -1,5 +1,6 @@
 """The command line: parses, calls, prints. What a command needs is imported inside it, so that each starts fast."""
 
+import os
 import re
 import sys
 import traceback
@@ -47,6 +48,7 @@ from smalti.cli.options import (
     settings_given,
     usual_bundle_for_picture,
 )
+from smalti.cli.plan import app as plan_app
 from smalti.cli.sample import app as sample_app
 from smalti.cli.scenes import data_scenes
 from smalti.cli.train import RECIPE_NAMES
@@ -77,9 +79,11 @@ app.add_typer(sample_app)
 app.add_typer(edit_app)
 app.add_typer(gallery_app)
 app.add_typer(upsampler_app)
+app.add_typer(plan_app)
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
 
+OF_TABLES = "For a table of captions"
 OF_PICTURES, OF_LINES = "For a bundle of pictures", "For a bundle of lines"
 
 
@@ -94,6 +98,23 @@ def _set_debug(asked: bool) -> None:
     _debug = asked
 
 
+def _set_device(name: str | None) -> None:
+    """For this command and the processes that it starts. Said at once if it is not there."""
+    if name is not None:
+        from smalti.devices import DEVICE_VARIABLE, choose_device
+
+        choose_device(name)
+        os.environ[DEVICE_VARIABLE] = name
+
+
+def _set_dtype(name: str | None) -> None:
+    if name is not None:
+        from smalti.devices import DTYPE_VARIABLE, choose_dtype
+
+        choose_dtype(name)
+        os.environ[DTYPE_VARIABLE] = name
+
+
 _debug = False
 """Whether errors are shown with their traceback and what caused them."""
 
@@ -106,6 +127,24 @@ def options(
             "--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error, with its cause."
         ),
     ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            callback=_set_device,
+            is_eager=True,
+            help="What to compute on: auto (a GPU where there is one), cpu, cuda, cuda:1, mps.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            callback=_set_dtype,
+            is_eager=True,
+            help="What transformers draw and score in: auto (float32), float32, bfloat16.",
+        ),
+    ] = None,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -116,7 +155,8 @@ def options(
 @app.command(
     epilog='Examples: smalti generate "dark green eight on bright cyan" -o eight.png · '
     "smalti generate --class 207 -o dog.png --bundle out/c2i-b --guidance-scale 4 · "
-    'smalti generate "a red fox in the snow" -o fox.png --bundle out/t2i-xl --text-encoder flan-t5-xl'
+    'smalti generate "a red fox in the snow" -o fox.png --bundle out/t2i-xl --text-encoder flan-t5-xl · '
+    "smalti generate --captions captions.csv -o drawn.parquet --bundle out/cc3m/bundle --ray --workers 4"
 )
 def generate(
     prompt: Annotated[
@@ -128,6 +168,21 @@ def generate(
         str | None,
         typer.Option("--class", help="Instead of a caption, for a bundle of classes: a class's number or name."),
     ] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a caption: a file of them (.txt, .csv, .tsv, .jsonl, .parquet). Their pictures' codes go "
+            "into a token table, OUTPUT.parquet, in parts: if it is stopped, run it again.",
+            rich_help_panel=OF_TABLES,
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that share the parts; 0: this one alone.", rich_help_panel=OF_TABLES)
+    ] = 0,
+    ray: Annotated[
+        bool,
+        typer.Option("--ray", help="Have actors of a Ray cluster share them, as many.", rich_help_panel=OF_TABLES),
+    ] = False,
     bundle: Annotated[
         str | None,
         typer.Option(
@@ -180,7 +235,7 @@ def generate(
     ] = False,
 ) -> None:
     """Draw pictures of a caption, or of a class. Each PNG carries a receipt, from which `smalti replay` redraws it."""
-    outputs = output_names(output, 1 if grid else n)
+    outputs = [output] if captions is not None else output_names(output, 1 if grid else n)
     refuse_outputs(outputs, force)
     if (rerank or clip) and best_of == 1:
         given = f"--rerank {rerank}" if rerank else "--clip"
@@ -197,6 +252,19 @@ def generate(
         speculative=speculative,
         coupling=coupling,
     )
+    if captions is not None:
+        of_one = settings_given(
+            prompt=prompt, class_=class_, negative_prompt=negative_prompt, rerank=rerank, scale=scale
+        )
+        of_one |= {name: given for name, given in (("n", n > 1), ("grid", grid), ("best_of", best_of > 1)) if given}
+        for name in of_one:
+            raise InputError(
+                f"--captions draws one picture of each caption; {name.rstrip('_')} is for one: leave it out."
+            )
+        _draw_table(captions, output, bundle, seed, workers, ray, force, text_encoder, sampling)
+        return
+    if workers or ray:
+        raise InputError("--workers and --ray share the parts of a table: give --captions FILE, or leave them out.")
     chosen = None
     if class_ is not None:
         of_captions = settings_given(
@@ -240,6 +308,30 @@ def generate(
     save_pictures(pictures, outputs, force)
     if chosen:
         typer.echo(f"drawn by the bundle {chosen.name} ({chosen.why}); --bundle chooses another", err=True)
+
+
+def _draw_table(
+    captions: Path,
+    output: Path,
+    bundle: str | None,
+    seed: int,
+    workers: int,
+    ray: bool,
+    force: bool,
+    text_encoder: str | None,
+    sampling: dict[str, Any],
+) -> None:
+    from smalti.data.captions import read_captions
+    from smalti.tasks.draw_table import DrawTableConfig, draw_table
+
+    if output.suffix.lower() != ".parquet":
+        raise InputError(f"{output}: codes go into a token table; give a name that ends in .parquet.")
+    config = DrawTableConfig(seed=seed, workers=workers, ray=ray)
+    lines = read_captions(captions)
+    how = {"text_encoder": text_encoder, "force": force}
+    with resuming():
+        num_rows = draw_table(bundle or DEFAULT_BUNDLE, lines, output, config, **how, **sampling)
+    typer.echo(f"{output}: {num_rows} rows")
 
 
 def _class_pipeline(bundle: str, of_captions: dict[str, Any], weights: str) -> Any:
@@ -766,6 +858,7 @@ def tokenize(
         str, typer.Option(help="What to do about a broken picture: stop, or skip and name it.")
     ] = "stop",
     workers: Annotated[int, typer.Option(min=0, help="Processes that share the work; 0: this one alone.")] = 0,
+    ray: Annotated[bool, typer.Option("--ray", help="Have actors of a Ray cluster share it, as many.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at a time.")] = 256,
     image_column: Annotated[str, typer.Option(help="Column of the pictures in parquet.")] = "image",
     caption_column: Annotated[
@@ -790,6 +883,7 @@ def tokenize(
         on_error=on_error,
         batch_size=batch_size,
         workers=workers,
+        ray=ray,
     )
     tokenizers = _tokenizers(bundle, image_tokenizer, text_tokenizer)
     columns = {"image_column": image_column, "caption_column": caption_column, "delimiter": delimiter}

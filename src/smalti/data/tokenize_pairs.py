@@ -8,16 +8,12 @@ Letters: N pictures of H rows and W columns.
 """
 
 import hashlib
-import json
-import multiprocessing
-import os
 import shutil
-import signal
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -32,17 +28,18 @@ from torch import nn
 from smalti.data.pair_sources import PairSource, open_pairs
 from smalti.data.pairs import Record, decode_picture
 from smalti.data.parquet_files import ParquetReader
+from smalti.data.parts import claim, do_parts, parts_folder, remove_leftovers
 from smalti.data.tokens import SCHEMA, token_rows, write_token_table
-from smalti.documents import parse_json, read_json
+from smalti.devices import AUTO, choose_device
+from smalti.documents import parse_json
 from smalti.errors import InputError
-from smalti.files import lock_of, locked, made_again, refuse_existing, write_json
+from smalti.files import lock_of, locked, made_again, refuse_existing
 from smalti.image_files import MAX_SIDE
 from smalti.progress import stage
 from smalti.text_tokenizer import TextTokenizer
 from smalti.weights import weights_sha256
 
 ON_ERROR = ("stop", "skip")
-MANIFEST = "manifest.json"
 Item = TypeVar("Item")
 
 
@@ -62,6 +59,10 @@ class TokenizeConfig:
     """What is lost at most when a run is killed: minutes with the large networks, which encode one or two a second."""
     workers: int = 0
     """Processes that share the parts; 0: this one does them."""
+    device: str = AUTO
+    """Where pictures are encoded, as `smalti.devices` knows them; each process moves its own image tokenizer there."""
+    ray: bool = False
+    """Have actors of a Ray cluster share them instead, as many as `workers`."""
 
     def __post_init__(self) -> None:
         if self.on_error not in ON_ERROR:
@@ -130,15 +131,17 @@ def tokenize_pairs(
     them unless they are skipped, or if none is left; if `tokens` exists, unless `force`; and if parts of another run
     lie there, naming what differs.
     """
-    tokens = Path(tokens)
-    folder = tokens.with_name(f".{tokens.name}.parts")
+    tokens, pairs = Path(tokens), Path(pairs)
+    if config.ray:  # whose actors are somewhere else
+        tokens, pairs = tokens.absolute(), pairs.absolute()
+    folder = parts_folder(tokens)
     if not force:
-        _remove_leftovers(tokens, folder)
+        remove_leftovers(tokens)
     refuse_existing([tokens], force=force)
     source = open_pairs(pairs, image_column=image_column, caption_column=caption_column, delimiter=delimiter)
     metadata = tokenizer_metadata(image_tokenizer, text_tokenizer)
     with locked(lock_of(folder), tokens):
-        _claim(folder, _manifest(source, config, metadata), tokens, force=force)
+        claim(folder, _manifest(source, config, metadata), partial(_require_same, tokens=tokens), _check, force=force)
         shape = config.size or _first_size(source)
         job = _Job(source, folder, image_tokenizer, text_tokenizer, config, shape)
         num_parts = -(-len(source) // config.records_per_part)
@@ -147,7 +150,7 @@ def tokenize_pairs(
         with stage(
             f"tokenizing {Path(pairs).name}", len(source), unit="picture", completed=done, show=show_progress
         ) as progress:
-            for _ in _do_parts(job, missing):
+            for _ in do_parts(job, missing, workers=config.workers, ray=config.ray):
                 progress.update(min(len(source), progress.completed + config.records_per_part))
         report = _join([job.file(part) for part in range(num_parts)], tokens, metadata, config.on_error, force=force)
         shutil.rmtree(folder)
@@ -260,9 +263,11 @@ class _Job(NamedTuple):
         return self.text_tokenizer.encode_within(caption, self.config.max_text_length)
 
     def _encode(self, rows: list["_Row"]) -> pa.RecordBatch:
-        pictures = torch.from_numpy(np.stack([row.picture for row in rows]))  # (N, H, W, 3)
+        device = choose_device(self.config.device)
+        image_tokenizer = self.image_tokenizer.to(device)  # once; behind that nothing moves
+        pictures = torch.from_numpy(np.stack([row.picture for row in rows])).to(device)  # (N, H, W, 3)
         with torch.inference_mode():
-            codes = self.image_tokenizer.encode_images(pictures.permute(0, 3, 1, 2).float() / 255)
+            codes = image_tokenizer.encode_images(pictures.permute(0, 3, 1, 2).float() / 255).cpu()
         words, texts = [row.numbers for row in rows], [row.caption for row in rows]
         return token_rows([row.key for row in rows], codes.flatten(1).numpy(), words, texts)
 
@@ -297,45 +302,6 @@ def fit(picture: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.
     return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BICUBIC, box=box))
 
 
-def _do_parts(job: _Job, parts: list[int]) -> Iterator[None]:
-    if not job.config.workers:
-        yield from map(job.do, parts)
-        return
-    others = set(multiprocessing.active_children())
-    # a fresh interpreter: threads of torch do not survive a fork
-    pool = ProcessPoolExecutor(
-        job.config.workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(job, max(1, (os.cpu_count() or 1) // job.config.workers)),
-    )
-    try:
-        yield from pool.map(_do_in_worker, parts)
-    except Exception:
-        raise
-    except BaseException:  # stopped: what the workers are at may take minutes, and is done again
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker_job: _Job | None = None
-
-
-def _start_worker(job: _Job, num_threads: int) -> None:
-    global _worker_job
-    _worker_job = job
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all: the command says so, a worker just ends
-    torch.set_num_threads(num_threads)
-
-
-def _do_in_worker(part: int) -> None:
-    assert _worker_job is not None
-    _worker_job.do(part)
-
-
 def _first_size(source: PairSource) -> tuple[int, int]:
     """Rows and columns of the first picture that can be read; broken ones before it come up in their turn."""
     for record in source.records():
@@ -353,44 +319,12 @@ def _first_size(source: PairSource) -> tuple[int, int]:
 
 def _manifest(source: PairSource, config: TokenizeConfig, metadata: dict[str, Any]) -> dict[str, Any]:
     settings = asdict(config)
-    for name in ("workers", "batch_size", "on_error"):  # these change nothing in a part that is whole
+    for name in ("workers", "ray", "device", "batch_size", "on_error"):  # these change nothing in a part that is whole
         del settings[name]
     return {"source": source.fingerprint, "settings": settings, "tokenizers": metadata}
 
 
-def _remove_leftovers(tokens: Path, folder: Path) -> None:
-    """What a run left that was killed behind its last step, when its table was whole. Parts that are newer than the
-    table belong to a run with `force`."""
-    lock = lock_of(folder)
-    if not tokens.is_file() or not (folder.exists() or lock.exists()):
-        return
-    with suppress(InputError), locked(lock, tokens):  # held by another process: `tokens` is refused behind this
-        written = [path.stat().st_mtime_ns for path in folder.iterdir()] if folder.is_dir() else []
-        if written and max(written) <= tokens.stat().st_mtime_ns:
-            shutil.rmtree(folder)
-
-
-def _claim(folder: Path, manifest: dict[str, Any], tokens: Path, *, force: bool) -> None:
-    """Makes the folder of parts, or checks that the parts in it are of this run. With `force` others are removed."""
-    manifest = json.loads(json.dumps(manifest))
-    path = folder / MANIFEST
-    if path.exists():
-        try:
-            _require_same(path, manifest, tokens)
-            for part in sorted(folder.glob("*.parquet")):
-                _check(part)
-            return
-        except InputError:
-            if not force:
-                raise
-    shutil.rmtree(folder, ignore_errors=True)
-    write_json(path, manifest)
-
-
-def _require_same(path: Path, manifest: dict[str, Any], tokens: Path) -> None:
-    found = read_json(path, f"remove the folder {path.parent}, or start anew with --force")
-    if found == manifest:
-        return
+def _require_same(found: dict[str, Any], manifest: dict[str, Any], tokens: Path) -> None:
     mend = "Resume it with the same, or start anew with --force."
     tokenizers = found.get("tokenizers")
     if isinstance(tokenizers, dict):

@@ -29,6 +29,7 @@ from smalti.data.lines import split_rows
 from smalti.data.pair_sources import open_pairs
 from smalti.data.tokenize_pairs import TokenizeConfig
 from smalti.data.tokens import TokenTable
+from smalti.devices import choose_device
 from smalti.documents import read_json
 from smalti.errors import InputError
 from smalti.evaluate.captions import CaptionNats, caption_nats, evaluate_captions
@@ -48,7 +49,6 @@ from smalti.systems.stages import finish, stored_image_tokenizer, stored_tokens,
 from smalti.tasks.features import FeaturePipeline
 from smalti.tasks.sample_table import SampleTable
 from smalti.text_features import FeatureCache, TextEncoder, TextEncoderConfig, prepared
-from smalti.training.distributed import own_device
 from smalti.training.estimate import Estimate
 from smalti.training.token_model import train_model
 
@@ -101,7 +101,7 @@ def train_text_to_image(recipe: TextToImageRecipe, *, command: str = "", show_pr
     output, given = recipe.output, recipe.image_tokenizer
     given = find_image_tokenizer(given if given.is_dir() else find_bundle(given))
     stages = _stages(recipe, load_image_tokenizer(given))
-    encoder = TextEncoder(recipe.text_encoder, max_length=recipe.num_features, device=own_device(None))
+    encoder = TextEncoder(recipe.text_encoder, max_length=recipe.num_features, device=choose_device())
     with team(output) as processes:
         if processes.is_first:
             _prepare(recipe, stages, given, encoder, show_progress)

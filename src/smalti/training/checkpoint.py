@@ -1,9 +1,11 @@
 """Checkpoints that a kill at any moment cannot spoil, and the state of all random numbers.
 
 A run's directory holds one folder per checkpoint, `step_00001200`, with `model.safetensors` (what is published),
-`training_state.pt` (what only the run itself needs) and the checksums of both. A folder is written and synced under a
-temporary name and then renamed: a folder that has its final name is complete, and everything else is ignored and later
-removed.
+`training_state.pt` (what only the run itself needs) and the checksums of both. Of a run whose weights lie in shares
+(`parallel.py`), the folder `shards` holds what each process has of all tensors, in torch's distributed checkpoint,
+which any other number of processes reads; its files are safetensors, so that nothing is unpickled. A folder is written
+and synced under a temporary name and then renamed: a folder that has its final name is complete, and everything else is
+ignored and later removed.
 """
 
 import inspect
@@ -11,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -32,6 +35,7 @@ from smalti.weights import file_sha256
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "training_state.pt"
 CHECKSUMS_FILE = "checksums.json"
+SHARDS = "shards"
 _NAME = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial-"
 
@@ -66,6 +70,8 @@ class Checkpoint(NamedTuple):
     step: int
     weights: dict[str, Tensor]
     training_state: dict[str, Any]
+    shards: Path | None = None
+    """Where the tensors lie in shares; then there are no weights here."""
 
 
 def check_writable(directory: Path | str, expected_bytes: int = 0) -> None:
@@ -130,13 +136,93 @@ def save_checkpoint(
     # torch and safetensors report a full disk by errors of their own.
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        latest = latest_checkpoint(directory)
-        kept = f"the run can go on from {latest.name}" if latest else "there is no earlier checkpoint"
-        raise InputError(
-            f"cannot save the checkpoint of step {step} to {directory}: {error}; {kept}. "
-            "Free some space or make the folder writable, then start the same run again."
-        ) from error
+        raise _not_saved(directory, step, error) from error
     return final
+
+
+def _not_saved(directory: Path, step: int, error: Exception) -> InputError:
+    latest = latest_checkpoint(directory)
+    kept = f"the run can go on from {latest.name}" if latest else "there is no earlier checkpoint"
+    return InputError(
+        f"cannot save the checkpoint of step {step} to {directory}: {error}; {kept}. "
+        "Free some space or make the folder writable, then start the same run again."
+    )
+
+
+def save_shards(
+    directory: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    training_state: dict[str, Any],
+    keep: int,
+    *,
+    rank: int,
+    size: int,
+    wait: Callable[[], None],
+) -> None:
+    """`save_checkpoint` by all processes of a run together, each of which writes and hashes its part. `wait` waits for
+    all of them; `directory` lies where all of them see it."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+    final = directory / f"step_{step:08d}"
+    partial = directory / f"{_PARTIAL}{final.name}"
+    try:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / SHARDS).mkdir(parents=True)
+        wait()
+        with _without_notices():
+            save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial / SHARDS), save_distributed=True))
+        wait()
+        own = sorted((partial / SHARDS).glob("*.safetensors"))[rank::size]
+        write_json(partial / f"{rank}-{CHECKSUMS_FILE}", {f"{SHARDS}/{file.name}": file_sha256(file) for file in own})
+        for file in own:
+            sync(file)
+        wait()
+        if rank == 0:
+            with open(partial / STATE_FILE, "wb") as file:
+                torch.save(training_state, file)
+            checksums = {STATE_FILE: file_sha256(partial / STATE_FILE)}
+            for part in sorted(partial.glob(f"*-{CHECKSUMS_FILE}")):
+                checksums |= read_json(part, f"remove the folder {partial}")
+                part.unlink()
+            write_json(partial / CHECKSUMS_FILE, checksums)
+            for name in (STATE_FILE, SHARDS, "."):
+                sync(partial / name)
+            end_if_stopped()
+            _remove(final)
+            os.rename(partial, final)
+            sync(directory)
+            for old in _complete(directory)[:-keep]:
+                _remove(old)
+        wait()
+    except (OSError, SafetensorError) as error:
+        raise _not_saved(directory, step, error) from error
+
+
+def load_shards(shards: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills tensors, whole or in shares of any number of processes, from those of the same names."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    with _without_notices():
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(shards)))
+
+
+def shapes_of_shards(shards: Path) -> dict[str, torch.Size]:
+    """The tensors in a checkpoint of shares."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    found: dict[str, Any] = HuggingFaceStorageReader(str(shards)).read_metadata().state_dict_metadata
+    return {name: tensor.size for name, tensor in found.items()}
+
+
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """What torch's checkpoint says of a process alone is no warning: that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint.*")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.checkpoint.*")
+        yield
 
 
 def latest_checkpoint(directory: Path | str) -> Path | None:
@@ -156,18 +242,19 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     checksums = path / CHECKSUMS_FILE
     if checksums.exists():  # checkpoints of an earlier version have none
         for name, sha256 in read_json(checksums, mend).items():
-            if not (path / Path(name).name).is_file() or file_sha256(path / Path(name).name) != sha256:
-                raise InputError(f"{path / Path(name).name} is damaged: its checksum is not the one saved; {mend}.")
-    file = path / WEIGHTS_FILE
+            inside = path / SHARDS if name.startswith(f"{SHARDS}/") else path
+            if not (inside / Path(name).name).is_file() or file_sha256(inside / Path(name).name) != sha256:
+                raise InputError(f"{inside / Path(name).name} is damaged: its checksum is not the one saved; {mend}.")
+    file, shards = path / WEIGHTS_FILE, path / SHARDS if (path / SHARDS).is_dir() else None
     try:
-        weights = safetensors.torch.load_file(file)
+        weights = {} if shards else safetensors.torch.load_file(file)
         file = path / STATE_FILE
         training_state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes its reader raise
         raise _unreadable(file, error) from error
     if not isinstance(training_state, dict):
         raise InputError(f"{file} holds no state of a training; {mend}.")
-    return Checkpoint(int(match[1]), weights, training_state)
+    return Checkpoint(int(match[1]), weights, training_state, shards)
 
 
 def load_run(path: Path) -> dict[str, Any]:

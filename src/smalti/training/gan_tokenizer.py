@@ -11,7 +11,7 @@ Letters: B batch, N pictures, C H W image.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smalti.data.picture_sets import PicturesConfig, PictureSet, training_batches
+from smalti.devices import choose_device
 from smalti.errors import InputError
 from smalti.evaluate.reconstruction import (
     ReconstructionReport,
@@ -168,6 +169,7 @@ def train_gan_tokenizer(
     image_size = model_config.image_size
     rows, measured = split_pictures(pictures, held_out, image_size, reading)
     torch.manual_seed(config.seed)
+    config = replace(config, device=str(choose_device(config.device)))
     learner = GANLearner(model_config, config, losses, adversarial, measured)
 
     def stream(start: int) -> Iterator[Float[Tensor, "B C H W"]]:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from smalti.data.loader import batches
+from smalti.devices import choose_device
 from smalti.errors import InputError, require_finite
 from smalti.files import new_file
 from smalti.image_tokenizers import FAMILIES, load_image_tokenizer, save_image_tokenizer
@@ -79,7 +80,8 @@ class LoopConfig:
     ema_decay: float
     precision: str = AUTO
     seed: int = 0
-    device: str = "cpu"
+    device: str = AUTO
+    """As `smalti.devices` knows them."""
     evaluate_every: int
     sample_every: int = 500
     checkpoint_every: int = 500
@@ -223,6 +225,7 @@ def train_tokenizer(
     images = _checked("training", images, config.max_value)
     held_out = _checked("held-out", held_out, config.max_value)[: config.held_out_pictures]
     torch.manual_seed(config.seed)
+    config = replace(config, device=str(choose_device(config.device)))
     learner = PlainLearner(_family_of(model_config)(model_config).to(config.device), held_out, config.max_value)
 
     def stream(start: int) -> Iterator[Float[Tensor, "B C H W"]]:
@@ -261,7 +264,7 @@ def train_loop(
     config = replace(config, precision=resolve_precision(config.precision, config.device, begun=run.precision))
     start = 0
     if (checkpoint := run.claim({**settings, "training": config})) is not None:
-        start, weights, state = checkpoint
+        start, weights, state, _ = checkpoint
         averaged.load_state_dict(weights)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

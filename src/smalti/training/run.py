@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from smalti.errors import InputError
 from smalti.progress import Stage, stage
-from smalti.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, load_run, save_checkpoint
+from smalti.training.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    load_run,
+    save_checkpoint,
+    save_shards,
+)
+from smalti.training.distributed import Processes
 from smalti.training.estimate import Estimate, Reasons
 from smalti.training.settings import as_json, first_difference, renamed_run
 
@@ -52,6 +60,13 @@ class Run:
         """Writes the checkpoint of `step`; `state` is what the run needs besides the weights to go on."""
         save_checkpoint(self.directory, step, weights, {"run": self._settings, **state}, keep)
 
+    def save_shards(
+        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], team: Processes, *, keep: int
+    ) -> None:
+        """`save` by all processes together, each of which writes its shares."""
+        how: Any = {"rank": team.rank, "size": team.size, "wait": team.wait}
+        save_shards(self.directory, step, tensors, {"run": self._settings, **state}, keep, **how)
+
 
 def training_stage(
     name: str, num_steps: int, *, completed: int, show: bool, estimate: Estimate | None, why: Reasons
@@ -81,19 +96,31 @@ def set_learning_rate(optimizer: Any, value: float) -> None:
 
 
 @torch.no_grad()
-def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: float, *, in_shares: bool = False) -> None:
     """averaged ← d · averaged + (1 − d) · model with d = min(decay, (1 + step) / (10 + step)), which soon forgets the
-    first, random weights. Buffers are copied."""
+    first, random weights. Buffers are copied. Of weights in shares each process averages its own."""
     share = 1 - min(decay, (1 + step) / (10 + step))
+    both = [list(averaged.parameters()), list(model.parameters())]
+    if in_shares:
+        from smalti.training.parallel import own_share
+
+        both = [[own_share(parameter) for parameter in parameters] for parameters in both]
     lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
-    lerp_(list(averaged.parameters()), list(model.parameters()), share)
+    lerp_(*both, share)
     for average, buffer in zip(averaged.buffers(), model.buffers(), strict=True):
         average.copy_(buffer)
 
 
 def require_finite_weights(model: nn.Module, step: int, mend: str) -> None:
     """Raises InputError if a weight is not finite; `mend` says what to do."""
-    if not bool(nn.utils.get_total_norm(list(model.parameters())).isfinite()):
+    parameters: list[Tensor] = list(model.parameters())
+    if any(hasattr(parameter, "device_mesh") for parameter in parameters):  # in shares
+        from smalti.training.parallel import total_norm
+
+        norm = total_norm(parameters)
+    else:
+        norm = nn.utils.get_total_norm(parameters)
+    if not bool(norm.isfinite()):
         raise InputError(f"the weights after step {step} are not finite: training diverged. {mend}")
 
 

@@ -25,7 +25,7 @@ is read by `with_precision`."""
 
 FREE = (
     "checkpoint_every", "keep_checkpoints", "log_every", "sample_every", "evaluation_rows", "patience", "device",
-    "workers",
+    "workers", "sharding", "tensor_parallel", "recompute",
 )  # fmt: skip
 """Settings that a run may change when it goes on: they do not decide its weights."""
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from smalti.data.featured_pairs import FeaturedPairs
 from smalti.data.loader import prefetch, step_rows
 from smalti.data.tokens import TokenBatch
+from smalti.devices import choose_device
 from smalti.engine.executors import native as native_decode
 from smalti.errors import InputError, require_finite
 from smalti.likelihood import Likelihood, evaluate_nll
@@ -41,9 +42,8 @@ from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
 from smalti.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from smalti.models.families import AnyModel, build_model
-from smalti.models.loss import SlotTargets, slot_nll, slot_targets
+from smalti.models.loss import SlotTargets, slot_nll, slot_targets, token_nll
 from smalti.models.rar import RAR, RARConfig
-from smalti.models.transformer import Transformer
 from smalti.precision import (
     AUTO,
     FLOAT32,
@@ -64,7 +64,17 @@ from smalti.training.checkpoint import (
     save_checkpoint,
 )
 from smalti.training.curves import Curves
-from smalti.training.distributed import gradients_kept_back, own_device, processes, summed, wait_for_all
+from smalti.training.distributed import (
+    NONE,
+    SHARDINGS,
+    Processes,
+    blocks_of,
+    gradients_kept_back,
+    make_processes,
+    others_alive,
+    processes,
+    recompute_activations,
+)
 from smalti.training.estimate import Estimate, Length, why_slow
 from smalti.training.muon import Muon, Optimizers
 from smalti.training.native_loss import NativeLoss, make_native_loss, why_not
@@ -78,9 +88,14 @@ from smalti.training.run import (
 )
 from smalti.training.settings import check_ranges
 
+if TYPE_CHECKING:
+    from smalti.training.parallel import Shares
+
 SCHEDULES = ("constant", "cosine", "exponential")
 OPTIMIZERS = ("adamw", "muon", "adafactor")
 EVALUATION_BATCH_SIZE = 256
+EVALUATION_LOGITS = 2**28
+"""Numbers that an evaluation holds of them at once at most: a gigabyte."""
 CHECKPOINTS, BEST = "checkpoints", "best"
 COMPILE_FROM_TOKENS = 10_000_000
 """Tokens a training must have for compiling to pay off: some minutes' worth on two cores, at the digits' size."""
@@ -158,6 +173,12 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Of the average of the weights that is evaluated and returned; it starts lower, min(decay, (1 + s) / (10 + s)) at
     step s. 0: no average."""
+    sharding: str = NONE
+    """Under `torchrun`: "none", every process has all weights, or "full", every process has a share of weights,
+    gradients and optimizer, and gathers a layer while it computes it (FSDP2). A run may go on with the other."""
+    tensor_parallel: int = 1
+    """Neighbouring processes that compute every layer together, each with some heads and a part of the feed-forward:
+    for layers that are too large for one device, within a machine. It implies sharding."""
     precision: str = AUTO
     """Of products: "float32", "bfloat16" (weights and optimizer stay in float32), or "auto", bfloat16 where the
     hardware multiplies in it."""
@@ -196,17 +217,22 @@ class TrainConfig:
             given = f"num_epochs is {self.num_epochs} and num_steps {self.num_steps}"
             raise ValueError(f"{given}; give one of them and not both: the other is null.")
         check_precision(self.precision)
-        for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
+        for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("sharding", SHARDINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}.")
         check_ranges(
             self,
-            positive="num_epochs num_steps batch_size num_micro_batches learning_rate max_grad_norm patience "
-            "evaluation_rows checkpoint_every keep_checkpoints",
+            positive="num_epochs num_steps batch_size num_micro_batches tensor_parallel learning_rate max_grad_norm "
+            "patience evaluation_rows checkpoint_every keep_checkpoints",
             not_negative="warmup_steps weight_decay seed",
             below_one="ema_decay dropout_from decay_from token_dropout caption_dropout betas",
             shares="final_share permuted",
         )
+        if self.optimizer != "adamw" and (self.sharding != NONE or self.tensor_parallel > 1):
+            raise ValueError(
+                f"optimizer is {self.optimizer}, which looks at whole matrices, and sharding gives each process a "
+                "share of them; use adamw, or sharding none with tensor_parallel 1."
+            )
         if self.permuted is not None and self.permuted[0] > self.permuted[1]:
             raise ValueError(f"permuted is {self.permuted}; the first share must not be above the second.")
 
@@ -312,7 +338,7 @@ def pack_rows(
             spans = {"image": SpanValues(image, image_lengths), "text": beside, "label": beside}
             given = {s.segment: spans[s.segment] for s in layout[order].spans if s.segment in spans}
             packed.append(layout.pack(order, given, features))
-    return _join(packed)
+    return joined(packed)
 
 
 def _has_label(order: Order) -> bool:
@@ -328,7 +354,7 @@ def _may_lack_caption(order: Order) -> bool:
     )
 
 
-def _join(packed: Sequence[Packed]) -> Packed:
+def joined(packed: Sequence[Packed]) -> Packed:
     """Packed batches one below the other, padded to the longest. Features have layouts of one order."""
     if len(packed) == 1:
         return packed[0]
@@ -456,6 +482,10 @@ class NextTokenLoss(nn.Module):
             return self.native(token_ids, targets, self.slots)
         return slot_nll(self.model, token_ids, targets, self.slots, positions, features)
 
+    def packed_nll(self, packed: Packed) -> Float[Tensor, "B T"]:
+        """`token_nll` of whole sequences, for evaluations."""
+        return token_nll(self.model, packed, self.slots)
+
 
 @dataclass(kw_only=True)
 class TrainState:
@@ -468,6 +498,11 @@ class TrainState:
     optimizer: torch.optim.Optimizer | Optimizers
     evaluations: dict[int, float] = field(default_factory=dict)
     """Validation nats per token by step, in the order of the steps."""
+    shares: "Shares | None" = None
+    """How the model, and likewise the average, lies in shares; None: this process has all of it."""
+    averaged_shares: "Shares | None" = None
+    plain_names: list[list[str]] = field(default_factory=list)
+    """Of the plain model's parameters, by optimizer, where the model lies in shares."""
 
     @property
     def best_step(self) -> int:
@@ -490,19 +525,42 @@ class TrainState:
         """About the size of a checkpoint: weights, Adam's two moments, perhaps the average, each in 4 bytes."""
         return self.model.num_parameters * 4 * (4 if self.averaged else 3)
 
+    def whole_weights(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Of the model that is evaluated and returned, gathered from all processes where they lie in shares; if not
+        `keep`, for the others alone."""
+        shares = self.averaged_shares or self.shares
+        return self.trained.state_dict() if shares is None else shares.whole(keep=keep)
+
     def save(self, run: Run, keep: int) -> None:
+        """Of a state in shares all processes call it, of another the first alone."""
+        if self.shares is not None:
+            from smalti.training.sharded_state import tensors_of
+
+            tensors = tensors_of(self.model, self.averaged, self.optimizer)
+            run.save_shards(self.step, tensors, {"evaluations": self.evaluations}, self.shares.processes, keep=keep)
+            return
         state = {"optimizer": self.optimizer.state_dict(), "evaluations": self.evaluations}
         if self.averaged:
             state["model"] = self.model.state_dict()
         run.save(self.step, self.trained.state_dict(), state, keep=keep)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        self.step, weights, state = checkpoint
+        self.step, weights, state, where = checkpoint
+        self.evaluations = state.get("evaluations", {})
+        if self.shares is not None or where is not None:
+            from smalti.training.sharded_state import read_into_shares, read_whole
+
+            if self.shares is None:
+                assert where is not None
+                read_whole(where, self.model, self.averaged, self.optimizer)
+            else:
+                parts = self.model, self.averaged, self.optimizer
+                read_into_shares(checkpoint, *parts, self.shares, self.plain_names)
+            return
         self.trained.load_state_dict(weights)
         if self.averaged:
             self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.evaluations = state.get("evaluations", {})
 
 
 def make_optimizer(model: AnyModel, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer | Optimizers:
@@ -589,22 +647,42 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 # ---- evaluation ----
 
 
+def rows_at_once(layout: Layout) -> int:
+    """Sequences that are evaluated together."""
+    widest = max(slot.size for slot in layout.slots)
+    return max(1, min(EVALUATION_BATCH_SIZE, EVALUATION_LOGITS // (layout.max_length * widest)))
+
+
 def evaluate(
-    model: SequenceModel, layout: Layout, pairs: Pairs, num_rows: int, *, rank: int = 0, world_size: int = 1
+    model: SequenceModel,
+    layout: Layout,
+    pairs: Pairs,
+    num_rows: int,
+    *,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    packed_nll: Callable[[Packed], Float[Tensor, "B T"]] | None = None,
 ) -> dict[str, float | None]:
     """Nats per counted token, in all and by part, of the first `num_rows` pairs, each in every order.
 
-    Orders count by their weight. Always in float32 and over slots, whatever the training does.
+    Orders count by their weight. In float32 and over slots, whatever the training does; by `packed_nll` where the
+    weights lie in shares, in the precision that they are gathered in.
     """
     names = ["total", *part_names(layout)]
     sums = torch.zeros(2, len(names), dtype=torch.float64)  # nats, tokens
+    at_once, rank, size = rows_at_once(layout), processes.data_rank, processes.data_size
     for index, order in enumerate(layout.orders.values()):
-        found = evaluate_nll(model, layout, _evaluation_batches(layout, pairs, num_rows, index, rank, world_size))
+        batches = _evaluation_batches(layout, pairs, num_rows, index, rank, size)
+        found = evaluate_nll(model, layout, batches, packed_nll)
+        if packed_nll is not None:  # which gathers weights from all processes: each calls it as often
+            own, most = (len(range(first * at_once, num_rows, size * at_once)) for first in (rank, 0))
+            if own < most:
+                (again,) = _evaluation_batches(layout, pairs, 1, index)
+                evaluate_nll(model, layout, [again] * (most - own), packed_nll)
         for column, name in enumerate(names):
             if name in found:
                 sums[0, column] += order.weight * found[name].total_nats
                 sums[1, column] += order.weight * found[name].num_tokens
-    nats, tokens = summed(sums.to(model.device), world_size).tolist()
+    nats, tokens = processes.summed(sums.to(model.device)).tolist()
     means = [n / t if t else None for n, t in zip(nats, tokens, strict=True)]
     return dict(zip(curve_columns(layout), means, strict=True))
 
@@ -619,8 +697,9 @@ def _evaluation_batches(
     *,
     captioned: bool = True,
 ) -> Iterator[Packed]:
-    for start in range(rank * EVALUATION_BATCH_SIZE, num_rows, world_size * EVALUATION_BATCH_SIZE):
-        rows = np.arange(start, min(start + EVALUATION_BATCH_SIZE, num_rows))
+    at_once = rows_at_once(layout)
+    for start in range(rank * at_once, num_rows, world_size * at_once):
+        rows = np.arange(start, min(start + at_once, num_rows))
         uncaptioned = None if captioned else np.ones(len(rows), dtype=bool)
         packed = pack_rows(layout, pairs, rows, np.full(len(rows), order), uncaptioned)
         yield packed._replace(slot_ids=torch.where(packed.counted, packed.slot_ids, NO_SLOT))
@@ -650,10 +729,10 @@ def curve_columns(layout: Layout) -> list[str]:
 class LossLog:
     """Losses by minibatch: kept on the device, fetched together every LOG_EVERY steps, so that no step waits."""
 
-    def __init__(self, layout: Layout, num_rows: int, config: TrainConfig, world_size: int):
+    def __init__(self, layout: Layout, num_rows: int, config: TrainConfig, processes: Processes):
         self.columns = curve_columns(layout)
         self.epochs_per_step = config.batch_size / num_rows
-        self.world_size = world_size
+        self.processes = processes
         self.nats: list[Float[Tensor, " P"]] = []
         self.counts: list[Int[Tensor, " P"]] = []
 
@@ -669,7 +748,7 @@ class LossLog:
             return None
         nats = torch.stack(self.nats).double()
         counts = torch.stack(self.counts).to(nats)
-        nats, counts = summed(torch.stack((nats, counts)), self.world_size).cpu()
+        nats, counts = self.processes.summed(torch.stack((nats, counts))).cpu()
         first = step - len(nats)
         self.nats.clear()
         self.counts.clear()
@@ -716,7 +795,7 @@ def train_model(
 
     `directory` gets `checkpoints/`, `curves.csv`, `curves.png` and `tensorboard/`, and `best/` if the run may stop
     early. A run found there goes on from its last checkpoint and ends with the weights it would have had without the
-    stop. Under `torchrun` all processes work on shares of the same batches. `device` None takes a GPU if there is one.
+    stop. Under `torchrun` all processes work on shares of the same batches. `device` None is "auto" (`smalti.devices`).
     `sampler` is shown the model every `sample_every` updates, before the first and after the last. `estimate` says
     early how long a recipe takes in all, if progress is shown.
 
@@ -726,20 +805,30 @@ def train_model(
     directory = Path(directory)
     with processes() as (rank, world_size), ExitStack() as stack:
         # The run and its model.
-        _check_task(layout, train, validation, config, world_size)
-        num_steps, device = config.steps(len(train)), own_device(device)
+        device = choose_device("auto" if device is None else device)
+        divided: Any = {"sharding": config.sharding, "tensor_parallel": config.tensor_parallel}
+        team = make_processes(rank, world_size, device, **divided)
+        _check_task(layout, train, validation, config, team.data_size)
+        num_steps = config.steps(len(train))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(run_lock(directory, rank))
+        stack.enter_context(others_alive(team, partial(_last_checkpoint, directory)))
         run = Run(directory / CHECKPOINTS)
-        model, asked = _ready_model(model, layout, config, run, device), config
+        # Of a model in shares no process's device need hold all of it.
+        model, asked = _ready_model(model, layout, config, run, device if team.mesh is None else None), config
         dtype = next(model.parameters()).dtype
         config = with_choices(config, layout, num_steps, device, parameters_dtype=dtype, begun=run.precision)
-        loss_module = make_loss(model, layout, asked, config, num_steps)
-        why = partial(_why_slow, model, asked, config, loss_module)
-        if world_size > 1:
-            loss_module = DistributedDataParallel(loss_module)
         averaged = deepcopy(model).eval() if config.ema_decay else None
-        state = TrainState(step=0, model=model, averaged=averaged, optimizer=make_optimizer(model, config, device))
+        if team.mesh is None:
+            loss_module, packed_nll = make_loss(model, layout, asked, config, num_steps), None
+            why = partial(_why_slow, model, asked, config, loss_module)
+            if world_size > 1:
+                loss_module = DistributedDataParallel(loss_module)
+            optimizer = make_optimizer(model, config, device)
+            state = TrainState(step=0, model=model, averaged=averaged, optimizer=optimizer)
+        else:
+            state, loss_module, packed_nll = _shared_out(model, averaged, layout, asked, config, team, device)
+            why = partial(why_slow, config.precision, device)
 
         # Where it goes on.
         if run.found is not None and not resume:
@@ -757,13 +846,19 @@ def train_model(
             check_writable(run.directory, state.num_bytes * (config.keep_checkpoints + 1))
             curves = Curves(directory, curve_columns(layout), start_step=state.step, label=_label(layout))
             stack.callback(curves.close)
-        log = LossLog(layout, len(train), config, world_size)
+        log = LossLog(layout, len(train), config, team)
         shown = show_progress and rank == 0
         progress = stack.enter_context(
             training_stage(STAGE, num_steps, completed=state.step, show=shown, estimate=estimate, why=why)
         )
         batches = micro_batches(
-            layout, train, config, start_step=state.step, rank=rank, world_size=world_size, num_steps=num_steps
+            layout,
+            train,
+            config,
+            start_step=state.step,
+            rank=team.data_rank,
+            world_size=team.data_size,
+            num_steps=num_steps,
         )
         stream = prefetch(batches)
         stack.callback(stream.close)
@@ -774,13 +869,17 @@ def train_model(
         for step in range(first_step, num_steps + 1):
             if step in evaluation_steps:
                 log.fetch(step, curves)
-                nats = evaluate(state.trained, layout, validation, evaluation_rows, rank=rank, world_size=world_size)
+                nats = evaluate(
+                    state.trained, layout, validation, evaluation_rows, processes=team, packed_nll=packed_nll
+                )
                 _keep_evaluation(state, nats, curves, step * config.batch_size / len(train), config, directory)
                 pace.restart()
 
             ends_here = step == num_steps or state.has_stalled(config.patience)
-            if sampler is not None and rank == 0 and (step % sample_every == 0 or ends_here):
-                sampler(state.trained, step)
+            if sampler is not None and (step % sample_every == 0 or ends_here):
+                shown_model = _plain_model(state, keep=rank == 0)
+                if rank == 0:
+                    sampler(shown_model, step)
                 pace.restart()
 
             if step > first_step and (step % config.checkpoint_every == 0 or ends_here):
@@ -788,19 +887,82 @@ def train_model(
                 require_finite_weights(model, step, MEND)
                 if curves is not None:
                     curves.flush()
+                if curves is not None or state.shares is not None:
                     state.save(run, config.keep_checkpoints)
             if ends_here:
                 break
 
             pieces = [piece.to(device) for piece in next(stream)]
-            log.add(*train_step(state, loss_module, pieces, config, num_steps, rank=rank, world_size=world_size))
-            pace.num_tokens += world_size * sum(piece.token_ids.numel() for piece in pieces)
+            log.add(*train_step(state, loss_module, pieces, config, num_steps, team))
+            pace.num_tokens += team.data_size * sum(piece.token_ids.numel() for piece in pieces)
             progress.update(step + 1)
             if (step + 1) % LOG_EVERY == 0:
                 loss = log.fetch(step + 1, curves)
                 progress.update(step + 1, f"loss {loss:.4f} nats/token, {pace.tokens_per_s:,.0f} tokens/s")
-        wait_for_all(world_size)  # the first process has written the best weights
+        team.wait()  # the first process has written the best weights
         return _result(state, config, directory)
+
+
+def _last_checkpoint(directory: Path) -> str:
+    found = latest_checkpoint(directory / CHECKPOINTS)
+    return "There is no checkpoint yet." if found is None else f"The run goes on from {found.name}."
+
+
+def _shared_out(
+    model: AnyModel,
+    averaged: AnyModel | None,
+    layout: Layout,
+    asked: TrainConfig,
+    config: TrainConfig,
+    team: Processes,
+    device: torch.device,
+) -> tuple[TrainState, nn.Module, Callable[[Packed], Float[Tensor, "B T"]]]:
+    """The state of a training whose weights lie in shares, its loss, and how it evaluates."""
+    from smalti.training.parallel import Shares
+    from smalti.training.sharded_state import parameter_names
+
+    names = parameter_names(model, make_optimizer(model, config, device))
+    shares = Shares(model, team)
+    if asked.compile:  # layer by layer, so that weights are gathered between them
+        separate_compile_cache()
+        for block in blocks_of(model):
+            block.compile()
+    loss = NextTokenLoss(model, layout)
+    shares.wrap(loss, "packed_nll", precision=config.precision)
+    of_average, evaluated = None, loss
+    if averaged is not None:
+        of_average, evaluated = Shares(averaged, team), NextTokenLoss(averaged, layout)
+        of_average.wrap(evaluated, "packed_nll", precision=config.precision)
+    loss.to(device)  # buffers, which are in no shares
+    evaluated.to(device)
+    state = TrainState(
+        step=0,
+        model=model,
+        averaged=averaged,
+        optimizer=make_optimizer(model, config, device),
+        shares=shares,
+        averaged_shares=of_average,
+        plain_names=names,
+    )
+
+    def packed_nll(packed: Packed) -> Float[Tensor, "B T"]:
+        nll = evaluated.packed_nll(packed)
+        cast(Any, evaluated).reshard()  # without a backward pass the outermost weights would stay whole
+        return nll
+
+    return state, loss, packed_nll
+
+
+def _plain_model(state: TrainState, *, keep: bool = True) -> AnyModel:
+    """The model that is evaluated and returned, whole. Of one in shares all processes call it; if not `keep`, for the
+    others alone."""
+    if state.shares is None:
+        return state.trained
+    weights = state.whole_weights(keep=keep)
+    plain = build_model(state.model.config) if keep else state.trained
+    if keep:
+        plain.load_state_dict(weights)
+    return plain.eval()
 
 
 def _ready_model(
@@ -808,9 +970,9 @@ def _ready_model(
     layout: Layout,
     config: TrainConfig,
     run: Run,
-    device: torch.device,
+    device: torch.device | None,
 ) -> AnyModel:
-    """The model on its device, in training mode: the one given, or a fresh one of this shape."""
+    """The model on its device (None: as it is), in training mode: the one given, or a fresh one of this shape."""
     if isinstance(model, TransformerConfig | RARConfig | EncoderDecoderConfig):
         torch.manual_seed(config.seed)
     if isinstance(model, TransformerConfig):
@@ -820,12 +982,8 @@ def _ready_model(
     if config.permuted is not None and not isinstance(model, RAR):
         raise ValueError("permuted is for a RAR, which is told which cell comes next; leave it out.")
     if config.recompute:
-        stacks = [module for module in model.modules() if isinstance(module, Transformer)]
-        if not stacks:
-            raise ValueError(f"recompute is for models of plain blocks, which a {type(model).__name__} is not.")
-        for stack in stacks:
-            stack.recomputes = True
-    return model.to(device).train()
+        recompute_activations(model)
+    return (model if device is None else model.to(device)).train()
 
 
 def _keep_evaluation(
@@ -842,8 +1000,10 @@ def _keep_evaluation(
     if curves is not None:
         curves.add("validation", state.step, epoch, nats)
         curves.draw()
-        if config.patience is not None and state.best_step == state.step:
-            save_checkpoint(directory / BEST, state.step, state.trained.state_dict(), {}, keep=1)
+    if config.patience is not None and state.best_step == state.step:
+        weights = state.whole_weights(keep=curves is not None)
+        if curves is not None:
+            save_checkpoint(directory / BEST, state.step, weights, {}, keep=1)
 
 
 def train_step(
@@ -852,43 +1012,44 @@ def train_step(
     pieces: Sequence[MicroBatch],
     config: TrainConfig,
     num_steps: int,
-    *,
-    rank: int,
-    world_size: int,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
 ) -> tuple[Float[Tensor, " P"], Int[Tensor, " P"]]:
     """One step of the optimizer on this process's pieces of a batch, and of the average; returns the pieces' sum of
     nats, and their number of counted positions, by part."""
     model, step, device = state.model, state.step, pieces[0].token_ids.device
     model.train(step >= config.dropout_from * num_steps)  # dropout is all that differs
-    seed_step(config.seed, step, rank)
+    seed_step(config.seed, step, processes.data_rank)
     set_learning_rate(state.optimizer, learning_rate(step, num_steps, config))
     counts = torch.stack([piece.counts for piece in pieces]).sum(0)
-    total = summed(counts.sum().to(device), world_size) if world_size > 1 else counts.sum()
+    total = processes.summed(counts.sum().to(device)) if processes.size > 1 else counts.sum()
+    precision = FLOAT32 if state.shares else config.precision  # shares are gathered in the precision of the products
     nats = torch.zeros(len(counts), dtype=torch.float32, device=device)
     for piece in pieces:
         with (
             gradients_kept_back(loss_module, piece is not pieces[-1]),
-            compute_precision(device, config.precision),
+            compute_precision(device, precision),
         ):
             nll = loss_module(piece.token_ids, piece.targets, piece.positions, piece.features)
             # Processes average their gradients: times their number, it is the sum over the joined batch.
-            (nll.sum() * (world_size / total)).backward()
+            (nll.sum() * (processes.data_size / total)).backward()
         nats.index_add_(0, piece.parts, nll.detach().float())
     if config.max_grad_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        clip = nn.utils.clip_grad_norm_ if state.shares is None else state.shares.clip
+        clip(model.parameters(), config.max_grad_norm)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.averaged is not None:
-        update_average(state.averaged, model, step, config.ema_decay)
+        update_average(state.averaged, model, step, config.ema_decay, in_shares=state.shares is not None)
     state.step = step + 1
     return nats, counts
 
 
 def _result(state: TrainState, config: TrainConfig, directory: Path) -> AnyModel:
     """The trained model: the last weights, or, in a run that may stop early, those of the best evaluation."""
+    trained = _plain_model(state)
     if config.patience is not None and (best := latest_checkpoint(directory / BEST)) is not None:
-        state.trained.load_state_dict(load_checkpoint(best).weights)
-    return state.trained.eval()
+        trained.load_state_dict(load_checkpoint(best).weights)
+    return trained.eval()
 
 
 def _has_full_head(run: Run) -> bool:
@@ -897,14 +1058,14 @@ def _has_full_head(run: Run) -> bool:
     return begun is not None and begun.get("head_ranges") is None
 
 
-def _check_task(layout: Layout, train: Pairs, validation: Pairs, config: TrainConfig, world_size: int) -> None:
+def _check_task(layout: Layout, train: Pairs, validation: Pairs, config: TrainConfig, num_shares: int) -> None:
     for pairs, purpose in ((train, "train on"), (validation, "validate with")):
         if not len(pairs):
             raise InputError(f"there are no rows to {purpose}: give a table that holds some.")
-    pieces = world_size * config.num_micro_batches
+    pieces = num_shares * config.num_micro_batches
     if config.batch_size % pieces:
         raise ValueError(
-            f"batch_size {config.batch_size} is not divisible by {world_size} processes × {config.num_micro_batches} "
+            f"batch_size {config.batch_size} is not divisible by {num_shares} processes × {config.num_micro_batches} "
             f"micro-batches; use {-(-config.batch_size // pieces) * pieces}."
         )
     if config.caption_dropout and not any(map(_may_lack_caption, layout.orders.values())):
