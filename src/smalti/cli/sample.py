@@ -31,7 +31,9 @@ def sample(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="CSV, TSV, JSON, JSON lines, parquet or text with prompts, or a folder with a .txt file for each."),
+        typer.Option(
+            help="CSV, TSV, JSON, JSON lines, parquet or text with prompts, or a folder with a .txt file for each."
+        ),
     ] = None,
     num: Annotated[
         int | None, typer.Option("-n", "--num", min=1, help="Pictures in all (default: --per-prompt of each prompt).")

@@ -323,9 +323,18 @@ def measure(
     }
     wanted = [one for one, names in work.items() if set(names) & set(config.figures)]
     with stage("figures", len(wanted), unit="step", show=show_progress) as progress:
+        num_distances = 0
+
+        def count() -> None:
+            nonlocal num_distances
+            num_distances += 1
+            progress.update(progress.completed, note=f"{num_distances} Fréchet distances")
+
+        job.on_distance = count
         for one in wanted:
+            progress.update(progress.completed, note=one.__name__)
             found |= {name: figure for name, figure in one().items() if name in config.figures}
-            progress.advance(note=one.__name__)
+            progress.advance()
     ordered = {name: found[name] for name in FIGURES if name in found}
     return Figures(found=ordered, notes=notes, extrapolation=job.extrapolation, num_replicates=num_replicates)
 
@@ -339,12 +348,13 @@ class _Job:
         self.ours, self.theirs, self.protocol = samples, reference, protocol
         self.seed, self.num_replicates, self.config = config.seed, num_replicates, config
         self.extrapolation: Extrapolation | None = None
+        self.on_distance: Callable[[], None] = lambda: None
 
     def frechet(self) -> dict[str, Figure]:
         if self.ours.features is None:
             return {"frechet": Figure(value=frechet_distance(self.ours.pooled, self.theirs.pooled))}
         figure, replicates = frechet_figure(
-            self.ours.features.pooled, self.theirs.pooled, self.seed, self.num_replicates
+            self.ours.features.pooled, self.theirs.pooled, self.seed, self.num_replicates, self.on_distance
         )
         found = {"frechet": figure}
         if "frechet_infinity" in self.config.figures:
@@ -369,7 +379,9 @@ class _Job:
             return {}
         if self.ours.features is None or self.ours.features.spatial is None:
             return {"frechet_spatial": Figure(value=frechet_distance(self.ours.spatial, self.theirs.spatial))}
-        figure, _ = frechet_figure(self.ours.features.spatial, self.theirs.spatial, self.seed, self.num_replicates)
+        figure, _ = frechet_figure(
+            self.ours.features.spatial, self.theirs.spatial, self.seed, self.num_replicates, self.on_distance
+        )
         return {"frechet_spatial": figure}
 
     def scores(self) -> dict[str, Figure]:
