@@ -305,6 +305,8 @@ def test_features_of_any_network_are_measured(tmp_path, capsys):
     words = ["evaluate", "samples", str(tmp_path / "a.npz"), "--reference", str(tmp_path / "b.npz"), "--quiet"]
     assert run([*words, "--features", "given", "--bootstrap", "5"]) == 0
     assert "Fréchet distance" in (said := capsys.readouterr().out) and "coverage" in said
+    with pytest.raises(InputError, match="does not say of which network: they are measured by --features given"):
+        side(tmp_path / "a.npz", tmp_path)
     np.savez(tmp_path / "nan.npz", features=np.array([[1.0, 2], [np.nan, 1]]))
     with pytest.raises(InputError, match="features of picture 1 hold NaN"):
         side(tmp_path / "nan.npz", tmp_path, None)

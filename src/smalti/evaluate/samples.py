@@ -23,7 +23,7 @@ from torch import Tensor
 
 from smalti.arrays import read_npz
 from smalti.data.sample_sets import PICTURES, SampleSet, npz_names, open_samples
-from smalti.errors import InputError, InputWarning
+from smalti.errors import InputError, InputWarning, first_line
 from smalti.evaluate.confidence import (
     Extrapolation,
     Figure,
@@ -205,6 +205,11 @@ def measured(
         arrays = read_npz(path, "give pictures (arr_0), statistics (mu, sigma) or features")
         statistics = statistics_of(arrays, path) if holds_statistics(names) else None
         features = _given(arrays[FEATURES], path) if FEATURES in names else None
+        if features is not None and network is not None and not (statistics and statistics.note):
+            raise InputError(
+                f"{path} holds features, and does not say of which network: they are measured by --features given, not "
+                f"with the {network.name}."
+            )
         _require_same_network(statistics, network, path)
         pooled = statistics.pooled if statistics else _moments(features.pooled).gaussian  # pyright: ignore
         about |= {"sha256": file_sha256(path), "num": pooled.num, "size": None}
@@ -212,9 +217,7 @@ def measured(
     if network is None:
         raise InputError(f"{path} holds pictures; say by --features what network is to look at them.")
     if holds_statistics(names):
-        with np.load(path, allow_pickle=False) as opened:  # without the pictures, which may be many
-            arrays = {name: opened[name] for name in names if name != PICTURES and not name.startswith("arr_")}
-        statistics = statistics_of(arrays, path)
+        statistics = statistics_of(_beside_pictures(path, names), path)
         _require_same_network(statistics, network, path)
     samples = open_samples(path, size=size, split=split)
     if len(samples) < 2:
@@ -226,6 +229,15 @@ def measured(
         return Measured(features, statistics.pooled, statistics.spatial, about)
     spatial = None if features.spatial is None else _moments(features.spatial).gaussian
     return Measured(features, _moments(features.pooled).gaussian, spatial, about)
+
+
+def _beside_pictures(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+    """The arrays of a file but its pictures, which may be many."""
+    try:
+        with np.load(path, allow_pickle=False) as opened:
+            return {name: opened[name] for name in names if not name.startswith("arr_")}
+    except Exception as error:  # zipfile, zlib and numpy raise nearly anything for a damaged file
+        raise InputError(f"{path}: its statistics cannot be read: {first_line(error)}; fetch it again.") from error
 
 
 def _moments(features: Float[Tensor, "N D"]) -> Moments:
