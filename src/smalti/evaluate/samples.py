@@ -319,7 +319,7 @@ def measure(
             f"the samples' features are {samples.pooled.width} numbers wide, the reference's {reference.pooled.width}: "
             "they are not of one network."
         )
-    notes = _warnings(samples, reference, protocol, resizer)
+    notes = _warnings(samples, reference, protocol, config, resizer)
     found: dict[str, Figure] = {}
     num_replicates = config.replicates_of(samples.pooled.width)
     job = _Job(samples, reference, protocol, config, num_replicates)
@@ -457,12 +457,14 @@ class _Job:
         return self.ours.features.pooled[:most], self.theirs.features.pooled[:most]
 
 
-def _warnings(samples: Measured, reference: Measured, protocol: Protocol, resizer: str) -> tuple[str, ...]:
+def _warnings(
+    samples: Measured, reference: Measured, protocol: Protocol, config: MeasureConfig, resizer: str
+) -> tuple[str, ...]:
     """What a reader must know of the numbers; each is a warning as well."""
     notes = []
     for name, side in (("samples", samples), ("reference", reference)):
         num, width = side.pooled.num, side.pooled.width
-        if num is not None and num <= width:
+        if num is not None and num <= width and "frechet" in config.figures:
             notes.append(
                 f"the {num} pictures of the {name} are no more than the {width} features: their covariance is "
                 f"singular, and the Fréchet distance far above what more pictures would give; use at least {10 * width}"
