@@ -166,6 +166,18 @@ def test_networks_refuse_what_they_cannot_see(files, tmp_path):
         extract(open_samples(files / "samples.npz"), fixed, tmp_path / "b", show_progress=False)
 
 
+def test_convolutions_are_whole_float32_while_features_are_computed():
+    inside = []
+
+    def noted(batch: torch.Tensor) -> Found:
+        inside.append(torch.backends.cudnn.allow_tf32)
+        return means(batch)
+
+    before = torch.backends.cudnn.allow_tf32
+    FeatureNetwork(name="means", sha256="5" * 64, compute=noted)(torch.from_numpy(pictures(2, 0)))
+    assert inside == [False] and torch.backends.cudnn.allow_tf32 == before
+
+
 def test_a_judge_comes_back_from_its_file(judge_file):
     network = open_network(judge_file, SMALTI)
     found = network(torch.from_numpy(pictures(3, 0)))
@@ -293,6 +305,8 @@ def test_features_of_any_network_are_measured(tmp_path, capsys):
     words = ["evaluate", "samples", str(tmp_path / "a.npz"), "--reference", str(tmp_path / "b.npz"), "--quiet"]
     assert run([*words, "--features", "given", "--bootstrap", "5"]) == 0
     assert "Fréchet distance" in (said := capsys.readouterr().out) and "coverage" in said
+    with pytest.raises(InputError, match="does not say of which network: they are measured by --features given"):
+        side(tmp_path / "a.npz", tmp_path)
     np.savez(tmp_path / "nan.npz", features=np.array([[1.0, 2], [np.nan, 1]]))
     with pytest.raises(InputError, match="features of picture 1 hold NaN"):
         side(tmp_path / "nan.npz", tmp_path, None)

@@ -1,252 +1,299 @@
-"""Pictures by the thousand: the same whatever draws them, through kills, and laid out as judges read them."""
+"""From logits to ids: filters against brute force, draws against the inverse of the cumulative distribution."""
 
 import json
-import os
-import re
-import signal
-import zipfile
-from pathlib import Path
+import math
+from collections.abc import Callable
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from tiny_bundle import save_tiny_bundle
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from noticing import fails_at
 
-from smalti.cli.app import run
-from smalti.data.prompt_lists import read_prompts
-from smalti.errors import InputError
-from smalti.image_files import read_picture
-from smalti.tasks import sampling as sampling_module
-from smalti.tasks.classes import ClassPipeline
-from smalti.tasks.sampling import SamplingConfig, Subjects, draw_samples, parse_classes
+from smalti.engine.sampling import SampleConfig, draw, filter_logits, guide, log_prob_of, sample
 
-CLASSES = Subjects(labels=(1, 4, 9))
-SMALL = {"num": 10, "pictures_per_part": 4, "seed": 5}
-PROMPTS = ["dark green eight on bright cyan", "plain red two on light gray", "bright blue one on dark orange"]
+# Quarters make ties frequent and sums of probabilities that reach p exactly rare.
+tied_logits = st.lists(st.integers(-12, 12).map(lambda n: n / 4), min_size=1, max_size=17)
 
 
-def drawn(output: Path, **more) -> dict[str, np.ndarray]:
-    config = SamplingConfig(**(SMALL | more))
-    draw_samples("mnist-classes", CLASSES, output, config, show_progress=False)
-    with np.load(output) as found:
-        return dict(found)
+def kept(logits: torch.Tensor, *, by: Callable = filter_logits, **filters) -> set[int]:
+    """The ids a filter leaves of one row; checks that it leaves their logits alone."""
+    filtered = by(logits[None], **filters)[0]
+    left = filtered > -math.inf
+    assert torch.equal(filtered[left], logits[left])
+    return set(left.nonzero()[:, 0].tolist())
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> dict[str, np.ndarray]:
-    return drawn(tmp_path_factory.mktemp("samples") / "a.npz")
+def ranked(logits: list[float]) -> list[int]:
+    """The likeliest first; among equals the lower id first."""
+    return sorted(range(len(logits)), key=lambda i: (-logits[i], i))
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return str(save_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny"))
+def softmax(logits: list[float]) -> list[float]:
+    weights = [math.exp(logit - max(logits)) for logit in logits]
+    return [weight / math.fsum(weights) for weight in weights]
 
 
-def test_picture_i_has_the_seed_and_class_of_its_number(whole):
-    assert whole["arr_0"].shape == (10, 28, 28, 3) and whole["arr_0"].dtype == np.uint8
-    assert whole["arr_1"].tolist() == [1, 4, 9, 1, 4, 9, 1, 4, 9, 1]  # in turn: every beginning is balanced
-    pipe = ClassPipeline.load("mnist-classes")
-    for number in (0, 7):
-        [alone] = pipe.generate(int(whole["arr_1"][number]), seed=5 + number, scale=1)
-        assert np.array_equal(np.asarray(alone), whole["arr_0"][number])
+def check_top_k(logits: list[float], k: int, by: Callable = filter_logits) -> None:
+    assert kept(torch.tensor(logits), by=by, top_k=k) == set(ranked(logits)[:k])
 
 
-@pytest.mark.parametrize("how", [{"batch_size": 1}, {"workers": 2, "batch_size": 3}, {"pictures_per_part": 3}])
-def test_the_pictures_do_not_depend_on_who_draws_them(tmp_path, whole, how):
-    found = drawn(tmp_path / "b.npz", **how)
-    assert np.array_equal(found["arr_0"], whole["arr_0"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.npz", "b.npz.card.json"]
+@given(tied_logits, st.integers(1, 20))
+def test_top_k_keeps_exactly_k_even_among_equals(logits, k):
+    check_top_k(logits, k)
 
 
-def test_a_killed_job_resumes_with_what_it_has(tmp_path, whole, monkeypatch):
-    output, parts = tmp_path / "c.npz", tmp_path / ".c.npz.parts"
-    plain = sampling_module.draw_part
-
-    def killed_at_the_second(face, job, part):
-        if part == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        plain(face, job, part)
-
-    if not (child := os.fork()):
-        monkeypatch.setattr(sampling_module, "draw_part", killed_at_the_second)
-        drawn(output)
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert not output.exists() and [path.name for path in parts.glob("*.npz")] == ["00000000.npz"]
-    with pytest.raises(InputError, match=r"begun with other settings \(seed differ\).*--force"):
-        drawn(output, seed=6)
-    before = (parts / "00000000.npz").stat().st_mtime_ns
-    times = []
-    monkeypatch.setattr(
-        sampling_module, "draw_part", lambda face, job, part: times.append(part) or plain(face, job, part)
-    )
-    assert np.array_equal(drawn(output)["arr_0"], whole["arr_0"]) and times == [1, 2] and before
-    assert not parts.exists()
-    with pytest.raises(InputError, match="exists already"):
-        drawn(output)
+def test_top_k_of_zero_keeps_all():
+    assert kept(torch.tensor([1.0, 1.0, -3.0]), top_k=0) == {0, 1, 2}
 
 
-def test_a_damaged_part_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling_module, "_write_npz", lambda *_: (_ for _ in ()).throw(InputError("stop here")))
-    with pytest.raises(InputError, match="stop here"):
-        drawn(tmp_path / "d.npz")
-    monkeypatch.undo()
-    part = tmp_path / ".d.npz.parts" / "00000001.npz"
-    part.write_bytes(part.read_bytes()[:-30])
-    with pytest.raises(InputError, match=rf"{re.escape(str(part))}.*remove .*00000001"):
-        drawn(tmp_path / "d.npz")
-    part.unlink()
-    assert len(drawn(tmp_path / "d.npz")["arr_0"]) == 10
+@given(tied_logits, st.floats(0.001, 0.999))
+def test_top_p_keeps_the_fewest_ids_that_reach_p(logits, p):
+    probs = softmax(logits)
+    found = kept(torch.tensor(logits, dtype=torch.float64), top_p=p)
+    order = ranked(logits)
+    assert found == set(order[: len(found)])
+    # up to rounding the set reaches p, and no smaller set does: the likeliest of one fewer stay below it
+    assert math.fsum(probs[i] for i in order[: len(found)]) > p - 1e-12
+    assert math.fsum(probs[i] for i in order[: len(found) - 1]) < p + 1e-12
 
 
-def test_the_card_says_how_they_were_drawn(tmp_path, capsys):
-    words = ["sample", "--bundle", "mnist-classes", "--classes", "0-2,seven", "-n", "4", "--guidance-scale", "1.5"]
-    assert run([*words, "-o", str(tmp_path / "e.parquet"), "--quiet"]) == 0, capsys.readouterr().err
-    card = json.loads((tmp_path / "e.parquet.card.json").read_text())
-    assert card["classes"] == [0, 1, 2, 7] and card["sampling"]["guidance_scale"] == 1.5 and card["num"] == 4
-    assert card["executor"] and len(card["weights_sha256"]) == len(card["sha256"]) == 64
-    assert card["command"].startswith("smalti sample --bundle mnist-classes --classes 0-2,seven -n 4")
-    table = pq.read_table(tmp_path / "e.parquet")
-    assert table.column("label").to_pylist() == [0, 1, 2, 7] and table.column("seed").to_pylist() == [0, 1, 2, 3]
+@given(tied_logits, st.floats(0.001, 1))
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(logits, share):
+    probs = softmax(logits)
+    found = kept(torch.tensor(logits, dtype=torch.float64), min_p=share)
+    assert ranked(logits)[0] in found
+    for token_id, prob in enumerate(probs):
+        if abs(prob - share * max(probs)) > 1e-12:
+            assert (token_id in found) == (prob > share * max(probs))
 
 
-def test_random_labels_are_drawn_by_the_seed():
-    config = SamplingConfig(num=300, labels="random", seed=3)
-    found = CLASSES.of(range(300), config)
-    assert found[100:200] == CLASSES.of(range(100, 200), config) and found != CLASSES.of(
-        range(300), SamplingConfig(num=300, labels="random", seed=4)
-    )
-    assert all(80 < found.count(label) < 120 for label in (1, 4, 9))
+@given(tied_logits, st.integers(1, 9), st.floats(0.05, 0.95), st.floats(0.01, 0.9))
+def test_filters_apply_one_after_the_other(logits, k, p, share):
+    together = filter_logits(torch.tensor([logits]), top_k=k, top_p=p, min_p=share)
+    after = torch.tensor([logits])
+    for one in ({"top_k": k}, {"top_p": p}, {"min_p": share}):
+        after = filter_logits(after, **one)
+    assert torch.equal(together, after)
+    assert (together > -math.inf).any()
 
 
-# Prompts -----------------------------------------------------------------------------------------------------------
+def test_top_p_takes_its_share_of_what_top_k_left():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
+    assert kept(logits, top_p=0.55) == {0, 1}
+    assert kept(logits, top_k=2, top_p=0.55) == {0}  # 0.4 of 0.7 is 0.571
 
 
-def test_prompts_are_read_as_benchmarks_publish_them(tmp_path):
-    (tmp_path / "p.tsv").write_text('Prompt\tCategory\tNote\na "red" fox\tAnimals\tx\nbond\tAbstract\ty\n')
-    found = read_prompts(tmp_path / "p.tsv")
-    assert found.prompts == ('a "red" fox', "bond") and found.rows[1]["Category"] == "Abstract"
-    (tmp_path / "p.jsonl").write_text('{"tag": "counting", "include": [], "prompt": "two dogs"}\n')
-    assert read_prompts(tmp_path / "p.jsonl").rows == ({"tag": "counting", "include": [], "prompt": "two dogs"},)
-    (tmp_path / "p.txt").write_text("one\n\n two \n")
-    assert read_prompts(tmp_path / "p.txt").prompts == ("one", "two")
-    (tmp_path / "dpg").mkdir()
-    (tmp_path / "dpg" / "partiprompts7.txt").write_text("a long\nprompt")
-    assert read_prompts(tmp_path / "dpg").names == ("partiprompts7",)
-    assert read_prompts(tmp_path / "dpg").prompts == ("a long prompt",)
-    pq.write_table(pa.table({"caption": ["a", "b"], "image": [b"", b""]}), tmp_path / "p.parquet")
-    assert read_prompts(tmp_path / "p.parquet").rows == ({"caption": "a"}, {"caption": "b"})
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n')
-    with pytest.raises(InputError, match=r"bad\.jsonl, line 2: the prompt is ''"):
-        read_prompts(tmp_path / "bad.jsonl")
-    with pytest.raises(InputError, match="there is no"):
-        read_prompts(tmp_path / "none.txt")
+def test_rows_are_filtered_on_their_own():
+    logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
+    filters = {"top_k": 6, "top_p": 0.8, "min_p": 0.05}
+    together = filter_logits(logits, **filters)
+    for row in range(7):
+        assert torch.equal(filter_logits(logits[row : row + 1], **filters)[0], together[row])
 
 
-def test_published_lists_have_the_prompts_that_they_say(shared_dir):
-    assert len(read_prompts(shared_dir / "data" / "text" / "PartiPrompts.tsv")) == 1632
-    assert len(read_prompts(shared_dir / "data" / "text" / "coco_captions.csv")) == 30_000
+def test_filters_equal_llamagens(shared_dir):
+    folder = shared_dir / "golden" / "llamagen_gpt_c2i"
+    io = np.load(folder / "io.npz")
+    logits = torch.from_numpy(io["filter_logits"])
+    for settings in json.loads((folder / "config.json").read_text())["filters"]:
+        ordered = logits.sort(descending=True).values
+        k = settings["top_k"]
+        if k:  # LlamaGen keeps whatever equals the k-th; without ties that is exactly k
+            assert bool((ordered[:, k - 1] > ordered[:, k]).all())
+        found = filter_logits(logits, top_k=k, top_p=settings["top_p"]) > -math.inf
+        assert torch.equal(found, torch.from_numpy(io[settings["name"]]))
 
 
-def sample_prompts(tiny: str, prompts: Path, output: Path, *more: str) -> int:
-    return run(["sample", "--bundle", tiny, "--prompts", str(prompts), "-o", str(output), "--quiet", *more])
+def test_a_filter_that_keeps_ties_is_found_out():
+    def by_threshold(logits, *, top_k):
+        return logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+
+    check_top_k([1.0, 2.0, 0.0, 0.5], 2, by_threshold)
+    check_top_k([1.0, 2.0, 1.0, 1.0], 2)
+    fails_at("assert kept(", check_top_k, [1.0, 2.0, 1.0, 1.0], 2, by_threshold)
 
 
-def test_genevals_judge_finds_its_folders(tiny, tmp_path):
-    rows = [{"tag": "colors", "include": [{"class": "8", "count": 1}], "prompt": prompt} for prompt in PROMPTS]
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    how = ["--layout", "geneval", "--per-prompt", "2"]
-    assert sample_prompts(tiny, tmp_path / "m.jsonl", tmp_path / "out", *how) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000", "00001", "00002"]
-    for number, row in enumerate(rows):  # as evaluate_images.py reads them
-        folder = tmp_path / "out" / f"{number:05d}"
-        assert folder.name.isdigit() and json.loads((folder / "metadata.jsonl").read_text()) == row
-        pictures = sorted(path.name for path in (folder / "samples").iterdir())
-        assert pictures == ["0000.png", "0001.png"] and all(re.match(r"\d+\.png", name) for name in pictures)
-    assert sample_prompts(tiny, tmp_path / "m.jsonl", tmp_path / "plain.npz", "--per-prompt", "2") == 0
-    flat = np.load(tmp_path / "plain.npz")["arr_0"]
-    assert np.array_equal(np.asarray(read_picture(tmp_path / "out/00002/samples/0001.png")), flat[5])
-    with zipfile.ZipFile(tmp_path / "plain.npz") as archive:
-        assert archive.namelist() == ["arr_0.npy"]  # no labels of prompts
+def test_draws_on_a_grid_of_uniform_numbers_count_out_the_distribution():
+    """Numbers (i + 1/2) / 1000 hit an id of probability m / 1000 exactly m times."""
+    shares = [0, 250, 1, 0, 0, 500, 49, 200, 0]
+    logits = torch.tensor(shares, dtype=torch.float64).log().expand(1000, -1)
+    ids = draw(logits.softmax(-1), (torch.arange(1000).double() + 0.5) / 1000)
+    assert torch.bincount(ids, minlength=9).tolist() == shares
+    assert torch.equal(ids, ids.sort().values)  # the inverse of an increasing function increases
 
 
-def test_geneval2_finds_a_picture_of_every_prompt(tiny, tmp_path, monkeypatch):
-    rows = [{"prompt": prompt, "atom_count": 3, "vqa_list": [], "skills": []} for prompt in PROMPTS]
-    (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert sample_prompts(tiny, tmp_path / "g.jsonl", tmp_path / "out", "--layout", "geneval2") == 0
-    monkeypatch.chdir(tmp_path / "out")
-    paths = json.loads(Path("image_paths.json").read_text())
-    assert list(paths) == PROMPTS and all(read_picture(path).size == (28, 28) for path in paths.values())
+LARGEST_UNIFORM = 1 - 2**-53
 
 
-def test_dpgs_judge_cuts_the_four_apart(tiny, tmp_path):
-    (tmp_path / "prompts").mkdir()
-    for number, prompt in enumerate(PROMPTS):
-        (tmp_path / "prompts" / f"item{number}.txt").write_text(prompt)
-    how = ["--layout", "dpg", "--per-prompt", "4"]
-    assert sample_prompts(tiny, tmp_path / "prompts", tmp_path / "out", *how) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["item0.png", "item1.png", "item2.png"]
-    assert sample_prompts(tiny, tmp_path / "prompts", tmp_path / "flat", "--per-prompt", "4") == 0
-    size = 28
-    for number in range(3):
-        whole = read_picture(tmp_path / "out" / f"item{number}.png")
-        assert whole.size == (56, 56)
-        boxes = [(0, 0, size, size), (size, 0, 56, size), (0, size, size, 56), (size, size, 56, 56)]  # their crops
-        for i, box in enumerate(boxes):
-            alone = read_picture(tmp_path / "flat" / f"{4 * number + i:06d}.png")
-            assert np.array_equal(np.asarray(whole.crop(box)), np.asarray(alone))
-    lines = [json.loads(line) for line in (tmp_path / "flat" / "metadata.jsonl").read_text().splitlines()]
-    assert lines[5] == {
-        "file_name": "000005.png",
-        "seed": 5,
-        "text": PROMPTS[1],
-        "row": {"item_id": "item1", "prompt": PROMPTS[1]},
-    }
+@given(
+    st.lists(st.floats(-40, 40) | st.just(-math.inf), min_size=1, max_size=40).filter(lambda x: max(x) > -math.inf),
+    st.sampled_from([0.0, 2**-53, 0.5, 1 - 2**-24, LARGEST_UNIFORM]) | st.floats(0, LARGEST_UNIFORM),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_an_id_of_probability_zero_is_never_drawn(logits, uniform, dtype):
+    row = torch.tensor([logits], dtype=dtype)
+    (token_id,) = draw(row.softmax(-1), torch.tensor([uniform], dtype=torch.float64)).tolist()
+    assert 0 <= token_id < len(logits)
+    assert row[0, token_id] > -math.inf
+    cumulative = row[0].double().softmax(-1).cumsum(-1)
+    rounding = 1e-12 if dtype == torch.float64 else 1e-6
+    assert cumulative[token_id] >= uniform - rounding
+    assert token_id == 0 or cumulative[token_id - 1] <= uniform + rounding
 
 
-# What cannot be ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("n", [1, 2, 1021, 16411])
+def test_the_largest_uniform_number_draws_the_last_possible_id(n):
+    """Sums of many probabilities end a little beside 1, on either side."""
+    generator = torch.Generator().manual_seed(n)
+    logits = torch.randn(200, n, generator=generator)
+    logits = torch.cat((torch.full((200, 3), -math.inf), logits, torch.full((200, 5), -math.inf)), dim=1)
+    last = draw(logits.softmax(-1), torch.full((200,), LARGEST_UNIFORM, dtype=torch.float64))
+    assert bool((last < n + 3).all())
+    first = draw(logits.softmax(-1), torch.zeros(200, dtype=torch.float64))
+    assert first.tolist() == [3] * 200
+
+
+def test_a_row_draws_the_same_in_any_batch():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(64, 1021, generator=generator)
+    uniforms = torch.rand(64, generator=generator, dtype=torch.float64)
+    config = SampleConfig(temperature=0.9, top_k=100, top_p=0.95)
+    ids, log_probs = sample(logits, uniforms, config)
+    for rows in (slice(5, 6), slice(0, 7), slice(63, 64)):
+        alone, alone_log_probs = sample(logits[rows], uniforms[rows], config)
+        assert torch.equal(alone, ids[rows])
+        assert torch.allclose(alone_log_probs, log_probs[rows], atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    "config",
     [
-        (["-o", "a.npz"], "what to draw?"),
-        (["--classes", "all", "--prompts", "p.txt", "-o", "a.npz"], "what to draw?"),
-        (["--classes", "all", "-o", "a.npz"], "how many pictures? Give -n"),
-        (["--classes", "0-11", "-n", "3", "-o", "a.npz"], "class 11 is out of range; expected 0 to 9"),
-        (["--classes", "0,3,zero", "-n", "3", "-o", "a.npz"], "names class 0 twice"),
-        (["--classes", "all", "-n", "3", "-o", "a.png"], "written as .npz or .parquet, or to a folder"),
-        (["--classes", "all", "-n", "3", "-o", "a", "--layout", "geneval"], "is one of prompts"),
-        (["--classes", "all", "-n", "3", "-o", "a", "--layout", "grid"], "choose one of plain, geneval"),
-        (["--classes", "all", "-n", "3", "-o", "a.npz", "--labels", "sorted"], "choose one of balanced, random"),
-        (["--classes", "all", "-n", "3", "-o", "a.npz", "--per-prompt", "2"], "without --per-prompt"),
-        (["--prompts", "p.txt", "-o", "a.npz"], "draws classes, not captions"),
-        (["--prompts", "p.txt", "-n", "3", "-o", "a.npz"], "-n is 3, but p.txt gives 1 pictures"),
+        SampleConfig(),
+        SampleConfig(temperature=0.6),
+        SampleConfig(temperature=1.7, top_k=5),
+        SampleConfig(top_p=0.7),
+        SampleConfig(temperature=1.3, top_k=7, top_p=0.9, min_p=0.1),
+    ],
+    ids=str,
+)
+def test_log_probs_are_those_of_what_is_drawn(config):
+    """They sum to 1 over all ids, equal the formula, and are the frequencies (chi-square, 0.1 %)."""
+    generator = torch.Generator().manual_seed(11)
+    logits = 1.5 * torch.randn(1, 11, generator=generator, dtype=torch.float64)
+    scaled = filter_logits(logits / config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
+    probs = log_prob_of(scaled.expand(11, -1), torch.arange(11)).exp()
+    assert float(probs.sum()) == pytest.approx(1, abs=1e-12)
+    left = [i for i in range(11) if scaled[0, i] > -math.inf]
+    by_hand = softmax([float(logits[0, i]) / config.temperature for i in left])
+    assert probs[left].tolist() == pytest.approx(by_hand)
+
+    N = 20000
+    ids, log_probs = sample(logits.expand(N, -1), torch.rand(N, generator=generator, dtype=torch.float64), config)
+    assert torch.allclose(log_probs, probs[ids].log())
+    counts = torch.bincount(ids, minlength=11)
+    assert set(counts.nonzero()[:, 0].tolist()) <= set(left)
+    assert len(left) == 1 or scipy.stats.chisquare(counts[left], N * probs[left]).pvalue > 1e-3
+
+
+def test_temperature_zero_takes_the_likeliest_with_certainty():
+    ids, log_probs = sample(
+        torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.0, 1.0]]), torch.rand(2), SampleConfig(temperature=0)
+    )
+    assert ids.tolist() == [1, 0]
+    assert log_probs.tolist() == [0, 0]
+
+
+def test_a_low_temperature_goes_over_into_the_greedy_choice():
+    logits = torch.randn(50, 13, generator=torch.Generator().manual_seed(0)) * 80
+    ids, log_probs = sample(logits, torch.full((50,), 0.999), SampleConfig(temperature=1e-6))
+    assert torch.equal(ids, logits.argmax(-1))
+    assert torch.equal(log_probs, torch.zeros(50))
+
+
+def test_sampling_leaves_the_logits_as_they_were():
+    logits = torch.randn(3, 7)
+    before = logits.clone()
+    sample(logits, torch.rand(3), SampleConfig(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1))
+    assert torch.equal(logits, before)
+
+
+def test_guidance_by_hand():
+    cond, null = torch.tensor([[2.0, -1.0], [0.5, 3.0]]), torch.tensor([[1.0, 1.0], [0.5, -1.0]])
+    assert torch.equal(guide(cond, null, 1.0), cond)
+    assert torch.equal(guide(cond, null, 0.0), null)
+    assert guide(cond, null, 3.0).tolist() == [[4.0, -5.0], [0.5, 11.0]]
+    assert guide(cond, null, -1.0).tolist() == [[0.0, 3.0], [0.5, -5.0]]
+    assert guide(cond, null, torch.tensor([[3.0], [0.0]])).tolist() == [[4.0, -5.0], [0.5, -1.0]]
+
+
+@given(st.floats(-3, 9), st.integers(0, 6))
+def test_guidance_multiplies_odds(scale, seed):
+    """Guided probabilities are proportional to cond^scale · null^(1 − scale)."""
+    cond, null = torch.randn(2, 1, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    guided = guide(cond, null, scale).softmax(-1)
+    product = cond.softmax(-1) ** scale * null.softmax(-1) ** (1 - scale)
+    assert torch.allclose(guided, product / product.sum(), atol=1e-12)
+
+
+def test_schedules_by_hand():
+    def scales(**options) -> list[float]:
+        config = SampleConfig(guidance_scale=5.0, **options)
+        return [config.guidance_at(step, 4) for step in range(4)]
+
+    assert scales() == [5, 5, 5, 5]
+    assert scales(guidance_schedule="linear") == pytest.approx([1, 2, 3, 4])
+    assert scales(guidance_schedule="linear", guidance_power=2.0) == pytest.approx([1, 1.25, 2, 3.25])
+    root = math.sqrt(0.5)
+    assert scales(guidance_schedule="cosine") == pytest.approx([1, 3 - 2 * root, 3, 3 + 2 * root])
+    assert scales(guidance_interval=(1, 3)) == [1, 5, 5, 1]
+    assert scales(guidance_interval=(2, None)) == [1, 1, 5, 5]
+    assert scales(guidance_interval=(0, 0)) == [1, 1, 1, 1]
+    assert scales(guidance_schedule="linear", guidance_interval=(2, 3)) == pytest.approx([1, 1, 3, 1])
+
+
+def test_power_cosine_is_rars(shared_dir):
+    folder = shared_dir / "golden" / "rar"
+    settings = json.loads((folder / "config.json").read_text())["generate"]
+    expected = np.load(folder / "io.npz")["cfg_scale_per_step"]
+    config = SampleConfig(
+        guidance_scale=settings["guidance_scale"],
+        guidance_schedule="cosine",
+        guidance_power=settings["guidance_scale_pow"],
+    )
+    assert [config.guidance_at(step, 16) for step in range(16)] == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, r"temperature is -0\.1; expected 0 \(greedy\) or more"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"top_k": -1}, r"top_k is -1; expected 0 \(off\) or more"),
+        ({"top_p": 0.0}, r"top_p is 0\.0; expected a share in \(0, 1\]"),
+        ({"top_p": 1.1}, r"top_p is 1\.1"),
+        ({"min_p": -0.1}, r"min_p is -0\.1; expected a share in \[0, 1\]"),
+        ({"min_p": 1.1}, r"min_p is 1\.1"),
+        ({"guidance_scale": math.inf}, "guidance_scale is inf; expected a number within"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan; expected a number within"),
+        ({"guidance_scale": -1e31}, r"guidance_scale is -1e\+31; expected a number within"),
+        ({"guidance_schedule": "cubic"}, "guidance_schedule is cubic; expected constant, linear, cosine"),
+        ({"guidance_power": 0.0}, r"guidance_power is 0\.0; expected more than 0"),
+        ({"guidance_interval": (-1, None)}, r"guidance_interval is \(-1, None\); expected 0 <= start <= end"),
+        ({"guidance_interval": (3, 2)}, r"guidance_interval is \(3, 2\)"),
     ],
 )
-def test_one_error_says_what_is_wrong(tmp_path, monkeypatch, capsys, words, said):
-    monkeypatch.chdir(tmp_path)
-    Path("p.txt").write_text("a red fox\n")
-    assert run(["sample", "--bundle", "mnist-classes", *words]) == 2
-    assert said in (error := capsys.readouterr().err) and error.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
+def test_settings_that_cannot_be_are_explained(options, message):
+    with pytest.raises(ValueError, match=message):
+        SampleConfig(**options)
 
 
-def test_prompts_that_the_bundle_cannot_read_are_told_before_the_work(tiny, tmp_path, capsys):
-    (tmp_path / "p.txt").write_text(f"{PROMPTS[0]}\ndark green fox on bright cyan\n")
-    assert sample_prompts(tiny, tmp_path / "p.txt", tmp_path / "a.npz") == 2
-    assert "prompt 1: " in (error := capsys.readouterr().err) and "fox" in error
-    assert run(["sample", "--bundle", tiny, "--classes", "all", "-n", "2", "-o", str(tmp_path / "a.npz")]) == 2
-    assert "knows no classes" in capsys.readouterr().err
-    for layout, more in (("geneval", []), ("geneval2", ["--per-prompt", "2"]), ("dpg", [])):
-        (tmp_path / "p.txt").write_text(PROMPTS[0])
-        assert sample_prompts(tiny, tmp_path / "p.txt", tmp_path / "out", "--layout", layout, *more) == 2
-        assert "judge" in capsys.readouterr().err
-
-
-def test_classes_are_given_by_numbers_ranges_and_names():
-    classes = ClassPipeline.load("mnist-classes").classes
-    assert parse_classes("all", classes) == tuple(range(10)) and parse_classes("7, one,2-4", classes) == (7, 1, 2, 3, 4)
-    with pytest.raises(InputError, match="give all, or numbers"):
-        parse_classes(",", classes)
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.9}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"guidance_scale": 2.0}],
+)
+def test_whatever_reshapes_the_distribution_is_not_plain(options):
+    assert SampleConfig().is_plain
+    assert not SampleConfig(**options).is_plain

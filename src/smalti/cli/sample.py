@@ -81,7 +81,7 @@ def sample(
     from smalti.bundle import classes_of
     from smalti.cli.app import _given, _interval
     from smalti.data.prompt_lists import read_prompts
-    from smalti.tasks.sampling import SamplingConfig, Subjects, draw_samples, parse_classes
+    from smalti.tasks.draw_samples import SamplingConfig, Subjects, draw_samples, parse_classes
 
     if (classes is None) == (prompts is None):
         raise InputError("what to draw? Give --classes for a bundle of classes, or --prompts for one of captions.")

@@ -89,6 +89,8 @@ class FrechetReplicates:
 
     def __init__(self, features: Float[Tensor, "N D"], reference: Gaussian):
         self.features, self.reference = features, reference
+        self.on_distance: Callable[[], None] = lambda: None
+        """Called before each, as a sign of progress: wide features take seconds."""
         self.root = matrix_root(reference.covariance)
 
     def of_counts(self, counts: Int64[np.ndarray, " N"]) -> float:
@@ -110,6 +112,7 @@ class FrechetReplicates:
         return Moments(num, mean + origin, products - num * torch.outer(mean, mean))
 
     def _distance(self, moments: Moments) -> float:
+        self.on_distance()
         covariance = moments.covariance
         cross = torch.linalg.eigvalsh(self.root @ covariance @ self.root).clamp(min=0).sqrt().sum()
         apart = (moments.mean - self.reference.mean).square().sum()
@@ -150,11 +153,16 @@ def extrapolate(replicates: FrechetReplicates, seed: int, *, rows: np.ndarray | 
 
 
 def frechet_figure(
-    samples: Float[Tensor, "N D"], reference: Gaussian, seed: int, num_replicates: int
+    samples: Float[Tensor, "N D"],
+    reference: Gaussian,
+    seed: int,
+    num_replicates: int,
+    on_distance: Callable[[], None] = lambda: None,
 ) -> tuple[Figure, FrechetReplicates]:
     """The distance of a set of features, and what further ones of its parts are taken with."""
     value = frechet_distance(Moments.of_batches(samples.split(BLOCK)).gaussian, reference)
     replicates = FrechetReplicates(samples, reference)
+    replicates.on_distance = on_distance
     return counted_figure(value, len(samples), replicates.of_counts, seed, num_replicates), replicates
 
 

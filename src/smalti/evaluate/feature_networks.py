@@ -10,7 +10,8 @@ Every network is known by the hash of its weights: figures of two do not compare
 Letters: B pictures, H W rows and columns, D features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ class FeatureNetwork:
                 f"{where}: pictures are of {size[0]}×{size[1]}, the {self.name} takes "
                 f"{self.picture_size[0]}×{self.picture_size[1]} (rows × columns): resize them, or take other features."
             )
-        with torch.inference_mode():
+        with torch.inference_mode(), _whole_float32():
             pooled, *others = self.compute(pictures)
             found = Found(pooled.float().cpu(), *(None if part is None else part.float().cpu() for part in others))
         for part in found:
@@ -80,6 +81,17 @@ class FeatureNetwork:
                     "of another network."
                 )
         return found
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """On a GPU, convolutions are otherwise computed in TF32, with 10 bits of the mantissa."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _images(pictures: UInt8[Tensor, "B H W 3"], device: torch.device | str) -> UInt8[Tensor, "B 3 H W"]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from smalti.arrays import read_npz
 from smalti.data.sample_sets import PICTURES, SampleSet, npz_names, open_samples
-from smalti.errors import InputError, InputWarning
+from smalti.errors import InputError, InputWarning, first_line
 from smalti.evaluate.confidence import (
     Extrapolation,
     Figure,
@@ -205,6 +205,11 @@ def measured(
         arrays = read_npz(path, "give pictures (arr_0), statistics (mu, sigma) or features")
         statistics = statistics_of(arrays, path) if holds_statistics(names) else None
         features = _given(arrays[FEATURES], path) if FEATURES in names else None
+        if features is not None and network is not None and not (statistics and statistics.note):
+            raise InputError(
+                f"{path} holds features, and does not say of which network: they are measured by --features given, not "
+                f"with the {network.name}."
+            )
         _require_same_network(statistics, network, path)
         pooled = statistics.pooled if statistics else _moments(features.pooled).gaussian  # pyright: ignore
         about |= {"sha256": file_sha256(path), "num": pooled.num, "size": None}
@@ -212,9 +217,7 @@ def measured(
     if network is None:
         raise InputError(f"{path} holds pictures; say by --features what network is to look at them.")
     if holds_statistics(names):
-        with np.load(path, allow_pickle=False) as opened:  # without the pictures, which may be many
-            arrays = {name: opened[name] for name in names if name != PICTURES and not name.startswith("arr_")}
-        statistics = statistics_of(arrays, path)
+        statistics = statistics_of(_beside_pictures(path, names), path)
         _require_same_network(statistics, network, path)
     samples = open_samples(path, size=size, split=split)
     if len(samples) < 2:
@@ -226,6 +229,15 @@ def measured(
         return Measured(features, statistics.pooled, statistics.spatial, about)
     spatial = None if features.spatial is None else _moments(features.spatial).gaussian
     return Measured(features, _moments(features.pooled).gaussian, spatial, about)
+
+
+def _beside_pictures(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+    """The arrays of a file but its pictures, which may be many."""
+    try:
+        with np.load(path, allow_pickle=False) as opened:
+            return {name: opened[name] for name in names if not name.startswith("arr_")}
+    except Exception as error:  # zipfile, zlib and numpy raise nearly anything for a damaged file
+        raise InputError(f"{path}: its statistics cannot be read: {first_line(error)}; fetch it again.") from error
 
 
 def _moments(features: Float[Tensor, "N D"]) -> Moments:
@@ -307,7 +319,7 @@ def measure(
             f"the samples' features are {samples.pooled.width} numbers wide, the reference's {reference.pooled.width}: "
             "they are not of one network."
         )
-    notes = _warnings(samples, reference, protocol, resizer)
+    notes = _warnings(samples, reference, protocol, config, resizer)
     found: dict[str, Figure] = {}
     num_replicates = config.replicates_of(samples.pooled.width)
     job = _Job(samples, reference, protocol, config, num_replicates)
@@ -323,9 +335,18 @@ def measure(
     }
     wanted = [one for one, names in work.items() if set(names) & set(config.figures)]
     with stage("figures", len(wanted), unit="step", show=show_progress) as progress:
+        num_distances = 0
+
+        def count() -> None:
+            nonlocal num_distances
+            num_distances += 1
+            progress.update(progress.completed, note=f"{num_distances} Fréchet distances")
+
+        job.on_distance = count
         for one in wanted:
+            progress.update(progress.completed, note=one.__name__)
             found |= {name: figure for name, figure in one().items() if name in config.figures}
-            progress.advance(note=one.__name__)
+            progress.advance()
     ordered = {name: found[name] for name in FIGURES if name in found}
     return Figures(found=ordered, notes=notes, extrapolation=job.extrapolation, num_replicates=num_replicates)
 
@@ -339,12 +360,13 @@ class _Job:
         self.ours, self.theirs, self.protocol = samples, reference, protocol
         self.seed, self.num_replicates, self.config = config.seed, num_replicates, config
         self.extrapolation: Extrapolation | None = None
+        self.on_distance: Callable[[], None] = lambda: None
 
     def frechet(self) -> dict[str, Figure]:
         if self.ours.features is None:
             return {"frechet": Figure(value=frechet_distance(self.ours.pooled, self.theirs.pooled))}
         figure, replicates = frechet_figure(
-            self.ours.features.pooled, self.theirs.pooled, self.seed, self.num_replicates
+            self.ours.features.pooled, self.theirs.pooled, self.seed, self.num_replicates, self.on_distance
         )
         found = {"frechet": figure}
         if "frechet_infinity" in self.config.figures:
@@ -369,7 +391,9 @@ class _Job:
             return {}
         if self.ours.features is None or self.ours.features.spatial is None:
             return {"frechet_spatial": Figure(value=frechet_distance(self.ours.spatial, self.theirs.spatial))}
-        figure, _ = frechet_figure(self.ours.features.spatial, self.theirs.spatial, self.seed, self.num_replicates)
+        figure, _ = frechet_figure(
+            self.ours.features.spatial, self.theirs.spatial, self.seed, self.num_replicates, self.on_distance
+        )
         return {"frechet_spatial": figure}
 
     def scores(self) -> dict[str, Figure]:
@@ -433,12 +457,14 @@ class _Job:
         return self.ours.features.pooled[:most], self.theirs.features.pooled[:most]
 
 
-def _warnings(samples: Measured, reference: Measured, protocol: Protocol, resizer: str) -> tuple[str, ...]:
+def _warnings(
+    samples: Measured, reference: Measured, protocol: Protocol, config: MeasureConfig, resizer: str
+) -> tuple[str, ...]:
     """What a reader must know of the numbers; each is a warning as well."""
     notes = []
     for name, side in (("samples", samples), ("reference", reference)):
         num, width = side.pooled.num, side.pooled.width
-        if num is not None and num <= width:
+        if num is not None and num <= width and "frechet" in config.figures:
             notes.append(
                 f"the {num} pictures of the {name} are no more than the {width} features: their covariance is "
                 f"singular, and the Fréchet distance far above what more pictures would give; use at least {10 * width}"
