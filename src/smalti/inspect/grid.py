@@ -58,6 +58,7 @@ _STANDS = 1.15  # times what a right order explains, swaps of cells may: some ce
 _MIN_ALIKE = 0.3  # correlation of what positions share in two halves of the lines
 _CLEAR = 5.0  # standard deviations above shuffled cells that a named order must be
 _MAX_REMOVED = 4  # positions with codes of their own of which all subsets are taken out
+_LINE_REACH = 4  # places apart in a line that are told apart
 _MAX_ASPECT = 4  # times as wide as high, beyond which a free map is not looked for
 _MAX_FREE_SHAPES = 4
 
@@ -290,8 +291,8 @@ class _Judge:
         return kinds[self._upper]
 
     def line_kinds(self) -> Int64[np.ndarray, " pairs"]:
-        """How two positions lie in a line that is no picture: one or two apart, or far."""
-        return np.minimum(self._upper[1] - self._upper[0], REACH + 1)
+        """How two positions lie in a line that is no picture: some places apart, or far."""
+        return np.minimum(self._upper[1] - self._upper[0], _LINE_REACH + 1)
 
     def within(self, kinds: Int64[np.ndarray, " pairs"], shared: Float64[np.ndarray, "L L"]) -> float:
         """Share of the variance that the means of the kinds explain where they were taken."""
