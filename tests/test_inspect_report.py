@@ -20,7 +20,7 @@ from smalti.data.lines import DISTINCT, Lines, table_lines, write_lines
 from smalti.data.tokens import TokenTable, token_rows, write_token_table
 from smalti.errors import InputError
 from smalti.image_tokenizers import load_image_tokenizer
-from smalti.inspect import figures
+from smalti.inspect import figures, report
 from smalti.inspect.findings import InspectConfig
 from smalti.inspect.grid import Grid
 from smalti.inspect.patches import average_patches
@@ -30,7 +30,7 @@ from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
 from smalti.recipes.line_presets import line_layout
 
-SMALL = InspectConfig(num_lines=300, num_scored=20, num_halvings=1, num_pairs=2)
+SMALL = InspectConfig(num_lines=300, num_scored=20, num_pairs=2, num_captions=3)
 
 
 class Page(HTMLParser):
@@ -70,7 +70,24 @@ def test_report_of_a_picture_bundle(tmp_path):
     sections = inspect_bundle(bundle, tmp_path / "tokens.parquet", tmp_path / "report", SMALL)
     text, titles = check_report(tmp_path / "report", sections)
     assert "The lines are pictures of 7 × 7 codes read row by row" in text
-    assert titles[-1] == "What the codes look like"
+    assert titles[-2:] == ["What the caption does", "What the codes look like"]
+    assert "With its caption a picture costs" in text and "pictures drawn from captions the nearest of" in text
+
+
+def test_the_grid_is_kept_for_the_same_lines(lines_and_bundle, tmp_path, monkeypatch):
+    subject = load_subject(lines_and_bundle / "bundle", lines_and_bundle / "lines.txt", num_lines=300)
+    path = tmp_path / "grid.json"
+    found = report.kept_grid(subject, SMALL, path)
+    monkeypatch.setattr(report, "infer_grid", lambda *given, **more: pytest.fail("it was looked for again"))
+    kept = report.kept_grid(subject, SMALL, path)
+    assert (kept.grid, kept.confidence, kept.runner_up) == (found.grid, found.confidence, found.runner_up)
+    assert (kept.information == found.information).all()
+    monkeypatch.setattr(report, "infer_grid", lambda *given, **more: found)
+    for content in ("[]", '{"lines": 3}', "["):
+        path.write_text(content)
+        assert report.kept_grid(subject, SMALL, path) is found
+    other = load_subject(lines_and_bundle / "bundle", lines_and_bundle / "lines.txt", num_lines=200)
+    assert report.kept_grid(other, SMALL, path) is found
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +129,7 @@ def test_report_without_a_grid(lines_and_bundle, tmp_path):
     write_token_table(tmp_path / "noise.parquet", [token_rows([f"{i}" for i in range(300)], codes)], {})
     sections = inspect_bundle(lines_and_bundle / "bundle", tmp_path / "noise.parquet", tmp_path / "report", SMALL)
     text, titles = check_report(tmp_path / "report", sections)
-    assert "No grid is found" in text
+    assert "No grid of a known family is found" in text
     assert "What the codes look like" not in titles
 
 

@@ -304,6 +304,8 @@ class _Judge:
 
     def _share(self, kinds: Int64[np.ndarray, " pairs"], fitted: np.ndarray, judged: np.ndarray) -> float:
         fitted, judged = fitted[self._upper], judged[self._upper]
+        if not len(kinds):
+            return 0.0
         mean = np.bincount(kinds, fitted) / np.maximum(np.bincount(kinds), 1)
         error = ((judged - mean[kinds]) ** 2).sum()
         return round(float(1 - error / max(((judged - fitted.mean()) ** 2).sum(), 1e-300)), 9)
@@ -463,8 +465,16 @@ def _is_told(evidence: _Evidence, found: GridFinding) -> bool:
     """Whether there is no grid to look for: halves of the lines do not agree on what positions share, or the line alone
     explains most of it, and more than any named order."""
     upper = np.triu_indices(len(evidence.shared), 1)
-    alike = np.mean([np.corrcoef(half.fitted[upper], half.judged[upper])[0, 1] for half in evidence.halves])
-    return bool(not alike > _MIN_ALIKE) or found.line_explained > max(0.5, found.explained)
+    alike = np.mean([_correlation(half.fitted[upper], half.judged[upper]) for half in evidence.halves])
+    return bool(alike < _MIN_ALIKE) or found.line_explained > max(0.5, found.explained)
+
+
+def _correlation(first: Float64[np.ndarray, " pairs"], second: Float64[np.ndarray, " pairs"]) -> float:
+    """0 where there are no pairs, or one is the same for all."""
+    if not len(first):
+        return 0.0
+    first, second = first - first.mean(), second - second.mean()
+    return float((first * second).sum() / max(np.sqrt((first**2).sum() * (second**2).sum()), 1e-300))
 
 
 def _stands(grid: Grid, evidence: _Evidence) -> bool:
