@@ -1,5 +1,6 @@
 """The report: everything inside one page, every finding with a function that exists."""
 
+import html
 import importlib
 import io
 import json
@@ -22,7 +23,7 @@ from smalti.errors import InputError
 from smalti.image_tokenizers import load_image_tokenizer
 from smalti.inspect import figures, report
 from smalti.inspect.findings import InspectConfig
-from smalti.inspect.grid import Grid
+from smalti.inspect.grid import Grid, GridFinding
 from smalti.inspect.patches import average_patches
 from smalti.inspect.report import inspect_bundle
 from smalti.inspect.subject import load_subject
@@ -121,6 +122,43 @@ def test_report_of_lines_by_the_command(lines_and_bundle, tmp_path, capsys):
     assert str(tmp_path / "report" / "index.html") in printed
     assert run([*arguments, *small]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", ["map", "spiral"])
+def test_lines_of_any_arrangement_are_explained(order, lines_and_bundle, tmp_path, monkeypatch):
+    """Specials, grid, order and three causes by intervention, in words; what cannot be known stands there once."""
+    monkeypatch.setattr(figures, "png_bytes", lambda figure: b"\x89PNG")  # drawing figures takes most of the time
+    cells = tuple(np.random.default_rng(0).permutation(35).tolist())
+    grid = Grid(
+        rows=5, columns=7, before=1, after=1, between=(9,), order=order, cell_order=cells if order == "map" else None
+    )
+    lines = np.full((300, 38), 11)
+    lines[:, grid.positions.ravel()] = markov_field(300, 5, 7, 11).reshape(300, -1)
+    lines[:, grid.outside] = 11, 12, 13
+    write_token_table(tmp_path / "lines.parquet", [token_rows([f"{i}" for i in range(300)], lines)], {})
+    found = GridFinding(
+        grid=grid, confidence=0.95, column_confidence=0.95, explained=0.6, chance_explained=0.1, runner_up=None,
+        runner_up_explained=0.2, line_explained=0.1, agreement=0.97 if order == "map" else None, num_halvings=20,
+        information=np.zeros((38, 38)),
+    )  # fmt: skip
+    monkeypatch.setattr(report, "infer_grid", lambda *given, **more: found)
+    heard: list[str] = []
+    inspect_bundle(
+        lines_and_bundle / "bundle", tmp_path / "lines.parquet", tmp_path / "report", SMALL,
+        heard=lambda finding: heard.append(finding.text),
+    )  # fmt: skip
+    text = html.unescape((tmp_path / "report" / "index.html").read_text())
+    reading = {"map": "in an order without a name", "spiral": "from a corner along the border, and so inwards"}[order]
+    assert f"pictures of 5 × 7 codes read {reading}" in text and "positions 0, 9, 37 are outside" in text
+    assert "Positions that always hold one code: 0 (code 11), 9 (code 12), 37 (code 13)" in text
+    assert text.count("What codes alone cannot tell") == 1
+    written = json.loads((tmp_path / "report" / "findings.json").read_text())
+    told = [
+        finding["function"].removeprefix("smalti.inspect.") for section in written for finding in section["findings"]
+    ]
+    for cause in ("causes.ablation_losses", "causes.patching_map", "causes.influence", "causes.influence_by_offset"):
+        assert cause in told
+    assert heard == [finding["text"] for section in written for finding in section["findings"]]
 
 
 def test_report_without_a_grid(lines_and_bundle, tmp_path):

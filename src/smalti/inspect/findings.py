@@ -563,8 +563,8 @@ def find_swaps(subject: Subject, config: InspectConfig, grid: Grid | None) -> li
     Codes that keep to special positions are left out: where nothing around depends on them, all are exchangeable.
     """
     similarity = codebook.context_similarity(subject.codes, subject.vocab_size, grid)
-    instead = codebook.predicted_instead(subject.model, subject.layout, subject.packed(config.a_share(2))).numpy()
-    scored = subject.codes[: config.a_share(2)]
+    instead = codebook.predicted_instead(subject.model, subject.layout, subject.packed(config.num_scored)).numpy()
+    scored = subject.codes[: config.num_scored]
     special = [s.position for s in positions.special_positions(subject.codes, subject.vocab_size)]
     at_special = np.bincount(scored[:, special].ravel(), minlength=subject.vocab_size)
     counts = np.bincount(scored.ravel(), minlength=subject.vocab_size)
