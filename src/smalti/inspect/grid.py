@@ -421,11 +421,14 @@ def _of_votes(num_agreeing: int, num: int) -> float:
 
 def _winner(scores: dict[Grid, float], strange: dict[int, int]) -> Grid | None:
     """The best score; among equals, the grid that leaves outside what looks special, a constant before all, and nothing
-    else. `strange` holds how special such a position is."""
+    else. `strange` holds how special such a position is. A grid that only adds cells to the best is its equal further
+    on: a nearly empty row fits as well outside."""
     if not scores:
         return None
-    best = max(scores.values())
-    equals = [grid for grid, score in scores.items() if score >= best - _TIE * abs(best)]
+    top = max(scores, key=lambda grid: scores[grid])
+    best, tie = scores[top], _TIE * abs(scores[top])
+    near = [grid for grid, score in scores.items() if score >= best - 2 * tie]
+    equals = [grid for grid in near if scores[grid] >= best - tie or top.edges < grid.edges]
     return max(equals, key=lambda grid: (_fits_specials(grid, strange), scores[grid]))
 
 
