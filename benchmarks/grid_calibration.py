@@ -112,8 +112,8 @@ def is_right(case: Case, found: GridFinding) -> bool:
     return found.grid.edges == case.edges
 
 
-def cases(tables: list[Int64[np.ndarray, "N h w"]], num: int, least: int, seed: int) -> Iterator[Case]:
-    for number in range(num):
+def cases(tables: list[Int64[np.ndarray, "N h w"]], numbers: range, least: int, seed: int) -> Iterator[Case]:
+    for number in numbers:
         generator = np.random.default_rng([seed, number])
         pictures = tables[(number // len(ARRANGEMENTS)) % len(tables)]
         chosen = generator.permutation(len(pictures))[: int(generator.integers(least, len(pictures) + 1))]
@@ -132,6 +132,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="+", metavar="TABLE=HxW", help="token tables of pictures, with their grids")
     parser.add_argument("--cases", type=int, default=100)
+    parser.add_argument(
+        "--start", type=int, default=0, help="number of the first case: several processes can share them"
+    )
     parser.add_argument("--least-lines", type=int, default=2000, help="fewest lines of a case")
     parser.add_argument("--most-lines", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -144,7 +147,8 @@ def main() -> None:
         rows = np.random.default_rng(arguments.seed).permutation(len(table))[: arguments.most_lines]
         tables.append(table.batch(rows).image_tokens.reshape(-1, h, w))
     found = []
-    for number, case in enumerate(cases(tables, arguments.cases, arguments.least_lines, arguments.seed)):
+    numbers = range(arguments.start, arguments.cases)
+    for number, case in zip(numbers, cases(tables, numbers, arguments.least_lines, arguments.seed), strict=True):
         started_at = time.process_time()
         finding = infer_grid(case.lines, int(case.lines.max()) + 1, seed=arguments.seed)
         right = is_right(case, finding)

@@ -1,5 +1,6 @@
 """The report: everything inside one page, every finding with a function that exists."""
 
+import html
 import importlib
 import io
 import json
@@ -20,9 +21,9 @@ from smalti.data.lines import DISTINCT, Lines, table_lines, write_lines
 from smalti.data.tokens import TokenTable, token_rows, write_token_table
 from smalti.errors import InputError
 from smalti.image_tokenizers import load_image_tokenizer
-from smalti.inspect import figures
+from smalti.inspect import figures, report
 from smalti.inspect.findings import InspectConfig
-from smalti.inspect.grid import Grid
+from smalti.inspect.grid import Grid, GridFinding
 from smalti.inspect.patches import average_patches
 from smalti.inspect.report import inspect_bundle
 from smalti.inspect.subject import load_subject
@@ -30,7 +31,7 @@ from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
 from smalti.recipes.line_presets import line_layout
 
-SMALL = InspectConfig(num_lines=300, num_scored=20, num_halvings=1, num_pairs=2)
+SMALL = InspectConfig(num_lines=300, num_scored=20, num_pairs=2, num_captions=3)
 
 
 class Page(HTMLParser):
@@ -70,7 +71,24 @@ def test_report_of_a_picture_bundle(tmp_path):
     sections = inspect_bundle(bundle, tmp_path / "tokens.parquet", tmp_path / "report", SMALL)
     text, titles = check_report(tmp_path / "report", sections)
     assert "The lines are pictures of 7 × 7 codes read row by row" in text
-    assert titles[-1] == "What the codes look like"
+    assert titles[-2:] == ["What the caption does", "What the codes look like"]
+    assert "With its caption a picture costs" in text and "pictures drawn from captions the nearest of" in text
+
+
+def test_the_grid_is_kept_for_the_same_lines(lines_and_bundle, tmp_path, monkeypatch):
+    subject = load_subject(lines_and_bundle / "bundle", lines_and_bundle / "lines.txt", num_lines=300)
+    path = tmp_path / "grid.json"
+    found = report.kept_grid(subject, SMALL, path)
+    monkeypatch.setattr(report, "infer_grid", lambda *given, **more: pytest.fail("it was looked for again"))
+    kept = report.kept_grid(subject, SMALL, path)
+    assert (kept.grid, kept.confidence, kept.runner_up) == (found.grid, found.confidence, found.runner_up)
+    assert (kept.information == found.information).all()
+    monkeypatch.setattr(report, "infer_grid", lambda *given, **more: found)
+    for content in ("[]", '{"lines": 3}', "["):
+        path.write_text(content)
+        assert report.kept_grid(subject, SMALL, path) is found
+    other = load_subject(lines_and_bundle / "bundle", lines_and_bundle / "lines.txt", num_lines=200)
+    assert report.kept_grid(other, SMALL, path) is found
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +124,50 @@ def test_report_of_lines_by_the_command(lines_and_bundle, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("order", ["map", "spiral"])
+def test_lines_of_any_arrangement_are_explained(order, lines_and_bundle, tmp_path, monkeypatch):
+    """Specials, grid, order and three causes by intervention, in words; what cannot be known stands there once."""
+    monkeypatch.setattr(figures, "png_bytes", lambda figure: b"\x89PNG")  # drawing figures takes most of the time
+    cells = tuple(np.random.default_rng(0).permutation(35).tolist())
+    grid = Grid(
+        rows=5, columns=7, before=1, after=1, between=(9,), order=order, cell_order=cells if order == "map" else None
+    )
+    lines = np.full((300, 38), 11)
+    lines[:, grid.positions.ravel()] = markov_field(300, 5, 7, 11).reshape(300, -1)
+    lines[:, grid.outside] = 11, 12, 13
+    write_token_table(tmp_path / "lines.parquet", [token_rows([f"{i}" for i in range(300)], lines)], {})
+    found = GridFinding(
+        grid=grid, confidence=0.95, column_confidence=0.95, explained=0.6, chance_explained=0.1, runner_up=None,
+        runner_up_explained=0.2, line_explained=0.1, agreement=0.97 if order == "map" else None, num_halvings=20,
+        information=np.zeros((38, 38)),
+    )  # fmt: skip
+    monkeypatch.setattr(report, "infer_grid", lambda *given, **more: found)
+    heard: list[str] = []
+    inspect_bundle(
+        lines_and_bundle / "bundle", tmp_path / "lines.parquet", tmp_path / "report", SMALL,
+        heard=lambda finding: heard.append(finding.text),
+    )  # fmt: skip
+    text = html.unescape((tmp_path / "report" / "index.html").read_text())
+    reading = {"map": "in an order without a name", "spiral": "from a corner along the border, and so inwards"}[order]
+    assert f"pictures of 5 × 7 codes read {reading}" in text and "positions 0, 9, 37 are outside" in text
+    assert "Positions that always hold one code: 0 (code 11), 9 (code 12), 37 (code 13)" in text
+    assert text.count("What codes alone cannot tell") == 1
+    written = json.loads((tmp_path / "report" / "findings.json").read_text())
+    told = [
+        finding["function"].removeprefix("smalti.inspect.") for section in written for finding in section["findings"]
+    ]
+    for cause in ("causes.ablation_losses", "causes.patching_map", "causes.influence", "causes.influence_by_offset"):
+        assert cause in told
+    assert heard == [finding["text"] for section in written for finding in section["findings"]]
+
+
 def test_report_without_a_grid(lines_and_bundle, tmp_path):
     """The page is whole where there is no grid to draw maps on."""
     codes = np.random.default_rng(0).integers(0, 14, (300, 38))
     write_token_table(tmp_path / "noise.parquet", [token_rows([f"{i}" for i in range(300)], codes)], {})
     sections = inspect_bundle(lines_and_bundle / "bundle", tmp_path / "noise.parquet", tmp_path / "report", SMALL)
     text, titles = check_report(tmp_path / "report", sections)
-    assert "No grid is found" in text
+    assert "No grid of a known family is found" in text
     assert "What the codes look like" not in titles
 
 

@@ -957,7 +957,10 @@ def evaluate(
         typer.echo(f"{output}: {', '.join((*REPORT_FILES, *GALLERIES))}")
 
 
-@app.command(epilog="Example: smalti inspect out/lines/bundle --data lines.parquet -o report/")
+@app.command(
+    epilog="Examples: smalti inspect out/lines/bundle --data lines.parquet -o report/ · "
+    "smalti inspect digits --data tokens.parquet -o report/"
+)
 def inspect(
     bundle: Annotated[str, typer.Argument(help="A bundle of pictures or of lines: a name, a folder, or a hub's.")],
     data: Annotated[Path, typer.Option(help="Lines to look at it on: a token table (parquet) or a text file.")],

@@ -13,11 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti.bundle import Bundle
+from smalti.engine.generate import generate
+from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
 from smalti.likelihood import to_device
 from smalti.models.base import evaluating
 from smalti.models.loss import token_nll
 from smalti.sequences.layout import SpanValues
+from smalti.sequences.request import Request
 
 MAX_OTHERS = 4
 """Other words that are tried in the place of each."""
@@ -112,6 +115,19 @@ def word_effects(
         moved = (nats[[1 + row for row in rows]] - nats[0]).mean(0)
         effects.append(WordEffect(place, word, tuple(changed[row][1] for row in rows), moved))
     return effects
+
+
+def drawn_codes(bundle: Bundle, captions: Sequence[str], *, seed: int = 0) -> Int[Tensor, "B h w"]:
+    """Pictures drawn from captions as the model holds them likely, without guidance; picture i with the seed
+    `seed + i`. Raises as `patch_nats` does."""
+    _check(bundle)
+    order = bundle.order("text", "image")
+    requests = [
+        Request(order=order, given={"text": _words(bundle, text)}, seed=seed + number)
+        for number, text in enumerate(captions)
+    ]
+    found = generate(bundle.model, bundle.layout, requests, SampleConfig())
+    return torch.stack([sequence.spans["image"] for sequence in found]).view(-1, *bundle.image_tokenizer.config.grid)
 
 
 @torch.no_grad()

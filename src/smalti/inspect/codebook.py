@@ -230,7 +230,7 @@ def predicted_instead(
         true = (targets[is_code] - segment.offset).cpu()
         found.index_add_(0, true, logits.float().softmax(-1).cpu())
         count += torch.bincount(true, minlength=segment.size)
-    return found / count.clamp(min=1)[:, None]
+    return found.double() / count.clamp(min=1)[:, None]
 
 
 def swappable_codes(

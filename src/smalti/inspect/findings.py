@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from smalti.inspect import attention, causes, codebook, figures, patches, positions
+from smalti.errors import InputError
+from smalti.inspect import attention, captions, causes, codebook, figures, memorisation, patches, positions
 from smalti.inspect.grid import Grid, GridFinding
 from smalti.inspect.subject import Subject
 
@@ -40,10 +41,18 @@ class InspectConfig:
     """Random halvings of the lines that vote on the grid."""
     num_pairs: int = 8
     """Pairs of lines between which activations are patched."""
+    num_captions: int = 16
+    """Pictures whose captions are changed word by word, and drawn ones that are looked for among the lines."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("num_lines", 2), ("num_scored", 10), ("num_halvings", 1), ("num_pairs", 1)):
+        for name, least in (
+            ("num_lines", 2),
+            ("num_scored", 10),
+            ("num_halvings", 1),
+            ("num_pairs", 1),
+            ("num_captions", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
 
@@ -247,7 +256,8 @@ def code_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> 
         _say_background(section, codes, K, grid)
         _say_border(section, codebook.border_share(places, grid), common, grid)
     _say_neighbours(section, codes, K, grid)
-    _say_embeddings(section, subject, common[:300], config)
+    if subject.order is not None:
+        _say_embeddings(section, subject, common[:300], config)
     section.show("How often codes occur, and how clumped.", figures.frequencies(counts, statistics.burstiness))
     section.show(
         "Where the codes most bound to places stand.", figures.place_maps(places.counts, bound[:16].tolist(), grid)
@@ -329,7 +339,9 @@ def _say_embeddings(section: Section, subject: Subject, common: np.ndarray, conf
 # ---- how the model predicts ----
 
 
-def prediction_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> Section:
+def prediction_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> Section | None:
+    if subject.order is None:
+        return None
     section = Section(title="How the model predicts", heard=subject.heard)
     model, layout, places = subject.model, subject.layout, subject.positions
     packed = subject.packed(config.num_scored)
@@ -435,7 +447,9 @@ def _say_context(section: Section, subject: Subject, packed, grid: Grid | None) 
 # ---- causes ----
 
 
-def cause_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> Section:
+def cause_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> Section | None:
+    if subject.order is None:
+        return None
     section = Section(title="Causes, not only correlations", heard=subject.heard)
     model, layout, places = subject.model, subject.layout, subject.positions
     packed = subject.packed(config.a_share(10))
@@ -549,8 +563,8 @@ def find_swaps(subject: Subject, config: InspectConfig, grid: Grid | None) -> li
     Codes that keep to special positions are left out: where nothing around depends on them, all are exchangeable.
     """
     similarity = codebook.context_similarity(subject.codes, subject.vocab_size, grid)
-    instead = codebook.predicted_instead(subject.model, subject.layout, subject.packed(config.a_share(2))).numpy()
-    scored = subject.codes[: config.a_share(2)]
+    instead = codebook.predicted_instead(subject.model, subject.layout, subject.packed(config.num_scored)).numpy()
+    scored = subject.codes[: config.num_scored]
     special = [s.position for s in positions.special_positions(subject.codes, subject.vocab_size)]
     at_special = np.bincount(scored[:, special].ravel(), minlength=subject.vocab_size)
     counts = np.bincount(scored.ravel(), minlength=subject.vocab_size)
@@ -583,6 +597,109 @@ def _say_swaps(section: Section, subject: Subject, config: InspectConfig, grid: 
     )
 
 
+# ---- what captions do ----
+
+
+def caption_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> Section | None:
+    """None where there are no captions, or codes have no cells."""
+    if subject.captions is None or subject.image_tokenizer is None or min(subject.image_tokenizer.config.grid) == 1:
+        return None
+    section = Section(title="What the caption does", heard=subject.heard)
+    h, w = subject.image_tokenizer.config.grid
+    num = min(config.a_share(8), len(subject.codes))
+    codes = torch.from_numpy(subject.codes[:num]).view(-1, h, w)
+    texts = subject.captions[:num]
+    gain = captions.caption_gain(subject.bundle, codes, texts)
+    given, alone = gain.given.mean(0), gain.alone.mean(0)
+    saved = alone - given
+    row, column = divmod(int(saved.argmax()), w)
+    section.say(
+        f"With its caption a picture costs {float(given.sum()):.1f} nats, without {float(alone.sum()):.1f} (mean of "
+        f"{num}): the caption tells {float(saved.sum()):.1f} nats, most of the cell in row {row}, column {column} "
+        f"({float(saved[row, column]):.2f}).",
+        "captions.caption_gain",
+        headline=True,
+    )
+    section.show(
+        "Nats of each patch with its caption and without, and what the caption tells.",
+        figures.position_maps(
+            {name: part.flatten().numpy() for name, part in (("given", given), ("alone", alone), ("told", saved))},
+            Grid(rows=h, columns=w),
+        ),
+    )
+    _say_words(section, subject, codes[: config.num_captions], texts)
+    _say_memorised(section, subject, config)
+    return section
+
+
+def _say_words(section: Section, subject: Subject, codes: torch.Tensor, texts: list[str]) -> None:
+    shown: list[captions.WordEffect] = []
+    strongest = []
+    for picture, text in zip(codes, texts, strict=False):
+        try:
+            effects = captions.word_effects(subject.bundle, picture, text, others=texts)
+        except InputError:  # no other caption is as long
+            continue
+        shown = shown or effects
+        best = max(effects, key=lambda effect: effect.total)
+        row, column = divmod(int(best.nats.argmax()), picture.shape[1])
+        strongest.append(
+            f"in “{text}” “{best.word}” ({best.total:+.1f} nats without it, most in row {row}, column {column})"
+        )
+    if not shown:
+        return
+    section.say(
+        f"The word that a picture hangs on most, found by taking it away or putting others in its place: "
+        f"{'; '.join(strongest[:4])}.",
+        "captions.word_effects",
+        headline=True,
+    )
+    maps = {f"{effect.word} ({effect.total:+.1f})": effect.nats.flatten().numpy() for effect in shown[:8]}
+    section.show(
+        f"How much more each patch of the picture of “{texts[0]}” costs without each word, in nats: which word moved "
+        "which patch.",
+        figures.position_maps(maps, Grid(rows=codes.shape[1], columns=codes.shape[2])),
+    )
+
+
+def _say_memorised(section: Section, subject: Subject, config: InspectConfig) -> None:
+    """Drawn pictures beside the lines looked at: nearer than those are to each other?"""
+    assert subject.captions is not None
+    num = config.num_captions
+    if len(subject.codes) < 4 * num:
+        return
+    drawn = captions.drawn_codes(subject.bundle, subject.captions[:num], seed=config.seed)
+    known, new = subject.codes[num : num + 5000], subject.codes[:num]
+    found = memorisation.nearest_by_codes(drawn.flatten(1).numpy(), known, num=4)
+    measure = memorisation.nearest_by_codes(new, known, num=1)
+    told = memorisation.memorised(found, measure)
+    h, w = drawn.shape[1:]
+    by_features = memorisation.nearest_by_features(
+        *(
+            memorisation.picture_features(subject.image_tokenizer, torch.from_numpy(part).view(-1, h, w))
+            for part in (drawn.flatten(1).numpy(), known)
+        ),
+        num=1,
+    )
+    same = int((found.rows[:, 0] == by_features.rows[:, 0]).sum())
+    section.say(
+        f"Of {num} pictures drawn from captions the nearest of {len(known):,} known ones is "
+        f"{np.median(told.distances):.0f} codes of {h * w} away (median; the least {told.distances.min():.0f}); of as "
+        f"many pictures of the data it is {np.median(measure.distances):.0f}. "
+        f"{int((told.nearer_than_new > 0.95).sum())} of {num} are nearer than 95 % of those, which would be a sign of "
+        f"learning by heart. By what is to be seen the same picture is nearest for {same}.",
+        "memorisation.memorised",
+        headline=True,
+    )
+    rows = [torch.cat([picture[None], torch.from_numpy(known[near]).view(-1, h, w)]) for picture, near in
+            zip(drawn[:6], found.rows[:6], strict=True)]  # fmt: skip
+    decoded = [patches.decoded(subject.image_tokenizer, row).numpy() for row in rows]
+    section.show(
+        "Drawn pictures, and the four known ones nearest to each by edits of codes.",
+        figures.picture_grid(decoded, ["drawn", "nearest", "second", "third", "fourth"]),
+    )
+
+
 # ---- what codes look like ----
 
 
@@ -610,6 +727,12 @@ def picture_section(subject: Subject, config: InspectConfig, grid: Grid | None) 
             cell=0.6,
         ),
     )
+    section.show(
+        "The atlas: the average patch of every code that occurs, from dark to light, and from blue to red in each row.",
+        figures.picture_grid([[patches.code_atlas(average, num_cells).numpy()]], [""], cell=6.0),
+    )
+    if subject.order is None:
+        return section
     _show_swaps(section, subject, config, grid, codes)
     few = subject.packed(6)
     offset = subject.layout.vocabulary["image"].offset

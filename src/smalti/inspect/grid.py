@@ -58,6 +58,7 @@ _STANDS = 1.15  # times what a right order explains, swaps of cells may: some ce
 _MIN_ALIKE = 0.3  # correlation of what positions share in two halves of the lines
 _CLEAR = 5.0  # standard deviations above shuffled cells that a named order must be
 _MAX_REMOVED = 4  # positions with codes of their own of which all subsets are taken out
+_LINE_REACH = 4  # places apart in a line that are told apart
 _MAX_ASPECT = 4  # times as wide as high, beyond which a free map is not looked for
 _MAX_FREE_SHAPES = 4
 
@@ -290,8 +291,8 @@ class _Judge:
         return kinds[self._upper]
 
     def line_kinds(self) -> Int64[np.ndarray, " pairs"]:
-        """How two positions lie in a line that is no picture: one or two apart, or far."""
-        return np.minimum(self._upper[1] - self._upper[0], REACH + 1)
+        """How two positions lie in a line that is no picture: some places apart, or far."""
+        return np.minimum(self._upper[1] - self._upper[0], _LINE_REACH + 1)
 
     def within(self, kinds: Int64[np.ndarray, " pairs"], shared: Float64[np.ndarray, "L L"]) -> float:
         """Share of the variance that the means of the kinds explain where they were taken."""
@@ -303,6 +304,8 @@ class _Judge:
 
     def _share(self, kinds: Int64[np.ndarray, " pairs"], fitted: np.ndarray, judged: np.ndarray) -> float:
         fitted, judged = fitted[self._upper], judged[self._upper]
+        if not len(kinds):
+            return 0.0
         mean = np.bincount(kinds, fitted) / np.maximum(np.bincount(kinds), 1)
         error = ((judged - mean[kinds]) ** 2).sum()
         return round(float(1 - error / max(((judged - fitted.mean()) ** 2).sum(), 1e-300)), 9)
@@ -418,11 +421,14 @@ def _of_votes(num_agreeing: int, num: int) -> float:
 
 def _winner(scores: dict[Grid, float], strange: dict[int, int]) -> Grid | None:
     """The best score; among equals, the grid that leaves outside what looks special, a constant before all, and nothing
-    else. `strange` holds how special such a position is."""
+    else. `strange` holds how special such a position is. A grid that only adds cells to the best is its equal further
+    on: a nearly empty row fits as well outside."""
     if not scores:
         return None
-    best = max(scores.values())
-    equals = [grid for grid, score in scores.items() if score >= best - _TIE * abs(best)]
+    top = max(scores, key=lambda grid: scores[grid])
+    best, tie = scores[top], _TIE * abs(scores[top])
+    near = [grid for grid, score in scores.items() if score >= best - 2 * tie]
+    equals = [grid for grid in near if scores[grid] >= best - tie or top.edges < grid.edges]
     return max(equals, key=lambda grid: (_fits_specials(grid, strange), scores[grid]))
 
 
@@ -462,8 +468,16 @@ def _is_told(evidence: _Evidence, found: GridFinding) -> bool:
     """Whether there is no grid to look for: halves of the lines do not agree on what positions share, or the line alone
     explains most of it, and more than any named order."""
     upper = np.triu_indices(len(evidence.shared), 1)
-    alike = np.mean([np.corrcoef(half.fitted[upper], half.judged[upper])[0, 1] for half in evidence.halves])
-    return bool(not alike > _MIN_ALIKE) or found.line_explained > max(0.5, found.explained)
+    alike = np.mean([_correlation(half.fitted[upper], half.judged[upper]) for half in evidence.halves])
+    return bool(alike < _MIN_ALIKE) or found.line_explained > max(0.5, found.explained)
+
+
+def _correlation(first: Float64[np.ndarray, " pairs"], second: Float64[np.ndarray, " pairs"]) -> float:
+    """0 where there are no pairs, or one is the same for all."""
+    if not len(first):
+        return 0.0
+    first, second = first - first.mean(), second - second.mean()
+    return float((first * second).sum() / max(np.sqrt((first**2).sum() * (second**2).sum()), 1e-300))
 
 
 def _stands(grid: Grid, evidence: _Evidence) -> bool:

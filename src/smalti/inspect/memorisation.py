@@ -38,8 +38,8 @@ def edit_distances(line: Integer[np.ndarray, " L"], lines: Integer[np.ndarray, "
     """Levenshtein's distance of one line of codes to each of others: the fewest codes to put in, take out or change. A
     picture that was moved by a cell is near, though no cell holds the same code."""
     N, width = lines.shape
-    before = np.tile(np.arange(width + 1), (N, 1))
-    steps = np.arange(width + 1)
+    steps = np.arange(width + 1, dtype=np.int32)
+    before = np.tile(steps, (N, 1))
     for number, code in enumerate(line.tolist(), start=1):
         now = np.empty_like(before)
         now[:, 0] = number

@@ -3,6 +3,8 @@
 Letters: N pictures, K codes, h w code grid, C channels, p q the pixels of a cell.
 """
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -46,6 +48,29 @@ def swap_picture(
     """A picture as it is, and with every `code` replaced by `other`; in [0, 1]."""
     both = torch.stack([codes, torch.where(codes == code, other, codes)])
     return image_tokenizer.decode_codes(both).clamp(0, 1)
+
+
+@torch.no_grad()
+def decoded(image_tokenizer: ImageTokenizer, codes: Int[Tensor, "N h w"]) -> Float[Tensor, "N C H W"]:
+    """The pictures of codes, in [0, 1]."""
+    return image_tokenizer.decode_codes(codes).clamp(0, 1)
+
+
+def code_atlas(average: Float[Tensor, "K C p q"], num_cells: Int[Tensor, " K"]) -> Float[Tensor, "C H W"]:
+    """One picture of the average patches of all codes that occur, about as many in a row as rows: dark ones above, and
+    in each row from blue to red."""
+    patches = average[num_cells > 0]
+    mean = patches.mean((2, 3))
+    side = math.ceil(math.sqrt(len(patches)))
+    order = mean.mean(1).argsort(stable=True)
+    redness = mean[:, 0] - mean[:, -1]
+    rows = [row[redness[row].argsort(stable=True)] for row in order.split(side)]
+    _, C, p, q = patches.shape
+    picture = patches.new_ones(C, len(rows) * p, side * q)
+    for number, row in enumerate(rows):
+        for place, code in enumerate(row.tolist()):
+            picture[:, number * p : (number + 1) * p, place * q : (place + 1) * q] = patches[code]
+    return picture
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from smalti.inspect.findings import (
     Finding,
     InspectConfig,
     Section,
+    caption_section,
     cause_section,
     code_section,
     picture_section,
@@ -63,9 +64,10 @@ def inspect_bundle(
             code_offset=code_offset,
             seed=config.seed,
         )
+    in_order = "" if subject.order is None else f", in the order “{subject.layout[subject.order]}”"
     about = (
-        f"{subject.name}: {subject.model.num_parameters:,} parameters, looked at on {len(subject.codes):,} lines of "
-        f"{subject.codes.shape[1]} codes from {Path(data).name}, in the order “{subject.layout[subject.order]}”."
+        f"{subject.name}: {subject.bundle.model.num_parameters:,} parameters, looked at on {len(subject.codes):,} "
+        f"lines of {subject.codes.shape[1]} codes from {Path(data).name}{in_order}."
     )
     sections = []
     with stage("inspecting", unit="finding", show=show_progress) as progress:
@@ -90,7 +92,7 @@ def inspect_subject(subject: Subject, config: InspectConfig, *, kept_in: Path | 
     """All sections as they come, the first being about the positions, whose grid the others use."""
     found = kept_grid(subject, config, kept_in)
     yield position_section(subject, config, found)
-    for section in (code_section, prediction_section, cause_section, picture_section):
+    for section in (code_section, prediction_section, cause_section, caption_section, picture_section):
         if (looked_at := section(subject, config, found.grid)) is not None:
             yield looked_at
 

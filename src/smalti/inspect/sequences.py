@@ -11,14 +11,36 @@ from smalti.sequences.layout import Layout, Marker, Packed, SpanValues
 
 
 def picture_order(layout: Layout) -> str:
-    """The name of the order that has the fewest tokens before the codes: there they are predicted from least else."""
+    """The name of the order that has the fewest tokens before the codes: there they are predicted from least else.
+    Orders with a span of open length before them are not among those that can be looked into.
+
+    Raises ValueError if there is none.
+    """
     starts = {}
     for name, order in layout.orders.items():
-        if any(span.segment == "image" for span in order.spans):
+        if any(span.segment == "image" for span in order.spans) and not _is_open(layout, name):
             starts[name] = _start(layout, name)
     if not starts:
-        raise ValueError(f"no order of the layout has codes to look at: {layout}")
+        raise ValueError(f"no order of the layout has codes in a fixed place to look at: {layout}")
     return min(starts, key=lambda name: starts[name])
+
+
+def has_picture_order(layout: Layout) -> bool:
+    """Whether an order has codes in a fixed place."""
+    orders = layout.orders.items()
+    return any(
+        "image" in [span.segment for span in order.spans] and not _is_open(layout, name) for name, order in orders
+    )
+
+
+def _is_open(layout: Layout, order: str) -> bool:
+    """Whether a span of open length stands before the codes."""
+    for span in layout[order].spans:
+        if span.segment == "image":
+            return False
+        if span.end is not None:
+            return True
+    return False
 
 
 def code_positions(layout: Layout, order: str) -> range:
