@@ -1,11 +1,12 @@
-"""Models of classes on real pictures: LlamaGen's way against RAR's, on a grid of codes and on a row of them.
+"""Models of classes on real pictures: LlamaGen's way against RAR's, on grids of codes and on rows of them.
 
     python benchmarks/class_models.py --mnist FOLDER --emoji FOLDER -o OUT [--only WORD] [--threads 2]
 
-MNIST's ten digits and six groups of emoji; the codes are the grid that the bundles `digits` and `emoji` have, or a row
-of TiTok's, of which a tokenizer is trained first. Each run is a `smalti train` with its own folder in OUT: what is done
-is not done again, and what was stopped goes on. Printed are nats a code, class accuracy and Fréchet distance by a judge
-that the runs of one kind of picture train alike, against guidance; OUT/*/guidance.png draws them.
+MNIST's ten digits and six groups of emoji; the codes are the grid that the bundles `digits` and `emoji` have (`grid`),
+one of 16 × 16 (`fine`), or a row of TiTok's (`row`); of the latter two a tokenizer is trained first. Each run is a
+`smalti train` with its own folder in OUT: what is done is not done again, and what was stopped goes on. Printed are
+nats a code, class accuracy and Fréchet distance by a judge that the runs of one kind of picture train alike, against
+guidance; OUT/*/guidance.png draws them.
 """
 
 import argparse
@@ -30,17 +31,30 @@ GROUPS = {
     "food": [(0x1F345, 0x1F37F), (0x1F950, 0x1F96F), (0x1F9C0, 0x1F9CB), (0x1FAD0, 0x1FADB)],
 }
 """First code points, from and to; what has a skin tone is a person, and what is left is something else."""
-TITOK = {
+FINE = [
+    # each code made of its own patch, 2 × 2 or 4 × 4 pixels
+    "image_tokenizer.model.local=true", "image_tokenizer.model.encoder_multipliers=[4]",
+    "image_tokenizer.model.decoder_multipliers=[2]", "image_tokenizer.model.encoder_attention_levels=[]",
+    "image_tokenizer.model.decoder_attention_levels=[]", "image_tokenizer.model.quantizer.codebook_size=512",
+    "train.num_steps=1000", "train.warmup_steps=100",
+]  # fmt: skip
+TOKENIZERS = {
+    ("fine", "mnist"): ["vqgan", "image_tokenizer.model.image_size=[32,32]", "image_tokenizer.model.fold=2", *FINE],
+    ("fine", "emoji"): ["vqgan", "image_tokenizer.model.fold=4", *FINE],
     # 28 × 28 and 64 × 64 in 16 codes of 4,096
-    "mnist": ["image_tokenizer.model.image_size=[28,28]", "image_tokenizer.model.encoder.patch_size=4",
-              "image_tokenizer.model.decoder.patch_size=4", "image_tokenizer.model.num_latents=16",
-              "train.num_steps=3000", "train.warmup_steps=200", "train.batch_size=64"],
-    "emoji": ["train.num_steps=3000", "train.warmup_steps=200"],
+    ("row", "mnist"): [
+        "titok", "image_tokenizer.model.image_size=[28,28]", "image_tokenizer.model.encoder.patch_size=4",
+        "image_tokenizer.model.decoder.patch_size=4", "image_tokenizer.model.num_latents=16",
+        "train.num_steps=3000", "train.warmup_steps=200", "train.batch_size=64",
+    ],
+    ("row", "emoji"): ["titok", "train.num_steps=3000", "train.warmup_steps=200"],
 }  # fmt: skip
 MODELS = {
     "mnist": ["train.num_steps=1500"],
     "emoji": ["train.num_steps=1500", "data.held_out_share=0.1", "data.scale=4"],
 }
+FEWER = ["train.num_steps=1000", "train.batch_size=16", "train.evaluation_rows=300"]
+"""Of 256 codes, each row of which costs as much as five of 49."""
 FAMILIES = {"llamagen": ["model.family=llamagen"], "rar": ["model.family=rar"]}
 
 
@@ -88,9 +102,9 @@ def main() -> None:
     args = parser.parse_args()
     tables = write_pictures(args.mnist, args.emoji, args.output / "pictures")
     names = []
-    for codes in ("grid", "row"):
+    for codes in ("grid", "fine", "row"):
         for pictures in ("mnist", "emoji"):
-            for family, chosen in FAMILIES.items():
+            for family, options in FAMILIES.items():
                 name = f"{pictures}-{codes}-{family}"
                 if args.only not in name:
                     continue
@@ -99,15 +113,17 @@ def main() -> None:
                 if (folder / "report.json").exists():
                     continue
                 tokenizer = {"mnist": "digits", "emoji": "emoji"}[pictures]
-                if codes == "row":
-                    trained = args.output / f"{pictures}-titok"
+                if codes != "grid":
+                    trained = args.output / f"{pictures}-{codes}"
                     if not (trained / "image_tokenizer").exists():
-                        given = [f"pictures={tables[pictures]}", f"output={trained}", *TITOK[pictures]]
-                        smalti(["train", "tokenizer", "titok", *given], args.threads)
+                        recipe, *sizes = TOKENIZERS[codes, pictures]
+                        given = [f"pictures={tables[pictures]}", f"output={trained}", *sizes]
+                        smalti(["train", "tokenizer", recipe, *given], args.threads)
                     tokenizer = str(trained)
                 data = args.mnist if pictures == "mnist" else tables["emoji"]
-                given = [f"data.train={data}", f"image_tokenizer={tokenizer}", f"output={folder}", *chosen]
-                smalti(["train", "c2i", *given, *MODELS[pictures]], args.threads)
+                given = [f"data.train={data}", f"image_tokenizer={tokenizer}", f"output={folder}", *options]
+                fewer = FEWER if codes == "fine" else []
+                smalti(["train", "c2i", *given, *MODELS[pictures], *fewer], args.threads)
     for name in names:
         report = json.loads((args.output / name / "report.json").read_text())
         print(f"\n{name}: {json.dumps(report['nats'], ensure_ascii=False)}, judge {report['judge_accuracy']}, "

@@ -17,6 +17,7 @@ from smalti.engine.executors import base, make_executor
 from smalti.engine.generate import best_of, generate
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
+from smalti.interop import rar
 from smalti.interop.llamagen_gpt import read_llamagen
 from smalti.interop.rar import read_rar
 from smalti.models import config as transformer_config
@@ -344,7 +345,7 @@ def test_an_import_misses_nothing(golden, shared_dir, name):
             read({other: tensor for other, tensor in state.items() if other != key}, config)
     with pytest.raises(InputError, match=r"unexpected: more \[3\]"):
         read(state | {"more": torch.zeros(3)}, config)
-    report = read(state, config)[-1]
+    report = read(dict(state), config)[-1]
     assert {moved.foreign_key for moved in report.moved} == set(state)
     assert all(before != after for before, after in pairwise(report.moved))
 
@@ -438,3 +439,19 @@ def test_a_rar_cannot_be_of_any_size():
     logits = model.logits(torch.zeros(1, 12))
     assert logits.shape == (1, 12) and bool((logits[:, 7:] == -torch.inf).all())
     assert bool(torch.isfinite(logits[:, :7]).all())
+
+
+@pytest.mark.parametrize(("codes", "scale"), [(1024, 15.5), (16384, 1.0)])
+def test_vfmtok_rar_is_a_rar_without_the_published_guidance(codes, scale):
+    shapes = {
+        "embeddings.weight": (codes + 1002, 1024),
+        "lm_head.weight": (codes, 1024),
+        "timesteps_embeddings": (1, 356, 1024),
+        "blocks.0.attn.q_norm.weight": (64,),
+        "blocks.0.mlp.fc1.weight": (4096, 1024),
+        **{f"blocks.{layer}.adaLN_modulation.1.weight": (6144, 1024) for layer in range(24)},
+    }
+    found = rar.infer_config({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    config = rar.read_config(found)
+    assert (config.codebook_size, config.num_classes, config.num_codes) == (codes, 1000, 256)
+    assert rar.read_sampling(found).guidance_scale == scale

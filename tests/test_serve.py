@@ -29,9 +29,10 @@ from tiny_bundle import save_tiny_bundle, tiny_pipeline
 
 from smalti.cli import app as cli
 from smalti.engine.generate import stream
-from smalti.image_files import RECEIPT, receipt_chunks, with_receipt
+from smalti.image_files import RECEIPT, read_receipt, receipt_chunks, with_receipt
 from smalti.serve.openai_api import partial_marks
-from smalti.serve.painter import Painter
+from smalti.serve.painter import Painter, encoded
+from smalti.tasks.classes import ClassPipeline
 from smalti.tasks.edit import edit
 
 CAPTION, OTHER = "dark green eight on bright cyan", "plain red two on light gray"
@@ -274,6 +275,37 @@ def test_edits_that_cannot_be_are_explained(client, files, param):
 
 
 # What only smalti has ----------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_of_classes_is_asked_by_name_or_number():
+    pipe = ClassPipeline.load("mnist-classes")
+    with Running(pipe, tiny_pipeline()) as running:
+        [classes, captions] = running.request("GET", "/v1/models")[1]["data"]
+        assert classes["smalti"]["class_names"][7] == "seven" and not classes["smalti"]["can_edit"]
+        assert "class_names" not in captions["smalti"]
+        asked = {"prompt": "seven", "seed": 3, "n": 2, "guidance_scale": 2.0}
+        _, found, _ = running.request("POST", "/v1/images/generations", asked)
+        expected = pipe.generate(7, seed=3, n=2, guidance_scale=2.0)
+        for one, picture in zip(found["data"], expected, strict=True):
+            drawn = picture_of(one["b64_json"])
+            assert (np.asarray(drawn) == np.asarray(picture)).all() and one["smalti"]["label"] == 7
+            replayed = running.request("POST", "/v1/replay", {"image": one["b64_json"]})[1]
+            assert (replayed["identical"], replayed["model"]) == (True, "mnist-classes")
+        assert found["usage"]["input_tokens"] == 1
+        forged = with_receipt(expected[0], {**read_receipt(expected[0]), "task": "generate", "prompt": "eight"})
+        refused = [
+            ("/v1/images/generations", {"prompt": "eleven"}, "there is no class 'eleven'"),
+            ("/v1/images/generations", {"prompt": "10"}, "out of range"),
+            ("/v1/images/generations", {"prompt": "7", "negative_prompt": "8"}, "Leave negative_prompt out"),
+            ("/v1/images/generations", {"prompt": "7", "best_of": 2}, "Leave best_of out"),
+            ("/v1/score", {"image": found["data"][0]["b64_json"], "captions": ["a"]}, "knows no captions"),
+            ("/v1/caption", {"image": found["data"][0]["b64_json"]}, "writes no captions"),
+            ("/v1/choices", {"prompt": "7", "codes": [0] * 49, "cell": 0}, "knows no captions"),
+            ("/v1/replay", {"image": encoded(forged, "png")}, "none of mnist-classes's"),
+        ]
+        for route, body, message in refused:
+            status, answer, _ = running.request("POST", route, body)
+            assert status == 400 and message in answer["error"]["message"], answer
 
 
 def test_captions_and_scores_are_the_librarys(server):

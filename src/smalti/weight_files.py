@@ -15,10 +15,10 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from smalti.documents import read_json, read_yaml
@@ -32,6 +32,8 @@ INNER_NAMES = ("shadow", *CONTAINER_NAMES)
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.")
 INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What stands within keys where parts were compiled, sharded or checkpointed one by one."""
+MAPPINGS = 32
+"""Of a large file; each takes addresses for all of it."""
 MAX_NESTING = 3
 """How deep a state dict is looked for that lies under none of the names above."""
 
@@ -224,8 +226,16 @@ _INERT = re.compile(
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in the order of their bytes, which are read where they are first looked at. Every few have a mapping
+    of the file of their own: what was read of it leaves memory when they do."""
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            names = file.offset_keys()
+        tensors, at_once = dict[str, Tensor](), -(-len(names) // MAPPINGS)
+        for start in range(0, len(names), at_once or 1):
+            with safe_open(path, "pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in names[start : start + at_once]}
+        return tensors
     except (Exception, MemoryError) as error:
         size = path.stat().st_size
         raise InputError(
@@ -324,21 +334,41 @@ def require_values(
     """Raises InputError naming the first tensor of those `used` that is no floating-point one (quantized weights have
     scales beside them, which are not read), or holds NaN or infinity, as a run that diverged leaves them: unless they
     are allowed; then a note counts them."""
-    nonfinite = []
+    used = tuple(used)
+    require_floating(tensors, used)
+    return nonfinite_notes({key: count_nonfinite(tensors[key]) for key in used}, allow_nonfinite=allow_nonfinite)
+
+
+def require_floating(tensors: Mapping[str, Tensor], used: Iterable[str]) -> None:
+    """Raises InputError naming the first tensor of those `used` that holds whole numbers."""
     for key in used:
-        tensor = tensors[key]
-        if not tensor.is_floating_point():
+        if not tensors[key].is_floating_point():
             raise InputError(
-                f"{key} holds {str(tensor.dtype).removeprefix('torch.')}, expected floating-point numbers: quantized "
-                "weights are not read; take the original ones."
+                f"{key} holds {str(tensors[key].dtype).removeprefix('torch.')}, expected floating-point numbers: "
+                "quantized weights are not read; take the original ones."
             )
-        if not tensor.is_meta and not tensor.float().isfinite().all():
-            nonfinite.append(key)
+
+
+class Nonfinite(NamedTuple):
+    count: int
+    of: int
+
+
+def count_nonfinite(tensor: Tensor) -> Nonfinite:
+    """How many values are NaN or infinite."""
+    if tensor.is_meta or tensor.isfinite().all():
+        return Nonfinite(0, tensor.numel())
+    return Nonfinite(int((~tensor.isfinite()).sum()), tensor.numel())
+
+
+def nonfinite_notes(found: Mapping[str, Nonfinite], *, allow_nonfinite: bool) -> tuple[str, ...]:
+    """Raises InputError of values that are NaN or infinite, by the names of their tensors; if they are allowed, the
+    note on them."""
+    nonfinite = [key for key, counted in found.items() if counted.count]
     if not nonfinite:
         return ()
-    values = tensors[nonfinite[0]].float()
-    num = int((~values.isfinite()).sum())
-    what = f"{nonfinite[0]} holds {num} of {values.numel()} values that are NaN or infinite"
+    first = found[nonfinite[0]]
+    what = f"{nonfinite[0]} holds {first.count} of {first.of} values that are NaN or infinite"
     others = f", and so do {len(nonfinite) - 1} other tensors" if len(nonfinite) > 1 else ""
     if allow_nonfinite:
         return (f"warning: {what}{others}",)

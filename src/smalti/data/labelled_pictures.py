@@ -20,7 +20,7 @@ from smalti.data.parquet_files import ParquetReader
 from smalti.data.picture_sets import PictureSet, fit
 from smalti.data.tokens import token_rows, write_token_table
 from smalti.errors import InputError, shortened
-from smalti.progress import track
+from smalti.progress import stage
 
 CROP_RATIO = 1.1
 """Of ten crops: how much larger than a crop the picture is resized (LlamaGen, extract_codes_c2i.py)."""
@@ -83,16 +83,17 @@ def write_codes(
     """The pictures' codes as a token table, with the label in place of the text; of `ten_crop` ten rows a picture."""
 
     def batches() -> Iterator[pa.RecordBatch]:
-        numbers = track(range(0, len(found), BATCH_SIZE), f"encoding {path.stem}", unit="batch", show=show_progress)
-        for start in numbers:
-            chosen = range(start, min(start + BATCH_SIZE, len(found)))
-            cut = [crop for n in chosen for crop in _crops(found.picture(n), size, ten_crop)]
-            repeated = np.repeat(found.labels[start : start + len(chosen)], len(cut) // len(chosen))
-            images = torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2).float() / 255
-            with torch.inference_mode():
-                codes = [image_tokenizer.encode_images(part).flatten(1) for part in images.split(BATCH_SIZE)]
-            keys = [f"{n}-{i}" for n in chosen for i in range(len(cut) // len(chosen))]
-            yield token_rows(keys, torch.cat(codes).numpy(), repeated[:, None])
+        with stage(f"encoding {path.stem}", len(found), unit="picture", show=show_progress) as progress:
+            for start in range(0, len(found), BATCH_SIZE):
+                chosen = range(start, min(start + BATCH_SIZE, len(found)))
+                cut = [crop for n in chosen for crop in _crops(found.picture(n), size, ten_crop)]
+                repeated = np.repeat(found.labels[start : start + len(chosen)], len(cut) // len(chosen))
+                images = torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2).float() / 255
+                with torch.inference_mode():
+                    codes = [image_tokenizer.encode_images(part).flatten(1) for part in images.split(BATCH_SIZE)]
+                keys = [f"{n}-{i}" for n in chosen for i in range(len(cut) // len(chosen))]
+                yield token_rows(keys, torch.cat(codes).numpy(), repeated[:, None])
+                progress.advance(len(chosen))
 
     write_token_table(path, batches(), {"classes": list(found.names), "ten_crop": ten_crop})
 

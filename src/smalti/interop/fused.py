@@ -1,6 +1,7 @@
 """Reading a foreign state dict into a token model of ours, whose tensors may be made of several foreign ones."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from smalti.errors import InputError, first_line
 from smalti.interop.keys import Foreign, ImportReport, Moved, misfit, shape_problems
-from smalti.weight_files import require_values
+from smalti.weight_files import Nonfinite, count_nonfinite, nonfinite_notes, require_floating
 from smalti.weights import BUILD_ERRORS, build_within
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -53,28 +54,36 @@ def build_of(build: Callable[[], Module], state: Mapping[str, Tensor]) -> Module
 
 def read_fused(
     module: nn.Module,
-    state: Mapping[str, Tensor],
+    state: MutableMapping[str, Tensor],
     pieces: PieceMap,
     *,
     droppable: Mapping[str, str],
     sizes: str,
     allow_nonfinite: bool = False,
 ) -> ImportReport:
-    """Fills the module, which is then in evaluation mode, with float32 weights that may share the memory of `state`.
-    `droppable` holds beginnings and ends of keys to pass over, with the reason. Raises InputError if a tensor is
-    missing, has another shape, is left over, or holds values that are not finite, unless `allow_nonfinite`."""
+    """Fills the module, which is then in evaluation mode, with float32 weights that may share the memory of `state`,
+    which is emptied on the way: what was converted need not stay in memory. `droppable` holds beginnings and ends of
+    keys to pass over, with the reason. Raises InputError if a tensor is missing, has another shape, is left over, or
+    holds values that are not finite, unless `allow_nonfinite`."""
     dropped = {
         key: reason for key in state for part, reason in droppable.items() if key.startswith(part) or key.endswith(part)
     }
     key_map = {piece.key: Foreign(piece.key, piece.shape) for made_of in pieces.values() for piece in made_of}
     if problems := shape_problems(state, key_map, dropped):
         raise InputError(misfit(problems))
-    notes = require_values(state, key_map, allow_nonfinite=allow_nonfinite)
+    require_floating(state, key_map)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    # assigned, not copied: what is one foreign tensor is in memory once
-    module.load_state_dict(
-        {name: _joined(state, made_of, shapes[name]) for name, made_of in pieces.items()}, assign=True
-    )
+    places = {key: place for place, key in enumerate(state)}
+    uses = Counter(piece.key for made_of in pieces.values() for piece in made_of)
+    ours, nonfinite = dict[str, Tensor](), dict[str, Nonfinite]()
+    for name in sorted(pieces, key=lambda name: places[pieces[name][0].key]):  # as the file has them
+        ours[name] = _joined(state, pieces[name], shapes[name])
+        for key in (piece.key for piece in pieces[name]):
+            uses[key] -= 1
+            if not uses[key]:
+                nonfinite[key] = count_nonfinite(state.pop(key))
+    notes = nonfinite_notes(nonfinite, allow_nonfinite=allow_nonfinite)
+    module.load_state_dict(ours, assign=True)  # not copied: what is one foreign tensor is in memory once
     module.eval()
     moved = tuple(Moved(piece.key, name, piece.shape) for name, made_of in pieces.items() for piece in made_of)
     return ImportReport(sizes=sizes, moved=moved, dropped=tuple(dropped.items()), notes=notes)

@@ -4,7 +4,7 @@ They are LlamaGen's, with its keys, but for the positions: a picture's codes sta
 the sequence, the label's too, has a learned vector. Their number says how many codes a picture has.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from torch import Tensor
 
@@ -88,11 +88,11 @@ def piece_map(config: DecoderOnlyConfig) -> PieceMap:
 
 
 def read_gigatok(
-    state: Mapping[str, Tensor], config: dict, *, allow_nonfinite: bool = False
+    state: MutableMapping[str, Tensor], config: dict, *, allow_nonfinite: bool = False
 ) -> tuple[DecoderOnly, Layout, ImportReport]:
     """The model of a GigaTok state dict, in evaluation mode, and its layout; its weights may share the memory of
-    `state`. Raises InputError if a tensor is missing, has another shape or is left over, and for a config that says
-    what is not known here, or for a network with one of `SWITCHES` on."""
+    `state`, which is emptied. Raises InputError if a tensor is missing, has another shape or is left over, and for a
+    config that says what is not known here, or for a network with one of `SWITCHES` on."""
     for part, option in SWITCHED_KEYS.items():
         if key := next((key for key in state if part in key), None):
             raise InputError(f"{key} is there: this GigaTok was trained with {option}, which is not read.")

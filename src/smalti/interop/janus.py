@@ -5,7 +5,7 @@ head of the language model) is passed over by name, and counted; the image token
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -355,20 +355,21 @@ def image_pieces(image_tokenizer: VQGAN, names: KeyNames = ORIGINAL) -> PieceMap
     return {ours: (Piece(names.image_tokenizer + theirs.key, theirs.shape),) for ours, theirs in key_map.items()}
 
 
-def read_janus(state: Mapping[str, Tensor], config: dict, start_id: int, *, allow_nonfinite: bool = False) -> ReadJanus:
-    """The model and the image tokenizer of a Janus state dict of either layout. Raises InputError if a tensor is
-    missing, has another shape or is left over, and for a config that says what is not known here."""
+def read_janus(
+    state: MutableMapping[str, Tensor], config: dict, start_id: int, *, allow_nonfinite: bool = False
+) -> ReadJanus:
+    """The model and the image tokenizer of a Janus state dict of either layout; `state` is emptied. Raises InputError
+    if a tensor is missing, has another shape or is left over, and for a config that says what is not known here."""
     names, sizes = names_of(state), read_config(config)
     try:
         ours = sizes.model(start_id)
     except ValueError as error:  # an id that the language model does not have
         raise InputError(f"config: {error}") from error
-    drawing = {key: tensor for key, tensor in state.items() if key.startswith(names.image_tokenizer)}
-    others = {key: tensor for key, tensor in state.items() if key not in drawing}
-    model = build_of(lambda: Janus(ours), others)
+    drawing = {key: state.pop(key) for key in list(state) if key.startswith(names.image_tokenizer)}
+    model = build_of(lambda: Janus(ours), state)
     image_tokenizer = build_of(lambda: VQGAN(sizes.image_tokenizer), drawing)
     parts = (
-        (model, others, piece_map(ours, names), {**names.passed_over, **COMPUTED}),
+        (model, state, piece_map(ours, names), {**names.passed_over, **COMPUTED}),
         (
             image_tokenizer,
             drawing,

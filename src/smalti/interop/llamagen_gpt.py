@@ -8,7 +8,7 @@ masked; here it is left out, which is the same, since nothing else sees it and t
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -250,11 +250,11 @@ def piece_map(config: DecoderOnlyConfig) -> PieceMap:
 
 
 def read_llamagen(
-    state: Mapping[str, Tensor], config: dict, *, allow_nonfinite: bool = False
+    state: MutableMapping[str, Tensor], config: dict, *, allow_nonfinite: bool = False
 ) -> tuple[DecoderOnly, Layout, ImportReport]:
     """The model of a LlamaGen state dict, in evaluation mode, and its layout; its weights may share the memory of
-    `state`. Raises InputError if a tensor is missing, has another shape or is left over, and for a config that says
-    what is not known here."""
+    `state`, which is emptied. Raises InputError if a tensor is missing, has another shape or is left over, and for a
+    config that says what is not known here."""
     ours, layout = read_config(config)
     model = build_of(lambda: DecoderOnly(ours), state)
     report = read_fused(

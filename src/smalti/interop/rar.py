@@ -1,11 +1,12 @@
-"""RAR (bytedance/1d-tokenizer, modeling/rar.py).
+"""RAR (bytedance/1d-tokenizer, modeling/rar.py), and VFMTok-RAR (CVMI-Lab/VFMTok-RAR), which is the same network over
+16,384 codes of another image tokenizer.
 
 Its tables of positions have rows for sequences far longer than its pictures; only those of a picture are read. The id
 between codes and classes, which nothing uses, gives its row to the learned start token.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from torch import Tensor
 
@@ -26,7 +27,9 @@ PUBLISHED_GUIDANCE = {
     (32, 1280): {"guidance_scale": 6.9, "guidance_scale_pow": 1.5},
     (40, 1408): {"guidance_scale": 8.0, "guidance_scale_pow": 1.2},
 }
-"""What RAR-B, -L, -XL and -XXL were drawn with, by layers and width (arXiv:2411.00776, §4)."""
+"""What RAR-B, -L, -XL and -XXL were drawn with, by layers and width (arXiv:2411.00776, §4). VFMTok-RAR's have the same
+sizes; its scale is an argument of its script, and the published figures without guidance need none."""
+RAR_CODES = 1024
 
 
 def read_config(config: dict) -> RARConfig:
@@ -83,7 +86,8 @@ def infer_config(state: Mapping[str, Tensor]) -> dict:
         "image_seq_len": shapes["timesteps_embeddings"][1] - MORE_STEPS,
         "condition_num_classes": table - codes - 2,
     }
-    network |= PUBLISHED_GUIDANCE.get((len(layers), D), {})
+    if codes == RAR_CODES:
+        network |= PUBLISHED_GUIDANCE.get((len(layers), D), {})
     return {"model": {"vq_model": {"codebook_size": codes}, "generator": network}}
 
 
@@ -154,9 +158,11 @@ def _norm(ours: str, theirs: str, width: int) -> PieceMap:
     return {f"{ours}.{name}": (Piece(f"{theirs}.{name}", (width,)),) for name in ("weight", "bias")}
 
 
-def read_rar(state: Mapping[str, Tensor], config: dict, *, allow_nonfinite: bool = False) -> tuple[RAR, ImportReport]:
-    """The model of a RAR state dict, in evaluation mode; its weights may share the memory of `state`. Raises InputError
-    if a tensor is missing, has another shape or is left over."""
+def read_rar(
+    state: MutableMapping[str, Tensor], config: dict, *, allow_nonfinite: bool = False
+) -> tuple[RAR, ImportReport]:
+    """The model of a RAR state dict, in evaluation mode; its weights may share the memory of `state`, which is
+    emptied. Raises InputError if a tensor is missing, has another shape or is left over."""
     ours = read_config(config)
     model = build_of(lambda: RAR(ours), state)
     report = read_fused(

@@ -36,7 +36,9 @@ from smalti.serve.openai_api import (
 )
 from smalti.serve.painter import encoded
 from smalti.serve.worker import EngineRequest, Job, Worker
+from smalti.tasks.classes import CLASS, ClassPipeline
 from smalti.tasks.edit import check_cells, codes_of, edit_receipt, edit_request, kept_candidates, redrawn_cells
+from smalti.tasks.face import PictureFace
 from smalti.tasks.images import Pipeline
 from smalti.tasks.replay import check_kept, checked_receipts, code_difference, receipt_config, receipt_request
 
@@ -115,6 +117,12 @@ class CheckedRequest:
 
     def _first_request(self) -> Request:
         body, pipe = self.body, self.pipe
+        if isinstance(pipe, ClassPipeline):
+            for name in ("negative_prompt", "best_of"):
+                if getattr(body, name) is not None:
+                    message = f"{pipe.name} draws classes: guidance steers away from no class, and nothing ranks."
+                    raise ApiError(400, f"{message} Leave {name} out.", param=name)
+            return pipe.class_request(class_of(pipe, body.prompt), self.seed, self.config)
         check_prompt(pipe, body.prompt, "prompt")
         if body.negative_prompt is not None:
             check_prompt(pipe, body.negative_prompt, "negative_prompt")
@@ -141,7 +149,7 @@ class CheckedRequest:
             painted = self.worker.painter.paint(self.worker.name, drawn, receipt, self.scale, self.format)
             data.append({"b64_json": painted, "smalti": receipt})
         self.worker.metrics.pictures.labels(self.worker.name).inc(len(data))
-        text = len(self.request.given.get("text", ()))
+        text = sum(len(ids) for name, ids in self.request.given.items() if name != "image")
         output = self.pipe.bundle.image_length * len(found)
         usage = {
             "input_tokens": text + self.prefix,
@@ -153,18 +161,19 @@ class CheckedRequest:
         return {"created": int(time.time()), "data": data, **shared, "usage": usage}
 
     def _kept(self, found: list[Generated]) -> list[tuple[int, Int[Tensor, "h w"]]]:
-        if self.upload is not None:
-            return kept_candidates(self.pipe, found, self.best_of)
-        numbers = self.pipe.best(found, self.best_of, None, 64) if self.best_of > 1 else range(len(found))
+        pipe, numbers = self.pipe, range(len(found))
+        if isinstance(pipe, Pipeline) and self.upload is not None:
+            return kept_candidates(pipe, found, self.best_of)
+        if isinstance(pipe, Pipeline) and self.best_of > 1:
+            numbers = pipe.best(found, self.best_of, None, 64)
         return [(number, found[number].spans["image"].view(self.pipe.grid)) for number in numbers]
 
     def _receipt(self, seed: int, codes: Int[Tensor, "h w"]) -> dict[str, Any]:
         """As the library writes it, so that `smalti replay` draws the picture again."""
-        settings = {
-            "negative_prompt": self.body.negative_prompt,
-            "sampling": asdict(self.config),
-            "executor": self.worker.executor,
-        }
+        settings = {"sampling": asdict(self.config), "executor": self.worker.executor}
+        if isinstance(self.pipe, ClassPipeline):
+            return self.pipe.class_receipt(class_of(self.pipe, self.body.prompt), seed, codes, **settings)
+        settings |= {"negative_prompt": self.body.negative_prompt}
         prompt, best_of = self.body.prompt, self.best_of
         if self.upload is not None:
             return edit_receipt(self.pipe, prompt, self.upload.redrawn, seed, codes, best_of, **settings)
@@ -173,7 +182,25 @@ class CheckedRequest:
         return self.pipe.receipt(task="generate", prompt=prompt, seed=seed, codes=codes.flatten().tolist(), **settings)
 
 
-def sampled(pipe: Pipeline, default: SampleConfig, given: dict[str, Any]) -> SampleConfig:
+def class_of(pipe: ClassPipeline, prompt: str) -> int:
+    """The class that a prompt names, or whose number it is. Raises ApiError."""
+    try:
+        return pipe.classes.find(prompt)
+    except InputError as error:
+        raise ApiError(400, f"prompt: {error}", param="prompt") from error
+
+
+def of_captions(worker: Worker) -> Pipeline:
+    """The bundle of a worker. Raises ApiError for one of classes, of which this cannot be asked."""
+    if not isinstance(worker.pipe, Pipeline):
+        raise ApiError(
+            400, f"{worker.name} draws pictures of classes and knows no captions: it takes /v1/images/generations and "
+            "/v1/replay alone.", param="model",
+        )  # fmt: skip
+    return worker.pipe
+
+
+def sampled(pipe: PictureFace, default: SampleConfig, given: dict[str, Any]) -> SampleConfig:
     """The settings to draw with. Raises ApiError naming the one that cannot be."""
     try:
         return pipe.sample_config(default, given)
@@ -220,7 +247,7 @@ def read_upload(content: bytes, param: str) -> Image.Image:
 
 def upload_job(worker: Worker, image: bytes, mask: bytes | None) -> Job:
     """A job that reads the picture and the mask of an edit; its answer is an `Upload`."""
-    pipe = worker.pipe
+    pipe = of_captions(worker)
     check_cells(pipe)
 
     def finish(_: list[Generated]) -> Upload:
@@ -250,11 +277,12 @@ def upload_job(worker: Worker, image: bytes, mask: bytes | None) -> Job:
 
 def codes_job(worker: Worker, image: bytes) -> Job:
     """A job that reads a picture; its answer are its codes."""
-    return Job([], lambda _: codes_of(worker.pipe, read_upload(image, "image")))
+    pipe = of_captions(worker)
+    return Job([], lambda _: codes_of(pipe, read_upload(image, "image")))
 
 
 def caption_job(worker: Worker, body: CaptionRequest, codes: Int[Tensor, "h w"]) -> Job:
-    pipe = worker.pipe
+    pipe = of_captions(worker)
     given = {name: getattr(body, name) for name in ("temperature", "guidance_scale") if getattr(body, name) is not None}
     config = sampled(pipe, pipe.sampling.caption, given)
     request = pipe.caption_request(codes, body.seed or 0, config)
@@ -262,7 +290,7 @@ def caption_job(worker: Worker, body: CaptionRequest, codes: Int[Tensor, "h w"])
 
 
 def score_job(worker: Worker, body: ScoreRequest, image: bytes) -> Job:
-    pipe = worker.pipe
+    pipe = of_captions(worker)
     for caption in body.captions:
         check_prompt(pipe, caption, "captions")
     words = [pipe.whole(caption) for caption in body.captions]
@@ -307,6 +335,8 @@ def worker_of_receipts(workers: Sequence[Worker], receipts: list[dict[str, Any]]
 
 def replay_job(worker: Worker, picture: Image.Image, receipts: list[dict[str, Any]]) -> Job:
     pipe = worker.pipe
+    if any((receipt["task"] == CLASS) != isinstance(pipe, ClassPipeline) for receipt in receipts):
+        raise ApiError(400, f"its receipt is damaged: the task is none of {worker.name}'s.", param="image")
     check_kept(UPLOAD, receipts, pipe)
     if len(receipts) > MOST_REPLAYED:
         raise ApiError(
@@ -347,7 +377,7 @@ def replay_job(worker: Worker, picture: Image.Image, receipts: list[dict[str, An
 
 def choice_job(worker: Worker, body: ChoiceRequest) -> Job:
     """A job that tells what could have stood at a cell of a picture, and what the model looked at."""
-    pipe, codes = worker.pipe, body.codes
+    pipe, codes = of_captions(worker), body.codes
     check_cells(pipe)
     length, size = pipe.bundle.image_length, pipe.layout.vocabulary["image"].size
     if len(codes) != length or not all(0 <= code < size for code in codes):

@@ -41,6 +41,8 @@ from smalti.serve.openai_api import (
 )
 from smalti.serve.painter import Painter
 from smalti.serve.worker import Job, PartialAnswer, QueueFull, Worker
+from smalti.tasks.classes import ClassPipeline
+from smalti.tasks.images import Pipeline
 
 _log = logging.getLogger(__name__)
 
@@ -134,15 +136,22 @@ class Service:
             "scale": pipe.pictures.scale,
             "grid": list(pipe.grid),
             "can_caption": pipe.bundle.can_caption,
-            "can_edit": pipe.has_patches,
+            "can_edit": isinstance(pipe, Pipeline) and pipe.has_patches,
             "executor": worker.executor,
-            "max_prompt_tokens": pipe.layout[pipe.bundle.order("text", "image")].span("text").length,
+            **_prompts_of(pipe),
             "temperature": config.temperature,
             "guidance_scale": config.guidance_scale,
             "weights_sha256": pipe.weights_sha256,
             "smalti_version": smalti_version(),
         }
         return {"id": worker.name, "object": "model", "created": self.started_at, "owned_by": "smalti", "smalti": about}
+
+
+def _prompts_of(pipe: Pipeline | ClassPipeline) -> dict[str, Any]:
+    """What may be asked for: so many tokens, or one of the classes, by its number or name."""
+    if isinstance(pipe, ClassPipeline):
+        return {"num_classes": pipe.classes.num, "class_names": pipe.classes.names}
+    return {"max_prompt_tokens": pipe.layout[pipe.bundle.order("text", "image")].span("text").length}
 
 
 def create_app(service: Service) -> FastAPI:

@@ -8,28 +8,31 @@ from collections.abc import Callable, Sequence
 import torch
 import uvicorn
 
+from smalti.bundle import Bundle
 from smalti.errors import InputError
 from smalti.serve.app import ServeConfig, Service, create_app
 from smalti.serve.metrics import Metrics
 from smalti.serve.painter import Painter
 from smalti.serve.worker import Worker
+from smalti.tasks.classes import ClassPipeline
 from smalti.tasks.images import Pipeline
 
 
 def load_service(bundles: Sequence[str], config: ServeConfig) -> Service:
     """The bundles, each with its engine. Raises InputError for one that cannot draw, or two of one name."""
-    pipes: dict[str, Pipeline] = {}
-    for bundle in bundles:
-        pipe = Pipeline.load(bundle)
-        if not pipe.bundle.can_draw:
-            raise InputError(f"{bundle} draws no pictures of captions, so there is nothing to serve.")
+    pipes: dict[str, Pipeline | ClassPipeline] = {}
+    for name in bundles:
+        bundle = Bundle.load(name)
+        if bundle.image_tokenizer is None or not (bundle.can_draw or bundle.can_draw_classes):
+            raise InputError(f"{name} draws no pictures of captions or of classes, so there is nothing to serve.")
+        pipe = ClassPipeline(bundle) if bundle.can_draw_classes else Pipeline(bundle)
         if pipe.name in pipes:
             raise InputError(f"two bundles have the name {pipe.name!r}, by which clients call them; leave one out.")
         pipes[pipe.name] = pipe
     return make_service(list(pipes.values()), config)
 
 
-def make_service(pipes: Sequence[Pipeline], config: ServeConfig) -> Service:
+def make_service(pipes: Sequence[Pipeline | ClassPipeline], config: ServeConfig) -> Service:
     """The service of bundles of different names."""
     metrics, apart = Metrics(), config.paint_apart and (os.cpu_count() or 1) > 1
     painter = Painter({pipe.name: pipe.bundle for pipe in pipes}, apart=apart)

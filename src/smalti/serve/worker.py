@@ -24,6 +24,7 @@ from smalti.sequences.request import Generated, Request
 from smalti.serve.metrics import Metrics
 from smalti.serve.openai_api import ApiError
 from smalti.serve.painter import Painter
+from smalti.tasks.classes import ClassPipeline
 from smalti.tasks.images import Pipeline
 
 _log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class Worker:
 
     def __init__(
         self,
-        pipe: Pipeline,
+        pipe: Pipeline | ClassPipeline,
         metrics: Metrics,
         painter: Painter,
         *,

@@ -23,11 +23,7 @@ from smalti.errors import InputError
 from smalti.image_files import PictureConfig, checked_scale, with_receipt
 from smalti.likelihood import score
 from smalti.sequences.layout import SpanValues
-from smalti.tasks.codes import (
-    Codes,
-    Partial,
-    receipt,
-)
+from smalti.tasks.codes import Codes, Partial
 from smalti.tasks.face import PictureFace, seeds_of
 
 CLASS = "generate class"
@@ -97,18 +93,7 @@ class ClassPipeline(PictureFace):
         codes = self._draw(labels, seeds, config, batch_size, executor)
         shared = {"sampling": asdict(config), "executor": executor}
         return [
-            with_receipt(
-                picture,
-                receipt(
-                    self.bundle,
-                    task=CLASS,
-                    label=label,
-                    class_name=None if self.classes.names is None else self.classes.names[label],
-                    seed=drawn_seed,
-                    codes=found.flatten().tolist(),
-                    **shared,
-                ),
-            )
+            with_receipt(picture, self.class_receipt(label, drawn_seed, found, **shared))
             for picture, label, drawn_seed, found in zip(
                 self.decode(codes, scale=scale), labels, seeds, codes, strict=True
             )
@@ -174,6 +159,12 @@ class ClassPipeline(PictureFace):
         if config.guidance_scale != 1:
             null = Request(order=self._order, given={LABEL: torch.tensor([self._null_label()])})
         return Request(order=self._order, given={LABEL: torch.tensor([label])}, seed=seed, null=null)
+
+    def class_receipt(self, label: int, seed: int, codes: Codes, **settings: Any) -> dict[str, Any]:
+        """How the picture of a class was made."""
+        name = None if self.classes.names is None else self.classes.names[label]
+        drawn = codes.flatten().tolist()
+        return self.receipt(task=CLASS, label=label, class_name=name, seed=seed, codes=drawn, **settings)
 
     def _draw(
         self, labels: Sequence[int], seeds: Sequence[int], config: SampleConfig, batch_size: int, executor: str | None

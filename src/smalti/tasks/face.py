@@ -17,6 +17,7 @@ from smalti.bundle import Bundle
 from smalti.engine.generate import Generated, Request, stream
 from smalti.engine.sampling import SampleConfig
 from smalti.image_files import Picture, PictureConfig, to_images
+from smalti.image_tokenizers.titok import TiTok
 from smalti.tasks.codes import (
     Codes,
     Partial,
@@ -25,6 +26,7 @@ from smalti.tasks.codes import (
     encode_images,
     grid_of,
     partial_picture,
+    receipt,
     sample_config,
 )
 
@@ -69,6 +71,15 @@ class PictureFace(Face):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of a picture's codes."""
         return grid_of(self.bundle)
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether a code stands for the patch of its cell. TiTok's stand for the whole picture."""
+        return not isinstance(self.bundle.image_tokenizer, TiTok)
+
+    def receipt(self, **details: Any) -> dict[str, Any]:
+        """How a picture was made: what is known of the bundle, and the details."""
+        return receipt(self.bundle, **details)
 
     def encode(self, pictures: Picture | Iterable[Picture], *, batch_size: int = 64) -> Codes:
         """Codes of pictures or picture files. Raises InputError for a picture of the wrong size or mode."""

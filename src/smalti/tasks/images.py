@@ -24,7 +24,6 @@ from smalti.engine.generate import Generated, Request, generate, job_executor
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError, InputWarning, shortened
 from smalti.image_files import Picture, checked_scale, listed, with_receipt
-from smalti.image_tokenizers import TiTok
 from smalti.likelihood import score
 from smalti.prompts import PromptTokenizer
 from smalti.sequences.layout import Layout, SpanValues
@@ -32,7 +31,6 @@ from smalti.tasks.clip import Clip
 from smalti.tasks.codes import (
     Codes,
     Partial,
-    receipt,
 )
 from smalti.tasks.face import PictureFace, seeds_of
 from smalti.text_tokenizer import TextTokenizer
@@ -445,11 +443,6 @@ class Pipeline(PictureFace):
         """What draws so many pictures; their receipts name it."""
         return job_executor(self.model, self.layout, num_requests, batch_size)
 
-    @property
-    def has_patches(self) -> bool:
-        """Whether a code stands for the patch of its cell. TiTok's stand for the whole picture."""
-        return not isinstance(self.image_tokenizer, TiTok)
-
     # Small things ----------------------------------------------------------------------------------------------
 
     def text(self, sequence: Generated) -> str:
@@ -507,10 +500,6 @@ class Pipeline(PictureFace):
             return None
         order = self.layout[self.bundle.order("text", "image")]
         return order.name if order.span("text").end is not None else None
-
-    def receipt(self, **details: Any) -> dict[str, Any]:
-        """How a picture was made: what is known of the bundle, and the details."""
-        return receipt(self.bundle, **details)
 
 
 def _check_completing(n: int, config: SampleConfig, captioned: bool) -> None:

@@ -46,6 +46,11 @@ async function* events(response) {
 
 const model = () => state.models[at("model").value];
 
+function examples(name) {
+  const { class_names, num_classes } = state.models[name];
+  return EXAMPLES[name] ?? class_names?.slice(0, 10) ?? (num_classes ? ["0"] : []);
+}
+
 function asked(number) {
   return {
     model: at("model").value, prompt: at("prompt").value, seed: Number(at("seed").value) + number,
@@ -60,13 +65,13 @@ function showModel() {
   setRange("temperature", temperature);
   at("frame").style.aspectRatio = `${width} / ${height}`;
   buildCells(grid);
-  at("examples").replaceChildren(...(EXAMPLES[at("model").value] ?? []).map((text) => {
+  at("examples").replaceChildren(...examples(at("model").value).map((text) => {
     const button = Object.assign(document.createElement("button"), { type: "button", textContent: text });
     button.onclick = () => { at("prompt").value = text; at("prompt").focus(); };
     return button;
   }));
-  if (!at("prompt").value || Object.values(EXAMPLES).flat().includes(at("prompt").value)) {
-    at("prompt").value = (EXAMPLES[at("model").value] ?? [""])[0];
+  if (!at("prompt").value || Object.keys(state.models).flatMap(examples).includes(at("prompt").value)) {
+    at("prompt").value = examples(at("model").value)[0] ?? "";
   }
 }
 
@@ -200,12 +205,12 @@ function refresh(picture) {
   at("frame").classList.toggle("empty", !picture?.src);
   at("picture").hidden = !picture?.src;
   if (picture?.src) at("picture").src = picture.src;
-  at("picture").alt = picture?.receipt ? `Drawn for: ${picture.receipt.prompt ?? "no caption"}` : "A picture on its way";
-  for (const cell of at("cells").children) cell.disabled = !done;
+  at("picture").alt = picture?.receipt ? `Drawn for: ${picture.receipt.prompt ?? picture.receipt.class_name ?? "no caption"}` : "A picture on its way";
+  for (const cell of at("cells").children) cell.disabled = !done || !model().can_edit;
   at("download").hidden = !picture?.receipt;
   if (picture?.receipt) {
     at("download").href = picture.src;
-    at("download").download = `${(picture.receipt.prompt ?? "picture").replace(/[^\w]+/g, "-").slice(0, 60)}-${picture.receipt.seed}.png`;
+    at("download").download = `${(picture.receipt.prompt ?? picture.receipt.class_name ?? "picture").replace(/[^\w]+/g, "-").slice(0, 60)}-${picture.receipt.seed}.png`;
     at("receipt").textContent = JSON.stringify(picture.receipt);
   }
   at("receipt-box").hidden = !picture?.receipt;
