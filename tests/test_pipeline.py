@@ -21,7 +21,7 @@ from smalti.errors import InputError
 from smalti.image_files import PictureConfig, read_picture, read_receipt, save_picture, to_images, to_pictures
 from smalti.likelihood import score
 from smalti.sequences.layout import SpanValues
-from smalti.tasks.images import RERANKERS, Pipeline
+from smalti.tasks.images import LIKELIHOODS, Pipeline
 from smalti.weights import load_module, save_weights
 
 CAPTION = "dark green eight on bright cyan"
@@ -318,7 +318,7 @@ def test_pictures_are_their_codes_decoded_with_receipts(pipe: Pipeline, tmp_path
     assert receipt["codes"] == codes[3].flatten().tolist()
 
 
-@pytest.mark.parametrize("rerank", RERANKERS)
+@pytest.mark.parametrize("rerank", LIKELIHOODS)
 def test_best_of_keeps_the_best_and_says_its_seed(pipe: Pipeline, rerank: str):
     [first, second] = pipe.generate(CAPTION, seed=5, n=2, best_of=3, rerank=rerank)
     words = [torch.tensor(pipe.text_tokenizer.encode(CAPTION))] * 6

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from serving import Running, picture_of
 from test_train_captions import CAPTIONS, encoded_pictures
 from tiny_parti import GRID, image_tokenizer, tiny
 
@@ -126,6 +127,17 @@ def test_what_does_not_go_with_it_is_refused_by_name(recipe, tmp_path, capsys):
         assert run(command) == 2, command
         assert message in capsys.readouterr().err, command
     assert not list(tmp_path.glob("refused*"))
+
+
+def test_it_is_served_as_the_library_draws():
+    pipe = tiny()
+    body = {"model": "tiny", "prompt": "a red ball", "n": 2, "seed": 3, "guidance_scale": 2.0, "size": "auto"}
+    with Running(pipe, executor="eager") as server:
+        status, answer, _ = server.request("POST", "/v1/images/generations", body)
+    assert status == 200, answer
+    expected = pipe.generate("a red ball", n=2, seed=3, guidance_scale=2.0)
+    for found, picture in zip(answer["data"], expected, strict=True):
+        assert np.array_equal(np.asarray(picture_of(found["b64_json"])), np.asarray(picture))
 
 
 def test_a_caption_that_is_too_long_is_cut_and_counted():

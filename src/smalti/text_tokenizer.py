@@ -49,6 +49,7 @@ UNLIKELY = 1000
 MAX_HINTS = 6
 """Unknown words that an error names with words near to them."""
 _IMAGE_TOKEN = re.compile(r"<\|image:(\d+)\|>")
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def image_token(code: int) -> str:
@@ -290,10 +291,18 @@ class TextTokenizer:
         numbers = self._numbers(encoding, caption)
         if len(numbers) <= max_length:
             return Cut(numbers, False)
-        length, spans = max_length, encoding.offsets
-        while length and spans[length][0] < spans[length - 1][1]:  # the bytes of a character may be several pieces
+        length = max_length
+        while length and self._is_within_character(encoding, numbers, length):
             length -= 1
         return Cut(numbers[:length], True)
+
+    def _is_within_character(self, encoding: Encoding, numbers: list[int], position: int) -> bool:
+        """Whether the piece at a position and the one before it are bytes of one character."""
+        if encoding.offsets[position][0] >= encoding.offsets[position - 1][1]:
+            return False
+        byte = _BYTE_PIECE.fullmatch(self._words[numbers[position]])
+        # bytes that spell what no piece does have the place of the whole run of it: they tell themselves
+        return byte is None or 0x80 <= int(byte[1], 16) < 0xC0
 
     def _encoded(self, caption: str) -> Encoding:
         """Raises InputError for a caption with words or characters outside the vocabulary."""

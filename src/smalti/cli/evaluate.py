@@ -193,6 +193,52 @@ def compositions(
         typer.echo(f"{output}: {', '.join(REPORT_FILES)}")
 
 
+@app.command(
+    "candidates",
+    epilog="Example: smalti evaluate candidates out/parti/bundle --pairs val.parquet -n 16 -o out/candidates",
+)
+def candidates(
+    bundle: Annotated[
+        str, typer.Argument(help=f"A shipped bundle's name ({SHIPPED}), a folder, or a hub's owner/name.")
+    ],
+    pairs: Annotated[Path, typer.Option(help="Pictures with captions, parquet: the prompts, and what is right.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for candidates.json, .md and .png.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=2, max=MAX_CANDIDATES, help="Candidates of each prompt.")] = 16,
+    num: Annotated[int | None, typer.Option(min=1, help="Draw of the first NUM captions (default: all).")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the bundle's own.")] = None,
+    seed: Annotated[int, typer.Option(help="The candidates of the i-th prompt have the seeds from SEED + i·N on.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Measure how much better the best of n candidates is, against n, by every ranker that the bundle has.
+
+    A picture is right if the true picture nearest to it is one of its caption's.
+    """
+    import shlex
+
+    from smalti.evaluate.candidates import REPORT_FILES, CandidatesConfig, NearestJudge, evaluate_candidates
+    from smalti.files import refuse_existing
+    from smalti.tasks.images import Pipeline
+
+    if output:
+        refuse_existing([output / name for name in REPORT_FILES], force=force)
+    config = CandidatesConfig(num_prompts=num, num_candidates=n, guidance_scale=guidance_scale, seed=seed)
+    pipe = Pipeline.load(bundle)
+    judge = NearestJudge(pipe, pairs)
+    prompts = list(dict.fromkeys(judge.captions))[:num]
+    options = ["-n", str(n), "--seed", str(seed), *(["--num", str(num)] if num else [])]
+    options += [] if guidance_scale is None else ["--guidance-scale", f"{guidance_scale:g}"]
+    command = shlex.join(["smalti", "evaluate", "candidates", bundle, "--pairs", str(pairs), *options])
+    how = {"judged": judge.judged, "command": command, "show_progress": not quiet}
+    report = evaluate_candidates(pipe, prompts, judge, config, **how)
+    print_table(report.table())
+    if output:
+        report.write(output, force=force)
+        typer.echo(f"{output}: {', '.join(REPORT_FILES)}")
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """Rows and columns of `64x48`, or of `64`, a square. Raises ValueError for anything else."""
     from smalti.image_files import MAX_SIDE
