@@ -103,7 +103,7 @@ class ScenesSubject:
     """Scenes of `smalti.data.scenes`."""
 
     name = "scenes"
-    categories = ("all", "attributes", *CATEGORIES)
+    categories: tuple[str, ...] = ("all", "attributes", *CATEGORIES)
 
     def prompts(self, num: int, seed: int) -> list[Prompt]:
         """Seen and unseen in turn."""
@@ -117,14 +117,14 @@ class ScenesSubject:
     def judge(self, images: Float[torch.Tensor, "B 3 H W"], prompts: Sequence[str]) -> list[Verdict]:
         pictures = to_pixels(images)
         found = [check(parse_caption(text), read_picture(p)) for text, p in zip(prompts, pictures, strict=True)]
-        return [{"all": one.all, "attributes": one.attributes, **one._asdict()} for one in found]
+        return [{"all": one.all, "attributes": one.attributes, **asdict(one)} for one in found]
 
 
 class DigitsSubject:
     """Coloured digits. Which pairs of colours a bundle has seen is not known."""
 
     name = "digits"
-    categories = ("all", "digit", "foreground", "background")
+    categories: tuple[str, ...] = ("all", "digit", "foreground", "background")
 
     def __init__(self) -> None:
         self.classifier = load_digit_classifier()

@@ -75,7 +75,7 @@ def _captions(recipe: ScenesRecipe, paths: dict[str, Path]) -> CaptionsRecipe:
         description=recipe.description,
         expects=recipe.expects,
         minutes=recipe.minutes,
-        data=CaptionedPictures(**paths, scale=_SCALE),
+        data=CaptionedPictures(train=paths["train"], validation=paths["validation"], scale=_SCALE),
         image_tokenizer=recipe.output / "image_tokenizer",
         text_size=recipe.text_size,
         segments=recipe.segments,
