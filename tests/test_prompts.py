@@ -34,6 +34,9 @@ class Painter:
     pictures = SimpleNamespace(height=64, width=64)
     text_tokenizer = SimpleNamespace(encode=lambda text: [0])
 
+    def check_drawing(self, n: int, best_of: int, rerank: str) -> None:
+        assert (n, best_of, rerank) == (1, 3, "caption")
+
     def __init__(self, num: int):
         self.rows = {row.caption: row for row in (scene_row("test", i, 0) for i in range(num))}
         self.order = list(self.rows)
@@ -148,6 +151,7 @@ def test_the_command_measures_digits(tmp_path, capsys):
         (["--best-of", "0"], "--best-of is '0'; expected numbers of 1 to"),
         (["--best-of", "1,x"], "--best-of is '1,x'"),
         (["--guidance", "a"], "--guidance is 'a'; expected numbers"),
+        (["--rerank", "luck"], "rerank 'luck' is unknown; choose one of picture, caption, pmi"),
         (["--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
     ],
 )

@@ -41,7 +41,7 @@ from smalti.errors import InputError
 from smalti.evaluate.digits import judge_pictures, load_digit_classifier
 from smalti.files import new_file, refuse_existing
 from smalti.progress import stage
-from smalti.tasks.images import Pipeline
+from smalti.tasks.images import RERANKERS, Pipeline
 
 REPORT_FILES = ("prompts.json", "prompts.md", "prompts.html")
 SEEN = "seen"
@@ -59,6 +59,8 @@ class PromptsConfig:
     """None: the bundle's own alone."""
     best_of: tuple[int, ...] = (1, 16)
     """Candidates of which one is kept; 1 is no choice."""
+    rerank: str | None = None
+    """By which likelihood (`RERANKERS`); None: the bundle's first."""
     temperature: float | None = None
     """None: the bundle's own."""
     seed: int = 0
@@ -69,6 +71,8 @@ class PromptsConfig:
             raise ValueError(f"num is {self.num}; it must be at least 2.")
         if not self.best_of or min(self.best_of) < 1:
             raise ValueError(f"best_of is {self.best_of}; expected numbers of candidates, each at least 1.")
+        if self.rerank is not None and self.rerank not in RERANKERS:
+            raise ValueError(f"rerank {self.rerank!r} is unknown; choose one of {', '.join(RERANKERS)}.")
         if self.guidance_scales is not None and not self.guidance_scales:
             raise ValueError("guidance_scales is empty; give at least one, or None for the bundle's own.")
         if self.temperature is not None and not self.temperature >= 0:
@@ -402,7 +406,10 @@ def evaluate_prompts(
         base = replace(base, temperature=config.temperature)
     scales = (base.guidance_scale,) if config.guidance_scales is None else config.guidance_scales
     most = max(config.best_of)
-    rerank = pipe.rerankers[0] if most > 1 else None
+    rerank = None
+    if most > 1:
+        rerank = config.rerank or pipe.rerankers[0]
+        pipe.check_drawing(1, most, rerank)
     rows: list[Row] = []
     shown: dict[str, list[Shown]] = {}
     groups = [prompt.group for prompt in prompts]

@@ -53,6 +53,8 @@ class Shape:
     """Of the training captions."""
     text_tokenizer: TextTokenizer | None
     """The recipe's own, in place of one that is learned."""
+    begin_with: Path | None = None
+    """The bundle whose weights training begins with."""
 
 
 def train_on_pairs(
@@ -118,7 +120,7 @@ def train_on_pairs(
             return Pipeline(bundle)
 
         model = train_model(
-            shape.model,
+            shape.model if shape.begin_with is None else _weights(shape.begin_with, shape, text_tokenizer),
             layout,
             train,
             validation,
@@ -134,6 +136,21 @@ def train_on_pairs(
             trained = make_pipeline(model.cpu(), about=about).bundle
             finish(trained, output / "bundle", lambda bundle: _figures(bundle, recipe, validation, show_progress))
     return output / "bundle"
+
+
+def _weights(path: Path, shape: Shape, text_tokenizer: TextTokenizer) -> AnyModel:
+    """The model of a bundle. Raises InputError if it is not of the shape, or of other words."""
+    bundle = Bundle.load(path)
+    config = getattr(bundle.model.config, "transformer", bundle.model.config)
+    differ = {
+        "layout": bundle.layout.to_dict() != shape.layout.to_dict(),
+        "model": config != shape.model,
+        "words": getattr(bundle.text_tokenizer, "words", None) != text_tokenizer.words,
+    }
+    if any(differ.values()):
+        what = ", ".join(name for name, does in differ.items() if does)
+        raise InputError(f"begin_with {path}: its {what} differ from the recipe's; name a bundle of the same.")
+    return bundle.model
 
 
 def _learn_words(pairs: Path, shape: Shape, show_progress: bool) -> TextTokenizer:

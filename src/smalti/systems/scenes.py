@@ -81,6 +81,7 @@ def _captions(recipe: ScenesRecipe, paths: dict[str, Path]) -> CaptionsRecipe:
         segments=recipe.segments,
         layout=recipe.layout,
         model=recipe.model,
+        begin_with=recipe.begin_with,
         train=recipe.train,
         watch=recipe.watch,
         sample=recipe.sample,
