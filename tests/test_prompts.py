@@ -9,7 +9,7 @@ import torch
 
 from smalti.cli.app import run
 from smalti.data.scene_tables import scene_row
-from smalti.data.scenes import UNSEEN, render
+from smalti.data.scenes import KINDS, UNSEEN, render
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
 from smalti.evaluate.prompts import (
@@ -81,6 +81,7 @@ def test_rates_are_of_what_was_read(report):
         assert rows[scale, 1, "unseen"]["all"] == Share(10, 20)
         assert rows[scale, 1, "unseen"]["count"] == rows[scale, 1, "unseen"]["shape"] == Share(10, 20)
         assert rows[scale, 1, "unseen"]["background"].rate == 1
+        assert sum(rows[scale, 1, kind]["all"].num for kind in KINDS) == 40
         assert rows[scale, 3, "unseen"]["all"] == Share(20, 20)
         assert sum(rows[scale, 1, f"unseen {kind}"]["all"].num for kind in UNSEEN) == 20
         relations = rows[scale, 1, "unseen shape and relation"]["relation"]

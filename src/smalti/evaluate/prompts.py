@@ -83,6 +83,8 @@ class Prompt(NamedTuple):
     text: str
     group: str
     """"seen", or which kind of combination training never shows."""
+    kind: str | None = None
+    """What kind of thing is asked for, if there are several."""
 
 
 Verdict = Mapping[str, bool | None]
@@ -112,7 +114,7 @@ class ScenesSubject:
     def prompts(self, num: int, seed: int) -> list[Prompt]:
         """Seen and unseen in turn."""
         rows = [scene_row("test", index, seed) for index in range(num)]
-        return [Prompt(row.caption, row.unseen or SEEN) for row in rows]
+        return [Prompt(row.caption, row.unseen or SEEN, row.scene.claim.kind) for row in rows]
 
     def true_images(self, num: int, seed: int) -> Float[torch.Tensor, "B 3 H W"] | None:
         pictures = np.stack([render(scene_row("test", index, seed).scene.content) for index in range(num)])
@@ -413,6 +415,7 @@ def evaluate_prompts(
     rows: list[Row] = []
     shown: dict[str, list[Shown]] = {}
     groups = [prompt.group for prompt in prompts]
+    kinds = [prompt.kind for prompt in prompts if prompt.kind is not None]
     if (true := subject.true_images(config.num, config.seed)) is not None:
         with stage("rebuilding true pictures", show=show_progress):
             rebuilt = pipe.decode_images(pipe.encode_images(true, batch_size=_AT_ONCE), batch_size=_AT_ONCE)
@@ -441,6 +444,8 @@ def evaluate_prompts(
                 progress.advance(len(chosen))
             for n, found in verdicts.items():
                 rows += rows_of(found, groups, subject.categories, scale, n)
+                if kinds:
+                    rows += rows_of(found, kinds, subject.categories, scale, n)
     return PromptsReport(
         rows=rows,
         subject=subject.name,
