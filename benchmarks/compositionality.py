@@ -21,7 +21,7 @@ from smalti.data.scene_tables import scene_row
 from smalti.data.scenes import BACKGROUNDS, COLOURS, INVERSE, SHAPES, SIZES, TEXTURES, Scene, render, unseen_kinds
 from smalti.errors import InputError
 from smalti.evaluate.prompts import Share, to_pixels
-from smalti.inspect.words import Swap, attention_to_text, picture_nats, swapped_codes
+from smalti.inspect.words import Swap, attention_to_text, difference, picture_nats, swapped_codes
 from smalti.tasks.images import Pipeline
 
 SWAPS = {
@@ -34,6 +34,9 @@ SWAPS = {
 }
 CHOICES = {"colour": list(COLOURS), "shape": list(SHAPES), "size": list(SIZES), "background": list(BACKGROUNDS),
            "texture": list(TEXTURES)}  # fmt: skip
+
+
+AT_ONCE = 20
 
 
 def caption(content: dict[str, str]) -> str:
@@ -69,27 +72,34 @@ def other_words(scene: Scene, words: dict[str, str], what: str, stream: random.R
 
 def swapped(pipe: Pipeline, num: int, what: str) -> dict[str, Any]:
     """Of pictures drawn after each swap: how many show the other word, how many still their own."""
-    stream, counts, total = random.Random(f"swap {what}"), defaultdict(lambda: np.zeros(3, int)), 0
+    stream, pairs = random.Random(f"swap {what}"), []
     for scene, words in singles(num, 1):
         other = other_words(scene, words, what, stream)
         try:
-            codes = swapped_codes(pipe, caption(words), caption(other), list(SWAPS.values()))
+            difference(pipe, caption(words), caption(other))
         except InputError:  # words of several pieces
             continue
-        total += 1
-        pictures = to_pixels(pipe.decode_images(codes))
-        for name, picture in zip(("its own caption", "the other caption", *SWAPS), pictures, strict=True):
+        pairs.append((words, other))
+    counts, total = defaultdict(lambda: np.zeros(3, int)), len(pairs)
+    for start in range(0, total, AT_ONCE):
+        chosen = pairs[start : start + AT_ONCE]
+        both = ([caption(pair[i]) for pair in chosen] for i in (0, 1))
+        codes = swapped_codes(pipe, *both, list(SWAPS.values()))
+        pictures = to_pixels(pipe.decode_images(codes.flatten(0, 1)))
+        names = ("its own caption", "the other caption", *SWAPS)
+        for index, picture in enumerate(pictures):
+            (words, other), name = chosen[index // len(names)], names[index % len(names)]
             content = read_picture(picture)
             shown = {"background": content.background, "texture": content.texture}
             if len(content.things) == 1:
                 [thing] = content.things
                 shown |= {"colour": thing.colour or "", "shape": thing.shape or "", "size": thing.size or ""}
-            rest = all(shown.get(name) == words[name] for name in words if name != what)
+            rest = all(shown.get(kind) == words[kind] for kind in words if kind != what)
             counts[name] += [shown.get(what) == other[what], shown.get(what) == words[what], rest]
     return {
         name: {key: str(Share(int(value), total)) for key, value in zip(("other", "own", "rest"), row, strict=True)}
         for name, row in counts.items()
-    } | {"num": total}
+    }
 
 
 def cells_of(scene: Scene, num_colours: int) -> dict[str, np.ndarray]:

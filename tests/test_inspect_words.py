@@ -27,12 +27,16 @@ def attentive(pipe: Pipeline) -> Pipeline:
     return pipe
 
 
+def swapped(pipe: Pipeline, caption: str, other: str, swaps: list[Swap]) -> torch.Tensor:
+    return swapped_codes(pipe, [caption], [other], swaps)[0]
+
+
 def greedy(pipe: Pipeline, caption: str) -> torch.Tensor:
     return pipe.generate_codes(caption, temperature=0.0)[0]
 
 
 def test_without_a_swap_the_picture_is_the_captions_and_with_all_of_it_the_others(pipe):
-    rows = swapped_codes(pipe, *CAPTIONS, [NOTHING, EVERYTHING, Swap(values=False), Swap(word=False, following=None)])
+    rows = swapped(pipe, *CAPTIONS, [NOTHING, EVERYTHING, Swap(values=False), Swap(word=False, following=None)])
     assert torch.equal(rows[0], greedy(pipe, CAPTIONS[0])) and torch.equal(rows[1], greedy(pipe, CAPTIONS[1]))
     assert torch.equal(rows[2], rows[0]) and torch.equal(rows[3], rows[1])
     assert not torch.equal(rows[0], rows[1])
@@ -40,18 +44,26 @@ def test_without_a_swap_the_picture_is_the_captions_and_with_all_of_it_the_other
 
 def test_only_a_swap_of_keys_and_values_together_is_a_swap(pipe):
     halves = [Swap(values=False, following=None), Swap(keys=False, following=None)]
-    rows = swapped_codes(pipe, *CAPTIONS, halves)
+    rows = swapped(pipe, *CAPTIONS, halves)
     assert not torch.equal(rows[2], rows[1]) or not torch.equal(rows[3], rows[1])
 
 
 def test_of_an_encoder_the_first_word_and_all_behind_it_are_the_whole_caption():
     pipe = attentive(tiny_parti.tiny())
     captions = ("red cat", "blue cat")
-    rows = swapped_codes(pipe, *captions, [NOTHING, EVERYTHING])
+    rows = swapped(pipe, *captions, [NOTHING, EVERYTHING])
     assert torch.equal(rows[0], greedy(pipe, captions[0])) and torch.equal(rows[1], greedy(pipe, captions[1]))
     assert torch.equal(rows[2], rows[0]) and torch.equal(rows[3], rows[1])
     with pytest.raises(InputError, match="has a text encoder"):
         attention_to_text(pipe, rows[0], captions[0])
+
+
+def test_captions_together_are_as_alone(pipe):
+    swaps = [Swap(), Swap(keys=False, following=1)]
+    captions, others = ["dark red two on light gray", CAPTIONS[0]], ["dark red two on light blue", CAPTIONS[1]]
+    together = swapped_codes(pipe, captions, others, swaps)
+    for found, caption, other in zip(together, captions, others, strict=True):
+        assert torch.equal(found, swapped(pipe, caption, other, swaps))
 
 
 def test_captions_must_differ_in_one_word(pipe):

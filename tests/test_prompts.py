@@ -9,7 +9,7 @@ import torch
 
 from smalti.cli.app import run
 from smalti.data.scene_tables import scene_row
-from smalti.data.scenes import UNSEEN, render
+from smalti.data.scenes import KINDS, UNSEEN, render
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
 from smalti.evaluate.prompts import (
@@ -33,6 +33,9 @@ class Painter:
     sampling = SimpleNamespace(picture=SampleConfig(temperature=0.5, guidance_scale=2.0))
     pictures = SimpleNamespace(height=64, width=64)
     text_tokenizer = SimpleNamespace(encode=lambda text: [0])
+
+    def check_drawing(self, n: int, best_of: int, rerank: str) -> None:
+        assert (n, best_of, rerank) == (1, 3, "caption")
 
     def __init__(self, num: int):
         self.rows = {row.caption: row for row in (scene_row("test", i, 0) for i in range(num))}
@@ -78,6 +81,7 @@ def test_rates_are_of_what_was_read(report):
         assert rows[scale, 1, "unseen"]["all"] == Share(10, 20)
         assert rows[scale, 1, "unseen"]["count"] == rows[scale, 1, "unseen"]["shape"] == Share(10, 20)
         assert rows[scale, 1, "unseen"]["background"].rate == 1
+        assert sum(rows[scale, 1, kind]["all"].num for kind in KINDS) == 40
         assert rows[scale, 3, "unseen"]["all"] == Share(20, 20)
         assert sum(rows[scale, 1, f"unseen {kind}"]["all"].num for kind in UNSEEN) == 20
         relations = rows[scale, 1, "unseen shape and relation"]["relation"]
@@ -148,6 +152,7 @@ def test_the_command_measures_digits(tmp_path, capsys):
         (["--best-of", "0"], "--best-of is '0'; expected numbers of 1 to"),
         (["--best-of", "1,x"], "--best-of is '1,x'"),
         (["--guidance", "a"], "--guidance is 'a'; expected numbers"),
+        (["--rerank", "luck"], "rerank 'luck' is unknown; choose one of picture, caption, pmi"),
         (["--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
     ],
 )

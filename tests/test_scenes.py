@@ -2,6 +2,7 @@
 combinations training never shows."""
 
 import random
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -123,7 +124,7 @@ def test_a_scene_by_hand():
     assert read_picture(picture) == Content("white", "plain", things)
     claim = parse_caption("a small red cross above a blue circle on a striped white background")
     found = check(claim, Content("white", "plain", things))
-    assert found._asdict() == {
+    assert asdict(found) == {
         "shape": False, "colour": True, "size": True, "count": True, "relation": True, "background": True,
         "texture": False,
     }  # fmt: skip

@@ -21,6 +21,9 @@ def prompts(
         str | None, typer.Option(help="Guidance scales, with commas between; 1 is off (default: the bundle's own).")
     ] = None,
     best_of: Annotated[str, typer.Option(help="Of how many candidates one is kept, with commas between.")] = "1,16",
+    rerank: Annotated[
+        str | None, typer.Option(help="By which likelihood: caption, pmi or picture (default: the bundle's best).")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy (default: the bundle's own).")] = None,
     seed: Annotated[int, typer.Option(help="Of prompts and pictures.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
@@ -47,11 +50,13 @@ def prompts(
         num=num,
         guidance_scales=scales,
         best_of=tuple(dict.fromkeys(map(int, counts))),
+        rerank=rerank,
         temperature=temperature,
         seed=seed,
     )
     options = ["--num", str(num), "--best-of", best_of, "--seed", str(seed)]
     options += [] if guidance is None else ["--guidance", guidance]
+    options += [] if rerank is None else ["--rerank", rerank]
     options += [] if temperature is None else ["--temperature", f"{temperature:g}"]
     command = shlex.join(["smalti", "evaluate", "prompts", bundle, *options])
     report = evaluate_prompts(Pipeline.load(bundle), config, command=command, show_progress=not quiet)

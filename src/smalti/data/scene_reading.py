@@ -8,8 +8,8 @@ Letters: H W rows and columns of a picture, 64 each; h w those of a component.
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -98,9 +98,9 @@ def _palette() -> Int[np.ndarray, "colours 3"]:
 
 
 @cache
-def _grounds() -> tuple[list[tuple[str, str]], Int[np.ndarray, "16 pixels"]]:
+def _grounds() -> tuple[Sequence[tuple[str, str]], Int[np.ndarray, "16 pixels"]]:
     """Names of all backgrounds with their textures, and their pixels as indices into the palette."""
-    names = list(itertools.product(BACKGROUNDS, TEXTURES))
+    names = [(background, texture) for background in BACKGROUNDS for texture in TEXTURES]
     pixels = [
         np.where(is_shaded(texture), 1, 0).ravel() + len(COLOURS) + 2 * list(BACKGROUNDS).index(background)
         for background, texture in names
@@ -132,7 +132,8 @@ CATEGORIES = ("shape", "colour", "size", "count", "relation", "background", "tex
 ATTRIBUTES = ("shape", "colour", "size", "background", "texture")
 
 
-class Check(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Check:
     """What of a claim is right in a picture; None where nothing is claimed. A size counts where it is said."""
 
     shape: bool
@@ -145,7 +146,7 @@ class Check(NamedTuple):
 
     @property
     def all(self) -> bool:
-        return not any(right is False for right in self)
+        return not any(getattr(self, name) is False for name in CATEGORIES)
 
     @property
     def attributes(self) -> bool:
@@ -159,7 +160,7 @@ def check(claim: Claim, content: Content) -> Check:
     The things are matched with those claimed so that most is right. `count` is right if there are as many things as
     claimed; a thing that is claimed and not there has neither shape nor colour nor size.
     """
-    wanted = [group for group in claim.groups for _ in range(group.count)]
+    wanted = [group for group in claim.groups for _ in range(group.num)]
     found = list(content.things)[: len(wanted) + 2]
     found += [None] * max(0, len(wanted) - len(found))
 

@@ -107,12 +107,12 @@ class Content(NamedTuple):
 
 
 class Group(NamedTuple):
-    """`count` things alike, as a caption speaks of them; a size it does not mention is None."""
+    """`num` things alike, as a caption speaks of them; a size it does not mention is None."""
 
     shape: str
     colour: str
     size: str | None
-    count: int
+    num: int
 
 
 class Claim(NamedTuple):
@@ -129,7 +129,7 @@ class Claim(NamedTuple):
         """Which kind of scene is asked for."""
         if self.relation is not None:
             return "relation"
-        total = sum(group.count for group in self.groups)
+        total = sum(group.num for group in self.groups)
         if len(self.groups) == 1:
             return "single" if total == 1 else "count"
         return "pair" if total == 2 else "two groups"
@@ -156,7 +156,7 @@ def draw_scene(stream: random.Random, unseen: str | None = None) -> Scene:
     None: of none at all, as for training."""
     # Only `random()` is used: its numbers are the same in every version of Python.
     wanted = frozenset() if unseen is None else frozenset({unseen})
-    kinds = _KINDS_OF.get(unseen, _SHARES)
+    kinds = _KINDS_OF.get(unseen or "", _SHARES)
     kind = _pick(stream, tuple(kinds), tuple(kinds.values()))  # first, so that no rejection changes its share
     while True:
         claim = _draw_claim(stream, kind)
@@ -195,7 +195,7 @@ def _place(claim: Claim, stream: random.Random) -> tuple[Thing, ...] | None:
     """The things at free places drawn evenly, one after the other; None if there is no room left for one."""
     placed: list[Thing] = []
     for group in claim.groups:
-        for _ in range(group.count):
+        for _ in range(group.num):
             assert group.size is not None
             places = _places(SIZES[group.size])
             free = _are_free(places, SIZES[group.size], placed)
@@ -203,7 +203,7 @@ def _place(claim: Claim, stream: random.Random) -> tuple[Thing, ...] | None:
                 free &= _stand_clearly(placed[0], places + SIZES[group.size] / 2, claim.relation)
             if not free.any():
                 return None
-            top, left = _pick(stream, places[free]).tolist()
+            top, left = _pick(stream, places[free].tolist())
             placed.append(Thing(group.shape, group.colour, group.size, top, left))
     return tuple(sorted(placed, key=lambda thing: (thing.top, thing.left)))
 
@@ -252,7 +252,7 @@ def unseen_kinds(claim: Claim) -> frozenset[str]:
             "shape and colour": (group.shape, group.colour),
             "size and colour": (group.size, group.colour),
             "colour and background": (group.colour, claim.background),
-            "shape and count": (group.shape, group.count),
+            "shape and count": (group.shape, group.num),
         }
         found |= {kind for kind, pair in pairs.items() if pair in UNSEEN[kind]}
     if claim.relation is not None:
@@ -280,9 +280,9 @@ def write_caption(scene: Scene, stream: random.Random) -> str:
 
 def _group_words(group: Group, stream: random.Random) -> str:
     words = [group.size] if group.size and stream.random() < 0.75 else []
-    words += [group.colour, group.shape if group.count == 1 else PLURALS[group.shape]]
-    if group.count > 1:
-        return " ".join([list(COUNTS)[group.count - 1], *words])
+    words += [group.colour, group.shape if group.num == 1 else PLURALS[group.shape]]
+    if group.num > 1:
+        return " ".join([list(COUNTS)[group.num - 1], *words])
     article = "an" if words[0][0] in "aeiou" else "a"
     return " ".join([_pick(stream, (article, "one"), (0.85, 0.15)), *words])
 
@@ -320,10 +320,10 @@ def parse_caption(caption: str) -> Claim:
         )
     parts = match.groups()
     groups = (_group(parts[:4]),) if parts[4] is None else (_group(parts[:4]), _group(parts[5:9]))
-    if sum(group.count for group in groups) > MOST:
+    if sum(group.num for group in groups) > MOST:
         raise InputError(f"{shortened(repr(caption))} asks for more than {MOST} things; ask for fewer.")
     relation = _RELATION_OF.get(parts[4] or "")
-    if relation is not None and any(group.count > 1 for group in groups):
+    if relation is not None and any(group.num > 1 for group in groups):
         raise InputError(f"{shortened(repr(caption))}: a relation stands between two single things, not groups.")
     return Claim(groups, relation, parts[10], parts[9])
 

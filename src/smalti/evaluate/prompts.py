@@ -41,7 +41,7 @@ from smalti.errors import InputError
 from smalti.evaluate.digits import judge_pictures, load_digit_classifier
 from smalti.files import new_file, refuse_existing
 from smalti.progress import stage
-from smalti.tasks.images import Pipeline
+from smalti.tasks.images import RERANKERS, Pipeline
 
 REPORT_FILES = ("prompts.json", "prompts.md", "prompts.html")
 SEEN = "seen"
@@ -59,6 +59,8 @@ class PromptsConfig:
     """None: the bundle's own alone."""
     best_of: tuple[int, ...] = (1, 16)
     """Candidates of which one is kept; 1 is no choice."""
+    rerank: str | None = None
+    """By which likelihood (`RERANKERS`); None: the bundle's first."""
     temperature: float | None = None
     """None: the bundle's own."""
     seed: int = 0
@@ -69,6 +71,8 @@ class PromptsConfig:
             raise ValueError(f"num is {self.num}; it must be at least 2.")
         if not self.best_of or min(self.best_of) < 1:
             raise ValueError(f"best_of is {self.best_of}; expected numbers of candidates, each at least 1.")
+        if self.rerank is not None and self.rerank not in RERANKERS:
+            raise ValueError(f"rerank {self.rerank!r} is unknown; choose one of {', '.join(RERANKERS)}.")
         if self.guidance_scales is not None and not self.guidance_scales:
             raise ValueError("guidance_scales is empty; give at least one, or None for the bundle's own.")
         if self.temperature is not None and not self.temperature >= 0:
@@ -79,6 +83,8 @@ class Prompt(NamedTuple):
     text: str
     group: str
     """"seen", or which kind of combination training never shows."""
+    kind: str | None = None
+    """What kind of thing is asked for, if there are several."""
 
 
 Verdict = Mapping[str, bool | None]
@@ -103,12 +109,12 @@ class ScenesSubject:
     """Scenes of `smalti.data.scenes`."""
 
     name = "scenes"
-    categories = ("all", "attributes", *CATEGORIES)
+    categories: tuple[str, ...] = ("all", "attributes", *CATEGORIES)
 
     def prompts(self, num: int, seed: int) -> list[Prompt]:
         """Seen and unseen in turn."""
         rows = [scene_row("test", index, seed) for index in range(num)]
-        return [Prompt(row.caption, row.unseen or SEEN) for row in rows]
+        return [Prompt(row.caption, row.unseen or SEEN, row.scene.claim.kind) for row in rows]
 
     def true_images(self, num: int, seed: int) -> Float[torch.Tensor, "B 3 H W"] | None:
         pictures = np.stack([render(scene_row("test", index, seed).scene.content) for index in range(num)])
@@ -117,14 +123,14 @@ class ScenesSubject:
     def judge(self, images: Float[torch.Tensor, "B 3 H W"], prompts: Sequence[str]) -> list[Verdict]:
         pictures = to_pixels(images)
         found = [check(parse_caption(text), read_picture(p)) for text, p in zip(prompts, pictures, strict=True)]
-        return [{"all": one.all, "attributes": one.attributes, **one._asdict()} for one in found]
+        return [{"all": one.all, "attributes": one.attributes, **asdict(one)} for one in found]
 
 
 class DigitsSubject:
     """Coloured digits. Which pairs of colours a bundle has seen is not known."""
 
     name = "digits"
-    categories = ("all", "digit", "foreground", "background")
+    categories: tuple[str, ...] = ("all", "digit", "foreground", "background")
 
     def __init__(self) -> None:
         self.classifier = load_digit_classifier()
@@ -402,10 +408,14 @@ def evaluate_prompts(
         base = replace(base, temperature=config.temperature)
     scales = (base.guidance_scale,) if config.guidance_scales is None else config.guidance_scales
     most = max(config.best_of)
-    rerank = pipe.rerankers[0] if most > 1 else None
+    rerank = None
+    if most > 1:
+        rerank = config.rerank or pipe.rerankers[0]
+        pipe.check_drawing(1, most, rerank)
     rows: list[Row] = []
     shown: dict[str, list[Shown]] = {}
     groups = [prompt.group for prompt in prompts]
+    kinds = [prompt.kind for prompt in prompts if prompt.kind is not None]
     if (true := subject.true_images(config.num, config.seed)) is not None:
         with stage("rebuilding true pictures", show=show_progress):
             rebuilt = pipe.decode_images(pipe.encode_images(true, batch_size=_AT_ONCE), batch_size=_AT_ONCE)
@@ -434,6 +444,8 @@ def evaluate_prompts(
                 progress.advance(len(chosen))
             for n, found in verdicts.items():
                 rows += rows_of(found, groups, subject.categories, scale, n)
+                if kinds:
+                    rows += rows_of(found, kinds, subject.categories, scale, n)
     return PromptsReport(
         rows=rows,
         subject=subject.name,

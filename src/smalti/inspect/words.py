@@ -8,7 +8,7 @@ Letters: P prompts, L text ids of a caption, h w code grid, N heads.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,11 +16,10 @@ from torch import Tensor
 
 from smalti.errors import InputError, shortened
 from smalti.inspect.attention import attention_weights
-from smalti.models.decode_state import DecodeState
 from smalti.models.decoder_only import DecoderOnly
 from smalti.models.encoder_decoder import EncoderDecoder
 from smalti.models.loss import token_nll
-from smalti.sequences.layout import Marker, Slot, SpanValues
+from smalti.sequences.layout import Marker, Packed, Slot, SpanValues
 from smalti.tasks.images import Pipeline
 
 
@@ -61,90 +60,89 @@ class Swap:
 
 
 @torch.inference_mode()
-def swapped_codes(pipe: Pipeline, caption: str, other: str, swaps: Sequence[Swap]) -> Int[Tensor, "rows h w"]:
-    """The likeliest codes, one after the other, of `caption`, of `other`, and of `caption` after each swap.
+def swapped_codes(
+    pipe: Pipeline, captions: Sequence[str], others: Sequence[str], swaps: Sequence[Swap]
+) -> Int[Tensor, "P rows h w"]:
+    """The likeliest codes, one after the other: of each caption, of the other one, and of the caption after each swap.
 
     Of a model with a text encoder the keys and values are those that cross-attention looks at. Raises InputError as
-    `difference` does.
+    `difference` does, and if captions have different numbers of text ids.
     """
-    found = difference(pipe, caption, other)
-    num = 2 + len(swaps)
-    ids = found.ids[[0, 1] + [0] * len(swaps)]
-    model: Any = pipe.model
+    found = [difference(pipe, *pair) for pair in zip(captions, others, strict=True)]
+    if len({one.ids.shape[1] for one in found}) != 1:
+        raise InputError(
+            f"{len(found)} captions have different numbers of text ids; give those of one length together."
+        )
+    model, each = pipe.model, 2 + len(swaps)
+    ids = torch.cat([one.ids[[0, 1] + [0] * len(swaps)] for one in found])  # (P * rows, L)
+    rows = [
+        _Swapped(swap, each * i + row, each * i + 1, one.place)
+        for i, one in enumerate(found)
+        for row, swap in enumerate(swaps, 2)
+    ]
     if isinstance(model, DecoderOnly):
-        return _drawn_decoder_only(pipe, model, ids, found, swaps)
-    if isinstance(model, EncoderDecoder):
-        return _drawn_encoder_decoder(pipe, model, ids, found, swaps, num)
-    raise InputError(f"{pipe.name} is a {type(model).__name__}; words are swapped in models that read text ids.")
+        codes = _drawn_decoder_only(pipe, model, ids, rows)
+    elif isinstance(model, EncoderDecoder):
+        codes = _drawn_encoder_decoder(pipe, model, ids, rows)
+    else:
+        raise InputError(f"{pipe.name} is a {type(model).__name__}; words are swapped in models that read text ids.")
+    return codes.unflatten(0, (-1, each))
+
+
+class _Swapped(NamedTuple):
+    """A row that gets something of another one."""
+
+    swap: Swap
+    row: int
+    source: int
+    place: int
+    """Of the differing id in the caption."""
+
+    def positions(self, text: int, end: int) -> list[int]:
+        """What is swapped of a sequence whose caption begins at `text`, up to `end`."""
+        first = text + self.place
+        last = end if self.swap.following is None else min(first + 1 + self.swap.following, end)
+        return list(range(first if self.swap.word else first + 1, last))
 
 
 def _drawn_decoder_only(
-    pipe: Pipeline, model: DecoderOnly, ids: Int[Tensor, "rows L"], found: Difference, swaps: Sequence[Swap]
+    pipe: Pipeline, model: DecoderOnly, ids: Int[Tensor, "rows L"], swapped: Sequence[_Swapped]
 ) -> Int[Tensor, "rows h w"]:
-    order = pipe.bundle.order("text", "image")
-    num, L = ids.shape
-    spans = {"text": SpanValues(ids, torch.full((num,), L)), "image": _no_codes(pipe, num)}
-    packed = pipe.layout.pack(order, spans)
-    token_ids, (start, first) = packed.token_ids, _positions(pipe, order, L)
-    slot = pipe.layout.slots[int(packed.slot_ids[0, first])]
-    state = model.new_state(num, first + pipe.bundle.image_length)
-    hidden = model.extend(state, slice(0, num), token_ids[:, :first])
-    # What the last token has made of the caption before the swap is made anew: it is run again behind swapped ones.
-    for row, swap in enumerate(swaps, 2):
-        places = _places(swap, start + found.place, first)
+    packed, (text, first), slot = _packed(pipe, ids)
+    state = model.new_state(len(ids), first + pipe.bundle.image_length)
+    every = slice(0, len(ids))
+    model.extend(state, every, packed.token_ids[:, :first])
+    for one in swapped:
+        positions = one.positions(text, first)
         for both in state.both:
-            for part, wanted in enumerate((swap.keys, swap.values)):
+            for part, wanted in enumerate((one.swap.keys, one.swap.values)):
                 if wanted:
-                    both[part, row][:, places] = both[part, 1][:, places]
-    if swaps:
-        hidden = _run_last_again(model, state, token_ids[:, first - 1 : first], swaps, first)
-    return _greedy(pipe, slot, lambda codes: model.extend(state, slice(0, num), codes), hidden)
-
-
-def _run_last_again(
-    model: DecoderOnly, state: DecodeState, last: Int[Tensor, "rows 1"], swaps: Sequence[Swap], first: int
-) -> Float[Tensor, "rows D"]:
-    """What predicts the first code, from keys and values as they are now. Rows whose swap goes up to the last token
-    keep what was swapped there."""
+                    both[part, one.row][:, positions] = both[part, one.source][:, positions]
+    # The last token is run again, since it is what predicts the first code, from keys and values as they are now. Where
+    # the swap reaches up to it, its own are kept as they were swapped.
     kept = [both[:, :, :, first - 1].clone() for both in state.both]
     state.lengths = [length - 1 for length in state.lengths]
-    hidden = model.extend(state, slice(0, len(last)), last)
-    whole = [row for row, swap in enumerate(swaps, 2) if swap.following is None]
-    for both, before in zip(state.both, kept, strict=True):
-        for part, wanted in enumerate(("keys", "values")):
-            for row in whole:
-                if getattr(swaps[row - 2], wanted):
-                    both[part, row, :, first - 1] = before[part, row]
-    return hidden
-
-
-def _places(swap: Swap, place: int, first: int) -> list[int]:
-    end = first if swap.following is None else min(place + 1 + swap.following, first)
-    return list(range(place if swap.word else place + 1, end))
+    hidden = model.extend(state, every, packed.token_ids[:, first - 1 : first])
+    for one in swapped:
+        for both, before in zip(state.both, kept, strict=True):
+            for part, wanted in enumerate((one.swap.keys, one.swap.values)):
+                if wanted and one.swap.following is None:
+                    both[part, one.row, :, first - 1] = before[part, one.row]
+    return _greedy(pipe, slot, lambda codes: model.extend(state, every, codes), hidden)
 
 
 def _drawn_encoder_decoder(
-    pipe: Pipeline,
-    model: EncoderDecoder,
-    ids: Int[Tensor, "rows L"],
-    found: Difference,
-    swaps: Sequence[Swap],
-    num: int,
+    pipe: Pipeline, model: EncoderDecoder, ids: Int[Tensor, "rows L"], swapped: Sequence[_Swapped]
 ) -> Int[Tensor, "rows h w"]:
-    order = pipe.bundle.order("text", "image")
-    L = ids.shape[1]
-    spans = {"text": SpanValues(ids, torch.full((num,), L)), "image": _no_codes(pipe, num)}
-    packed = pipe.layout.pack(order, spans)
-    token_ids, first = packed.token_ids, _positions(pipe, order, L).image
-    slot = pipe.layout.slots[int(packed.slot_ids[0, first])]
-    context = model.encode(token_ids[:, : first - 1])
-    for row, swap in enumerate(swaps, 2):
-        places = _places(swap, found.place, first - 1)
-        for held, wanted in ((context.keys, swap.keys), (context.values, swap.values)):
+    packed, (text, first), slot = _packed(pipe, ids)
+    context = model.encode(packed.token_ids[:, : first - 1])
+    for one in swapped:
+        positions = one.positions(text, first - 1)
+        for held, wanted in ((context.keys, one.swap.keys), (context.values, one.swap.values)):
             for layer in held:
                 if wanted:
-                    layer[row][:, places] = layer[1][:, places]
-    decoded = token_ids[:, first - 1 : first]
+                    layer[one.row][:, positions] = layer[one.source][:, positions]
+    decoded = packed.token_ids[:, first - 1 : first]
 
     def step(codes: Int[Tensor, "rows 1"]) -> Float[Tensor, "rows D"]:
         nonlocal decoded
@@ -154,10 +152,13 @@ def _drawn_encoder_decoder(
     return _greedy(pipe, slot, step, model.decode(decoded, context)[:, -1])
 
 
-def _no_codes(pipe: Pipeline, num: int) -> SpanValues:
-    """Codes that only stand where others will be drawn."""
-    length = pipe.bundle.image_length
-    return SpanValues(torch.zeros(num, length, dtype=torch.long), torch.full((num,), length))
+def _packed(pipe: Pipeline, ids: Int[Tensor, "rows L"]) -> tuple[Packed, "_Positions", Slot]:
+    """Sequences of captions with codes that only stand where others will be drawn, and the slot of these."""
+    order, (rows, L), length = pipe.bundle.order("text", "image"), ids.shape, pipe.bundle.image_length
+    codes = SpanValues(torch.zeros(rows, length, dtype=torch.long), torch.full((rows,), length))
+    packed = pipe.layout.pack(order, {"text": SpanValues(ids, torch.full((rows,), L)), "image": codes})
+    positions = _positions(pipe, order, L)
+    return packed, positions, pipe.layout.slots[int(packed.slot_ids[0, positions.image])]
 
 
 class _Positions(NamedTuple):

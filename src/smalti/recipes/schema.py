@@ -255,6 +255,8 @@ class CaptionsRecipe(Section):
     model: TransformerConfig
     """Without `max_length`, which is that of the layout's longest sequence; `preset` names one of `PRESETS` to start
     from."""
+    begin_with: Path | None = None
+    """Bundle whose weights the training begins with, of the same layout, words and shape. None: random ones."""
     train: TrainConfig
     watch: SampleTableConfig = SampleTableConfig()
     sample: Sampling = Sampling()
@@ -378,6 +380,8 @@ class ScenesRecipe(Section):
     model: TransformerConfig
     """Without `max_length`, which is that of the layout's longest sequence; `preset` names one of `PRESETS` to start
     from."""
+    begin_with: Path | None = None
+    """Bundle whose weights the training begins with, of the same layout, words and shape. None: random ones."""
     train: TrainConfig
     watch: SampleTableConfig = SampleTableConfig()
     sample: Sampling = Sampling()

@@ -33,5 +33,6 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
         model=recipe.model,
         learn_words=lambda captions: TextTokenizer.train(captions, words)[0],
         text_tokenizer=given,
+        begin_with=recipe.begin_with,
     )
     return train_on_pairs(recipe, image_tokenizer, shape, command=command, show_progress=show_progress)

@@ -61,6 +61,8 @@ class Shape:
     """The recipe's own, in place of one that is learned."""
     reranker: DualEncoderConfig | None = None
     """A dual encoder to train first; `recipe.reranker` says how."""
+    begin_with: Path | None = None
+    """The bundle whose weights training begins with."""
 
 
 def train_on_pairs(
@@ -117,6 +119,8 @@ def train_on_pairs(
         if shape.reranker is not None:
             reranker = _trained_reranker(recipe, shape.reranker, train, validation, processes, show_progress)
             model = _lent_encoder(recipe, shape.model, reranker)
+        if shape.begin_with is not None:
+            model = _weights(shape.begin_with, shape, text_tokenizer)
 
         def make_pipeline(model: AnyModel, **described: Any) -> Pipeline:
             bundle = Bundle(
@@ -184,6 +188,21 @@ def _lent_encoder(
         fresh = EncoderDecoder(model)
     lend_encoder(reranker, fresh)
     return fresh
+
+
+def _weights(path: Path, shape: Shape, text_tokenizer: TextTokenizer) -> AnyModel:
+    """The model of a bundle. Raises InputError if it is not of the shape, or of other words."""
+    bundle = Bundle.load(path)
+    config = getattr(bundle.model.config, "transformer", bundle.model.config)
+    differ = {
+        "layout": bundle.layout.to_dict() != shape.layout.to_dict(),
+        "model": config != shape.model,
+        "words": getattr(bundle.text_tokenizer, "words", None) != text_tokenizer.words,
+    }
+    if any(differ.values()):
+        what = ", ".join(name for name, does in differ.items() if does)
+        raise InputError(f"begin_with {path}: its {what} differ from the recipe's; name a bundle of the same.")
+    return bundle.model
 
 
 def _learn_words(pairs: Path, shape: Shape, show_progress: bool) -> TextTokenizer:
