@@ -17,7 +17,7 @@ from smalti.image_files import read_receipt
 
 PROMPTS = [
     ("a purple dog", "Animals", "Basic", ""),
-    ("two cats on a tree & <more>", "Animals", "Quantity", "counts"),
+    ("two cats & <b>", "Animals", "Quantity", "counts"),
     ("a dog and two red cats on a tree on a red tree on a red tree", "Arts", "Basic", ""),
     ("a tree", "Arts", "Basic", ""),
 ]
@@ -75,7 +75,7 @@ def test_partiprompts_are_read_as_they_were_counted(shared_dir):
 def test_each_prompt_is_drawn_as_alone_and_shown_in_its_place(table, tmp_path):
     pipe, config = tiny_bpe_pipeline(), GalleryConfig(n=2, seed=5, sampling={"temperature": 0.9})
     counts = draw_gallery(pipe, read_prompts(table), tmp_path / "out", config, source=str(table), command="smalti …")
-    assert counts == {"prompts": 4, "drawn": 4, "cut": 2, "not drawn": 0}
+    assert counts == {"prompts": 4, "drawn": 4, "cut": 1, "not drawn": 0}
     for number, (prompt, *_) in enumerate(PROMPTS[:2], 1):
         [first, second] = pipe.generate(prompt, seed=5 + 2 * (number - 1), n=2, temperature=0.9)
         for i, alone in enumerate((first, second), 1):
@@ -88,7 +88,7 @@ def test_each_prompt_is_drawn_as_alone_and_shown_in_its_place(table, tmp_path):
     assert len(pictures) == 8 and all((tmp_path / "out" / name).is_file() for name in pictures)
     assert {"#c0", "#c1"} <= set(page.sources)
     shown = "".join(page.texts)
-    for part in ("Animals (2)", "Quantity (1)", "2. two cats on a tree & <more>", "counts", "temperature 0.9"):
+    for part in ("Animals (2)", "Quantity (1)", "2. two cats & <b>", "counts", "temperature 0.9"):
         assert part in shown
     assert "the caption was cut to 11 tokens" in shown and "5 (prompt k, picture i: seed + " in shown
     assert pipe.weights_sha256 in shown and "smalti …" in shown

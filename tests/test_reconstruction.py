@@ -281,6 +281,8 @@ def test_several_tokenizers_in_one_table(tokenizers, folder, tmp_path):
     written = json.loads((tmp_path / "out" / "reconstruction.json").read_text())
     assert written["feature_space"] == FEATURE_SPACE and written["command"].startswith("smalti evaluate")
     read = written["image_tokenizers"][str(tokenizers[0])]
+    assert read.pop("same_codes") == 1
+    assert written["image_tokenizers"][str(tokenizers[1])]["same_codes"] is None  # other entries
     assert ReconstructionReport(**{**read, "image_size": tuple(read["image_size"])}) == reports[0]
     with pytest.raises(InputError, match=r"reconstruction.json exists already"):
         comparison.write(tmp_path / "out")

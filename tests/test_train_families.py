@@ -433,6 +433,30 @@ def test_an_enlarged_decoder_is_trained_over_codes_that_stay(tmp_path, pictures,
         train(tmp_path / "x", pictures, held_out, config, wrong, adversarial=AdversarialConfig())
 
 
+def test_an_enlarged_convolutional_decoder_is_trained_over_codes_that_stay(tmp_path, pictures, held_out):
+    """Behind a codebook of moving averages, which would go on moving."""
+    torch.manual_seed(0)
+    codes = QuantizerConfig(codebook_size=16, code_dim=4, update="ema", restart_below=0.1)
+    small = VQGAN(replace(VQGAN_CONFIG, quantizer=codes))
+    save_image_tokenizer(small, tmp_path / "small")
+    levels = small.config.decoder_multipliers
+    wide = replace(
+        small.config, decoder_multipliers=tuple(2 * level for level in levels), decoder_attention_levels=(0,)
+    )
+    config = replace(SHORT, stage="decoder", start_from=tmp_path / "small", best_by="last")
+    after = train(tmp_path / "run", pictures, held_out, config, wide, adversarial=AdversarialConfig())
+    images = to_images(torch.from_numpy(scenes(3)))
+    assert isinstance(after, VQGAN) and after.config == wide
+    assert torch.equal(after.encode_images(images), small.eval().encode_images(images))
+    for name, tensor in small.state_dict().items():
+        if name.split(".")[0] in ("encoder", "to_code", "quantizer"):
+            assert torch.equal(after.state_dict()[name], tensor), name
+    untrained = small.with_decoder(wide.decoder_multipliers, wide.decoder_attention_levels)
+    assert not torch.equal(after.decoder.conv_in.weight, untrained.decoder.conv_in.weight)
+    with pytest.raises(ValueError, match=f"are 1 levels; this tokenizer's codes need {len(levels)}"):
+        small.with_decoder((1,), ())
+
+
 # What cannot run is refused before it starts
 
 
@@ -541,8 +565,8 @@ def test_the_command_line_says_what_to_mend(arguments, message, capsys):
 
 
 def test_the_tokenizer_recipes_make_small_tokenizers():
-    """At most 6 MB in half precision; 9 where a TiTok carries the decoder of the VQGAN whose codes it learned, 15 where a
-    decoder is an enlarged one."""
+    """At most 6 MB in half precision; 9 where a TiTok carries the decoder of the VQGAN whose codes it learned, 15 where
+    a decoder is an enlarged one."""
     families = {VQGANConfig: VQGAN, ViTVQGANConfig: ViTVQGAN, TiTokConfig: TiTok}
     recipes = {name: load_recipe(name) for name in shipped_recipes()}
     configs = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw
 from rich.table import Table
 from torch import Tensor, nn
@@ -58,11 +58,18 @@ class ReconstructionReport:
     dead_codes: int
 
 
-@torch.inference_mode()
 def measure_reconstruction(
     image_tokenizer: Any, pictures: UInt8[Tensor, "N H W 3"], lpips: LPIPS | None = None, batch_size: int = 32
 ) -> ReconstructionReport:
     """The figures of one image tokenizer, put in eval mode for it. Raises ValueError for fewer than 2 pictures."""
+    return _measured(image_tokenizer, pictures, lpips, batch_size)[0]
+
+
+@torch.inference_mode()
+def _measured(
+    image_tokenizer: Any, pictures: UInt8[Tensor, "N H W 3"], lpips: LPIPS | None, batch_size: int = 32
+) -> tuple[ReconstructionReport, Int[Tensor, "N h w"]]:
+    """The figures, and the codes of the pictures."""
     N, H, W, _ = pictures.shape
     if N < 2:
         raise ValueError(f"{N} pictures; a Fréchet distance needs at least 2.")
@@ -86,7 +93,7 @@ def measure_reconstruction(
     health.update(all_codes)
     seen = health.report()
     mse = squared_error / pictures.numel()
-    return ReconstructionReport(
+    report = ReconstructionReport(
         num_pictures=N,
         image_size=(H, W),
         num_codes=all_codes[0].numel(),
@@ -99,6 +106,7 @@ def measure_reconstruction(
         perplexity=seen.perplexity,
         dead_codes=seen.dead_codes,
     )
+    return report, all_codes
 
 
 def to_images(pictures: UInt8[Tensor, "N H W C"], device: torch.device | str = "cpu") -> Float[Tensor, "N C H W"]:
@@ -193,12 +201,15 @@ class Comparison:
     pictures: str
     command: str
     reports: Mapping[str, ReconstructionReport]
+    same_codes: Mapping[str, float | None]
+    """The share of codes that are those of the first tokenizer: 1 where an enlarged decoder stands behind the same
+    encoder and codebook. None where there is another number of codes or of entries."""
     sheet: Image.Image
     """The first pictures in the top row, each tokenizer's reconstructions in a row of its own below."""
 
     def table(self) -> Table:
         table = Table("image tokenizer", "pictures", "codes", "PSNR dB", "SSIM", "LPIPS", "Fréchet", box=None)
-        for title in ("usage", "perplexity", "dead"):
+        for title in ("usage", "perplexity", "dead", "codes as the first's"):
             table.add_column(title)
         for name, report in self.reports.items():
             table.add_row(
@@ -212,6 +223,7 @@ class Comparison:
                 f"{report.codebook_usage:.1%}",
                 f"{report.perplexity:.0f}",
                 f"{report.dead_codes:,}",
+                "–" if (same := self.same_codes[name]) is None else f"{same:.1%}",
             )
         table.caption = f"Fréchet distance in the space of {FEATURE_SPACE}: not an FID."
         return table
@@ -224,7 +236,10 @@ class Comparison:
             "command": self.command,
             "pictures": self.pictures,
             "feature_space": FEATURE_SPACE,
-            "image_tokenizers": {name: dataclasses.asdict(report) for name, report in self.reports.items()},
+            "image_tokenizers": {
+                name: {**dataclasses.asdict(report), "same_codes": self.same_codes[name]}
+                for name, report in self.reports.items()
+            },
         }
         with new_file(directory / REPORT_FILES[0], force=force) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -255,6 +270,8 @@ def compare_tokenizers(
     reports: dict[str, ReconstructionReport] = {}
     strips: dict[str, Tensor] = {}
     sizes: dict[tuple[int, int], Tensor] = {}
+    first: tuple[int, Tensor] | None = None
+    same_codes: dict[str, float | None] = {}
     for directory in track(directories, "measuring image tokenizers", unit="tokenizer", show=show_progress):
         image_tokenizer: Any = load_image_tokenizer(find_image_tokenizer(directory))
         size = image_size or default_image_size(image_tokenizer.config)
@@ -262,9 +279,14 @@ def compare_tokenizers(
             sizes[size] = picture_set.fitted(rows, size)
             strips[f"pictures {size[0]} x {size[1]}"] = to_images(sizes[size][:num_shown])
         name = str(directory)
-        reports[name] = measure_reconstruction(image_tokenizer, sizes[size], lpips)
+        reports[name], codes = _measured(image_tokenizer, sizes[size], lpips)
+        first = first or (reports[name].codebook_size, codes)
+        alike = first[0] == reports[name].codebook_size and first[1].shape == codes.shape
+        same_codes[name] = float((codes == first[1]).float().mean()) if alike else None
         strips[name] = _rebuilt(image_tokenizer, to_images(sizes[size][:num_shown]))
-    return Comparison(pictures=str(pictures), command=command, reports=reports, sheet=draw_strips(strips))
+    return Comparison(
+        pictures=str(pictures), command=command, reports=reports, same_codes=same_codes, sheet=draw_strips(strips)
+    )
 
 
 def find_image_tokenizer(directory: Path | str) -> Path:
