@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smalti.cli.app import run
-from smalti.models.config import TransformerConfig, preset_config
+from smalti.models.config import TransformerConfig
 from smalti.planning.footprint import Task, example, footprint, make_model
 from smalti.planning.gpus import GPUS, TRAINING_EFFICIENCY, find_gpu
 from smalti.planning.layouts import Footprints, choose_layout
@@ -42,7 +42,7 @@ def test_products_and_parameters_are_those_worked_by_hand():
     assert found.num_parameters == whole and found.block_parameters == block and found.in_blocks == 5 * block
     assert found.flops == pytest.approx(3 * flops, rel=1e-12)
     assert found.weights_bytes == pytest.approx(4 * whole, rel=0.05) and found.gradients_bytes == 4 * whole
-    assert found.optimizer_bytes == pytest.approx(8 * whole, rel=0.01)
+    assert 8 * whole <= found.optimizer_bytes < 8 * whole + 100_000  # and what the step has not let go of
 
 
 def test_a_deep_model_is_the_sum_of_its_layers():
@@ -57,11 +57,15 @@ def test_a_deep_model_is_the_sum_of_its_layers():
 
 
 def test_recomputed_activations_are_a_layers_input():
-    kept, again = (footprint(SMALL, 4, precision="float32", recompute=on) for on in (False, True))
-    B, T, D = 4, 36, 48
-    deeper = SMALL._replace(shape=replace(SHAPE, num_layers=6))
-    one_more = footprint(deeper, 4, precision="float32", recompute=True).activations_bytes - again.activations_bytes
-    assert one_more == pytest.approx(4 * B * T * D, rel=0.01) and again.activations_bytes < kept.activations_bytes
+    """With so many rows that they outweigh a layer's gradients."""
+    B, T, D = 64, 36, 48
+    three = SMALL._replace(shape=replace(SHAPE, num_layers=3))
+    kept, again = (footprint(three, B, precision="float32", recompute=on) for on in (False, True))
+    fewer = footprint(SMALL._replace(shape=replace(SHAPE, num_layers=2)), B, precision="float32", recompute=True)
+    one_more = again.activations_bytes - fewer.activations_bytes
+    gradients = 4 * plain_numbers()[0]
+    assert 4 * B * T * D - gradients <= one_more <= 4 * B * T * D
+    assert again.activations_bytes < 0.5 * kept.activations_bytes
 
 
 def test_activations_are_what_autograd_keeps():
@@ -85,9 +89,7 @@ def test_activations_are_what_autograd_keeps():
     assert sum(saved.values()) < found < 1.6 * sum(saved.values())
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"), [("llamagen-b", 110_888_448), ("llamagen-3b", 3_096_659_200), ("parti-3b", 3_087_169_536)]
-)
+@pytest.mark.parametrize(("name", "parameters"), [("llamagen-b", 110_888_448), ("parti-350m", 385_809_408)])
 def test_presets_have_their_published_sizes(name, parameters):
     subject = find_subject(name)
     found = footprint(subject.task, 1, precision="float32", sharded=True)
@@ -97,6 +99,7 @@ def test_presets_have_their_published_sizes(name, parameters):
 
 
 def test_a_large_model_is_laid_out_in_shares_and_a_small_one_is_not():
+    """LlamaGen-3B's width and depth are those of its preset; counted once, in two shallow runs."""
     subject = find_subject("llamagen-3b", ["batch_size=64"])
     h100, footprints = find_gpu("h100"), Footprints(subject.task, "bfloat16")
     one, why = choose_layout(subject.task, h100, 1, footprints)
@@ -148,4 +151,3 @@ def test_the_command_prints_a_plan(capsys):
     assert "trains an image tokenizer alone" in capsys.readouterr().err
     assert run(["plan", "llamagen-b", "--devices", "none"]) == 2 and run(["plan", "llamagen-b", "--gpu", "tpu"]) == 2
     assert run(["plan", "llamagen-b", "train.epochs=3"]) == 2
-    assert preset_config("llamagen-b", max_length=257, grid=(16, 16), prefix_length=1).d_model == 768

@@ -126,8 +126,8 @@ def _waited_for(rows: Iterator[dict[str, Any]], deadline_s: float, ray: Any, act
 
 def _import_ray() -> Any:
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError("this needs ray, which is in an extra: pip install 'smalti[ray]'.") from error
     return ray

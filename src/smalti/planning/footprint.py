@@ -7,6 +7,7 @@ it, without a formula for each family; a deep model is run at two small depths, 
 Letters: B rows of a micro-batch, T tokens, L layers.
 """
 
+import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -199,6 +200,7 @@ def _run(task: Task, num_rows: int, *, precision: str, sharded: bool, recompute:
             gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            gc.collect()  # frames of the backward pass go round in circles
             state = living.num_bytes - weights
             if recompute:
                 recompute_activations(model)

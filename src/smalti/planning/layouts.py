@@ -8,7 +8,7 @@ gathering weights goes on beside the products, sums within layers do not.
 
 from typing import NamedTuple
 
-from smalti.planning.footprint import Footprint, Task, footprint
+from smalti.planning.footprint import DEPTHS, Footprint, Task, footprint
 from smalti.planning.gpus import BANDWIDTH_EFFICIENCY, GPU, KEPT_FREE, LAYER_S, TRAINING_EFFICIENCY
 from smalti.precision import BFLOAT16
 
@@ -193,8 +193,7 @@ def memory_of(
 
 
 def num_layers(task: Task) -> int:
-    shape = task.shape
-    return shape.num_layers if hasattr(shape, "num_layers") else shape.encoder_layers + shape.decoder_layers
+    return sum(getattr(task.shape, name, 0) for name in DEPTHS)
 
 
 def _held(whole: Footprint, tensor_parallel: int) -> float:

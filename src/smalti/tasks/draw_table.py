@@ -89,7 +89,8 @@ def draw_table(
         with stage("drawing", len(captions), unit="picture", completed=done, show=show_progress) as progress:
             for _ in do_parts(job, missing, workers=config.workers, ray=config.ray):
                 progress.update(min(len(captions), progress.completed + config.rows_per_part))
-        metadata = tokenizer_metadata(face.bundle.image_tokenizer, face.bundle.text_tokenizer)
+        words: Any = face.bundle.text_tokenizer
+        metadata = tokenizer_metadata(face.bundle.image_tokenizer, words)
         readers = [ParquetReader(job.file(part)) for part in range(num_parts)]
         num_rows = write_token_table(output, _rows(readers), metadata, force=force)
         shutil.rmtree(folder)

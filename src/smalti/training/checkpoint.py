@@ -162,7 +162,8 @@ def save_shards(
 ) -> None:
     """`save_checkpoint` by all processes of a run together, each of which writes and hashes its part. `wait` waits for
     all of them; `directory` lies where all of them see it."""
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     final = directory / f"step_{step:08d}"
     partial = directory / f"{_PARTIAL}{final.name}"
@@ -202,7 +203,8 @@ def save_shards(
 
 def load_shards(shards: Path, tensors: dict[str, Tensor]) -> None:
     """Fills tensors, whole or in shares of any number of processes, from those of the same names."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     with _without_notices():
         load(tensors, storage_reader=HuggingFaceStorageReader(str(shards)))
@@ -210,7 +212,7 @@ def load_shards(shards: Path, tensors: dict[str, Tensor]) -> None:
 
 def shapes_of_shards(shards: Path) -> dict[str, torch.Size]:
     """The tensors in a checkpoint of shares."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     found: dict[str, Any] = HuggingFaceStorageReader(str(shards)).read_metadata().state_dict_metadata
     return {name: tensor.size for name, tensor in found.items()}

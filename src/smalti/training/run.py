@@ -100,13 +100,13 @@ def update_average(averaged: nn.Module, model: nn.Module, step: int, decay: floa
     """averaged ← d · averaged + (1 − d) · model with d = min(decay, (1 + step) / (10 + step)), which soon forgets the
     first, random weights. Buffers are copied. Of weights in shares each process averages its own."""
     share = 1 - min(decay, (1 + step) / (10 + step))
-    both = [list(averaged.parameters()), list(model.parameters())]
+    both: list[list[Tensor]] = [list(averaged.parameters()), list(model.parameters())]
     if in_shares:
         from smalti.training.parallel import own_share
 
         both = [[own_share(parameter) for parameter in parameters] for parameters in both]
     lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
-    lerp_(*both, share)
+    lerp_(both[0], both[1], share)
     for average, buffer in zip(averaged.buffers(), model.buffers(), strict=True):
         average.copy_(buffer)
 
