@@ -57,7 +57,7 @@ def unknown_words(words: list[str]) -> list[str]:
             command = command.commands[SHORT_FOR[command.name]]
         else:
             return rest[:1]
-    known = {option for parameter in command.params for option in parameter.opts}
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     return [word for word in rest if word.startswith("-") and word not in known]
 
 
