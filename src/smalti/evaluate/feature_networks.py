@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smalti.data.labelled_pictures import Labelled, open_labelled
+from smalti.devices import choose_device
 from smalti.documents import read_json
 from smalti.errors import InputError
 from smalti.evaluate.classes import MOST_TRAINING, Judge, train_judge
@@ -98,12 +99,8 @@ def _images(pictures: UInt8[Tensor, "B H W 3"], device: torch.device | str) -> U
     return pictures.permute(0, 3, 1, 2).contiguous().to(device)
 
 
-def best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def inception_features(network: Inception, sha256: str, resizer: str) -> FeatureNetwork:
-    device = best_device()
+    device = choose_device()
     network = network.to(device)
     return FeatureNetwork(
         name=INCEPTION,
@@ -114,7 +111,7 @@ def inception_features(network: Inception, sha256: str, resizer: str) -> Feature
 
 
 def judge_features(judge: Judge) -> FeatureNetwork:
-    device = best_device()
+    device = choose_device()
     judge = judge.eval().to(device)
 
     def compute(pictures: UInt8[Tensor, "B H W 3"]) -> Found:
@@ -125,7 +122,7 @@ def judge_features(judge: Judge) -> FeatureNetwork:
 
 
 def tokenizer_features(image_tokenizer: Any, picture_size: tuple[int, int]) -> FeatureNetwork:
-    device = best_device()
+    device = choose_device()
     image_tokenizer = image_tokenizer.eval().to(device)
 
     def compute(pictures: UInt8[Tensor, "B H W 3"]) -> Found:
@@ -192,7 +189,7 @@ def open_network(path: Path, protocol: Protocol, *, sha256: str | None = None) -
 
 def _vgg_features(path: Path, tensors: dict[str, Tensor], sha256: str) -> FeatureNetwork:
     """Means over places of the last layer that LPIPS compares: 512 numbers."""
-    network, device = LPIPS(), best_device()
+    network, device = LPIPS(), choose_device()
     trunk = {name.removeprefix("features."): t for name, t in tensors.items() if not name.startswith("classifier.")}
     load_strictly(network.features, trunk, path, "torchvision's vgg16")
     network = network.to(device)
@@ -211,7 +208,7 @@ def _vgg_features(path: Path, tensors: dict[str, Tensor], sha256: str) -> Featur
 
 
 def _convnext_features(path: Path, sha256: str) -> FeatureNetwork:
-    network, device = ConvNeXtDistance.load(path), best_device()
+    network, device = ConvNeXtDistance.load(path), choose_device()
     network = network.to(device)
 
     def compute(pictures: UInt8[Tensor, "B H W 3"]) -> Found:
@@ -245,7 +242,7 @@ def _folder_features(folder: Path, sha256: str | None) -> FeatureNetwork:
         ) from error
     how: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     network: Any = (AutoModel if kind == "dinov2" else CLIPVisionModelWithProjection).from_pretrained(folder, **how)
-    device = best_device()
+    device = choose_device()
     network = network.eval().to(device)
     side, mean, std = _preprocessing(folder, config)
     mean, std = mean.to(device), std.to(device)

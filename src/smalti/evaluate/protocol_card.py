@@ -19,10 +19,11 @@ import torch
 from rich.table import Table
 
 from smalti.bundle import smalti_version
+from smalti.devices import choose_device
 from smalti.documents import read_json
 from smalti.errors import InputError, shortened
 from smalti.evaluate.confidence import LEVEL, Difference, Figure, difference
-from smalti.evaluate.feature_networks import INCEPTION, FeatureNetwork, best_device
+from smalti.evaluate.feature_networks import INCEPTION, FeatureNetwork
 from smalti.evaluate.protocols import Protocol
 from smalti.evaluate.samples import FALLING, FIGURES, GIVEN, OF_INCEPTION, Figures, MeasureConfig, Measured
 from smalti.files import refuse_existing, write_text
@@ -106,7 +107,7 @@ def make_card(
             "width": samples.pooled.width,
             "dtype": "float32, sums in float64",
         },
-        "device": str(best_device()),
+        "device": str(choose_device()),
         "samples": samples.about | {"drawn": drawn},
         "reference": reference.about,
         "bootstrap": {

@@ -21,12 +21,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from smalti.data.loader import prefetch, step_rows
+from smalti.devices import choose_device
 from smalti.errors import InputError, require_finite
 from smalti.models.dual_encoder import DualEncoder, DualEncoderConfig
 from smalti.precision import AUTO, check_precision, compute_precision, resolve_precision
 from smalti.training.checkpoint import run_lock
 from smalti.training.curves import Curves
-from smalti.training.distributed import own_device
 from smalti.training.run import Run, require_finite_weights, scheduled, set_learning_rate, training_stage
 from smalti.training.settings import check_ranges
 from smalti.training.token_model import Pairs, seed_step
@@ -119,7 +119,7 @@ def train_dual_encoder(
     `directory` gets `checkpoints/`, `curves.csv`, `curves.png` and `tensorboard/`. Raises InputError if it holds a run
     of other settings, there are fewer than two pairs, or training diverges.
     """
-    directory, device = Path(directory), own_device(device)
+    directory, device = Path(directory), choose_device("auto" if device is None else device)
     if min(len(train), len(validation)) < 2:
         raise InputError("a dual encoder tells pairs apart: give at least two to train on and two to validate with.")
     with ExitStack() as stack:
