@@ -350,7 +350,7 @@ def require_floating(tensors: Mapping[str, Tensor], used: Iterable[str]) -> None
 
 
 class Nonfinite(NamedTuple):
-    count: int
+    num: int
     of: int
 
 
@@ -364,11 +364,11 @@ def count_nonfinite(tensor: Tensor) -> Nonfinite:
 def nonfinite_notes(found: Mapping[str, Nonfinite], *, allow_nonfinite: bool) -> tuple[str, ...]:
     """Raises InputError of values that are NaN or infinite, by the names of their tensors; if they are allowed, the
     note on them."""
-    nonfinite = [key for key, counted in found.items() if counted.count]
+    nonfinite = [key for key, counted in found.items() if counted.num]
     if not nonfinite:
         return ()
     first = found[nonfinite[0]]
-    what = f"{nonfinite[0]} holds {first.count} of {first.of} values that are NaN or infinite"
+    what = f"{nonfinite[0]} holds {first.num} of {first.of} values that are NaN or infinite"
     others = f", and so do {len(nonfinite) - 1} other tensors" if len(nonfinite) > 1 else ""
     if allow_nonfinite:
         return (f"warning: {what}{others}",)

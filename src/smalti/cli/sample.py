@@ -79,13 +79,12 @@ def sample(
     it was drawn, which smalti evaluate samples takes over.
     """
     from smalti.bundle import classes_of
-    from smalti.cli.app import _given, _interval
     from smalti.data.prompt_lists import read_prompts
     from smalti.tasks.draw_samples import SamplingConfig, Subjects, draw_samples, parse_classes
 
     if (classes is None) == (prompts is None):
         raise InputError("what to draw? Give --classes for a bundle of classes, or --prompts for one of captions.")
-    sampling = _given(
+    sampling = settings_given(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -93,7 +92,7 @@ def sample(
         guidance_scale=guidance_scale,
         guidance_schedule=guidance_schedule,
         guidance_power=guidance_power,
-        guidance_interval=None if guidance_interval is None else _interval(guidance_interval),
+        guidance_interval=None if guidance_interval is None else interval_of(guidance_interval),
     )
     if classes is not None:
         given = {"--per-prompt": per_prompt != 1, "--negative-prompt": negative_prompt, "--text-encoder": text_encoder}

@@ -134,9 +134,9 @@ def train_dual_encoder(
         config = replace(config, precision=resolve_precision(config.precision, device, begun=run.precision))
         found = run.claim({"model": shape, "training": config, "data": {"num_rows": len(train)}})
         if found is not None:
-            step, weights, state = found
-            model.load_state_dict(weights)
-            optimizer.load_state_dict(state["optimizer"])
+            step = found.step
+            model.load_state_dict(found.weights)
+            optimizer.load_state_dict(found.training_state["optimizer"])
         if step == config.num_steps:
             return model.eval()
         curves = Curves(directory, COLUMNS, start_step=step, label="nats per pair")

@@ -148,8 +148,8 @@ def train_upsampler(
     }  # fmt: skip
     start, best = 0, -math.inf
     if (checkpoint := run.claim(settings)) is not None:
-        start, weights, state = checkpoint
-        averaged.load_state_dict(weights)
+        start, state = checkpoint.step, checkpoint.training_state
+        averaged.load_state_dict(checkpoint.weights)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if adversary is not None:
