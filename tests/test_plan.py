@@ -95,7 +95,8 @@ def test_presets_have_their_published_sizes(name, parameters):
     found = footprint(subject.task, 1, precision="float32", sharded=True)
     assert round(found.num_parameters) == parameters
     length = subject.task.layout.max_length
-    assert 0.6 < found.flops / length / (6 * parameters) < 1.3  # six products a parameter and token, and attention
+    # Six products a parameter and token, and attention; an encoder reads captions alone.
+    assert 0.4 < found.flops / length / (6 * parameters) < 1.3
 
 
 def test_a_large_model_is_laid_out_in_shares_and_a_small_one_is_not():
