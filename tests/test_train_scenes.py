@@ -2,9 +2,11 @@
 changes nothing."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from smalti.cli.app import run
 from smalti.data.pairs import PairTable
@@ -88,3 +90,17 @@ def test_the_bundle_is_measured_by_the_command(whole: Path, capsys):
     said = capsys.readouterr().out
     assert "4 prompts of scenes drawn by run" in said and "1 picture, guidance 2" in said
     assert "unseen shape and colour" in said
+
+
+def test_a_training_begins_with_a_bundles_weights_if_it_is_of_the_same_shape(whole: Path, tmp_path):
+    shutil.copytree(
+        whole, tmp_path / "again", ignore=shutil.ignore_patterns("model", "bundle", "prompts.*", "recipe.json")
+    )
+    shutil.copy(whole / "data" / "recipe.json", tmp_path / "again" / "data")
+    begin = f"begin_with={whole / 'bundle'}"
+    with pytest.raises(InputError, match="its model differ from the recipe's; name a bundle of the same"):
+        train(tmp_path / "again", begin, "model.d_ff=19")
+    (tmp_path / "again" / "recipe.json").unlink()
+    trained = train(tmp_path / "again", begin, "train.learning_rate=1e-12", "train.weight_decay=0", "train.ema_decay=0")
+    before, after = (Pipeline.load(folder).model.state_dict() for folder in (whole / "bundle", trained))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
