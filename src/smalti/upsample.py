@@ -14,7 +14,7 @@ Letters: B batch, C H W image, D channels inside, s scale.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -65,7 +65,9 @@ class UpsamplerConfig:
         return self.image_size[0] * self.scale, self.image_size[1] * self.scale
 
 
-def _convolution(channels_in: int, channels_out: int, size: int, padding_mode: str = "zeros") -> nn.Module:
+def _convolution(
+    channels_in: int, channels_out: int, size: int, padding_mode: Literal["zeros", "replicate"] = "zeros"
+) -> nn.Conv2d:
     return weight_norm(nn.Conv2d(channels_in, channels_out, size, padding=size // 2, padding_mode=padding_mode))
 
 
@@ -110,9 +112,9 @@ class Upsampler(nn.Module):
         for channel in range(3):
             weight[channel, :, channel] = kernel
         self.skip.weight = weight.flatten(0, 1)
-        self.skip.bias.data.zero_()
+        nn.init.zeros_(cast(Tensor, self.skip.bias))
         self.tail.weight = self.tail.weight.detach() * 0.1
-        self.tail.bias.data.zero_()
+        nn.init.zeros_(cast(Tensor, self.tail.bias))
 
     @torch.inference_mode()
     def upsample(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 sH sW"]:

@@ -280,14 +280,14 @@ def generate(
     elif prompt is None:
         raise InputError("what to draw? Give a caption, or --class with a bundle of classes.")
     else:
-        from smalti.tasks.features import captions_face
+        from smalti.tasks.features import FeaturePipeline, captions_face
 
         if bundle is None:
             chosen = bundle_for_prompt(prompt, negative_prompt or "")
             bundle = chosen.name
         pipe = captions_face(_loaded_for_prompt(bundle, weights), text_encoder)
         candidates = {} if best_of == 1 and rerank is None else {"best_of": best_of, "rerank": rerank}
-        if clip is not None and not pipe.bundle.reads_features:
+        if clip is not None and not isinstance(pipe, FeaturePipeline):
             from smalti.tasks.clip import Clip
 
             pipe.clip = Clip(clip)

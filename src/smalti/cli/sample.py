@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from smalti.cli.options import interval_of, settings_given
 from smalti.default_bundle import SHIPPED
 from smalti.errors import InputError
 from smalti.stopping import resuming

@@ -173,7 +173,7 @@ def evaluate_candidates(
     show_progress: bool = True,
 ) -> CandidatesReport:
     """Draws candidates of every prompt, and tells how good the best of n is by each of the bundle's rankers."""
-    guidance = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
+    guidance: dict[str, Any] = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
     N, merits, right = config.num_candidates, {name: [] for name in pipe.rerankers}, []
     for number, prompt in enumerate(track(prompts, "drawing candidates", unit="prompt", show=show_progress)):
         codes = pipe.generate_codes(prompt, seed=config.seed + number * N, n=N, **guidance)

@@ -693,7 +693,7 @@ def _say_memorised(section: Section, subject: Subject, config: InspectConfig) ->
     )
     rows = [torch.cat([picture[None], torch.from_numpy(known[near]).view(-1, h, w)]) for picture, near in
             zip(drawn[:6], found.rows[:6], strict=True)]  # fmt: skip
-    decoded = [patches.decoded(subject.image_tokenizer, row).numpy() for row in rows]
+    decoded = [list(patches.decoded(subject.image_tokenizer, row).numpy()) for row in rows]
     section.show(
         "Drawn pictures, and the four known ones nearest to each by edits of codes.",
         figures.picture_grid(decoded, ["drawn", "nearest", "second", "third", "fourth"]),

@@ -393,7 +393,7 @@ def _decide_named(
     )
     confidence = _of_votes(wins[winner], num_halvings) if is_grid else 0.5
     columns = confidence
-    if is_grid and winner.column_order is not None:
+    if is_grid and winner is not None and winner.column_order is not None:
         plain = replace(winner, column_order=None)
         agree = [
             _with_columns_in_order(plain, half.information, entropy).edges == winner.edges for half in evidence.halves
@@ -581,9 +581,8 @@ def recognised(length: int, positions: Int64[np.ndarray, "h w"]) -> Grid:
 
 def _map(length: int, positions: Int64[np.ndarray, "h w"]) -> Grid:
     order = np.argsort(positions.ravel())
-    return _grid_of(
-        length, np.sort(positions.ravel()).tolist(), *positions.shape, "map", cell_order=tuple(order.tolist())
-    )
+    (rows, columns), cells = positions.shape, np.sort(positions.ravel()).tolist()
+    return _grid_of(length, cells, rows, columns, "map", cell_order=tuple(order.tolist()))
 
 
 def _turned(picture: Int64[np.ndarray, "h w"]) -> Iterable[Int64[np.ndarray, "h w"]]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -125,8 +126,9 @@ def _read_grid(path: Path, key: str) -> GridFinding | None:
         return None
 
 
-def _as_grid(given: dict) -> Grid:
-    return Grid(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+def _as_grid(given: dict[str, Any]) -> Grid:
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return Grid(**fields)
 
 
 def page(title: str, about: str, sections: Sequence[Section]) -> str:

@@ -399,8 +399,8 @@ def _read_source(source: Path, names: tuple[str, ...] = ()) -> ForeignWeights:
             return read_shards(source / name)
     found = sorted(file for file in source.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if len(found) != 1:
-        names = ", ".join(file.name for file in found[:6]) or "none"
-        raise InputError(f"{source} holds {len(found)} weight files ({names}); give the one to read.")
+        listed = ", ".join(file.name for file in found[:6]) or "none"
+        raise InputError(f"{source} holds {len(found)} weight files ({listed}); give the one to read.")
     return read_weights(found[0])
 
 

@@ -58,8 +58,8 @@ class DecodeState:
     def values(self, layer: int) -> Float[Tensor, "C M S Dh"]:
         return self.both[layer][1]
 
-    def indices(self, rows: Rows) -> Sequence[int]:
-        return range(rows.start, rows.stop) if isinstance(rows, slice) else rows
+    def indices(self, rows: Rows) -> list[int]:
+        return list(range(rows.start, rows.stop)) if isinstance(rows, slice) else rows
 
     def num_filled(self, row: int) -> int:
         """Slots of a row that hold a token."""

@@ -178,7 +178,7 @@ class Native(Eager):
         return self._run_all(state, indices, tokens)
 
     def _run_all(
-        self, state: DecodeState, indices: Sequence[int], tokens: Sequence[Sequence[int]]
+        self, state: DecodeState, indices: list[int], tokens: Sequence[Sequence[int]]
     ) -> Float[Tensor, "tokens D"]:
         counts = list(map(len, tokens))
         at_once = max(1, MOST_ROWS // max(counts))  # rows
@@ -190,7 +190,7 @@ class Native(Eager):
         """What they take of the head is packed once."""
         if slot is None and isinstance(self.model, EncoderDecoder):
             return self.model.logits(hidden)
-        if slot is None and self.model.config.head_ranges is not None:
+        if slot is None and isinstance(self.model, DecoderOnly) and self.model.config.head_ranges is not None:
             return self.model.spread(self.logits(hidden, self.model.config.head_slot))
         matrix, hidden = self._head(slot).matrix, hidden.contiguous()
         R, D = hidden.shape
@@ -236,7 +236,7 @@ class Native(Eager):
     def _run(
         self,
         state: DecodeState,
-        indices: Sequence[int],
+        indices: list[int],
         tokens: Sequence[Sequence[int]],
         counts: list[int],
         *,
