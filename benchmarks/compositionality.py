@@ -62,12 +62,11 @@ def seen(scene: Scene, words: dict[str, str]) -> bool:
     return not unseen_kinds(scene.claim._replace(groups=(group,), background=words["background"]))
 
 
-def other_words(scene: Scene, words: dict[str, str], what: str, stream: random.Random) -> dict[str, str]:
-    """The words with another one of a kind, such that training could show them."""
-    while True:
-        changed = words | {what: stream.choice(CHOICES[what])}
-        if changed != words and caption(changed).count(" ") == caption(words).count(" ") and seen(scene, changed):
-            return changed
+def other_words(scene: Scene, words: dict[str, str], what: str, stream: random.Random) -> dict[str, str] | None:
+    """The words with another one of a kind, such that training could show them; None if there is none."""
+    changed = [words | {what: choice} for choice in CHOICES[what] if choice != words[what]]
+    fitting = [other for other in changed if seen(scene, other)]
+    return stream.choice(fitting) if fitting else None
 
 
 def swapped(pipe: Pipeline, num: int, what: str) -> dict[str, Any]:
@@ -75,6 +74,8 @@ def swapped(pipe: Pipeline, num: int, what: str) -> dict[str, Any]:
     stream, pairs = random.Random(f"swap {what}"), []
     for scene, words in singles(num, 1):
         other = other_words(scene, words, what, stream)
+        if other is None:
+            continue
         try:
             difference(pipe, caption(words), caption(other))
         except InputError:  # words of several pieces
@@ -122,7 +123,8 @@ def surprise(pipe: Pipeline, num: int) -> dict[str, Any]:
     for scene, words in singles(num, 2):
         picture = torch.tensor(render(scene.content)).permute(2, 0, 1)[None] / 255
         codes = pipe.encode_images(picture)
-        changed = {what: other_words(scene, words, what, stream) for what in CHOICES}
+        others = {what: other_words(scene, words, what, stream) for what in CHOICES}
+        changed = {what: other for what, other in others.items() if other is not None}
         captions = [caption(words), *map(caption, changed.values())]
         nats = picture_nats(pipe, codes.expand(len(captions), -1, -1), captions).numpy()
         areas = cells_of(scene, palette)

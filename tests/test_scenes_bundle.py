@@ -37,7 +37,7 @@ def test_most_of_what_it_draws_is_what_was_asked_for(pipe):
 
 
 def test_the_command_chooses_it_for_a_scene(tmp_path, capsys):
-    prompt = "a large red square above a small green ring"
+    prompt = "three small orange squares on a dotted gray background"
     assert run(["generate", prompt, "-o", str(tmp_path / "a.png"), "--best-of", "4"]) == 0
     assert "drawn by the bundle scenes (a scene of shapes)" in capsys.readouterr().err
     receipt = read_receipt(tmp_path / "a.png")
@@ -46,4 +46,4 @@ def test_the_command_chooses_it_for_a_scene(tmp_path, capsys):
     assert run(["caption", str(tmp_path / "a.png")]) == 0
     captured = capsys.readouterr()
     assert "read by the bundle scenes (it drew the picture)" in captured.err
-    assert "red square" in captured.out and "green ring" in captured.out
+    assert "three" in captured.out and "orange squares" in captured.out
