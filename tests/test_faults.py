@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ from smalti.arrays import read_npz
 from smalti.bounds import MAX_CANDIDATES, MAX_PICTURES, MAX_VOCABULARY
 from smalti.cli import app as cli
 from smalti.data.lines import import_lines
-from smalti.data.tokenize_pairs import _claim
+from smalti.data.parts import claim
+from smalti.data.tokenize_pairs import _check, _require_same
 from smalti.data.tokens import TokenTable, token_rows, write_token_table
 from smalti.documents import MAX_DEPTH, config_of, parse_json, parse_yaml, read_json
 from smalti.errors import InputError, InputWarning
@@ -330,6 +332,10 @@ def test_what_a_run_made_and_cannot_read_may_be_removed(tmp_path):
         stored_image_tokenizer(folder, lambda: tiny_pipeline().image_tokenizer).config
         == tiny_pipeline().image_tokenizer.config
     )
+
+
+def _claim(parts: Path, manifest: dict, tokens: Path, *, force: bool) -> None:
+    claim(parts, manifest, partial(_require_same, tokens=tokens), _check, force=force)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"source": 1, "tokenizers": {}}'])

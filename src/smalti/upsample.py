@@ -68,7 +68,8 @@ class UpsamplerConfig:
 def _convolution(
     channels_in: int, channels_out: int, size: int, padding_mode: Literal["zeros", "replicate"] = "zeros"
 ) -> nn.Conv2d:
-    return weight_norm(nn.Conv2d(channels_in, channels_out, size, padding=size // 2, padding_mode=padding_mode))
+    plain = nn.Conv2d(channels_in, channels_out, size, padding=size // 2, padding_mode=padding_mode)
+    return cast(nn.Conv2d, weight_norm(plain))
 
 
 class Block(nn.Module):

@@ -160,8 +160,8 @@ def read_dalle_mini(
     state: MutableMapping[str, Tensor], config: dict | None, *, allow_nonfinite: bool = False
 ) -> tuple[EncoderDecoder, ImportReport]:
     """The model of both state dicts, their keys behind "encoder." and "decoder.", in evaluation mode; `state` is
-    emptied. Without a config the shapes tell the sizes. Raises InputError if a tensor is missing, has another shape or is
-    left over."""
+    emptied. Without a config the shapes tell the sizes. Raises InputError if a tensor is missing, has another shape
+    or is left over."""
     sizes = "from the config" if config is not None else f"from the shapes of the weights, heads {HEAD_WIDTH} wide"
     ours = read_config(infer_config(state) if config is None else config)
     model = build_of(lambda: EncoderDecoder(ours), state)
