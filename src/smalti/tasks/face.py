@@ -97,7 +97,7 @@ class PictureFace(Face):
 
     def check_drawn_size(self, scale: int | None, upscale: bool) -> None:
         """Raises InputError without an upsampler that makes pictures larger, ValueError if they would get too large."""
-        checked_scale(drawn_pictures(self.bundle, upscale), scale)
+        checked_scale(drawn_pictures(self.bundle, upscale) if upscale else self.pictures, scale)
 
     def upscale_receipt(self, upscale: bool) -> dict[str, Any]:
         """What a receipt says of how a picture was made larger."""

@@ -23,6 +23,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from smalti.data.picture_sets import PicturesConfig, PictureSet, training_batches
+from smalti.devices import choose_device
 from smalti.errors import InputError, require_finite
 from smalti.evaluate.reconstruction import to_images
 from smalti.evaluate.upsampling import UPSAMPLER, measure_upsampling, rebuilt, shrunk
@@ -126,6 +127,7 @@ def train_upsampler(
     rows, measured = split_pictures(pictures, held_out, model_config.output_size, reading)
     _check_sizes(pictures, image_tokenizer, model_config)
     torch.manual_seed(config.seed)
+    config = replace(config, device=str(choose_device(config.device)))
     image_tokenizer = image_tokenizer.to(config.device).eval().requires_grad_(False)
     model = Upsampler(model_config).to(config.device)
     averaged, perceptual = deepcopy(model), make_perceptual(losses).to(config.device) if losses.perceptual else None
