@@ -114,14 +114,12 @@ def test_a_bundle_keeps_its_promises(tmp_path):
 
 def test_what_does_not_go_with_it_is_refused_by_name(recipe, tmp_path, capsys):
     tiny().save(tmp_path / "bundle")
-    pairs = str(recipe.parent / "train.parquet")
     bundle, prompt = str(tmp_path / "bundle"), "a red ball"
     refused = str(tmp_path / "refused")
     generate = ["generate", prompt, "--bundle", bundle, "-o", f"{refused}.png"]
     for command, message in (
         ([*generate, "--best-of", "2", "--rerank", "caption"], "so it cannot rerank by 'caption'"),
         ([*generate, "--guidance-scale", "1", "--negative-prompt", "a ball"], "guidance_scale is 1, which is none"),
-        (["inspect", bundle, "--data", pairs, "-o", refused], "they have no fixed place"),
         (["export", "hf", bundle, refused], "is an EncoderDecoder"),
     ):
         assert run(command) == 2, command
