@@ -17,9 +17,12 @@ from smalti.inspect.memorisation import (
     nearest_by_features,
     picture_features,
 )
+from smalti.inspect.sequences import has_picture_order, picture_order
 from smalti.models.config import TransformerConfig
 from smalti.models.decoder_only import new_model
 from smalti.recipes.line_presets import line_layout
+from smalti.sequences.layout import Layout
+from smalti.sequences.vocabulary import Vocabulary
 from smalti.tasks.images import Pipeline
 
 CAPTION, OTHER = "dark green eight on bright cyan", "light red two on dark blue"
@@ -191,3 +194,17 @@ def test_hooks_change_what_goes_on_and_are_gone(hooked):
         wrapped.run_with_hooks(ids, fwd_hooks=[(act_name("pattern", 0), lambda value, hook: value)])
     with pytest.raises(KeyError, match="no hook point"):
         wrapped.run_with_cache(ids, names_filter="blocks.9.hook_resid_post")
+
+
+def test_an_order_that_is_only_given_pictures_is_not_looked_into():
+    vocabulary = Vocabulary({"special": ["<text>", "<image>", "<end>"], "text": 5, "image": 7})
+    given = Layout.parse(
+        vocabulary, {"a": "<text> (text{..3}) <image> image{4} <end>", "b": "<image> (image{4}) <end> text{..3} <text>"}
+    )
+    assert not has_picture_order(given)
+    with pytest.raises(ValueError, match="no order of the layout predicts codes in a fixed place"):
+        picture_order(given)
+    both = Layout.parse(
+        vocabulary, {"a": "<text> (text{..3}) <image> image{4} <end>", "b": "<image> image{4} <end> text{..3} <text>"}
+    )
+    assert picture_order(both) == "b"

@@ -12,34 +12,27 @@ from smalti.sequences.layout import Layout, Marker, Packed, SpanValues
 
 def picture_order(layout: Layout) -> str:
     """The name of the order that has the fewest tokens before the codes: there they are predicted from least else.
-    Orders with a span of open length before them are not among those that can be looked into.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none that predicts them in a fixed place.
     """
-    starts = {}
-    for name, order in layout.orders.items():
-        if any(span.segment == "image" for span in order.spans) and not _is_open(layout, name):
-            starts[name] = _start(layout, name)
+    starts = {name: _start(layout, name) for name in layout.orders if _can_be_looked_into(layout, name)}
     if not starts:
-        raise ValueError(f"no order of the layout has codes in a fixed place to look at: {layout}")
+        raise ValueError(f"no order of the layout predicts codes in a fixed place: {layout}")
     return min(starts, key=lambda name: starts[name])
 
 
 def has_picture_order(layout: Layout) -> bool:
-    """Whether an order has codes in a fixed place."""
-    orders = layout.orders.items()
-    return any(
-        "image" in [span.segment for span in order.spans] and not _is_open(layout, name) for name, order in orders
-    )
+    """Whether an order predicts codes in a fixed place."""
+    return any(_can_be_looked_into(layout, name) for name in layout.orders)
 
 
-def _is_open(layout: Layout, order: str) -> bool:
-    """Whether a span of open length stands before the codes."""
+def _can_be_looked_into(layout: Layout, order: str) -> bool:
+    """Whether the codes are predicted, not given, and no span of open length stands before them."""
     for span in layout[order].spans:
         if span.segment == "image":
-            return False
+            return span.counted
         if span.end is not None:
-            return True
+            return False
     return False
 
 
