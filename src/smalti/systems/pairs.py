@@ -47,6 +47,7 @@ from smalti.training.checkpoint import latest_checkpoint, load_checkpoint
 from smalti.training.dual_encoder import CHECKPOINTS, train_dual_encoder
 from smalti.training.estimate import Estimate
 from smalti.training.token_model import Pairs, nats_by_order, train_model
+from smalti.weights import weights_sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ def train_on_pairs(
             reranker = _trained_reranker(recipe, shape.reranker, train, validation, processes, show_progress)
             model = _lent_encoder(recipe, shape.model, reranker)
         if shape.begin_with is not None:
-            model = _weights(shape.begin_with, shape, text_tokenizer)
+            model = _weights(shape.begin_with, shape, text_tokenizer, image_tokenizer)
 
         def make_pipeline(model: AnyModel, **described: Any) -> Pipeline:
             bundle = Bundle(
@@ -190,13 +191,15 @@ def _lent_encoder(
     return fresh
 
 
-def _weights(path: Path, shape: Shape, text_tokenizer: TextTokenizer) -> AnyModel:
-    """The model of a bundle. Raises InputError if it is not of the shape, or of other words."""
+def _weights(path: Path, shape: Shape, text_tokenizer: TextTokenizer, image_tokenizer: Any) -> AnyModel:
+    """The model of a bundle. Raises InputError if it is not of the shape, or of other words or codes."""
     bundle = Bundle.load(path)
     config = getattr(bundle.model.config, "transformer", bundle.model.config)
     differ = {
         "layout": bundle.layout.to_dict() != shape.layout.to_dict(),
         "model": config != shape.model,
+        "image tokenizer": bundle.image_tokenizer is None
+        or weights_sha256(bundle.image_tokenizer) != weights_sha256(image_tokenizer),
         "words": getattr(bundle.text_tokenizer, "words", None) != text_tokenizer.words,
     }
     if any(differ.values()):
