@@ -657,3 +657,16 @@ def test_a_completing_stopped_behind_its_last_result_ends_again(tmp_path, monkey
     assert cli.run(command) == 0 and (tmp_path / "c.txt").read_bytes() == whole
     assert not list(tmp_path.glob(".*.part"))
     assert cli.run(command) == 2  # it is whole, and somebody's
+
+
+@pytest.mark.parametrize("left", [["00000001.npz", "written.json"], ["written.json"], []])
+def test_a_completing_stopped_while_it_removes_its_parts_leaves_none_behind_the_next(tmp_path, capsys, left: list[str]):
+    tiny_line_model().save(tmp_path / "bundle")
+    path = write_text(tmp_path / "prefixes.txt", random_codes(20), np.arange(20) % 8)
+    command = ["complete", str(path), "-o", str(tmp_path / "c.txt"), "--bundle", str(tmp_path / "bundle")]
+    assert cli.run(command) == 0
+    (tmp_path / ".c.txt.part").mkdir()
+    for name in left:
+        (tmp_path / ".c.txt.part" / name).write_text("{}")
+    assert cli.run(command) == 2 and "c.txt exists already" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*.part"))

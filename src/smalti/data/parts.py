@@ -48,7 +48,7 @@ def remove_leftovers(output: Path) -> None:
         return
     with suppress(InputError), locked(lock, output):  # held by another process: the output is refused behind this
         written = [path.stat().st_mtime_ns for path in folder.iterdir()] if folder.is_dir() else []
-        if written and max(written) <= output.stat().st_mtime_ns:
+        if folder.is_dir() and max(written, default=0) <= output.stat().st_mtime_ns:
             shutil.rmtree(folder)
 
 

@@ -40,6 +40,8 @@ ADVICE = (
 )
 LINES_PER_PIECE = 1024
 _PARTS = ".part"
+_JOB, _WRITTEN = "job.json", "written.json"
+"""In a folder of parts: what they are of; the same, once the results are written and the parts are to go."""
 
 
 class LineFileScore(NamedTuple):
@@ -133,7 +135,7 @@ class _Parts:
         Raises InputError if results exist, or the parts are another job's, unless `force`, which drops both.
         """
         folder = _folder_of_parts(name)
-        path = folder / "job.json"
+        path = folder / _JOB
         refuse_existing([last], force=force or _is_written(name, last))
         refuse_existing([] if path.exists() else others, force=force)
         try:
@@ -177,7 +179,18 @@ class _Parts:
         return arrays
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder)
+        """Behind the last result. Stopped in between, the next run removes the rest."""
+        (self.folder / _JOB).replace(self.folder / _WRITTEN)
+        _remove_written(self.folder)
+
+
+def _remove_written(folder: Path) -> None:
+    """Removes a folder of parts whose results are all written: what says so goes last."""
+    if not folder.is_dir() or not ((folder / _WRITTEN).exists() or not any(folder.iterdir())):
+        return
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == _WRITTEN):
+        path.unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _is_written(name: Path, last: Path) -> bool:
@@ -228,6 +241,7 @@ def score_file(
     last = output / SCORE_FILES[-1]
     if output.is_file():
         raise InputError(f"{output} is a file; scores go to a folder: give another name.")
+    _remove_written(_folder_of_parts(output / "scores"))
     refuse_existing([last], force=force or _is_written(output / "scores", last))
     with locked(lock_of(_folder_of_parts(output / "scores")), output):
         return _score_file(model, path, output, batch_size, force, show_progress)
@@ -368,6 +382,7 @@ def complete_file(
         raise InputError(f"{output} is a folder; completed lines go to a text file: give the name of one.")
     if output.exists() and output.samefile(path):
         raise InputError(f"{output} holds the prefixes themselves; give another name for the completed lines.")
+    _remove_written(_folder_of_parts(output))
     refuse_existing([output], force=force or _is_written(output, output))
     with locked(lock_of(_folder_of_parts(output)), output):
         return _complete_file(model, path, output, config, batch_size, force, show_progress)
