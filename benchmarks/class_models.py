@@ -41,11 +41,15 @@ FINE = [
 TOKENIZERS = {
     ("fine", "mnist"): ["vqgan", "image_tokenizer.model.image_size=[32,32]", "image_tokenizer.model.fold=2", *FINE],
     ("fine", "emoji"): ["vqgan", "image_tokenizer.model.fold=4", *FINE],
-    # 28 × 28 and 64 × 64 in 16 codes of 4,096
+    # 32 × 32 and 64 × 64 in 16 codes of 4,096
     ("row", "mnist"): [
-        "titok", "image_tokenizer.model.image_size=[28,28]", "image_tokenizer.model.encoder.patch_size=4",
-        "image_tokenizer.model.decoder.patch_size=4", "image_tokenizer.model.num_latents=16",
-        "train.num_steps=3000", "train.warmup_steps=200", "train.batch_size=64",
+        "titok", "image_tokenizer.model.image_size=[32,32]", "image_tokenizer.model.num_latents=16",
+        *(
+            f"image_tokenizer.model.{part}.{size}"
+            for part in ("encoder", "decoder")
+            for size in ("patch_size=4", "width=96", "num_layers=2", "num_heads=3")
+        ),
+        "train.num_steps=2000", "train.warmup_steps=200",
     ],
     ("row", "emoji"): ["titok", "train.num_steps=3000", "train.warmup_steps=200"],
 }  # fmt: skip
