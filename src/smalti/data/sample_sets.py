@@ -9,6 +9,7 @@ Letters: N pictures, B some of them, H W rows and columns.
 
 import hashlib
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -27,7 +28,7 @@ PICTURES = "arr_0"
 MEND = "expected arr_0 of bytes, (N, rows, columns, 3), as smalti sample and ADM's scripts write it"
 
 
-class SampleSet:
+class SampleSet(ABC):
     """Pictures of one size, in an order. Raises InputError naming what cannot be read, at opening or as they come."""
 
     def __init__(self, path: Path, num: int, size: tuple[int, int]):
@@ -45,9 +46,9 @@ class SampleSet:
         lines = [f"{file.relative_to(self.path)} {file_sha256(file)}\n" for file in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
+    @abstractmethod
     def batches(self, batch_size: int, start: int = 0) -> Iterator[UInt8[Tensor, "B H W 3"]]:
         """The pictures from `start` on; the last batch may be smaller."""
-        raise NotImplementedError
 
 
 def open_samples(path: Path | str, *, size: tuple[int, int] | None = None, split: str | None = None) -> SampleSet:
