@@ -14,6 +14,7 @@ import pytest
 from tiny_bundle import save_tiny_bundle
 
 from smalti.cli.app import run
+from smalti.data.parts import remove_leftovers
 from smalti.data.prompt_lists import read_prompts
 from smalti.errors import InputError
 from smalti.image_files import read_picture
@@ -83,6 +84,19 @@ def test_a_killed_job_resumes_with_what_it_has(tmp_path, whole, monkeypatch):
     assert not parts.exists()
     with pytest.raises(InputError, match="exists already"):
         drawn(output)
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_leftovers_go_and_parts_of_a_forced_run_stay(tmp_path, newer):
+    card = tmp_path / "a.npz.card.json"
+    card.write_text("{}")
+    (tmp_path / ".a.npz.parts").mkdir()
+    part = tmp_path / ".a.npz.parts" / "0.npz"
+    part.write_bytes(b"")
+    when = card.stat().st_mtime_ns + (10**9 if newer else -(10**9))
+    os.utime(part, ns=(when, when))
+    remove_leftovers(tmp_path / "a.npz", card)
+    assert part.exists() == newer
 
 
 def test_a_damaged_part_is_told(tmp_path, monkeypatch):

@@ -39,16 +39,16 @@ def parts_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.parts")
 
 
-def remove_leftovers(output: Path) -> None:
-    """What a run left that was killed behind its last step, when its output was whole. Parts that are newer than the
-    output belong to a run with `force`."""
-    folder = parts_folder(output)
+def remove_leftovers(output: Path, last: Path | None = None) -> None:
+    """What a run left that was killed behind its last step, when its output was whole: the file `last` is written last,
+    by default the output itself. Parts that are newer than it belong to a run with `force`."""
+    folder, last = parts_folder(output), last or output
     lock = lock_of(folder)
-    if not output.is_file() or not (folder.exists() or lock.exists()):
+    if not last.is_file() or not (folder.exists() or lock.exists()):
         return
     with suppress(InputError), locked(lock, output):  # held by another process: the output is refused behind this
         written = [path.stat().st_mtime_ns for path in folder.iterdir()] if folder.is_dir() else []
-        if folder.is_dir() and max(written, default=0) <= output.stat().st_mtime_ns:
+        if folder.is_dir() and max(written, default=0) <= last.stat().st_mtime_ns:
             shutil.rmtree(folder)
 
 

@@ -22,7 +22,6 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ from PIL import Image
 from smalti.arrays import read_npz
 from smalti.bundle import Bundle, smalti_version
 from smalti.data.parquet_files import parquet_writer
+from smalti.data.parts import parts_folder, remove_leftovers
 from smalti.data.prompt_lists import PromptList
 from smalti.documents import read_json
 from smalti.engine.generate import job_executor
@@ -168,9 +168,9 @@ def draw_samples(
     """
     write = _writer(output, layout, subjects, config)
     card_file = output.with_name(output.name + CARD_SUFFIX)
-    folder = output.with_name(f".{output.name}.parts")
+    folder = parts_folder(output)
     if not force:
-        _remove_leftovers(output, card_file, folder)
+        remove_leftovers(output, card_file)
     refuse_existing([output, card_file], force=force)
     face = open_face(bundle, subjects, config)
     sampling = face.sample_config(face.sampling.picture, config.sampling)
@@ -345,13 +345,6 @@ def _claim(folder: Path, manifest: dict[str, Any], executor: str, output: Path, 
     shutil.rmtree(folder, ignore_errors=True)
     write_json(path, manifest | {"executor": executor})
     return executor
-
-
-def _remove_leftovers(output: Path, card: Path, folder: Path) -> None:
-    """What a job left that was killed behind its last step, when its output was whole."""
-    if output.exists() and card.exists() and folder.is_dir():
-        with suppress(InputError), locked(lock_of(folder), output):
-            shutil.rmtree(folder)
 
 
 def _card(
