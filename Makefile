@@ -5,6 +5,8 @@
 # make fuzz    damage inputs of every reader for ten minutes; finds are saved in out/fuzz
 PYTHON ?= python3.11
 PIP = .venv/bin/python -m pip install --quiet -c constraints.txt
+# Two processes with a file of tests each: a test computes on one thread, and a process takes 1 to 2 GB.
+WORKERS ?= 2
 
 .PHONY: demo test test-pythons lint fuzz
 
@@ -29,7 +31,7 @@ demo: .venv/demo.stamp
 	.venv/bin/smalti train demo
 
 test: .venv/test.stamp
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 # A name on PATH need not run: a version manager's stand-in refuses where another version is chosen.
 test-pythons:
@@ -39,7 +41,7 @@ test-pythons:
 	  found=1; echo "$$python:"; \
 	  [ -x $$venv/bin/python ] || $$python -m venv $$venv || exit 1; \
 	  $$venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test]' || exit 1; \
-	  $$venv/bin/python -m pytest || exit 1; \
+	  $$venv/bin/python -m pytest -n $(WORKERS) --dist loadfile || exit 1; \
 	done; [ "$$found" ] || echo "SKIPPED: there is no newer Python"
 
 lint: .venv/dev.stamp
