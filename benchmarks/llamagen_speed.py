@@ -131,7 +131,7 @@ def pass_costs(model: DecoderOnly, num_codes: int, drafts: list[int], rounds: in
 
 def peers_of(args: argparse.Namespace) -> dict[str, Callable]:
     peers: dict[str, Callable] = {}
-    for dtype in ("float32", "bfloat16") if processor.multiplies_bfloat16() else ("float32",):
+    for dtype in args.peer_dtypes or (("float32", "bfloat16") if processor.multiplies_bfloat16() else ("float32",)):
         plain = peer_of(args.peer, args.shape, args.codes, getattr(torch, dtype))
         peers[f"LlamaGen, {dtype}, eager"] = plain
         if not args.no_compiled:
@@ -173,6 +173,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--peer", type=Path, help="a clone of LlamaGen")
+    parser.add_argument("--peer-dtypes", nargs="+", choices=["float32", "bfloat16"], help="that it draws in")
     parser.add_argument("--shape", default="llamagen-b", choices=list(PEER_SHAPES))
     parser.add_argument("--pictures", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--weights", nargs="+", default=list(STORAGES), choices=STORAGES)

@@ -34,6 +34,8 @@ INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_mo
 """What stands within keys where parts were compiled, sharded or checkpointed one by one."""
 MAPPINGS = 32
 """Of a large file; each takes addresses for all of it."""
+CHECKED_AT_ONCE = 2**20
+"""Values of a tensor, so that what is made of them on the way stays small."""
 MAX_NESTING = 3
 """How deep a state dict is looked for that lies under none of the names above."""
 
@@ -356,9 +358,10 @@ class Nonfinite(NamedTuple):
 
 def count_nonfinite(tensor: Tensor) -> Nonfinite:
     """How many values are NaN or infinite."""
-    if tensor.is_meta or tensor.isfinite().all():
+    if tensor.is_meta:
         return Nonfinite(0, tensor.numel())
-    return Nonfinite(int((~tensor.isfinite()).sum()), tensor.numel())
+    pieces = tensor.flatten().split(CHECKED_AT_ONCE)
+    return Nonfinite(sum(int((~piece.isfinite()).sum()) for piece in pieces), tensor.numel())
 
 
 def nonfinite_notes(found: Mapping[str, Nonfinite], *, allow_nonfinite: bool) -> tuple[str, ...]:

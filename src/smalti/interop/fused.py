@@ -90,8 +90,10 @@ def read_fused(
 
 
 def _joined(state: Mapping[str, Tensor], made_of: Sequence[Piece], shape: torch.Size) -> Tensor:
-    rows = [_rows(state[piece.key].float().reshape(-1, *shape[1:]), piece) for piece in made_of]
-    return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)
+    rows = [_rows(state[piece.key].reshape(-1, *shape[1:]), piece) for piece in made_of]
+    if len(rows) == 1:
+        return rows[0].float().contiguous()
+    return torch.cat(rows, out=torch.empty(0))  # converted on the way: no copy in float32 beside it
 
 
 def _rows(tensor: Tensor, piece: Piece) -> Tensor:
