@@ -41,7 +41,7 @@ FINE = [
 TOKENIZERS = {
     ("fine", "mnist"): ["vqgan", "image_tokenizer.model.image_size=[32,32]", "image_tokenizer.model.fold=2", *FINE],
     ("fine", "emoji"): ["vqgan", "image_tokenizer.model.fold=4", *FINE],
-    # 32 × 32 and 64 × 64 in 16 codes of 4,096
+    # 32 × 32 in 16 codes of 4,096, 64 × 64 in 32
     ("row", "mnist"): [
         "titok", "image_tokenizer.model.image_size=[32,32]", "image_tokenizer.model.num_latents=16",
         *(
@@ -51,7 +51,7 @@ TOKENIZERS = {
         ),
         "train.num_steps=2000", "train.warmup_steps=200",
     ],
-    ("row", "emoji"): ["titok", "train.num_steps=3000", "train.warmup_steps=200"],
+    ("row", "emoji"): ["titok", "train.num_steps=1500", "train.warmup_steps=150"],
 }  # fmt: skip
 MODELS = {
     "mnist": ["train.num_steps=1500"],

@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,9 +61,10 @@ def claim(
     check: Callable[[Path], None],
     *,
     force: bool,
-) -> None:
+) -> dict[str, Any]:
     """Makes the folder of parts, or checks that the parts in it are of this run: `require_same` raises InputError where
-    the manifest found there is another, `check` where a part is damaged. With `force` others are removed."""
+    the manifest found there is another, `check` where a part is damaged. With `force` others are removed. Returns the
+    manifest that the folder has."""
     manifest = json.loads(json.dumps(manifest))
     path = folder / MANIFEST
     if path.exists():
@@ -71,35 +74,51 @@ def claim(
                 require_same(found, manifest)
             for part in sorted(folder.glob("*.parquet")):
                 check(part)
-            return
+            return found
         except InputError:
             if not force:
                 raise
     shutil.rmtree(folder, ignore_errors=True)
     write_json(path, manifest)
+    return manifest
 
 
-def do_parts(job: Job, parts: list[int], *, workers: int = 0, ray: bool = False) -> Iterator[None]:
+def do_parts(
+    job: Job, parts: list[int], *, workers: int = 0, num_threads: int | None = None, ray: bool = False
+) -> Iterator[None]:
     """Does these parts and yields behind each: by so many processes, or by as many actors of a Ray cluster; by this
-    process if there are none."""
+    process if there are none. `num_threads` are a process's; by default processes share the machine's evenly."""
     if ray:
         from smalti.data.ray_parts import do_parts_on_ray
 
         yield from do_parts_on_ray(job, parts, actors=max(1, workers))
     elif not workers:
-        yield from map(job.do, parts)
+        with _threads(num_threads or torch.get_num_threads()):
+            yield from map(job.do, parts)
     else:
-        yield from _do_in_processes(job, parts, workers)
+        yield from _do_in_processes(job, parts, workers, num_threads or max(1, (os.cpu_count() or 1) // workers))
 
 
-def _do_in_processes(job: Job, parts: list[int], workers: int) -> Iterator[None]:
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _do_in_processes(job: Job, parts: list[int], workers: int, num_threads: int) -> Iterator[None]:
+    if not parts:
+        return
     others = set(multiprocessing.active_children())
     # a fresh interpreter: threads of torch do not survive a fork
     pool = ProcessPoolExecutor(
-        workers,
+        min(workers, len(parts)),
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(job, max(1, (os.cpu_count() or 1) // workers)),
+        initargs=(job, num_threads, os.getpid()),
     )
     try:
         yield from pool.map(_do_in_worker, parts)
@@ -116,11 +135,19 @@ def _do_in_processes(job: Job, parts: list[int], workers: int) -> Iterator[None]
 _worker_job: Job | None = None
 
 
-def _start_worker(job: Job, num_threads: int) -> None:
+def _start_worker(job: Job, num_threads: int, parent: int) -> None:
     global _worker_job
     _worker_job = job
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all: the command says so, a worker just ends
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(num_threads)
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose command was killed would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _do_in_worker(part: int) -> None:

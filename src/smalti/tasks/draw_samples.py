@@ -12,19 +12,15 @@ Letters: B pictures, H W rows and columns.
 import hashlib
 import io
 import json
-import multiprocessing
-import os
 import platform
 import shutil
-import signal
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,9 +31,8 @@ from PIL import Image
 from smalti.arrays import read_npz
 from smalti.bundle import Bundle, smalti_version
 from smalti.data.parquet_files import parquet_writer
-from smalti.data.parts import parts_folder, remove_leftovers
+from smalti.data.parts import claim, do_parts, parts_folder, remove_leftovers
 from smalti.data.prompt_lists import PromptList
-from smalti.documents import read_json
 from smalti.engine.generate import job_executor
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
@@ -50,7 +45,6 @@ from smalti.tasks.images import Pipeline
 from smalti.weights import file_sha256
 
 MOST = 1_000_000
-MANIFEST = "manifest.json"
 CARD_SUFFIX = ".card.json"
 LAYOUTS = ("plain", "geneval", "geneval2", "dpg")
 LABELS = ("balanced", "random")
@@ -110,14 +104,16 @@ class Subjects:
         return [self.labels[number % len(self.labels)] for number in numbers]
 
 
-class Job(NamedTuple):
-    """What a process needs to draw a part."""
+@dataclass
+class Job:
+    """What a process needs to draw a part; it opens the bundle when it draws the first."""
 
     bundle: str
     folder: Path
     subjects: Subjects
     config: SamplingConfig
     executor: str
+    face: "Face | None" = field(default=None, repr=False)
 
     @property
     def num_parts(self) -> int:
@@ -129,6 +125,26 @@ class Job(NamedTuple):
 
     def file(self, part: int) -> Path:
         return self.folder / f"{part:08d}.npz"
+
+    def do(self, part: int) -> None:
+        """Draws the pictures of a part and writes them."""
+        config, numbers = self.config, self.numbers(part)
+        self.face = face = self.face or open_face(self.bundle, self.subjects, config)
+        asked = self.subjects.of(numbers, config)
+        more: dict[str, Any] = {} if isinstance(face, ClassPipeline) else {"negative_prompt": config.negative_prompt}
+        codes = face.generate_codes(
+            asked,
+            seed=[config.seed + number for number in numbers],
+            batch_size=config.batch_size,
+            executor=self.executor,
+            **more,
+            **config.sampling,
+        )
+        # On a CPU each is decoded alone, so that no picture's last bit depends on those beside it.
+        images = face.decode_images(codes, batch_size=1 if face.bundle.device.type == "cpu" else config.batch_size)
+        pictures = np.stack([np.asarray(picture) for picture in to_pictures(images, face.pictures, 1)])
+        with new_file(self.file(part), force=True) as temporary, temporary.open("wb") as file:
+            np.savez(file, pictures=pictures)
 
     def pictures(self, part: int) -> UInt8[np.ndarray, "B H W 3"]:
         """Of a part that is drawn. Raises InputError if it is damaged."""
@@ -177,104 +193,21 @@ def draw_samples(
     _check_prompts(face, subjects, sampling, config)
     manifest = _manifest(face, subjects, sampling, config)
     with locked(lock_of(folder), output):
-        manifest |= {"executor": _claim(folder, manifest, _executor(face, config), output, force=force)}
-        job = Job(bundle, folder, subjects, config, manifest["executor"])
+        manifest |= {"executor": _executor(face, config)}
+        manifest = claim(folder, manifest, partial(_require_same, output=output), lambda _: None, force=force)
+        alone = config.workers == 1
+        job = Job(bundle, folder, subjects, config, manifest["executor"], face if alone else None)
         missing = [part for part in range(job.num_parts) if not job.file(part).exists()]
         done = config.num - sum(len(job.numbers(part)) for part in missing)
         with stage("drawing", config.num, unit="picture", completed=done, show=show_progress) as progress:
-            for part in _do_parts(job, missing, face):
+            drawn = do_parts(job, missing, workers=0 if alone else config.workers, num_threads=1)
+            for _, part in zip(drawn, missing, strict=True):
                 progress.advance(len(job.numbers(part)))
         write(job, force)
         card = _card(face, manifest, config, layout, command, output)
         write_json(card_file, card, force=True)
         shutil.rmtree(folder)
     return card
-
-
-# Parts -----------------------------------------------------------------------------------------------------------
-
-
-def draw_part(face: Face, job: Job, part: int) -> None:
-    """Draws the pictures of a part and writes them."""
-    config, numbers = job.config, job.numbers(part)
-    asked = job.subjects.of(numbers, config)
-    more: dict[str, Any] = {} if isinstance(face, ClassPipeline) else {"negative_prompt": config.negative_prompt}
-    codes = face.generate_codes(
-        asked,
-        seed=[config.seed + number for number in numbers],
-        batch_size=config.batch_size,
-        executor=job.executor,
-        **more,
-        **config.sampling,
-    )
-    # On a CPU each is decoded alone, so that no picture's last bit depends on those beside it.
-    images = face.decode_images(codes, batch_size=1 if face.bundle.device.type == "cpu" else config.batch_size)
-    pictures = np.stack([np.asarray(picture) for picture in to_pictures(images, face.pictures, 1)])
-    with new_file(job.file(part), force=True) as temporary, temporary.open("wb") as file:
-        np.savez(file, pictures=pictures)
-
-
-def _do_parts(job: Job, parts: list[int], face: Face) -> Iterator[int]:
-    if job.config.workers == 1 or len(parts) < 2:
-        with _one_thread():
-            for part in parts:
-                draw_part(face, job, part)
-                yield part
-        return
-    others = set(multiprocessing.active_children())
-    # a fresh interpreter: threads of torch do not survive a fork
-    pool = ProcessPoolExecutor(
-        min(job.config.workers, len(parts)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(job,),
-    )
-    try:
-        yield from pool.map(_do_in_worker, parts)
-    except Exception:
-        raise
-    except BaseException:  # stopped: what the workers are at is drawn again
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class _one_thread:
-    """Sums in one order, whatever the machine's cores."""
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
-
-
-_worker: tuple[Job, Face] | None = None
-
-
-def _start_worker(job: Job) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all: the command says so, a worker just ends
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(1)
-    _worker = job, open_face(job.bundle, job.subjects, job.config)
-
-
-def _end_with_parent(parent: int) -> None:
-    """A worker whose command was killed would wait for work for ever."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _do_in_worker(part: int) -> int:
-    assert _worker is not None
-    job, face = _worker
-    draw_part(face, job, part)
-    return part
 
 
 # Manifest --------------------------------------------------------------------------------------------------------
@@ -327,24 +260,14 @@ def _manifest(face: Face, subjects: Subjects, sampling: SampleConfig, config: Sa
     return json.loads(json.dumps(content))
 
 
-def _claim(folder: Path, manifest: dict[str, Any], executor: str, output: Path, *, force: bool) -> str:
-    """Makes the folder of parts, or checks that the parts in it are of this job; returns the job's executor, which is
-    the one that it was begun with."""
-    path = folder / MANIFEST
-    if path.exists():
-        found = read_json(path, f"remove the folder {folder}, or start anew with --force")
-        begun = found.pop("executor", None)
-        if found == manifest and isinstance(begun, str):
-            return begun
-        if not force:
-            different = [name for name in manifest if found.get(name) != manifest[name]]
-            raise InputError(
-                f"the unfinished {output} was begun with other settings ({', '.join(different) or 'executor'} differ). "
-                "Resume it with the same, or start anew with --force."
-            )
-    shutil.rmtree(folder, ignore_errors=True)
-    write_json(path, manifest | {"executor": executor})
-    return executor
+def _require_same(found: dict[str, Any], manifest: dict[str, Any], output: Path) -> None:
+    """Raises InputError unless parts were begun with the same settings; their executor is kept."""
+    different = [name for name in manifest if name != "executor" and found.get(name) != manifest[name]]
+    if different or not isinstance(found.get("executor"), str):
+        raise InputError(
+            f"the unfinished {output} was begun with other settings ({', '.join(different) or 'executor'} differ). "
+            "Resume it with the same, or start anew with --force."
+        )
 
 
 def _card(

@@ -82,7 +82,8 @@ def draw_table(
     with locked(lock_of(folder), output):
         claim(folder, manifest, partial(_require_same, output=output), _check, force=force)
         where = bundle if not Path(bundle).exists() else str(Path(bundle).absolute())
-        job = _Job(where, text_encoder, list(captions), folder, config, executor, sampling)
+        ours = None if config.workers or config.ray else face
+        job = _Job(where, text_encoder, list(captions), folder, config, executor, sampling, ours)
         num_parts = -(-len(captions) // config.rows_per_part)
         missing = [part for part in range(num_parts) if not job.file(part).exists()]
         done = min(len(captions), (num_parts - len(missing)) * config.rows_per_part)
