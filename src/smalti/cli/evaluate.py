@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 from smalti.bounds import MAX_CANDIDATES
 from smalti.cli import evaluate_samples
+from smalti.cli.options import Force, Quiet, numbers_of
 from smalti.cli.prompts import prompts
 from smalti.default_bundle import SHIPPED
 from smalti.errors import shortened
@@ -37,6 +38,45 @@ app.command(
     epilog="Examples: smalti evaluate prompts scenes · smalti evaluate prompts digits --num 200 -o out/report",
 )(prompts)
 evaluate_samples.register(app)
+
+
+@app.command("bundle", epilog="Example: smalti evaluate digits --data out/digits -o out/report")
+def evaluate(
+    bundle: Annotated[
+        str, typer.Argument(help=f"A shipped bundle's name ({SHIPPED}), a folder, or a hub's owner/name.")
+    ],
+    data: Annotated[Path, typer.Option(help="Folder with test.parquet, or a parquet table of pictures and captions.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for report.json, report.md and the 3×3 figures.")
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Captions drawn, pictures captioned, and pairs from nothing.")] = 1000,
+    best_of: Annotated[str, typer.Option(help="Candidates for reranking; the empty string measures none.")] = "1,4,16",
+    seed: Annotated[int, typer.Option(help="The i-th picture is drawn with the seed SEED + i.")] = 0,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a bundle of digits: likelihood, prompt and caption accuracy, agreement of pairs, reranking, tokenizer."""
+    from smalti.evaluate.galleries import GALLERIES, draw_galleries
+    from smalti.evaluate.report import REPORT_FILES, ReportConfig, evaluate_digits, read_held_out
+    from smalti.files import refuse_existing
+    from smalti.progress import stage
+    from smalti.tasks.images import Pipeline
+
+    config = ReportConfig(
+        num_prompts=num, num_captions=num, num_pairs=num, best_of=numbers_of("best_of", best_of), seed=seed
+    )
+    if output:
+        refuse_existing([output / name for name in (*REPORT_FILES, *GALLERIES)], force=force)
+    held_out = read_held_out(data)
+    pipe = Pipeline.load(bundle)
+    command = f"smalti evaluate {bundle} --data {data} --num {num} --best-of {best_of!r} --seed {seed}"
+    report = evaluate_digits(pipe, held_out, config, command=command, show_progress=not quiet)
+    print_table(report.table())
+    if output:
+        report.write(output, force=force)
+        with stage("drawing galleries", show=not quiet):
+            draw_galleries(pipe, held_out.pictures, held_out.captions, output, seed=seed, force=force)
+        typer.echo(f"{output}: {', '.join((*REPORT_FILES, *GALLERIES))}")
 
 
 @app.command(

@@ -11,6 +11,10 @@ from smalti.bounds import MAX_PICTURES
 from smalti.default_bundle import DEFAULT_BUNDLE, SHIPPED, bundle_for_picture
 from smalti.errors import InputError, shortened
 
+OF_TABLES = "For a table of captions"
+OF_PICTURES, OF_LINES = "For a bundle of pictures", "For a bundle of lines"
+"""Panels of help."""
+
 BundleName = Annotated[
     str | None,
     typer.Option(
@@ -73,6 +77,20 @@ def interval_of(text: str) -> tuple[int, int | None]:
         raise InputError(f"--guidance-interval is {shortened(text)!r}; expected START:END, such as 0:64, or 16:.")
     start, end = found.groups()
     return int(start or 0), int(end) if end else None
+
+
+def refuse_options(options: dict[str, Any], bundle: str, kind: str) -> None:
+    for name in options:
+        raise ValueError(
+            f"{bundle} is a bundle of {kind}, which has no use for --{name.replace('_', '-')}; leave it out."
+        )
+
+
+def numbers_of(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(",") if number.strip())
+    except ValueError as error:
+        raise ValueError(f"{name} is {text!r}; expected whole numbers with commas between, such as 1,4,16.") from error
 
 
 def usual_bundle_for_picture(bundle: str | None, picture: Path | None) -> str:
