@@ -51,11 +51,11 @@ TOKENIZERS = {
         ),
         "train.num_steps=2000", "train.warmup_steps=200",
     ],
-    ("row", "emoji"): ["titok", "train.num_steps=1500", "train.warmup_steps=150"],
+    ("row", "emoji"): ["titok", "train.num_steps=1200", "train.warmup_steps=120"],
 }  # fmt: skip
 MODELS = {
     "mnist": ["train.num_steps=1500"],
-    "emoji": ["train.num_steps=1500", "data.held_out_share=0.1", "data.scale=4"],
+    "emoji": ["train.num_steps=1000", "data.held_out_share=0.1", "data.scale=4"],
 }
 FEWER = ["train.num_steps=1000", "train.batch_size=16", "train.evaluation_rows=300"]
 """Of 256 codes, each row of which costs as much as five of 49."""
