@@ -453,6 +453,9 @@ def test_an_enlarged_convolutional_decoder_is_trained_over_codes_that_stay(tmp_p
             assert torch.equal(after.state_dict()[name], tensor), name
     untrained = small.with_decoder(wide.decoder_multipliers, wide.decoder_attention_levels)
     assert not torch.equal(after.decoder.conv_in.weight, untrained.decoder.conv_in.weight)
+    deep = small.with_decoder(levels, tuple(range(len(levels))), 4).eval()
+    assert sum(p.numel() for p in deep.decoder.parameters()) > sum(p.numel() for p in small.decoder.parameters())
+    assert torch.equal(deep(images).images, small(images).images)  # the new blocks add nothing yet
     with pytest.raises(ValueError, match=f"are 1 levels; this tokenizer's codes need {len(levels)}"):
         small.with_decoder((1,), ())
 

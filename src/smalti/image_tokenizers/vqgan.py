@@ -58,6 +58,8 @@ class VQGANConfig:
     encoder_attention_levels: tuple[int, ...] = (4,)
     decoder_attention_levels: tuple[int, ...] = (4,)
     num_res_blocks: int = 2
+    decoder_res_blocks: int | None = None
+    """Of each level of the decoder; None: `num_res_blocks`, and one more in LlamaGen's form."""
     latent_channels: int = 256
     image_channels: int = 3
     fold: int = 1
@@ -75,6 +77,8 @@ class VQGANConfig:
         for name in ("channels", "num_res_blocks", "latent_channels", "image_channels", "fold"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.decoder_res_blocks is not None and self.decoder_res_blocks < 1:
+            raise ValueError(f"decoder_res_blocks is {self.decoder_res_blocks}; it must be at least 1.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1).")
         self._check_levels("encoder", self.encoder_multipliers, self.encoder_attention_levels)
@@ -300,7 +304,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.decoder_multipliers]
-        num_blocks = config.num_res_blocks + (config.form == "llamagen")
+        num_blocks = config.decoder_res_blocks or config.num_res_blocks + (config.form == "llamagen")
         before = widths[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, before, 3, padding=1)
         self.mid = middle(before, config)
@@ -393,21 +397,46 @@ class VQGAN(nn.Module):
         quantized = self.quantizer(self.encode_latents(images))
         return Reconstructed(self.decode_latents(quantized.latents), quantized)
 
-    def with_decoder(self, multipliers: tuple[int, ...], attention_levels: tuple[int, ...]) -> "VQGAN":
-        """A copy with the same encoder and codebook, without gradients, and a new untrained decoder, as a rule a wider
-        one, of as many levels. Codes are unchanged in eval mode (Parti, arXiv:2206.10789, section 2.1). Raises
-        ValueError for another number of levels."""
+    def with_decoder(
+        self, multipliers: tuple[int, ...], attention_levels: tuple[int, ...], res_blocks: int | None = None
+    ) -> "VQGAN":
+        """A copy with the same encoder and codebook, without gradients, and another decoder, as a rule a larger one, of
+        as many levels. Codes are unchanged in eval mode (Parti, arXiv:2206.10789, section 2.1).
+
+        A decoder of the same widths, with more blocks or attention, starts as this one is: what is new adds nothing
+        yet. Any other is untrained. Raises ValueError for another number of levels.
+        """
         if len(multipliers) != len(self.config.decoder_multipliers):
             raise ValueError(
                 f"decoder_multipliers {list(multipliers)} are {len(multipliers)} levels; this tokenizer's codes need "
                 f"{len(self.config.decoder_multipliers)}."
             )
-        config = replace(self.config, decoder_multipliers=multipliers, decoder_attention_levels=attention_levels)
+        config = replace(
+            self.config,
+            decoder_multipliers=multipliers,
+            decoder_attention_levels=attention_levels,
+            decoder_res_blocks=res_blocks,
+        )
         copy = VQGAN(config).to(self.encoder.conv_in.weight.device)
         for name in ("encoder", "to_code", "quantizer"):
             getattr(copy, name).load_state_dict(getattr(self, name).state_dict())
             getattr(copy, name).requires_grad_(False)
+        copy.from_code.load_state_dict(self.from_code.state_dict())
+        _begin_as(copy.decoder, self.decoder)
         return copy
+
+
+def _begin_as(larger: Decoder, smaller: Decoder) -> None:
+    """Gives a decoder the weights of one that it holds, and has its other blocks add zero; nothing if it holds none."""
+    held, weights = larger.state_dict(), smaller.state_dict()
+    if any(name not in held or held[name].shape != weight.shape for name, weight in weights.items()):
+        return
+    larger.load_state_dict(weights, strict=False)
+    for name, module in larger.named_modules():
+        last = {ResidualBlock: "conv2", SpatialAttention: "out"}.get(type(module))
+        if last is not None and f"{name}.{last}.weight" not in weights:
+            for parameter in module.get_submodule(last).parameters():
+                nn.init.zeros_(parameter)
 
 
 PRESETS: dict[str, VQGANConfig] = {

@@ -66,7 +66,10 @@ HEALTH_PARTS = ("usage", "perplexity", "dead_codes")
 ENCODER_SIDE = ("patches_in", "gather", "latent_tokens", "encoder", "to_code", "latent_norm", "quantizer")
 """The modules and parameters that make codes of pictures, in all three families."""
 
-DECODER_FIELDS = {ViTVQGANConfig: ("decoder",), VQGANConfig: ("decoder_multipliers", "decoder_attention_levels")}
+DECODER_FIELDS = {
+    ViTVQGANConfig: ("decoder",),
+    VQGANConfig: ("decoder_multipliers", "decoder_attention_levels", "decoder_res_blocks"),
+}
 """What may differ from `start_from` where the stage is "decoder": an enlarged decoder behind the same codes."""
 
 WORSE_DB = 0.5
