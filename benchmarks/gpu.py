@@ -5,8 +5,9 @@
 
 Drawing: pictures of 256 codes of 16,384, class-conditional, random weights, guidance 2, in bfloat16; two rows a
 picture. Ours by each executor that the device has: on a GPU `eager`, `cuda_graph` (captured) and `compiled` (compiled,
-then captured; a step takes up to a minute to compile, so not at all batches). The memory's limit is that every step reads all weights of the blocks and the head once, and the keys and
-values so far; the other that it makes their products. Peers: transformers' Llama with as many rows, without guidance, a
+then captured; a step takes up to a minute to compile, so not at all batches). The memory's limit is that every step
+reads all weights of the blocks and the head once, and the keys and values so far; the other that it makes their
+products. Peers: transformers' Llama with as many rows, without guidance, a
 static cache, compiled as its `generate` does by itself; and with DIR, a clone of github.com/FoundationVision/LlamaGen,
 its own sampler, plain and compiled as its script does. All draw a batch once before it is timed: what is captured or
 compiled then is kept, as in a server.
