@@ -90,6 +90,18 @@ def test_hidden_states_equal_the_full_forward_pass(kind):
             assert torch.allclose(hidden, expected[:, end - 1], atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_a_full_row_beside_those_that_run_is_left_alone():
+    model = decoder_only(torch.float32, max_length=SLOT_BLOCK)
+    executor = Direct(model)
+    state = executor.new_state(4)
+    executor.extend(state, [3], [[7] * SLOT_BLOCK])
+    before = [both[:, 3].clone() for both in state.both]
+    for _ in range(2):
+        executor.extend(state, slice(0, 3), [[1], [2], [3]])
+    assert all(torch.equal(both[:, 3], held) for both, held in zip(state.both, before, strict=True))
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_tokens_are_those_of_the_plain_path_in_any_batch(config):
     model, requests = layout_model(), asked(13)

@@ -102,8 +102,12 @@ class StaticSteps(Eager):
         if self.state is not state:
             self.state, self.inputs, self.launches = state, {}, {}
         size = 1 << (rows.stop - rows.start - 1).bit_length()
-        before = min(size, rows.start) if num_null else 0
-        key = rows.start - before, rows.start, min(rows.start + size, state.capacity)
+        start = max(rows.start - size, 0) if num_null else rows.start
+        stop = min(rows.start + size, state.capacity)
+        beside = state.lengths[start : rows.start - num_null] + state.lengths[rows.stop : stop]
+        if max(beside, default=0) >= state.both[0].shape[3]:  # a full row has no slot to write to
+            start, stop = rows.start - num_null, rows.stop
+        key = start, rows.start, stop
         if key not in self.inputs:
             self.inputs[key] = Inputs(self.model, state, *key)
         return self.inputs[key]
