@@ -5,6 +5,7 @@ widths, and tokens that are run without a draw behind them, which is seldom, tak
 """
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import ClassVar
 
 import torch
@@ -36,8 +37,10 @@ class Compiled(StaticSteps):
         return Eager.extend(self, state, rows, tokens)
 
     def prepare(self, step: Callable[[], None]) -> Callable[[], None]:
-        # a cache for each step: all are one piece of code, of which torch would compile eight and then no more
-        fused = torch.compile(step, fullgraph=True, dynamic=False, backend=self.backend, isolate_recompiles=True)
+        assert isinstance(step, FunctionType)
+        # as a function with code of its own: of one piece of code torch compiles eight, and then no more
+        own = FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
+        fused = torch.compile(own, fullgraph=True, dynamic=False, backend=self.backend)
         if self.pool is not None:
             return capture(fused, self.pool)
         fused()

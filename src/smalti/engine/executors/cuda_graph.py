@@ -1,7 +1,7 @@
 """Static steps on a GPU as captured graphs: the processor launches one thing a step instead of some two hundred."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,7 +28,7 @@ class CudaGraph(StaticSteps):
         return capture(step, self.pool)
 
 
-def capture(step: Callable[[], None], pool: tuple[int, int]) -> Callable[[], None]:
+def capture(step: Callable[[], None], pool: Any) -> Callable[[], None]:
     """The replay of a step. Graphs of one pool share their memory: one runs at a time, and what it is to leave lies in
     tensors made before."""
     stream = torch.cuda.Stream()
