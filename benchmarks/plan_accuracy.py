@@ -1,13 +1,14 @@
 """What `smalti plan` says of a training here, beside what the training takes: peak memory and the time of a step.
 
-    python benchmarks/plan_accuracy.py [--quick] [--threads 1] [--memory] [--only NAME]
+    python benchmarks/plan_accuracy.py [--quick] [--threads 1] [--memory] [--processor] [--only NAME]
 
 Each training is a process of its own: a tiny one first, so that all is loaded, then the one that is measured, with its
 first evaluation. Its memory is the most that was resident, less what was before it. The plan is made in another
 process, right before. Memory is measured twice: with glibc told to give back what is freed (MALLOC_MMAP_THRESHOLD_),
 which is what the training needs and the plan tells, and as it is by itself, "kept": an aligned block cannot be taken
-again for a tensor of the same size, so that much lies between tensors. Rates of a machine that others use are rough;
-memory is not. `--quick` makes fewer steps; `--memory` leaves times out; `--only` takes the trainings whose name holds
+again for a tensor of the same size, so that much lies between tensors. Rates of a machine that others use are rough,
+memory is not: `--processor` compares processor time, which is the clock's on one thread of a machine that nobody else
+uses. `--quick` makes fewer steps; `--memory` leaves times out; `--only` takes the trainings whose name holds
 NAME.
 """
 
@@ -19,9 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 WITHIN = 0.15
@@ -77,7 +80,7 @@ def pairs(task: Any, num_rows: int) -> Any:
     return TokenArrays(np.zeros((num_rows, spans["image"]), np.int64), np.zeros((num_rows, text), np.int64))
 
 
-def measure(name: str, num_steps: int) -> dict[str, float]:
+def measure(name: str, num_steps: int, clock: Callable[[], float]) -> dict[str, float]:
     """Bytes and seconds of a training, in this process."""
     from smalti.models.encoder_decoder import EncoderDecoderConfig
     from smalti.training import token_model
@@ -87,9 +90,9 @@ def measure(name: str, num_steps: int) -> dict[str, float]:
     real = token_model.train_step
 
     def timed(*given: Any, **more: Any) -> Any:
-        started_at = time.perf_counter()
+        started_at = clock()
         found = real(*given, **more)
-        took.append(time.perf_counter() - started_at)
+        took.append(clock() - started_at)
         if len(took) == num_steps:
             raise KeyboardInterrupt  # the rest of a long training is like these
         return found
@@ -116,8 +119,9 @@ def measure(name: str, num_steps: int) -> dict[str, float]:
         return {"bytes": resident("VmHWM") - before, "step_s": statistics.median(took[1:])}
 
 
-def plan(name: str, memory_alone: bool) -> dict[str, float]:
+def plan(name: str, memory_alone: bool, clock: Callable[[], float]) -> dict[str, float]:
     from smalti.planning import plan as planning
+    from smalti.planning import probe
     from smalti.planning.plan import make_plan
     from smalti.planning.probe import Trained
     from smalti.planning.subjects import Subject
@@ -125,8 +129,8 @@ def plan(name: str, memory_alone: bool) -> dict[str, float]:
     task, environment = tasks()[name]
     if memory_alone and environment != NATIVE:  # what the kernel holds is found by running it
         planning.probe_training = lambda task, *_: Trained(float("nan"), None, task.train.precision)
-    if memory_alone:
-        planning.probe_drawing = lambda *_, **__: None
+    probe.time = SimpleNamespace(perf_counter=clock)  # pyright: ignore
+    planning.probe_drawing = lambda *_, **__: None
     found = make_plan(Subject(name, task, 64, False, []), gpus=[], measure=True).here
     assert found is not None
     return {"bytes": found.peak_bytes, "step_s": found.step_s}
@@ -135,6 +139,7 @@ def plan(name: str, memory_alone: bool) -> dict[str, float]:
 def in_child(what: str, name: str, environment: dict[str, str], arguments: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--do", what, "--name", name, *(["--quick"] if arguments.quick else [])]
     command += ["--memory"] if arguments.memory else []
+    command += ["--processor"] if arguments.processor else []
     threads = str(arguments.threads)
     done = subprocess.run(
         command, env=os.environ | environment | {"OMP_NUM_THREADS": threads}, capture_output=True, text=True
@@ -149,13 +154,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--processor", action="store_true")
     parser.add_argument("--only", default="")
     parser.add_argument("--do", choices=("measure", "plan"), help=argparse.SUPPRESS)
     parser.add_argument("--name", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.processor and given.threads > 1:
+        parser.error("--processor is of one thread")
     if given.do:
         num_steps = 2 if given.memory else 4 if given.quick else 12
-        found = plan(given.name, given.memory) if given.do == "plan" else measure(given.name, num_steps)
+        clock = time.thread_time if given.processor else time.perf_counter
+        found = plan(given.name, given.memory, clock) if given.do == "plan" else measure(given.name, num_steps, clock)
         print(json.dumps(found))
         return
     print(f"{'':48} {'planned':>10} {'measured':>10} {'':>6} {'kept':>10} {'planned':>10} {'measured':>10}")
