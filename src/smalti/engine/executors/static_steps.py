@@ -12,7 +12,7 @@ Letters: R rows that run, of which U draw and, where they are guided, N before t
 slots of the state, K most steps at once, n the ids of a slot.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ class Ahead(NamedTuple):
     configs: list[SampleConfig]
 
 
-class StaticSteps(Eager):
+class StaticSteps(Eager, ABC):
     """What executors of static steps have in common: which rows run together, and what is put on the device."""
 
     model: DecoderOnly
