@@ -1,11 +1,13 @@
 """On a GPU: drawing at LlamaGen's sizes, training, and image tokenizers, each beside its peer; the limits first.
 
     python benchmarks/gpu.py [--parts limits,draw,train,pictures] [--shapes llamagen-b,llamagen-l] [--batches 1,8,64]
-        [--peer DIR] [--peer-batches 1,8] [--rounds 3] [--quick]
+        [--peer DIR] [--peer-batches 1,8] [--compiled-batches 1,64] [--rounds 3] [--quick]
 
 Drawing: pictures of 256 codes of 16,384, class-conditional, random weights, guidance 2, in bfloat16; two rows a
-picture. The memory's limit is that every step reads all weights of the blocks and the head once, and the keys and
-values so far; the other that it makes their products. Peers: transformers' Llama with as many rows, without guidance, a
+picture. Ours by each executor that the device has: on a GPU `eager`, `cuda_graph` (captured) and `compiled` (compiled,
+then captured; a step takes up to a minute to compile, so not at all batches). The memory's limit is that every step
+reads all weights of the blocks and the head once, and the keys and values so far; the other that it makes their
+products. Peers: transformers' Llama with as many rows, without guidance, a
 static cache, compiled as its `generate` does by itself; and with DIR, a clone of github.com/FoundationVision/LlamaGen,
 its own sampler, plain and compiled as its script does. All draw a batch once before it is timed: what is captured or
 compiled then is kept, as in a server.
@@ -13,7 +15,8 @@ compiled then is kept, as in a server.
 Training: the recipes digits and emoji, their own batches, bfloat16, beside transformers' GPT-2 or Llama of the same
 sizes; each plain and compiled. Pictures: VQ-16 of random weights at 256 and 512 pixels, with DIR beside LlamaGen's own.
 
-`--quick` runs everything once, at a small size, on a CPU too, to see that it runs. One table comes at the end.
+`--quick` runs everything once, at a small size, on a CPU too, to see that it runs; `compiled` is traced then, and left
+as it is. One table comes at the end.
 """
 
 import argparse
@@ -30,6 +33,7 @@ import torch
 from smalti.devices import choose_device
 from smalti.engine.engine import Engine
 from smalti.engine.executors import EXECUTORS
+from smalti.engine.executors.compiled import Compiled
 from smalti.engine.sampling import SampleConfig
 from smalti.image_tokenizers.vqgan import VQGAN, VQGANConfig
 from smalti.models.config import preset_config
@@ -130,6 +134,8 @@ def draw(given: argparse.Namespace, device: torch.device, rate: float, products:
             reading = limit_s(model, batch, rate)
             computing = 2 * batch * CELLS * 2 * model.num_parameters / products
             for executor in executors:
+                if executor == "compiled" and str(batch) not in given.compiled_batches.split(","):
+                    continue
                 engine = Engine(model, LAYOUT, capacity=batch, executor=executor)
 
                 def draw_ours(engine=engine, requests=requests) -> None:
@@ -258,10 +264,12 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,64")
     parser.add_argument("--peer", type=Path, help="a clone of LlamaGen")
     parser.add_argument("--peer-batches", default="1,8")
+    parser.add_argument("--compiled-batches", default="1,64")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     if given.quick:
+        Compiled.backend = "aot_eager"
         global SIDE, CELLS, LAYOUT
         given.shapes, given.batches, given.peer_batches, given.rounds, SIDE, CELLS = "llamagen-b", "1,2", "1", 0, 2, 4
         LAYOUT = Layout.parse(LAYOUT.vocabulary, {"class": f"(label{{1}}) image{{{CELLS}}}"})

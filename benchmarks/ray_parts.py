@@ -56,7 +56,7 @@ def main() -> None:
         pairs = Path(folder) / "pairs.parquet"
         write(pairs, num, size)
         tables = {}
-        for number in range(1 if given.quick else given.rounds):
+        for number in range(given.rounds):
             for name in took:
                 output = Path(folder) / f"{name}-{number}.parquet"
                 started_at = time.perf_counter()
@@ -66,10 +66,10 @@ def main() -> None:
                 tables[name] = output.read_bytes()
         same = tables["ray"] == tables["processes"]
     ray.shutdown()
-    base = statistics.median(took["processes"])
     for name, seconds in took.items():
-        middle = statistics.median(seconds)
-        print(f"{name:10} {num / middle:9,.1f} pictures/s  {base / middle:5.2f} of the processes")
+        ratios = sorted(base / own for base, own in zip(took["processes"], seconds, strict=True))
+        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        print(f"{name:10} {num / statistics.median(seconds):9,.1f} pictures/s, {spread} of the processes")
     print(f"the tables are {'the same, byte for byte' if same else 'NOT THE SAME'}")
 
 

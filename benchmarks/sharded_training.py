@@ -3,9 +3,10 @@
     python benchmarks/sharded_training.py [--processes 2] [--threads 2] [--steps 12] [--rounds 3] [--quick]
 
 A LlamaGen of 8 layers of 512, operator by operator in float32; by gloo, the one process, DDP and FSDP2 in turns. Each
-process has threads / processes of the threads. Beside the rate by the clock stands that by processor time, of all
+process has threads / processes of the threads. Ratios are of one round, the median of all with the least and the
+most. Beside the rate by the clock stands that by processor time, of all
 processes together, which other programs on the machine disturb less; it does not see waiting. `--quick` takes a smaller
-model, fewer steps, and leaves out DDP.
+model, and leaves out DDP.
 """
 
 import argparse
@@ -93,15 +94,19 @@ def main() -> None:
     if given.quick:
         del names["none"]
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for _ in range(1 if given.quick else given.rounds):
+    for _ in range(given.rounds):
         for name in names:
             found[name].append(tokens_per_s(given, name))
-    rates = {name: [statistics.median(column) for column in zip(*runs, strict=True)] for name, runs in found.items()}
     for name, label in names.items():
-        (clock, processor), (base, base_processor) = rates[name], rates["one"]
+        clock, processor = (statistics.median(column) for column in zip(*found[name], strict=True))
+        pairs = zip(found[name], found["one"], strict=True)
+        ratios = zip(*((own / base for own, base in zip(*pair, strict=True)) for pair in pairs), strict=True)
+        by_clock, by_processor = (
+            f"{statistics.median(column):.2f} ({min(column):.2f} to {max(column):.2f})" for column in ratios
+        )
         print(
-            f"{label:22} {clock:9,.0f} tokens/s, {clock / base:5.2f} of one process; {processor:9,.0f} tokens a second "
-            f"of the processor, {processor / base_processor:5.2f}",
+            f"{label:22} {clock:9,.0f} tokens/s, {by_clock} of one process; {processor:9,.0f} tokens a second of the "
+            f"processor, {by_processor}",
             flush=True,
         )
 

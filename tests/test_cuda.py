@@ -5,14 +5,18 @@ import pytest
 import torch
 from test_executors import KINDS, MAX_LENGTH, B, decoder_only, layout_model, small_weights, tokens
 from test_generate import DIGITS, tiny_model
+from test_static_steps import LONG, NO_CLASS, PICTURES, Direct
 
 from smalti.engine.beam import beam_search
 from smalti.engine.engine import Engine
-from smalti.engine.executors import choose_executor, make_executor
+from smalti.engine.executors import EXECUTORS, Ahead, choose_executor, make_executor
+from smalti.engine.executors.cuda_graph import CudaGraph
 from smalti.engine.generate import Request, generate
 from smalti.engine.sampling import SampleConfig
 from smalti.likelihood import score
+from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import SLOT_BLOCK
+from smalti.models.decoder_only import new_model
 from smalti.sequences.layout import SpanValues
 
 pytestmark = pytest.mark.usefixtures("gpu")
@@ -22,12 +26,24 @@ CONFIGS = [
     SampleConfig(),
     SampleConfig(temperature=0.7, top_k=5, guidance_scale=2.5),
     SampleConfig(guidance_scale=2.0, guidance_interval=(2, 4)),
+    SampleConfig(top_p=0.8, min_p=0.05, guidance_scale=-1.5),
 ]
 
 
 @pytest.fixture(params=["eager", "cuda_graph"])
 def name(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def long_model():
+    """Of pictures over several widths of the state, with their layout."""
+    torch.manual_seed(0)
+    sizes = dict(num_layers=2, d_model=24, num_heads=4, d_ff=20, max_length=LONG + 1)
+    model = new_model(PICTURES, TransformerConfig(**sizes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
 
 
 def requests(count: int) -> list[Request]:
@@ -81,13 +97,66 @@ def test_arrivals_beside_it_change_nothing(name):
     engine = Engine(model, DIGITS, capacity=5, executor=name)
     asked = requests(12)
     for number, request in enumerate(asked):
-        engine.submit(request, CONFIGS[number % 4])
+        engine.submit(request, CONFIGS[number % 5])
         if number % 3 == 0:
             engine.step()
     engine.run()
     for number, request in enumerate(asked):
-        (alone,) = generate(model, DIGITS, [request], CONFIGS[number % 4], executor=name)
+        (alone,) = generate(model, DIGITS, [request], CONFIGS[number % 5], executor=name)
         assert torch.equal(engine.take(number).token_ids, alone.token_ids)
+
+
+@pytest.mark.parametrize("executor", ["cuda_graph", "compiled"])
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_whole_pictures_are_those_of_the_model_itself(executor, temperature, long_model):
+    """Drawn without the host between their codes, through all widths of the state."""
+    asked = [
+        Request(order="class", given={"label": torch.tensor([seed % 4])}, seed=seed, null=NO_CLASS) for seed in range(5)
+    ]
+    config = SampleConfig(guidance_scale=2.0, temperature=temperature)
+    expected = generate(long_model, PICTURES, asked, config, executor="eager")
+    found = generate(long_model.cuda(), PICTURES, asked, config, executor=executor)
+    for ours, plain in zip(found, expected, strict=True):
+        assert torch.equal(ours.token_ids, plain.token_ids)
+        assert torch.allclose(ours.log_probs, plain.log_probs, atol=1e-3)
+
+
+@pytest.mark.parametrize("executor", ["cuda_graph", "compiled"])
+def test_a_captured_step_is_the_step(executor, long_model):
+    """What is captured, called directly on the CPU and replayed: hidden states and what is drawn from them."""
+    found = []
+    for device, name in (("cpu", "direct"), ("cuda", executor)):
+        model = long_model.to(device)
+        runner = (Direct if name == "direct" else EXECUTORS[name])(model)
+        with torch.inference_mode():
+            state = runner.new_state(8)
+            hidden = runner.extend(state, slice(1, 7), [[0], [1], [2], [3], [4], [1]]).cpu().clone()
+            uniforms = torch.rand(70, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            configs = [SampleConfig(temperature=0), SampleConfig(top_k=5), SampleConfig(top_p=0.9, min_p=0.01)]
+            ahead = Ahead(
+                slice(4, 7), [3, 1, 2], [8, 9, 10], PICTURES.slots[-1], uniforms, torch.full((70, 3), 2.0), configs
+            )
+            found.append((hidden, runner.draw_ahead(state, ahead)))
+            assert state.lengths == [0, *[71] * 6, 0]
+    (hidden, drawn), (captured, replayed) = found
+    assert torch.allclose(captured, hidden, atol=1e-4, rtol=1e-4)
+    assert [[token[0] for token in step] for step in replayed] == [[token[0] for token in step] for step in drawn]
+    assert torch.allclose(torch.tensor(replayed), torch.tensor(drawn), atol=1e-3)
+
+
+def test_nothing_waits_between_the_codes_of_a_picture(long_model):
+    """CUDA refuses, and says where, if anything would."""
+    runner = CudaGraph(long_model.cuda())
+    with torch.inference_mode():
+        state, uniforms = runner.new_state(4), torch.rand(20, 2, dtype=torch.float64)
+        ahead = Ahead(slice(2, 4), [1, 0], [8, 9], PICTURES.slots[-1], uniforms, uniforms.float(), [SampleConfig()] * 2)
+        runner.draw_ahead(state, ahead)  # captures
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for launch in runner.launches.values():
+                launch()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_beams_and_scores_are_those_of_a_cpu():

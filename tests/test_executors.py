@@ -312,7 +312,9 @@ def test_an_executor_says_everything_that_keeps_it_from_a_job(monkeypatch):
     assert EXECUTORS["eager"].why_not(model) == []
     with pytest.raises(InputError, match=f"the executor 'native' cannot run this model here: {'; '.join(reasons)}."):
         make_executor(model, "native")
-    with pytest.raises(InputError, match="executor 'fast' is unknown; there are cuda_graph, native, packed, eager"):
+    with pytest.raises(
+        InputError, match="executor 'fast' is unknown; there are cuda_graph, native, packed, eager, compiled"
+    ):
         make_executor(model, "fast")
     assert EXECUTORS["native"].why_not(decoder_only(torch.float32)) == [smalti.engine.executors.native.MISSING]
 

@@ -8,6 +8,7 @@ import torch
 
 from smalti.cli.app import run
 from smalti.models.config import TransformerConfig
+from smalti.planning import probe
 from smalti.planning.footprint import Task, example, footprint, make_model
 from smalti.planning.gpus import GPUS, TRAINING_EFFICIENCY, find_gpu
 from smalti.planning.layouts import Footprints, choose_layout
@@ -140,6 +141,31 @@ def test_a_plan_of_a_recipe_measures_here_and_counts_there(monkeypatch):
     assert first.cost == pytest.approx(2.0 * first.days * 24) and first.num_devices == 1
     assert {drawn.device.split(",")[0] for drawn in made.drawing} == {"cpu", "NVIDIA H100 SXM 80GB"}
     json.dumps(made.to_dict())
+
+
+def test_a_probe_steps_as_the_training_will(monkeypatch):
+    """Recomputing, in micro-batches, with an average: each is a part of a step's time."""
+    seen = []
+
+    def step(state, loss, pieces, *_):
+        seen.append((state.model.transformer.recomputes, len(pieces), state.averaged is not None))
+
+    monkeypatch.setattr(probe, "train_step", step)
+    train = replace(SMALL.train, batch_size=4, num_micro_batches=2, recompute=True, ema_decay=0.9, compile=False)
+    probe.probe_training(SMALL._replace(train=train), 10, torch.device("cpu"))
+    assert seen and set(seen) == {(True, 2, True)}
+
+
+def test_a_second_micro_batch_begins_with_all_gradients():
+    """The logits are most of what it holds, and at their gradient none of the first one's has gone."""
+    shape, train = replace(SHAPE, num_layers=2), replace(SMALL.train, evaluation_rows=1)
+    one, two = (
+        footprint(SMALL._replace(shape=shape, train=replace(train, num_micro_batches=number)), 16, precision="float32")
+        for number in (1, 2)
+    )
+    assert two.peak_bytes == pytest.approx(two.state_bytes + two.activations_bytes)
+    assert one.activations_bytes == two.activations_bytes and one.peak_bytes < two.peak_bytes
+    assert one.state_bytes == two.state_bytes
 
 
 def test_the_command_prints_a_plan(capsys):

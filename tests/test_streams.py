@@ -15,7 +15,7 @@ from training_runs import SHAPE, arrays
 
 from smalti.data import streams
 from smalti.data.loader import step_rows
-from smalti.data.streams import TokenStream
+from smalti.data.streams import TokenStream, _Deal
 from smalti.data.tokens import TokenBatch
 from smalti.errors import InputError
 from smalti.sequences.layout import Layout
@@ -113,9 +113,12 @@ def test_row_groups_that_are_passed_over_are_not_read(hub: Path, monkeypatch):
     stream.batch(np.array([NUM - 1]))
     sizes = [5, 2, 5, 5, 5, 4, 3]  # of files of 7, 19 and 3 rows
     order = np.random.default_rng([5, 0, 0]).permutation(7).tolist()
-    ends = np.cumsum([sizes[i] for i in order])
-    assert read == [i for i, end in zip(order, ends, strict=True) if end > 24]  # the last block begins at row 24
-    assert len(read) < 4
+    deal = _Deal([sizes[i] for i in order], order, 4)
+    [lane], [number] = deal.find(np.array([NUM - 1]))
+    groups = deal.row_groups[lane]
+    ends = np.cumsum([sizes[i] for i in groups])
+    block = number // 2 * 2  # of two rows
+    assert read == [i for i, end in zip(groups, ends, strict=True) if end > block][: len(read)] and len(read) == 1
 
 
 def test_a_process_that_breaks_off_ends(hub: Path):
@@ -145,6 +148,74 @@ def test_processes_share_every_batch(hub: Path):
         assert lines == sorted(ids[ids > 0].tolist() for share in shares for ids in share.token_ids)
         pictures += lines
     assert len(pictures) == 30
+
+
+@pytest.fixture
+def even(tmp_path, monkeypatch) -> Path:
+    """A data set of sixteen row groups of five."""
+    monkeypatch.setattr(streams, "BLOCK_ROWS", 24)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "even").mkdir()
+    pq.write_table(pa.table(rows_of(range(80))), tmp_path / "even" / "train.parquet", row_group_size=5)
+    return tmp_path / "even"
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
+def test_a_process_reads_its_own_row_groups_alone(even: Path, num_ranks: int, monkeypatch):
+    """Joined, what they read is every row once an epoch, in the batches that one process has; where their number
+    divides that of the lanes, no two read one row group."""
+    read: list[list[int]] = [[] for _ in range(num_ranks)]
+    plain = TokenStream._row_group
+    monkeypatch.setattr(TokenStream, "_row_group", lambda self, i: read[self.rank].append(i) or plain(self, i))
+    whole, ranks = TokenStream.open(str(even), seed=2), []
+    whole.rank = 0
+    batches = [numbers(whole.batch(np.arange(at, at + 24))) for at in range(0, 72, 24)]
+    assert len(set(read[0])) == 16 and not read[0].clear()
+    for rank in range(num_ranks):
+        stream = TokenStream.open(str(even), seed=2)
+        stream.rank = rank
+        ranks.append([numbers(stream.batch(np.arange(at, at + 24)[rank::num_ranks])) for at in range(0, 72, 24)])
+    for step, batch in enumerate(batches):
+        joined = np.zeros(24, int)
+        for rank in range(num_ranks):
+            joined[rank::num_ranks] = ranks[rank][step]
+        assert joined.tolist() == batch
+    if num_ranks != 3:
+        assert sorted(itertools.chain(*read)) == list(range(16))
+        assert {len(found) for found in read} == {16 // num_ranks}
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batches(hub: Path):
+    """By the step alone: three processes, from step 5 on two, from step 9 on one."""
+    config = TrainConfig(num_steps=14, batch_size=6, num_micro_batches=1)
+    alone = micro_batches(LAYOUT, TokenStream.open(str(hub)), config, start_step=0, rank=0, world_size=1)
+    expected = [sorted(ids[ids > 0].tolist() for ids in whole.token_ids) for [whole] in itertools.islice(alone, 14)]
+    found = []
+    for size, start, end in ((3, 0, 5), (2, 5, 9), (1, 9, 14)):
+        shares = [
+            micro_batches(LAYOUT, TokenStream.open(str(hub)), config, start_step=start, rank=rank, world_size=size)
+            for rank in range(size)
+        ]
+        for _ in range(start, end):
+            pieces = [next(share)[0] for share in shares]
+            found.append(sorted(ids[ids > 0].tolist() for piece in pieces for ids in piece.token_ids))
+    assert found == expected
+
+
+@pytest.mark.parametrize(("sizes", "num_lanes"), [([5, 2, 5, 5, 5, 4, 3], 4), ([1, 90, 1], 2), ([7], 1), ([4] * 6, 4)])
+def test_lanes_take_turns_until_all_rows_are_taken(sizes: list[int], num_lanes: int):
+    deal = _Deal(sizes, list(range(len(sizes))), num_lanes)
+    expected, done = [], [0] * num_lanes
+    while len(expected) < sum(sizes):
+        for lane in range(num_lanes):
+            if done[lane] < deal.num_rows[lane]:
+                expected.append((lane, done[lane]))
+                done[lane] += 1
+    places = np.random.default_rng(0).permutation(sum(sizes))
+    found = list(zip(*(part.tolist() for part in deal.find(places)), strict=True))
+    assert found == [expected[place] for place in places]
+    assert sorted(itertools.chain(*deal.row_groups)) == list(range(len(sizes)))
+    assert [sum(sizes[i] for i in groups) for groups in deal.row_groups] == deal.num_rows
 
 
 def test_a_training_on_a_stream_is_resumed_bit_for_bit(hub: Path, tmp_path, monkeypatch):
@@ -182,7 +253,7 @@ def test_places_are_steps_in_order(hub: Path):
 
 def test_long_captions_are_cut_and_counted(hub: Path):
     stream = TokenStream.open(str(hub), max_text_length=2)
-    with pytest.warns(UserWarning, match=r"\d of the 8 captions just read are cut to 2 tokens") as found:
+    with pytest.warns(UserWarning, match=r"[12] of the 2 captions just read are cut to 2 tokens") as found:
         batch = stream.batch(np.arange(2 * NUM))
     assert len(found) == 1  # not one for every block
     lengths = np.minimum(batch.image_tokens[:, 0] % 4, 2)

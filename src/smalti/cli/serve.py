@@ -26,7 +26,9 @@ def serve(
     deadline: Annotated[float, typer.Option(help="Seconds after which a request is given up.")] = 120.0,
     executor: Annotated[
         str | None,
-        typer.Option(help="What runs the steps: cuda_graph, native, packed, eager (default: the first that can)."),
+        typer.Option(
+            help="What runs the steps: cuda_graph, native, packed, eager (default: the first that can), or compiled."
+        ),
     ] = None,
     api_key_env: Annotated[
         str | None, typer.Option(metavar="NAME", help="Environment variable with the key that clients must send.")

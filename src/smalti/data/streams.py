@@ -1,10 +1,12 @@
 """Token tables that are read as they come, without a copy on disk: from the Hugging Face hub, through `datasets`.
 
-A stream is shuffled as it is read: every epoch takes the row groups of all files in an order of its own, cuts their
-rows into blocks of some ten thousand, and permutes each block. Orders and permutations are drawn from (seed, epoch,
-block), and the files' own footers say how many rows there are: so place p of the stream is the same row in every run,
-and a training that goes on at place p opens the one row group that holds it. Processes take turns in the places;
-joined, their rows are those that one process would see.
+A stream is shuffled as it is read: every epoch takes the row groups of all files in an order of its own and deals them
+out to lanes; each lane cuts its rows into blocks, permutes each block, and lanes take turns in the places of the
+stream. Orders and permutations are drawn from (seed, epoch, lane, block), and the files' own footers say how many rows
+there are: so place p of the stream is the same row in every run, and a training that goes on at place p opens the one
+row group a lane that holds it. Processes take turns in the places too; joined, their rows are those that one process
+would see, however many there are. What they read is their own where their number divides that of the lanes: of two
+processes one reads every other lane.
 Letters in shapes: n rows asked for, L the length of the longest of them.
 """
 
@@ -23,8 +25,10 @@ from smalti.data.tokens import PAD, TokenBatch, check_columns, read_metadata, to
 from smalti.errors import InputError, InputWarning, first_line
 from smalti.text_tokenizer import TextTokenizer
 
+LANES = 8
+"""At most, and a power of two: as many row groups are open at once, and so many processes read nothing twice."""
 BLOCK_ROWS = 65_536
-"""Rows that are shuffled among each other, and held in memory; two blocks are held at most."""
+"""Rows that are shuffled among each other, of all lanes together, and held in memory; twice as many at most."""
 _ROWS_AT_ONCE = 8192
 
 
@@ -48,10 +52,10 @@ class TokenStream:
         self._rows, self._row_groups, self._checks = rows, row_groups, checks
         self._seed, self._text_tokenizer = seed, text_tokenizer
         self._num_rows = sum(group.num_rows for group in row_groups)
-        self._blocks_an_epoch = -(-self._num_rows // BLOCK_ROWS)
-        self._blocks: dict[int, _Block] = {}
-        self._coming: Iterator[_Block] = iter(())
-        self._next_block = -1
+        num_lanes = min(LANES, 1 << (len(row_groups).bit_length() - 1))
+        self._block_rows = max(1, BLOCK_ROWS // num_lanes)
+        self._lanes = [_Lane(self, number) for number in range(num_lanes)]
+        self._deals: dict[int, _Deal] = {}
         self._has_warned = False
 
     @classmethod
@@ -106,44 +110,25 @@ class TokenStream:
         if len(rows) and rows.min() < 0:
             raise ValueError(f"place {rows.min()} of a stream; places count from 0.")
         epochs, places = np.divmod(rows, self._num_rows)
-        numbers = epochs * self._blocks_an_epoch + places // BLOCK_ROWS
-        found = [
-            (numbers == number, self._block(int(number)).take(places[numbers == number] % BLOCK_ROWS))
-            for number in np.unique(numbers)
-        ]
+        found = []
+        for epoch in np.unique(epochs).tolist():
+            of_epoch = np.flatnonzero(epochs == epoch)
+            lanes, numbers = self._deal(epoch).find(places[of_epoch])
+            for lane in np.unique(lanes).tolist():
+                of_lane = lanes == lane
+                found += self._lanes[lane].rows(epoch, numbers[of_lane], of_epoch[of_lane])
         return TokenBatch(
             *_joined([(which, part.image_tokens, part.image_lengths) for which, part in found], len(rows)),
             *_joined([(which, part.text_tokens, part.text_lengths) for which, part in found], len(rows)),
         )
 
-    def _block(self, number: int) -> "_Block":
-        if number not in self._blocks:
-            if number != self._next_block:
-                self._coming = self._blocks_from(number)
-            while len(self._blocks) > 1:  # a batch may reach from one block into the next
-                del self._blocks[next(iter(self._blocks))]
-            self._next_block = -1  # of a stream that breaks off here, the block is sought again
-            self._blocks[number] = next(self._coming)
-            self._next_block = number + 1
-        return self._blocks[number]
-
-    def _blocks_from(self, number: int) -> Iterator["_Block"]:
-        first_epoch, first_block = divmod(number, self._blocks_an_epoch)
-        for epoch in itertools.count(first_epoch):
-            start = first_block * BLOCK_ROWS if epoch == first_epoch else 0
-            tables, block = self._tables(epoch, start), start // BLOCK_ROWS
-            for table in _in_blocks(tables):
-                order = np.random.default_rng([self._seed, epoch, 1, block]).permutation(table.num_rows)
-                yield self._decoded(table).take(order)
-                block += 1
-
-    def _tables(self, epoch: int, start: int) -> Iterator[pa.Table]:
-        """The rows of an epoch from number `start` on, before they are permuted."""
-        for index in np.random.default_rng([self._seed, epoch, 0]).permutation(len(self._row_groups)).tolist():
-            num_rows = self._row_groups[index].num_rows
-            if start < num_rows:
-                yield self._row_group(index).slice(start)
-            start = max(start - num_rows, 0)
+    def _deal(self, epoch: int) -> "_Deal":
+        if epoch not in self._deals:
+            if len(self._deals) > 1:  # a batch may reach from one epoch into the next
+                del self._deals[next(iter(self._deals))]
+            order = np.random.default_rng([self._seed, epoch, 0]).permutation(len(self._row_groups)).tolist()
+            self._deals[epoch] = _Deal([self._row_groups[index].num_rows for index in order], order, len(self._lanes))
+        return self._deals[epoch]
 
     def _row_group(self, index: int) -> pa.Table:
         """Read whole at once: a reader that is left open can hang the interpreter when it ends (apache/arrow#45214)."""
@@ -180,6 +165,87 @@ class TokenStream:
                 )
             text_tokens, text_lengths = text_tokens[:, :most], text_lengths.clip(max=most)
         return _Block(image_tokens, image_lengths, text_tokens, text_lengths)
+
+
+class _Deal:
+    """How an epoch's row groups, in its order, are dealt out: each to the lane that has the fewest rows so far.
+
+    Lanes take turns; one that has no more rows is passed over.
+    """
+
+    def __init__(self, sizes: list[int], order: list[int], num_lanes: int):
+        self.row_groups: list[list[int]] = [[] for _ in range(num_lanes)]
+        """Of each lane, in the order in which they are read."""
+        self.num_rows = [0] * num_lanes
+        for index, size in zip(order, sizes, strict=True):
+            lane = self.num_rows.index(min(self.num_rows))
+            self.row_groups[lane].append(index)
+            self.num_rows[lane] += size
+        # Between two lengths the same lanes take turns.
+        self._rounds = [0, *sorted(set(self.num_rows) - {0})]
+        self._turns = [np.flatnonzero(np.array(self.num_rows) > done) for done in self._rounds[:-1]]
+        spans = zip(itertools.pairwise(self._rounds), self._turns, strict=True)
+        counts = [(end - start) * len(lanes) for (start, end), lanes in spans]
+        self._starts = np.cumsum([0, *counts])
+
+    def find(self, places: Integer[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """The lane of each place of the epoch, and the number of its row there."""
+        stretches = np.searchsorted(self._starts, places, side="right") - 1
+        lanes, numbers = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
+        for stretch in np.unique(stretches).tolist():
+            which, turns = stretches == stretch, self._turns[stretch]
+            rounds, turn = np.divmod(places[which] - self._starts[stretch], len(turns))
+            lanes[which], numbers[which] = turns[turn], self._rounds[stretch] + rounds
+        return lanes, numbers
+
+
+class _Lane:
+    """The blocks of a lane, epoch after epoch; two are held at most."""
+
+    def __init__(self, stream: TokenStream, number: int):
+        self.stream, self.number = stream, number
+        self._blocks: dict[tuple[int, int], _Block] = {}
+        self._coming: Iterator[_Block] = iter(())
+        self._next = (-1, 0)
+
+    def rows(
+        self, epoch: int, numbers: Int64[np.ndarray, " n"], which: Int64[np.ndarray, " n"]
+    ) -> list[tuple[Int64[np.ndarray, " m"], "_Block"]]:
+        """The lane's rows of these numbers in an epoch, block by block, each with its part of `which`."""
+        size = self.stream._block_rows
+        return [
+            (which[numbers // size == block], self._block(epoch, block).take(numbers[numbers // size == block] % size))
+            for block in np.unique(numbers // size).tolist()
+        ]
+
+    def _block(self, epoch: int, block: int) -> "_Block":
+        if (epoch, block) not in self._blocks:
+            if (epoch, block) != self._next:
+                self._coming = self._blocks_from(epoch, block)
+            while len(self._blocks) > 1:  # a batch may reach from one block into the next
+                del self._blocks[next(iter(self._blocks))]
+            self._next = (-1, 0)  # of a stream that breaks off here, the block is sought again
+            self._blocks[epoch, block] = next(self._coming)
+            is_last = (block + 1) * self.stream._block_rows >= self.stream._deal(epoch).num_rows[self.number]
+            self._next = (epoch + 1, 0) if is_last else (epoch, block + 1)
+        return self._blocks[epoch, block]
+
+    def _blocks_from(self, first_epoch: int, first_block: int) -> Iterator["_Block"]:
+        stream, size = self.stream, self.stream._block_rows
+        for epoch in itertools.count(first_epoch):
+            block = first_block if epoch == first_epoch else 0
+            for table in _in_blocks(self._tables(epoch, block * size), size):
+                key = [stream._seed, epoch, 1, self.number, block]
+                yield stream._decoded(table).take(np.random.default_rng(key).permutation(table.num_rows))
+                block += 1
+
+    def _tables(self, epoch: int, start: int) -> Iterator[pa.Table]:
+        """The lane's rows of an epoch from number `start` on, before they are permuted."""
+        for index in self.stream._deal(epoch).row_groups[self.number]:
+            num_rows = self.stream._row_groups[index].num_rows
+            if start < num_rows:
+                yield self.stream._row_group(index).slice(start)
+            start = max(start - num_rows, 0)
 
 
 class _RowGroup(NamedTuple):
@@ -269,16 +335,16 @@ def _read_footers(urls: list[str], columns: list[str]) -> tuple[list[_RowGroup],
     return row_groups, common
 
 
-def _in_blocks(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+def _in_blocks(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
     waiting: list[pa.Table] = []
     num_waiting = 0
     for table in tables:
         waiting.append(table)
         num_waiting += table.num_rows
-        while num_waiting >= BLOCK_ROWS:
+        while num_waiting >= size:
             joined = pa.concat_tables(waiting)
-            yield joined.slice(0, BLOCK_ROWS)
-            waiting, num_waiting = [joined.slice(BLOCK_ROWS)], num_waiting - BLOCK_ROWS
+            yield joined.slice(0, size)
+            waiting, num_waiting = [joined.slice(size)], num_waiting - size
     if num_waiting:
         yield pa.concat_tables(waiting)
 
@@ -301,5 +367,5 @@ def _joined(
     padded = np.full((num_rows, lengths.max(initial=0)), PAD, np.int64)
     for which, tokens, found in parts:
         width = found.max(initial=0)
-        padded[np.flatnonzero(which), :width] = tokens[:, :width]
+        padded[which, :width] = tokens[:, :width]
     return padded, lengths

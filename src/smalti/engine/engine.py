@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.engine.executors import make_executor
+from smalti.engine.executors import Ahead, StaticSteps, make_executor
+from smalti.engine.executors.base import Token
 from smalti.engine.sampling import SampleConfig
 from smalti.engine.speculative import Drafts, Window, num_kept, redraw
 from smalti.errors import InputError
@@ -68,6 +69,7 @@ class Engine:
         model.check_layout(layout)
         self.layout, self.capacity = layout, capacity
         self.executor = make_executor(model, executor)
+        self.static = self.executor if isinstance(self.executor, StaticSteps) else None
         # The rows of the requests stand from `first` on, upwards, their null rows before it, downwards: together, and
         # each by themselves, they are side by side.
         self.first = capacity if guided_capacity is None else min(guided_capacity, capacity)
@@ -141,7 +143,7 @@ class Engine:
         with torch.inference_mode():
             self._enter()
             before = [(running, len(running.drawn)) for running in self.active]
-            self._advance()
+            self._advance(most=1)
         return [event for running, start in before for event in running.events(start)]
 
     @torch.inference_mode()
@@ -149,15 +151,18 @@ class Engine:
         """Carries out everything that was submitted."""
         while not self.is_idle:
             self._enter()
-            if (num_tokens := self._num_alike()) > 1:
-                self._draw_alike(num_tokens)
-            else:
-                self._advance()
+            self._advance()
 
-    def _advance(self) -> None:
-        """A token of every request that has its rows."""
+    def _advance(self, most: int | None = None) -> None:
+        """A token of every request that has its rows, or as many as all draw alike, at most so many."""
         if not self.active:
             return
+        least = 2 if self.static is None else 1
+        if most is None or most >= least:
+            num_tokens = self._num_alike() if most is None else min(most, self._num_alike())
+            if num_tokens >= least:
+                self._draw_alike(num_tokens)
+                return
         self._extend()
         if any([self._draw(group) for group in self._groups()]):  # a list: every group draws
             self._leave([running for running in self.active if running.sequence.is_finished])
@@ -290,14 +295,23 @@ class Engine:
         return is_finished
 
     def _num_alike(self) -> int:
-        """How many tokens all that run draw from one slot with the same settings, and nobody finishes a span by one."""
+        """How many tokens all that run draw from one slot, guided or not, with the same settings."""
         if not self.active or self.speculates:
             return 0
-        first = self.active[0]
-        key = first.keys[first.at]
-        if any(running.keys[running.at] != key for running in self.active):
+        if self.static is None:
+            keys = {running.keys[running.at] for running in self.active}
+        elif all(map(self._has_one_to_run, self.active)):
+            keys = {running.slot_key for running in self.active}  # each row has its own settings
+        else:
             return 0
-        return min(running.num_alike[running.at] for running in self.active)
+        return min(running.num_alike[running.at] for running in self.active) if len(keys) == 1 else 0
+
+    def _has_one_to_run(self, running: "_Running") -> bool:
+        """Whether all that its rows have not seen is its last token. A null condition may begin with another one."""
+        lengths, last = self.state.lengths, running.token_ids[-1:]
+        if running.wants_null and running.null_pending(lengths[running.null_row]) != last:
+            return False
+        return running.token_ids[lengths[running.row] :] == last
 
     def _draw_alike(self, num_tokens: int) -> None:
         """Draws so many tokens of all that run; what is known of them beforehand is looked up once for all."""
@@ -308,31 +322,49 @@ class Engine:
         uniforms = (
             torch.tensor([running.uniforms[part] for running, part in taken], dtype=torch.float64).t().contiguous()
         )
-        rows, null_rows, scales = self._rows_of(self.active), [], None
+        null_rows, scales = [], None
         if first.wants_null:  # and so do all
             null_rows = [running.null_row for running in self.active]
-            device = self.executor.model.device
-            scales = _scales([running.scales[part] for running, part in taken], device).t().contiguous()
-        together = slice(self.first - len(null_rows), self.first + len(self.active))
+            scales = _scales([running.scales[part] for running, part in taken]).t().contiguous()
+        rows = slice(self.first, self.first + len(self.active))
+        last_ids = [running.token_ids[-1] for running in self.active]
+        configs = [running.config for running in self.active]
+        alike = Ahead(rows, null_rows, last_ids, slot, uniforms, scales, configs)
+        drawn = self._draw_one_by_one(alike) if self.static is None else self.static.draw_ahead(self.state, alike)
+        is_finished = False
+        for running, tokens in zip(self.active, zip(*drawn, strict=True), strict=True):
+            if running.goes_on[running.at + num_tokens - 1]:
+                running.add(tokens)
+            else:
+                running.add(tokens[:-1])
+                is_finished |= running.push(tokens[-1])
+        if is_finished:
+            self._leave([running for running in self.active if running.sequence.is_finished])
+
+    def _draw_one_by_one(self, ahead: Ahead) -> list[list[Token]]:
+        """Tokens of all that run, step by step: the host hands each on to the next."""
+        null_rows, scales = ahead.null_rows, ahead.scales
+        if scales is not None:
+            scales = scales.to(self.executor.model.device)
+        together = slice(self.first - len(null_rows), ahead.rows.stop)
         # Which request's token each of the rows runs next.
         order = [self.active.index(running) for running in reversed(self.guided)] if null_rows else []
         self._extend()
-        drawn: list[list[tuple[int, float, float]]] = []
-        for number in range(num_tokens):
+        drawn: list[list[Token]] = []
+        for number, uniforms in enumerate(ahead.uniforms):
             if number:
                 tokens = [[token[0]] for token in drawn[-1]]
                 self._run(together, [tokens[i] for i in order] + tokens)
             draws = self.executor.draw(
-                self.hidden[rows],
+                self.hidden[ahead.rows],
                 self.hidden[null_rows] if null_rows else None,
-                slot,
-                uniforms[number],
+                ahead.slot,
+                uniforms,
                 None if scales is None else scales[number],
-                first.config,
+                ahead.configs[0],
             )
             drawn.append(draws.rows())
-        for running, tokens in zip(self.active, zip(*drawn, strict=True), strict=True):
-            running.add(tokens)
+        return drawn
 
     def _draw_ahead(self, group: list["_Running"]) -> bool:
         """Draws at the positions of the drafts, and keeps what stands; whether any of the requests is finished."""
@@ -421,6 +453,11 @@ class _Running:
         return Window(self.drafts, len(self.token_ids), uniforms)
 
     @property
+    def slot_key(self) -> tuple[int, bool]:
+        """The slot that is drawn from next, and whether guided."""
+        return self.slot_ids[self.at], self.scales[self.at] != 1
+
+    @property
     def wants_null(self) -> bool:
         """Whether any of the positions that are drawn next is guided."""
         if self.drafts is None:
@@ -472,12 +509,13 @@ class _Running:
         return [any(start <= self.stop < end for start, end in slot.ranges) for slot in self.sequence.layout.slots]
 
     def _num_alike(self) -> list[int]:
-        """For each coming position, how many from there on draw with its key, and go on."""
+        """For each coming position, how many from there on are drawn with its key, and are sure to be."""
         ends = self._ends()
         found = [0] * (self.end + 1)
         for at in range(self.end - 1, -1, -1):
-            if self.goes_on[at] and not ends[self.slot_ids[at]]:
-                found[at] = 1 + (found[at + 1] if self.keys[at] == self.keys[at + 1] else 0)
+            if self.forced[at] < 0 and not ends[self.slot_ids[at]]:
+                goes_on = self.goes_on[at] and self.keys[at] == self.keys[at + 1]
+                found[at] = 1 + (found[at + 1] if goes_on else 0)
         return found
 
     def _rooms(self) -> list[int]:
@@ -513,7 +551,7 @@ class _Running:
             token = (self.forced[self.at], 0.0, 0.0)
 
 
-def _scales(numbers: Sequence[Any], device: torch.device) -> Float[Tensor, "..."]:
+def _scales(numbers: Sequence[Any], device: torch.device | str = "cpu") -> Float[Tensor, "..."]:
     """In float32 whatever was given: a scale of 3 is a whole number in Python."""
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 

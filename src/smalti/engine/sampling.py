@@ -8,7 +8,9 @@ Letters: B batch, n the ids of a slot.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -148,3 +150,59 @@ def sample(
 def log_prob_of(logits: Float[Tensor, "B n"], ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """ln softmax(logits) at one id per row."""
     return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+# ---- the same with settings in tensors, for steps that are captured or compiled once and serve all settings ----
+
+
+class Settings(NamedTuple):
+    """`SampleConfig` of each row."""
+
+    temperature: Float[Tensor, "B 1"]
+    """0 is greedy."""
+    top_k: Float[Tensor, "B 1"]
+    top_p: Float[Tensor, "B 1"]
+    """Infinite where all are kept: sums of probabilities may reach 1 early."""
+    log_min_p: Float[Tensor, "B 1"]
+
+    @classmethod
+    def of(cls, table: Float[Tensor, "rows 2 B"]) -> "Settings":
+        """The settings that stand in the first two rows of a table, as `settings_of` made them."""
+        (temperature, top_k), (top_p, log_min_p) = table[:2, :, :, None]
+        return cls(temperature.float(), top_k, top_p, log_min_p.float())
+
+
+def settings_of(configs: Sequence[SampleConfig]) -> Float[Tensor, "2 2 B"]:
+    """The settings of rows in numbers."""
+    rows = [
+        (
+            config.temperature,
+            config.top_k or math.inf,
+            config.top_p if config.top_p < 1 else math.inf,
+            math.log(config.min_p) if config.min_p else -math.inf,
+        )
+        for config in configs
+    ]
+    return torch.tensor(rows, dtype=torch.float64).t().reshape(2, 2, -1)
+
+
+def filter_rows(logits: Float[Tensor, "B n"], settings: Settings) -> Float[Tensor, "B n"]:
+    """`filter_logits` with each row's own settings, by one sort."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    dropped = torch.arange(logits.shape[-1], device=logits.device) >= settings.top_k
+    probs = ordered.masked_fill(dropped, -math.inf).double().softmax(-1)
+    dropped |= probs.cumsum(-1) - probs >= settings.top_p
+    dropped |= ordered < ordered[:, :1] + settings.log_min_p
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -math.inf)
+
+
+def sample_rows(
+    logits: Float[Tensor, "B n"], uniforms: Float[Tensor, " B"], settings: Settings, *, filtered: bool
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """`sample` with each row's own settings; `filtered`: whether any of them drops ids."""
+    is_greedy = settings.temperature == 0
+    warm = logits / settings.temperature.masked_fill(is_greedy, 1.0)
+    probs = (filter_rows(warm, settings) if filtered else warm).softmax(-1)
+    ids = torch.where(is_greedy[:, 0], logits.argmax(-1), draw(probs, uniforms))
+    log_probs = probs.gather(-1, ids[:, None])[:, 0].log()
+    return ids, log_probs.masked_fill(is_greedy[:, 0], 0.0)

@@ -58,9 +58,10 @@ class Footprint(NamedTuple):
     average_bytes: float
     """Of the weights' running average, if one is kept."""
     activations_bytes: float
-    """What a micro-batch needs at most beside them."""
+    """What a micro-batch needs at most beside them, while gradients are summed up."""
     peak_bytes: float
-    """At any moment of a step or of an evaluation. Gradients grow while activations shrink, so it is less than all."""
+    """At any moment of a step or of an evaluation. In a step of one micro-batch gradients grow while activations
+    shrink, so it is less than all."""
     evaluation_bytes: float
     """At any moment of an evaluation."""
     flops: float
@@ -199,20 +200,26 @@ def _run(task: Task, num_rows: int, *, precision: str, sharded: bool, recompute:
                 loss(piece.token_ids, piece.targets, None, piece.features).sum().backward()
             gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             gc.collect()  # frames of the backward pass go round in circles
-            state = living.num_bytes - weights
+            state = living.num_bytes - weights - gradients
             if recompute:
                 recompute_activations(model)
+
+            def micro_batch() -> int:
+                living.most_bytes = 0
+                with autocast("cpu", precision):
+                    loss(piece.token_ids, piece.targets, None, piece.features).sum().backward()
+                return living.most_bytes
+
+            step = micro_batch()  # beside the gradients of the one before, which are there from its beginning
+            activations = step - weights - state - gradients
             living.most_bytes = 0
-            with autocast("cpu", precision):
-                nats = loss(piece.token_ids, piece.targets, None, piece.features)
-                activations = living.most_bytes - weights - state
-                nats.sum().backward()
-            activations = max(activations, living.most_bytes - weights - state - gradients)
-            del nats
             optimizer.step()
-            step = living.most_bytes
+            update = living.most_bytes
+            if task.train.num_micro_batches == 1:
+                optimizer.zero_grad(set_to_none=True)
+                step = micro_batch()
+            step = max(step, update)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
     whole = 4 * num_parameters / sum(p.nbytes for p in model.parameters())  # what is stored is float32
     weights, gradients, state = weights * whole, gradients * whole, state * whole

@@ -94,7 +94,8 @@ BANDWIDTH_EFFICIENCY = 0.7
 TB/s of 4.8 (docs/gpu.md); collectives reach less."""
 STEP_S = 2.3e-3
 """What a decode step takes at least, however small the model: the host's part. LlamaGen-B by `cuda_graph` on an H200
-took 2.4, 2.3 and 3.2 ms a step at 1, 8 and 64 guided pictures (docs/gpu.md)."""
+took 2.4, 2.3 and 3.2 ms a step at 1, 8 and 64 guided pictures (docs/gpu.md), when it drew outside of its graph and the
+host read every token: it should be less now, which has not been measured."""
 LAYER_S = 0.7e-3
 """What a layer of a training step takes at least, forward and backward, however small it is. LlamaGen-B's decode steps,
 operator by operator, took 8.5 ms on an H200 (docs/gpu.md): 12 layers forward, driven from Python."""

@@ -6,6 +6,7 @@ activations are computed again, and in how many micro-batches a process takes it
 gathering weights goes on beside the products, sums within layers do not.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from smalti.planning.footprint import DEPTHS, Footprint, Task, footprint
@@ -60,7 +61,9 @@ class Footprints:
     """What a sequence takes in each way of computing, counted once for each."""
 
     def __init__(self, task: Task, precision: str):
-        self.task, self.precision = task, precision
+        # as with several micro-batches: layouts reckon with all gradients, and a peak of one alone need not be found
+        self.task = task._replace(train=replace(task.train, num_micro_batches=2))
+        self.precision = precision
         self._found: dict[tuple[bool, int, bool], Footprint] = {}
 
     def __call__(self, *, sharded: bool, tensor_parallel: int, recompute: bool) -> Footprint:

@@ -139,8 +139,6 @@ def _here(subject: Subject, num_steps: int | None, device: torch.device) -> Here
     fused = device.type != "cpu"
     counted = footprint(task, rows, precision=found.precision, recompute=train.recompute, fused=fused)
     activations, peak = counted.activations_bytes, counted.peak_bytes
-    if train.num_micro_batches > 1:  # gradients of those before are there all the time
-        peak = max(peak, counted.state_bytes + activations)
     if found.workspace_bytes is not None:
         activations = found.workspace_bytes
         peak = max(counted.state_bytes + activations, counted.evaluation_bytes)

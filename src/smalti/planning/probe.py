@@ -15,6 +15,7 @@ from smalti.models.families import AnyModel
 from smalti.planning.footprint import DEEPEST, DEPTHS, Task, example, make_model
 from smalti.sequences.layout import Span
 from smalti.sequences.request import Request
+from smalti.training.distributed import recompute_activations
 from smalti.training.token_model import (
     TrainConfig,
     TrainState,
@@ -84,6 +85,8 @@ def _train(task: Task, num_steps: int, device: torch.device) -> Trained:
         model = make_model(task).to(device).train()
         config = with_choices(asked, task.layout, num_steps, device, parameters_dtype=torch.float32)
         loss = make_loss(model, task.layout, asked, config, num_steps)
+        if config.recompute:
+            recompute_activations(model)
         averaged = make_model(task).to(device).eval() if config.ema_decay else None
         state = TrainState(step=0, model=model, averaged=averaged, optimizer=make_optimizer(model, config, device))
         rows = config.batch_size // config.num_micro_batches

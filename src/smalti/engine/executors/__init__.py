@@ -2,14 +2,19 @@
 them; with one of them, the same seed gives the same tokens."""
 
 from smalti.engine.executors.base import Draws, Eager
+from smalti.engine.executors.compiled import Compiled
 from smalti.engine.executors.cuda_graph import CudaGraph
 from smalti.engine.executors.native import Native
 from smalti.engine.executors.packed import Packed
+from smalti.engine.executors.static_steps import Ahead, StaticSteps
 from smalti.errors import InputError
 from smalti.models.base import SequenceModel
 
-EXECUTORS: dict[str, type[Eager]] = {executor.name: executor for executor in (CudaGraph, Native, Packed, Eager)}
-"""In the order in which they are preferred."""
+EXECUTORS: dict[str, type[Eager]] = {
+    executor.name: executor for executor in (CudaGraph, Native, Packed, Eager, Compiled)
+}
+"""In the order in which they are preferred; what stands behind `eager`, which takes every job, is taken by name
+alone."""
 
 
 def choose_executor(model: SequenceModel, num_steps: int | None = None) -> str:
@@ -31,4 +36,4 @@ def make_executor(model: SequenceModel, name: str | None = None, num_steps: int 
     return EXECUTORS[name](model)
 
 
-__all__ = ["EXECUTORS", "Draws", "Eager", "choose_executor", "make_executor"]
+__all__ = ["EXECUTORS", "Ahead", "Draws", "Eager", "StaticSteps", "choose_executor", "make_executor"]

@@ -5,7 +5,7 @@ Letters: R rows, T tokens (`tokens`: of all rows together), D model width, n the
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,9 @@ from smalti.models.decode_state import DecodeState, Rows
 from smalti.models.decoder_only import DecoderOnly
 from smalti.sequences.layout import Slot
 
+Token: TypeAlias = tuple[int, float, float]
+"""An id that was drawn, its ln p under the model, and under what it was drawn from."""
+
 
 class Draws(NamedTuple):
     """A token of each of R rows."""
@@ -28,7 +31,7 @@ class Draws(NamedTuple):
     draw_log_probs: Float[Tensor, " R"]
     """ln p under the distribution it was drawn from; equal to `log_probs` where nothing reshapes it."""
 
-    def rows(self) -> list[tuple[int, float, float]]:
+    def rows(self) -> list[Token]:
         """Row by row, on the host. A device is waited for once."""
         if self.token_ids.device.type == "cpu":
             return list(zip(*(values.tolist() for values in self), strict=True))
