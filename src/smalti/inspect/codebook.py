@@ -10,10 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64, Integer
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
+from smalti.inspect.clusters import k_means, principal_components, t_sne
 from smalti.inspect.grid import Grid
 from smalti.inspect.positions import check_codes, position_counts
 from smalti.likelihood import to_device
@@ -166,26 +164,19 @@ def cluster_codes(
     rows = embedding[list(codes)]
     centred = rows - rows.mean(0)
     unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-    num_different = len(np.unique(unit.round(12), axis=0))
-    k_means = KMeans(min(num_clusters, num_different), n_init=4, random_state=seed)  # pyright: ignore[reportArgumentType]
-    return k_means.fit_predict(unit).astype(np.int64)
+    return k_means(unit, num_clusters, num_starts=4, seed=seed)
 
 
 def project_codes(
-    embedding: Float64[np.ndarray, "K D"], codes: Sequence[int], method: str = "pca", *, seed: int = 0
+    embedding: Float64[np.ndarray, "K D"], codes: Sequence[int], method: str = "pca"
 ) -> Float64[np.ndarray, "M 2"]:
     """A point in the plane for each of M codes. Raises ValueError for a method that is none."""
     if method not in PROJECTIONS:
         raise ValueError(f"method {method!r} is unknown; choose one of {', '.join(PROJECTIONS)}.")
     rows = embedding[list(codes)]
     if method == "pca":
-        return PCA(2, random_state=seed).fit_transform(rows)
-    perplexity = min(30.0, (len(rows) - 1) / 3)
-    return (
-        TSNE(2, perplexity=perplexity, init="pca", max_iter=500, random_state=seed, n_jobs=1)
-        .fit_transform(rows)
-        .astype(float)
-    )
+        return principal_components(rows)
+    return t_sne(rows, perplexity=min(30.0, (len(rows) - 1) / 3))
 
 
 # ---- codes that replace each other ----
