@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from smalti.errors import InputError
@@ -339,19 +341,36 @@ def _say_embeddings(section: Section, subject: Subject, common: np.ndarray, conf
 # ---- how the model predicts ----
 
 
+class Scored(NamedTuple):
+    """What one run of the model over the lines tells."""
+
+    nats: Float[torch.Tensor, "B T"]
+    instead: Float[torch.Tensor, "K K"]
+    """`codebook.predicted_instead`."""
+
+
+@lru_cache(maxsize=1)  # three findings ask for it
+def scored(subject: Subject, config: InspectConfig) -> Scored:
+    """Of the first `num_scored` lines."""
+    instead, nats = codebook.PredictedInstead(subject.model, subject.layout), []
+    for part, hidden in attention.hidden_by_batch(subject.model, subject.packed(config.num_scored)):
+        nats.append(attention.nats_of_hidden(subject.model, subject.layout, part, hidden))
+        instead.add(part, hidden)
+    return Scored(torch.cat(nats), instead.mean())
+
+
 def prediction_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> Section | None:
     if subject.order is None:
         return None
     section = Section(title="How the model predicts", heard=subject.heard)
     model, layout, places = subject.model, subject.layout, subject.positions
-    packed = subject.packed(config.num_scored)
     few = subject.packed(config.a_share(8))
-    nats = attention.nats_by_position(model, layout, packed)
+    nats = attention.by_position(scored(subject, config).nats)
     mean, error = nats.mean[places].numpy(), nats.standard_error[places].numpy()
     hardest = np.argsort(-mean)[:5]
     section.say(
-        f"A code costs the model {mean.mean():.3f} nats on average on {len(packed.token_ids)} lines. The hardest "
-        f"positions: {_listed([f'{p} ({mean[p]:.2f} ± {error[p]:.2f})' for p in hardest])}.",
+        f"A code costs the model {mean.mean():.3f} nats on average on {len(scored(subject, config).nats)} lines. The "
+        f"hardest positions: {_listed([f'{p} ({mean[p]:.2f} ± {error[p]:.2f})' for p in hardest])}.",
         "attention.nats_by_position",
         headline=True,
     )
@@ -387,7 +406,8 @@ def prediction_section(subject: Subject, config: InspectConfig, grid: Grid | Non
 
 def _say_heads(section: Section, subject: Subject, token_ids: torch.Tensor, grid: Grid | None) -> None:
     first = subject.positions.start
-    heads = attention.name_heads(subject.model, token_ids, first, grid)
+    attended = attention.attention_weights(subject.model, token_ids)
+    heads = attention.name_heads(subject.model, token_ids, first, grid, attended=attended)
     kinds = Counter(head.name for head in heads)
     section.say(
         f"The {len(heads)} heads by what they do: {_listed([f'{n} {name}' for name, n in kinds.most_common()])}. A "
@@ -403,7 +423,7 @@ def _say_heads(section: Section, subject: Subject, token_ids: torch.Tensor, grid
                 f"attention, {best.excess[name]:.1f} × what even attention would give.",
                 "attention.name_heads",
             )
-    mean = [weights.mean(0).cpu() for weights in attention.attention_weights(subject.model, token_ids)]
+    mean = [weights.mean(0).cpu() for weights in attended]
     if grid is not None:
         maps = [attention.attention_by_offset(layer, first, grid).numpy() for layer in mean]
         caption = "Where each head looks, relative to the cell that is predicted (×); bright: much attention."
@@ -563,28 +583,30 @@ def find_swaps(subject: Subject, config: InspectConfig, grid: Grid | None) -> li
     Codes that keep to special positions are left out: where nothing around depends on them, all are exchangeable.
     """
     similarity = codebook.context_similarity(subject.codes, subject.vocab_size, grid)
-    instead = codebook.predicted_instead(subject.model, subject.layout, subject.packed(config.num_scored)).numpy()
-    scored = subject.codes[: config.num_scored]
+    instead = scored(subject, config).instead.numpy()
+    looked_at = subject.codes[: config.num_scored]
     special = [s.position for s in positions.special_positions(subject.codes, subject.vocab_size)]
-    at_special = np.bincount(scored[:, special].ravel(), minlength=subject.vocab_size)
-    counts = np.bincount(scored.ravel(), minlength=subject.vocab_size)
+    at_special = np.bincount(looked_at[:, special].ravel(), minlength=subject.vocab_size)
+    counts = np.bincount(looked_at.ravel(), minlength=subject.vocab_size)
     counts = np.where(at_special < counts / 2, counts, 0)
     return codebook.swappable_codes(similarity, counts, instead, num=6, min_count=min(20, int(counts.max())))
 
 
 def _say_swaps(section: Section, subject: Subject, config: InspectConfig, grid: Grid | None) -> None:
     swaps = find_swaps(subject, config, grid)
-    packed = subject.packed(config.num_scored)
+    packed, nats = subject.packed(config.num_scored), scored(subject, config).nats
     told = []
     for swap in swaps[:4]:
-        cost = causes.swap_cost(subject.model, subject.layout, packed, swap.code, swap.other, seed=config.seed)
+        cost = causes.swap_cost(
+            subject.model, subject.layout, packed, swap.code, swap.other, nats=nats, seed=config.seed
+        )
         told.append(f"{swap.code} ↔ {swap.other} ({cost.nats:+.1f} nats in {cost.num_changed} lines)")
     if not told:
         return
     common = np.argsort(-np.bincount(subject.codes.ravel(), minlength=subject.vocab_size), kind="stable")[:100]
     strangers = np.random.default_rng(config.seed).choice(common, len(swaps)).tolist()
     costs = [
-        causes.swap_cost(subject.model, subject.layout, packed, swap.code, stranger, seed=config.seed).nats
+        causes.swap_cost(subject.model, subject.layout, packed, swap.code, stranger, nats=nats, seed=config.seed).nats
         for swap, stranger in zip(swaps, strangers, strict=True)
         if stranger not in (swap.code, swap.other)
     ]
