@@ -34,7 +34,7 @@ _CANDIDATES = 4  # cells with most around them that are filled, among which a gr
 _NOISE = 0.1  # of the scores in regrowing, so that it does not end in the same picture each time
 SAME = 0.005
 """Explained shares that differ by less, relatively, are those of one picture but for some empty cells."""
-_PATIENCE = 150  # rounds without a gain after which a start is given up
+_PATIENCE = 120  # rounds without a gain after which a start is given up
 _NUM_SWAPS = 40  # of the tabu search after a picture is grown anew
 _NUM_MENDED = 3  # of the pictures with rows or columns changed, the best, in which cells are swapped
 
@@ -120,8 +120,9 @@ def fit_lattice(
     generator = np.random.default_rng(seed)
     criterion = Criterion(shared, rows, columns)
     best: Placement | None = None
-    for start in grown_starts(criterion, candidates, generator)[:num_starts]:
-        found = _recreated(criterion, start, num_rounds, generator, goal)
+    starts = grown_starts(criterion, candidates, generator)
+    for number in range(num_starts):
+        found = _recreated(criterion, starts[number % len(starts)], num_rounds, generator, goal)
         agrees = best is not None and abs(found.explained - best.explained) <= SAME * best.explained
         if best is None or found.explained > best.explained:
             best = found
