@@ -153,7 +153,7 @@ def position_section(subject: Subject, config: InspectConfig, found: GridFinding
     )
     if found.grid is not None:
         section.show(
-            "Where each position of the line lies in the picture, up to mirroring, turning and transposing.",
+            "Where each position of the line lies in the picture, and the way from one to the next.",
             figures.reading_map(found.grid),
         )
     return section
@@ -179,30 +179,55 @@ def _say_counts(
         )
 
 
+def _described(grid: Grid) -> str:
+    """A grid that did not win, in a few words."""
+    columns = "" if grid.column_order is None else ", columns in another order"
+    num_outside = len(grid.outside)
+    outside = f", {_counted(num_outside, 'position')} outside" if num_outside else ""
+    return f"{grid.rows} × {grid.columns} {grid.order}{columns}{outside}"
+
+
+def _counted(num: int, thing: str) -> str:
+    return f"{num} {thing}" if num == 1 else f"{num} {thing}s"
+
+
 def _say_grid(section: Section, found: GridFinding) -> None:
     function = "grid.infer_grid"
-    if found.grid is None:
+    sure = f" Confidence that there is none: {found.confidence:.0%}."
+    if found.grid is None and found.runner_up is None:
+        text = "No grid is found: the lines have too few positions for one." + sure
+        section.say(text, function, headline=True)
+        return
+    if found.grid is None and found.runner_up is not None:
+        again = (
+            f" Halves of the lines, each by itself, find only {found.agreement:.0%} of its neighbours again."
+            if found.agreement is not None
+            else ""
+        )
         section.say(
-            f"No grid of a known family is found: the best, {found.runner_up}, explains "
+            f"No grid is found, of a known order or another: the best, {_described(found.runner_up)}, explains "
             f"{found.runner_up_explained:.0%} of how differently pairs of positions share; the best of any on shuffled "
-            f"cells {found.chance_explained:.0%}, their order in the line {found.line_explained:.0%}."
-            + (
-                f" Halves of the lines, each by itself, find only {found.agreement:.0%} of its neighbours again."
-                if found.agreement is not None
-                else ""
-            ),
+            f"cells {found.chance_explained:.0%}, their order in the line {found.line_explained:.0%}.{again}{sure}",
             function,
             headline=True,
         )
         return
     grid = found.grid
+    assert grid is not None
     reading = READING[grid.order]
     if grid.column_order is not None:
         reading += f", the columns in the order {', '.join(map(str, grid.column_order))}"
+    outside = grid.outside
     section.say(
         f"The lines are pictures of {grid.rows} × {grid.columns} codes read {reading}; "
-        + (f"positions {_listed(grid.outside)} are outside. " if grid.outside else "no position is outside. ")
-        + f"Confidence {found.confidence:.0%}"
+        + (
+            "no position is"
+            if not outside
+            else f"position {outside[0]} is"
+            if len(outside) == 1
+            else f"positions {_listed(outside)} are"
+        )
+        + f" outside. Confidence {found.confidence:.0%}"
         + (
             f": halves of the lines, each by itself, find {found.agreement:.0%} of the neighbours again."
             if found.agreement is not None
@@ -214,10 +239,15 @@ def _say_grid(section: Section, found: GridFinding) -> None:
     section.say(
         f"That grid explains {found.explained:.0%} of how differently pairs of positions share, on lines not used to "
         f"fit it; the best of all named orders on shuffled cells {found.chance_explained:.0%}, nearness in the line "
-        f"alone {found.line_explained:.0%}, the next hypothesis ({found.runner_up}) {found.runner_up_explained:.0%}. "
-        "Of hypotheses that explain as much, the one is taken that leaves outside what looks special, nothing else. "
-        "What codes alone cannot tell: a mirrored, turned or transposed picture has the same neighbours, so left may "
-        "be right, up may be down, and rows may be columns.",
+        f"alone {found.line_explained:.0%}"
+        + (
+            f", the next hypothesis ({_described(found.runner_up)}) {found.runner_up_explained:.0%}"
+            if found.runner_up is not None
+            else ""
+        )
+        + ". Of hypotheses that explain as much, the one is taken that leaves outside what looks special, nothing "
+        "else. What codes alone cannot tell: a mirrored, turned or transposed picture has the same neighbours, so left "
+        "may be right, up may be down, and rows may be columns.",
         function,
     )
 
@@ -559,13 +589,21 @@ def _say_influence(section: Section, subject: Subject, packed, config: InspectCo
             ylabel="nats of divergence",
             title="where predictions move when one code is changed",
         )
+        if lags:
+            lag = int(np.argmax(lags)) + 1
+            section.say(
+                f"A changed code moves most, on average, the prediction of the code {_counted(lag, 'position')} later "
+                f"({lags[lag - 1]:.3f} nats).",
+                "causes.influence",
+                headline=True,
+            )
         section.show("How far predictions move behind a changed code.", figure)
         return
     by_offset = causes.influence_by_offset(moved, grid, reach=3)
     down, right = divmod(int(by_offset.nan_to_num(-1).argmax()), by_offset.shape[1])
     right -= by_offset.shape[1] // 2
     section.say(
-        f"On average the cell that moves most is {down} rows below and {right:+d} columns from the changed one "
+        f"A changed code moves most, on average, the prediction of the cell {_way(down, right)} "
         f"({float(by_offset[down, right + by_offset.shape[1] // 2]):.3f} nats).",
         "causes.influence_by_offset",
         headline=True,
@@ -574,6 +612,14 @@ def _say_influence(section: Section, subject: Subject, packed, config: InspectCo
         "Mean divergence of the predictions around a changed code (×), which is read before all the others shown.",
         figures.offset_map(by_offset.numpy(), title="where predictions move", label="nats"),
     )
+
+
+def _way(down: int, right: int) -> str:
+    """From one cell to another, in words."""
+    parts = [f"{_counted(down, 'row')} below"] if down else []
+    if right:
+        parts.append(f"{_counted(abs(right), 'column')} to the {'right' if right > 0 else 'left'}")
+    return " and ".join(parts)
 
 
 @lru_cache(maxsize=1)  # two sections ask for them
