@@ -206,8 +206,9 @@ def _say_grid(section: Section, found: GridFinding) -> None:
         )
         section.say(
             f"No grid is found, of a known order or another: the best, {_described(found.runner_up)}, explains "
-            f"{found.runner_up_explained:.0%} of how differently pairs of positions share; the best of any on shuffled "
-            f"cells {found.chance_explained:.0%}, their order in the line {found.line_explained:.0%}.{again}{sure}",
+            f"{found.runner_up_explained:z.0%} of how differently pairs of positions share; the best of any on "
+            f"shuffled cells {found.chance_explained:.0%}, their order in the line {found.line_explained:z.0%}."
+            f"{again}{sure}",
             function,
             headline=True,
         )
@@ -239,9 +240,9 @@ def _say_grid(section: Section, found: GridFinding) -> None:
     section.say(
         f"That grid explains {found.explained:.0%} of how differently pairs of positions share, on lines not used to "
         f"fit it; the best of all named orders on shuffled cells {found.chance_explained:.0%}, nearness in the line "
-        f"alone {found.line_explained:.0%}"
+        f"alone {found.line_explained:z.0%}"
         + (
-            f", the next hypothesis ({_described(found.runner_up)}) {found.runner_up_explained:.0%}"
+            f", the next hypothesis ({_described(found.runner_up)}) {found.runner_up_explained:z.0%}"
             if found.runner_up is not None
             else ""
         )
@@ -508,7 +509,7 @@ def cause_section(subject: Subject, config: InspectConfig, grid: Grid | None) ->
     layer, head = divmod(flat, losses.heads.shape[1])
     idle = int((losses.heads < 0.005).sum())
     section.say(
-        f"Without layer {layer} head {head} a code costs {losses.heads[layer, head]:.3f} nats more than the "
+        f"Without layer {layer} head {head} a code costs {losses.heads[layer, head]:z.3f} nats more than the "
         f"{losses.whole:.3f} of the whole model: the most of any head. {idle} of {losses.heads.numel()} heads cost "
         "less than 0.005 nats each when they are replaced by their mean.",
         "causes.ablation_losses",
@@ -516,8 +517,8 @@ def cause_section(subject: Subject, config: InspectConfig, grid: Grid | None) ->
     )
     worst = int(losses.layers.argmax())
     section.say(
-        f"Skipping a whole layer costs most for layer {worst} ({losses.layers[worst]:.2f} nats), least for layer "
-        f"{int(losses.layers.argmin())} ({losses.layers.min():.2f}).",
+        f"Skipping a whole layer costs most for layer {worst} ({losses.layers[worst]:z.2f} nats), least for layer "
+        f"{int(losses.layers.argmin())} ({losses.layers.min():z.2f}).",
         "causes.ablation_losses",
     )
     section.show("What is lost without each part.", figures.ablation_map(losses))
@@ -646,7 +647,7 @@ def _say_swaps(section: Section, subject: Subject, config: InspectConfig, grid: 
         cost = causes.swap_cost(
             subject.model, subject.layout, packed, swap.code, swap.other, nats=nats, seed=config.seed
         )
-        told.append(f"{swap.code} ↔ {swap.other} ({cost.nats:+.1f} nats in {cost.num_changed} lines)")
+        told.append(f"{swap.code} ↔ {swap.other} ({cost.nats:+z.1f} nats in {cost.num_changed} lines)")
     if not told:
         return
     common = np.argsort(-np.bincount(subject.codes.ravel(), minlength=subject.vocab_size), kind="stable")[:100]
@@ -656,7 +657,7 @@ def _say_swaps(section: Section, subject: Subject, config: InspectConfig, grid: 
         for swap, stranger in zip(swaps, strangers, strict=True)
         if stranger not in (swap.code, swap.other)
     ]
-    versus = f"; a code drawn from the 100 commonest costs {np.mean(costs):+.1f} nats instead" if costs else ""
+    versus = f"; a code drawn from the 100 commonest costs {np.mean(costs):+z.1f} nats instead" if costs else ""
     section.say(
         f"Codes that stand in for one another, with what it costs to put the second for the first once: "
         f"{_listed(told)}{versus}.",

@@ -175,7 +175,7 @@ def _recreated(
     """
     rows, columns = criterion.rows, criterion.columns
     weights, since = _general_weights(criterion), 0
-    best = _mended(criterion, weights, start, generator)
+    best = mended(criterion, start, weights, generator)
     for number in range(num_rounds):
         if since >= _PATIENCE or (goal is not None and is_reached(best, goal)):
             break
@@ -195,16 +195,22 @@ def _recreated(
         swapped = _swapped(criterion.exact, weights, grown, _NUM_SWAPS, generator)
         since += 1
         if (explained := criterion(swapped)) > best.explained:
-            best, since = _mended(criterion, weights, Placement(swapped, explained), generator), 0
+            best, since = mended(criterion, Placement(swapped, explained), weights, generator), 0
             if number > num_rounds // 20:
                 weights = _weights(criterion, best.positions)
     return refined(criterion, best.positions, seed=int(generator.integers(2**31)))
 
 
-def _mended(
-    criterion: Criterion, weights: Float64[np.ndarray, "n n"], best: Placement, generator: np.random.Generator
+def mended(
+    criterion: Criterion,
+    best: Placement,
+    weights: Float64[np.ndarray, "n n"] | None = None,
+    generator: np.random.Generator | None = None,
 ) -> Placement:
-    """The picture with whole rows or columns put elsewhere or turned round, as long as that explains more."""
+    """The picture with whole rows or columns put elsewhere or turned round, and cells swapped then, as long as that
+    explains more. Swaps are judged by `weights`: None, those of pictures in general."""
+    weights = _general_weights(criterion) if weights is None else weights
+    generator = generator or np.random.default_rng(0)
     shape = criterion.rows, criterion.columns
     while True:
         changed = np.unique([one.ravel() for one in _with_lines_changed(best.positions.reshape(shape))], axis=0)
