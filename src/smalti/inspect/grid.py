@@ -62,8 +62,8 @@ _TIE = 0.05  # hypotheses whose explained shares differ by less, relatively, are
 _COLUMN_TIE = 0.02  # the same for orders of columns, which are told apart by their emptiness
 _NUM_JUDGED = 40  # hypotheses, the best by all lines, that are judged on halves
 _MAX_REORDERED = 64  # more columns than this are taken as read: finding their order takes the cube of their number
-_NUM_REORDERED = 10  # shapes whose columns are put in order
-_MOST_ALIKE = 2  # of them with as many columns and the same order, but other positions outside
+_NUM_REORDERED = 12  # shapes whose columns are put in order
+_MOST_ALIKE = 2  # of them of one size and order, but with other positions outside
 _MAX_REFINED = 12  # more columns than this keep the order of a path through neighbours
 _MIN_GAIN = 1.1  # what reordered columns, chosen among many, must explain over those as read, and a map over both
 _STANDS = 1.15  # times what a right order explains, swaps of cells may: some cells are empty, and no picture is even
@@ -619,7 +619,7 @@ def _turned(picture: Int64[np.ndarray, "h w"]) -> Iterable[Int64[np.ndarray, "h 
 
 def _best_apart_from_columns(shapes: list[Grid], shared: Float64[np.ndarray, "L L"]) -> list[Grid]:
     """The raster and snake shapes that explain most when nothing is assumed of the order of the columns, few of them
-    with as many columns: half of a row explains as much where nothing is assumed."""
+    of one size: half of a row explains as much where nothing is assumed, and so do other positions outside."""
     upper = np.triu_indices(len(shared), 1)
     score = {}
     for shape in shapes:
@@ -634,8 +634,9 @@ def _best_apart_from_columns(shapes: list[Grid], shared: Float64[np.ndarray, "L 
             score[shape] = round(float((sums**2 / num).sum()), 9)
     chosen, num = [], Counter()
     for shape in sorted(score, key=lambda shape: score[shape], reverse=True):
-        num[shape.columns, shape.order] += 1
-        if num[shape.columns, shape.order] <= _MOST_ALIKE:
+        alike = shape.rows, shape.columns, shape.order
+        num[alike] += 1
+        if num[alike] <= _MOST_ALIKE:
             chosen.append(shape)
     return chosen[:_NUM_REORDERED]
 
