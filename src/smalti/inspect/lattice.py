@@ -110,7 +110,7 @@ def fit_lattice(
     columns: int,
     *,
     num_rounds: int = 400,
-    num_starts: int = 6,
+    num_starts: int = 10,
     goal: float | None = None,
     seed: int = 0,
 ) -> Placement:
