@@ -105,7 +105,8 @@ def reading_map(grid: Grid) -> Figure:
     axes[0, 0].plot(inside[:, 1], inside[:, 0], color=_BLUE, linewidth=0.8, alpha=0.6)
     if grid.positions.size <= 400:
         for (row, column), position in np.ndenumerate(grid.positions):
-            axes[0, 0].text(column, row, str(position), ha="center", va="center", fontsize=7)
+            colour = "white" if position > 0.6 * grid.length else "black"
+            axes[0, 0].text(column, row, str(position), ha="center", va="center", fontsize=7, color=colour)
     axes[0, 0].set(xticks=[], yticks=[])
     return figure
 
