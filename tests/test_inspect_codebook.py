@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from smalti.inspect import codebook
+from smalti.inspect import clusters, codebook
 from smalti.inspect.grid import Grid
 from smalti.inspect.patches import average_patches, decoded_lens, swap_picture
 from smalti.inspect.sequences import code_positions, pack_codes, picture_order
@@ -137,14 +137,48 @@ def test_neighbours_and_clusters_of_embeddings():
     nearest = codebook.nearest_codes(table, [3, 14], among=range(20), num=9)
     assert sorted([3, *nearest[3]]) == list(range(10))
     assert sorted([14, *nearest[14]]) == list(range(10, 20))
-    clusters = codebook.cluster_codes(table, range(20), 2)
-    assert len(set(clusters[:10])) == len(set(clusters[10:])) == 1 and clusters[0] != clusters[10]
+    groups = codebook.cluster_codes(table, range(20), 2)
+    assert len(set(groups[:10])) == len(set(groups[10:])) == 1 and groups[0] != groups[10]
     for method in codebook.PROJECTIONS:
         points = codebook.project_codes(table, range(20), method)
         apart = np.linalg.norm(points[:10].mean(0) - points[10:].mean(0))
         assert points.shape == (20, 2) and apart > points[:10].std()
     with pytest.raises(ValueError, match="method 'umap' is unknown; choose one of pca, t-sne"):
         codebook.project_codes(table, range(20), "umap")
+
+
+def test_k_means_by_hand():
+    """On a line, with a weight: the centre of the left group is drawn to the heavy point."""
+    points = np.array([[0.0], [1.0], [1.0], [10.0], [11.0], [40.0]])
+    groups = clusters.k_means(points, 3)
+    assert groups[0] == groups[1] == groups[2] and groups[3] == groups[4] and len(set(groups)) == 3
+    heavy = clusters.k_means(points, 2, weights=np.array([1.0, 1, 1, 1, 1, 1e-6]))
+    assert heavy[0] == heavy[2] != heavy[3] == heavy[4], "a point that weighs nothing has no group of its own"
+    assert sorted(set(clusters.k_means(points, 20).tolist())) == list(range(5)), "equal points are one"
+    assert (clusters.k_means(np.ones((4, 2)), 3) == 0).all()
+
+
+def test_singular_vectors_and_components():
+    generator = np.random.default_rng(0)
+    matrix = generator.normal(size=(60, 5)) * (9, 5, 3, 2, 1) @ generator.normal(size=(5, 40))
+    matrix += generator.normal(size=(60, 40)) * 0.1
+    left, values = clusters.leading_vectors(matrix, 4)
+    true_left, true_values, _ = np.linalg.svd(matrix, full_matrices=False)
+    assert values == pytest.approx(true_values[:4])
+    assert np.abs((left * true_left[:, :4]).sum(0)) == pytest.approx(np.ones(4))
+    plane = clusters.principal_components(matrix)
+    variance = np.linalg.eigvalsh(np.cov(matrix.T))[::-1]
+    assert plane.var(0, ddof=1) == pytest.approx(variance[:2]) and plane.mean(0) == pytest.approx(np.zeros(2))
+    assert abs(plane[:, 0] @ plane[:, 1]) < 1e-6
+
+
+def test_t_sne_keeps_neighbours():
+    generator = np.random.default_rng(0)
+    group = np.repeat(np.arange(4), 15)
+    points = generator.normal(size=(4, 10))[group] * 4 + generator.normal(size=(60, 10))
+    plane = clusters.t_sne(points, perplexity=10)
+    apart = ((plane[:, None] - plane) ** 2).sum(-1) + np.eye(60) * 1e9
+    assert (group[apart.argmin(1)] == group).all()
 
 
 def test_embeddings_are_the_codes_rows():

@@ -16,7 +16,7 @@ from smalti.data.digit_sources import read_idx
 from smalti.data.digits import LEVEL_STEP, ColouringConfig, SourceDigits, colour_digits
 from smalti.errors import InputError
 from smalti.inspect.grid import ORDERS, OUTSIDE, Grid, infer_grid, reading_order, recognised
-from smalti.inspect.lattice import Criterion, cell_kinds, fit_lattice
+from smalti.inspect.lattice import Criterion, Placement, cell_kinds, fit_lattice, mended
 from smalti.inspect.pair_counts import PairCounts, sorted_lines
 from smalti.inspect.positions import (
     explain_by_counts,
@@ -298,6 +298,23 @@ def test_a_lattice_is_placed_by_what_neighbours_share():
     placed = fit_lattice(shared, np.arange(24), 4, 6, num_rounds=30, num_starts=2)
     position = np.argsort(cells).reshape(4, 6)
     assert recognised(24, placed.positions.reshape(4, 6)).edges == recognised(24, position).edges
+
+
+@pytest.mark.parametrize("folded", [(4, 3, 5, 2, 6, 1, 7, 0), (0, 7, 6, 1, 2, 5, 4, 3)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_folded_pictures_are_unfolded(folded, turned):
+    """Each cell shares with its mirror image nearly as much as with its neighbours: no swap of two cells mends that."""
+    row, column = np.mgrid[:8, :8].reshape(2, -1)
+    apart = np.abs(row[:, None] - row) + np.minimum(
+        np.abs(column[:, None] - column), 0.7 + np.abs(column[:, None] + column - 7)
+    )
+    shared = np.where(apart > 0, 0.6**apart, 0) * (1 - np.eye(64))
+    criterion, picture = Criterion(shared, 8, 8), np.arange(64).reshape(8, 8)
+    wrong = picture[:, list(folded)].T if turned else picture[:, list(folded)]
+    start = Placement(wrong.ravel(), criterion(wrong.ravel()))
+    found = mended(criterion, start)
+    assert start.explained < found.explained == criterion(picture.ravel())
+    assert recognised(64, found.positions.reshape(8, 8)).edges == Grid(rows=8, columns=8).edges
 
 
 @given(

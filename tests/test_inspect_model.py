@@ -247,6 +247,9 @@ def test_ablation_losses(packed):
     with causes.ablated(model, heads=[(1, 2)]):
         by_hand = float(attention.nats_of(model, LAYOUT, packed)[:, 1:].mean())
     assert float(losses.heads[1, 2]) == pytest.approx(by_hand - losses.whole, abs=1e-6)
+    with causes.ablated(model, layers=[2]):
+        by_hand = float(attention.nats_of(model, LAYOUT, packed)[:, 1:].mean())
+    assert float(losses.layers[2]) == pytest.approx(by_hand - losses.whole, abs=1e-6)
 
 
 def test_what_cannot_be_ablated():
@@ -297,6 +300,15 @@ def test_patching_finds_what_differs(packed):
     assert same.isnan().all()
 
 
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_a_run_is_taken_up_between_any_two_layers(changes, packed):
+    model = tiny_model(**changes)
+    with torch.no_grad():
+        whole = model.hidden(packed.token_ids)
+    for layer, state in enumerate(causes.residual_stream(model, packed.token_ids)):
+        assert torch.equal(causes.run_from(model, layer, state), whole)
+
+
 # ---- changing codes ----
 
 
@@ -316,6 +328,19 @@ def test_a_changed_code_moves_only_what_comes_later(packed):
     assert torch.allclose(moved[:, 10], F.kl_div(after, before, log_target=True, reduction="none").sum(-1))
 
 
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_influence_is_the_mean_of_changes(changes, packed):
+    """Of two sequences each is changed to the other's codes. What stands before a change is not run again."""
+    model, two = tiny_model(**changes), packed.map(lambda part: part[:2].clone())
+    two.token_ids[1, [3, 7]] = 1 + two.token_ids[0, [3, 7]] % NUM_CODES
+    two.token_ids[1, 4] = two.token_ids[0, 4]  # nothing to change
+    moved = causes.influence(model, LAYOUT, two, [3, 4, 7, LENGTH])
+    others = two.token_ids.flip(0)
+    by_hand = [causes.change_map(model, LAYOUT, two, place, others[:, place]).mean(0) for place in (3, 4, 7, LENGTH)]
+    assert torch.allclose(moved, torch.stack(by_hand), rtol=1e-3, atol=1e-6)
+    assert (moved[1] == 0).all() and (moved[3] == 0).all() and moved[0, 4:].min() > 0
+
+
 def test_influence_is_mapped_on_the_grid(packed):
     model = tiny_model()
     moved = causes.influence(model, LAYOUT, packed, PLACES)[:, PLACES]
@@ -333,6 +358,8 @@ def test_swapping_twins_costs_nothing(packed):
         model.embed_tokens.weight[5] = model.embed_tokens.weight[4]
         model.head[4] = model.head[3]  # no row for <bos>
     twins = causes.swap_cost(model, LAYOUT, packed, 3, 4)
+    known = attention.nats_of(model, LAYOUT, packed)
+    assert causes.swap_cost(model, LAYOUT, packed, 3, 4, nats=known).nats == pytest.approx(twins.nats, abs=1e-4)
     assert twins.nats == pytest.approx(0, abs=1e-4) and twins.num_changed > 0
     assert abs(causes.swap_cost(model, LAYOUT, packed, 3, 7).nats) > 0.01
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """The command `inspect`: codes and model explained."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,10 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """Explain codes and model: one page of findings in words, numbers and pictures, which opens without a network."""
+    # Threads wait for the next product: asleep, or they take as much processor time as the work itself. Both are read
+    # when torch and NumPy are loaded; NumPy's products are too small to be shared out.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from smalti.inspect.findings import Finding, InspectConfig
     from smalti.inspect.report import PAGE, inspect_bundle
 

@@ -5,7 +5,7 @@ Letters: B sequences, T tokens, N heads, M key-value heads, Dh head width, layer
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 from smalti.inspect.grid import OUTSIDE, Grid
 from smalti.likelihood import to_device
 from smalti.models.decoder_only import DecoderOnly
-from smalti.models.loss import token_nll
+from smalti.models.loss import nll_of_hidden
 from smalti.models.transformer import Attention, rotate
 from smalti.sequences.layout import Layout, Packed
 
@@ -142,16 +142,22 @@ def _step_mask(num_tokens: int, first_code: int, neighbours: list[int], *, ahead
 
 
 def name_heads(
-    model: DecoderOnly, token_ids: Int[Tensor, "B T"], first_code: int, grid: Grid | None = None
+    model: DecoderOnly,
+    token_ids: Int[Tensor, "B T"],
+    first_code: int,
+    grid: Grid | None = None,
+    *,
+    attended: list[Float[Tensor, "B N T T"]] | None = None,
 ) -> list[Head]:
     """Every head with the pattern it follows. Queries are the tokens from the second code on; a pattern is measured
-    on the queries that have the token it means."""
+    on the queries that have the token it means. `attended` are the sequences' `attention_weights`, where they are
+    known."""
     T = token_ids.shape[1]
     masks = pattern_masks(T, first_code, grid)
     even = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
     queries = torch.arange(first_code + 1, T)
     found = []
-    for layer, weights in enumerate(attention_weights(model, token_ids)):
+    for layer, weights in enumerate(attention_weights(model, token_ids) if attended is None else attended):
         mean = weights.mean(0).cpu()  # (N, T, T)
         entropy = torch.special.entr(weights).sum(-1).mean(0).cpu()[:, queries]  # (N, queries)
         evenness = (entropy / torch.log(queries + 1.0)).mean(1)
@@ -242,25 +248,39 @@ class PositionNats(NamedTuple):
     standard_error: Float[Tensor, " T"]
 
 
-@torch.no_grad()
 def nats_by_position(model: DecoderOnly, layout: Layout, packed: Packed, *, batch_size: int = 64) -> PositionNats:
     """The surprise map: nats at each position of the sequences, 0 where nothing is to be predicted."""
-    nll = nats_of(model, layout, packed, batch_size=batch_size)
-    return PositionNats(nll.mean(0), nll.std(0) / math.sqrt(len(nll)))
+    return by_position(nats_of(model, layout, packed, batch_size=batch_size))
+
+
+def by_position(nats: Float[Tensor, "B T"]) -> PositionNats:
+    """The same of nats that are known."""
+    return PositionNats(nats.mean(0), nats.std(0) / math.sqrt(len(nats)))
 
 
 @torch.no_grad()
 def nats_of(model: DecoderOnly, layout: Layout, packed: Packed, *, batch_size: int = 64) -> Float[Tensor, "B T"]:
     """−ln p of every token, in float64."""
-    parts = [
-        token_nll(
-            model,
-            to_device(packed.map(itemgetter(slice(start, start + batch_size))), model.device),
-            layout.slots,
-        )
-        for start in range(0, len(packed.token_ids), batch_size)
-    ]
-    return torch.cat(parts).double().cpu()
+    batches = hidden_by_batch(model, packed, batch_size=batch_size)
+    return torch.cat([nats_of_hidden(model, layout, part, hidden) for part, hidden in batches])
+
+
+@torch.no_grad()
+def nats_of_hidden(
+    model: DecoderOnly, layout: Layout, packed: Packed, hidden: Float[Tensor, "B T_1 D"]
+) -> Float[Tensor, "B T"]:
+    """The same of sequences whose hidden states are known, but for the last token's."""
+    return nll_of_hidden(model, hidden, packed, layout.slots).double().cpu()
+
+
+@torch.no_grad()
+def hidden_by_batch(
+    model: DecoderOnly, packed: Packed, *, batch_size: int = 64
+) -> Iterator[tuple[Packed, Float[Tensor, "b T_1 D"]]]:
+    """A few sequences after the other, on the model's device, and their hidden states, but for the last token's."""
+    for start in range(0, len(packed.token_ids), batch_size):
+        part = to_device(packed.map(itemgetter(slice(start, start + batch_size))), model.device)
+        yield part, model.hidden(part.token_ids[:, :-1])
 
 
 @torch.no_grad()
@@ -290,15 +310,13 @@ def _nats_with_context(
     model: DecoderOnly, layout: Layout, packed: Packed, length: int, target: int, batch_size: int
 ) -> float:
     place = torch.arange(target, device=model.device)
-    visible = (place >= target - length) | (place == 0)
-    # a hidden query keeps itself, so that no row of the softmax is empty; nobody reads what it computes
-    mask = (visible & (place <= place[:, None])) | (place == place[:, None])
+    visible = place[(place >= target - length) | (place == 0)]  # the others need not be run at all
     slot_id = int(packed.slot_ids[0, target])
     slot = layout.slots[slot_id]
     total = 0.0
     for start in range(0, len(packed.token_ids), batch_size):
         token_ids = packed.token_ids[start : start + batch_size].to(model.device)
-        hidden = model.transformer(model.embed_tokens(token_ids[:, :target]), mask=mask)[:, -1]
+        hidden = model.transformer(model.embed_tokens(token_ids[:, visible]), positions=visible)[:, -1]
         local = slot.local(token_ids[:, target])
         total += float(F.cross_entropy(model.logits(hidden, slot).double(), local, reduction="sum"))
     return total / len(packed.token_ids)

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from smalti.inspect.attention import nats_of
+from smalti.inspect.attention import nats_of, nats_of_hidden
 from smalti.inspect.grid import Grid
 from smalti.likelihood import to_device
 from smalti.models.decoder_only import DecoderOnly
 from smalti.sequences.layout import NO_SLOT, Layout, Packed, Slot
 
 ABLATIONS = ("mean", "zero")
+_PATCHED_TOGETHER = 32  # states that are put where they were in one run: what bounds its memory
 
 
 # ---- between layers ----
@@ -41,6 +42,17 @@ def residual_stream(model: DecoderOnly, token_ids: Int[Tensor, "B T"]) -> list[F
         for handle in handles:
             handle.remove()
     return states
+
+
+@torch.no_grad()
+def run_from(model: DecoderOnly, layer: int, state: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    """The hidden states if `state` is the residual stream before `layer` (the number of layers: behind the last): what
+    comes before need not be run again. Whatever hooks there are on the layers run take part."""
+    transformer, config = model.transformer, model.config.transformer
+    rotation = transformer.table[: state.shape[1]] if config.positions in ("rotary", "rotary_2d") else None
+    for number in range(layer, config.num_layers):
+        state = transformer.blocks[number](state, rotation, None, None, None, number)
+    return transformer.norm(state)
 
 
 class Lens(NamedTuple):
@@ -153,24 +165,28 @@ class AblationLosses:
     layers: Float[Tensor, " layers"]
 
 
+@torch.no_grad()
 def ablation_losses(model: DecoderOnly, layout: Layout, packed: Packed, positions: range) -> AblationLosses:
     """How much the mean nats of the tokens at `positions` rise without each head, sublayer and layer."""
     config = model.config.transformer
+    packed = to_device(packed, model.device)
+    states = residual_stream(model, packed.token_ids[:, :-1])
 
-    def loss(**parts: Any) -> float:
-        with ablated(model, **parts):
-            return float(nats_of(model, layout, packed, batch_size=len(packed.token_ids))[:, positions].mean())
+    def loss(layer: int, **parts: Any) -> float:
+        with ablated(model, **parts):  # layers before the ablated one give what they always give
+            hidden = run_from(model, layer, states[layer])
+            return float(nats_of_hidden(model, layout, packed, hidden)[:, positions].mean())
 
-    whole = loss()
+    whole = loss(config.num_layers)
     numbers = range(config.num_layers)
     return AblationLosses(
         whole=whole,
         heads=torch.tensor(
-            [[loss(heads=[(layer, head)]) - whole for head in range(config.num_heads)] for layer in numbers]
+            [[loss(layer, heads=[(layer, head)]) - whole for head in range(config.num_heads)] for layer in numbers]
         ),
-        attentions=torch.tensor([loss(attentions=[layer]) - whole for layer in numbers]),
-        feed_forwards=torch.tensor([loss(feed_forwards=[layer]) - whole for layer in numbers]),
-        layers=torch.tensor([loss(layers=[layer]) - whole for layer in numbers]),
+        attentions=torch.tensor([loss(layer, attentions=[layer]) - whole for layer in numbers]),
+        feed_forwards=torch.tensor([loss(layer, feed_forwards=[layer]) - whole for layer in numbers]),
+        layers=torch.tensor([loss(layer, layers=[layer]) - whole for layer in numbers]),
     )
 
 
@@ -205,12 +221,16 @@ def identity_patch_error(model: DecoderOnly, token_ids: Int[Tensor, "B T"]) -> f
     """The largest change of any output when every state, layer by layer and token by token, is put where it was: 0, or
     patching itself does something and its maps mean nothing."""
     token_ids = token_ids.to(model.device)
-    whole = model.hidden(token_ids)
-    worst = 0.0
-    for layer, state in enumerate(residual_stream(model, token_ids)):
-        for position in range(token_ids.shape[1]):
-            with patched(model, layer, torch.full((len(token_ids),), position), state[:, position]):
-                worst = max(worst, float((model.hidden(token_ids) - whole).abs().max()))
+    last, worst = model.config.transformer.num_layers - 1, 0.0
+    for start in range(0, token_ids.shape[1], _PATCHED_TOGETHER):
+        positions = torch.arange(start, min(start + _PATCHED_TOGETHER, token_ids.shape[1]))
+        for line in token_ids:
+            rows = line.expand(len(positions), -1)  # in row i the state at positions[i] is put
+            whole, states = model.hidden(rows), residual_stream(model, rows)
+            for layer, state in enumerate(states):
+                with patched(model, layer, positions, state[torch.arange(len(positions)), positions]):
+                    again = run_from(model, min(layer, last), states[min(layer, last)])
+                worst = max(worst, float((again - whole).abs().max()))
     return worst
 
 
@@ -233,19 +253,22 @@ def patching_map(
     slot = layout.slots[int(packed.slot_ids[target, position])]
     both = packed.token_ids[[source, target], :position].to(model.device)
     states = residual_stream(model, both)
-    plain = _log_probs(model, both, slot)  # (2, n)
+    plain = _log_probs(model, model.transformer.norm(states[-1]), slot)  # (2, n)
     apart = _divergence(plain[:1], plain[1:])
-    rows = both[1:].expand(position, -1)
+    last = model.config.transformer.num_layers - 1
     found = torch.zeros(len(states), position, dtype=torch.float64)
     for layer, state in enumerate(states):
+        below = states[min(layer, last)][1:].expand(position, -1, -1)
         with patched(model, layer, torch.arange(position), state[0]):
-            left = _divergence(plain[:1], _log_probs(model, rows, slot))
+            hidden = run_from(model, min(layer, last), below)
+        left = _divergence(plain[:1], _log_probs(model, hidden, slot))
         found[layer] = torch.where(apart > 1e-9, 1 - left / apart.clamp(min=1e-12), torch.nan).cpu()
     return found
 
 
-def _log_probs(model: DecoderOnly, token_ids: Int[Tensor, "B T"], slot: Slot) -> Float[Tensor, "B n"]:
-    return model.logits(model.hidden(token_ids)[:, -1], slot).double().log_softmax(-1)
+def _log_probs(model: DecoderOnly, hidden: Float[Tensor, "B T D"], slot: Slot) -> Float[Tensor, "B n"]:
+    """Of what stands behind the last token."""
+    return model.logits(hidden[:, -1], slot).double().log_softmax(-1)
 
 
 def _divergence(log_p: Float[Tensor, "... n"], log_q: Float[Tensor, "... n"]) -> Float[Tensor, "..."]:
@@ -258,29 +281,34 @@ def _divergence(log_p: Float[Tensor, "... n"], log_q: Float[Tensor, "... n"]) ->
 
 @torch.no_grad()
 def change_map(
+    model: DecoderOnly, layout: Layout, packed: Packed, position: int, token_ids: Int[Tensor, " B"]
+) -> Float[Tensor, "B T"]:
+    """How far predictions move if the token at `position` is another one: KL(before ‖ after) in nats of the
+    distributions for each position; exactly 0 up to and at `position`."""
+    packed = to_device(packed, model.device)
+    changed = packed.token_ids.clone()
+    changed[:, position] = token_ids.to(model.device)
+    before, after = (model.hidden(ids[:, :-1])[:, position:] for ids in (packed.token_ids, changed))
+    return _moved(model, layout, packed, position, before, after)
+
+
+def _moved(
     model: DecoderOnly,
     layout: Layout,
     packed: Packed,
     position: int,
-    token_ids: Int[Tensor, " B"],
-    *,
-    before: Float[Tensor, "B T D"] | None = None,
+    before: Float[Tensor, "B later D"],
+    after: Float[Tensor, "B later D"],
 ) -> Float[Tensor, "B T"]:
-    """How far predictions move if the token at `position` is another one: KL(before ‖ after) in nats of the
-    distributions for each position; exactly 0 up to and at `position`. `before` are the hidden states of the sequences
-    as they are, where they are known."""
-    packed = to_device(packed, model.device)
-    changed = packed.token_ids.clone()
-    changed[:, position] = token_ids.to(model.device)
-    hidden = [model.hidden(packed.token_ids[:, :-1]) if before is None else before, model.hidden(changed[:, :-1])]
-    moved = torch.zeros(changed.shape, dtype=torch.float64, device=model.device)
+    """KL(before ‖ after) by position, from the hidden states from `position` on."""
+    moved = torch.zeros(packed.token_ids.shape, dtype=torch.float64, device=model.device)
     for index, slot in enumerate(layout.slots):
-        at = packed.slot_ids[:, 1:] == index
-        at[:, :position] = False
-        row, column = at.nonzero(as_tuple=True)
+        row, column = (packed.slot_ids[:, position + 1 :] == index).nonzero(as_tuple=True)
         if slot.size > 1 and model.can_score(slot) and len(row):
-            log_p, log_q = (model.logits(h[row, column], slot).double().log_softmax(-1) for h in hidden)
-            moved[row, column + 1] = _divergence(log_p, log_q)
+            log_p, log_q = (
+                model.logits(hidden[row, column], slot).double().log_softmax(-1) for hidden in (before, after)
+            )
+            moved[row, column + position + 1] = _divergence(log_p, log_q)
     return moved.cpu()
 
 
@@ -291,19 +319,26 @@ def influence(
     """Mean of `change_map` over the sequences, the code at each of `positions` being replaced by the one another
     sequence has there: only changes that the data holds possible."""
     generator = torch.Generator().manual_seed(seed)
-    shift = 1 + int(torch.randint(len(packed.token_ids) - 1, (1,), generator=generator))
+    B, T = packed.token_ids.shape
+    shift = 1 + int(torch.randint(B - 1, (1,), generator=generator))
+    packed = to_device(packed, model.device)
     others = packed.token_ids.roll(shift, 0)
-    hidden = model.hidden(packed.token_ids[:, :-1].to(model.device))
-    maps = []
-    for position in positions:
+    before = model.hidden(packed.token_ids[:, :-1])
+    state, rows = model.new_state(B, T), slice(0, B)
+    model.extend_all(state, rows, packed.token_ids[:, :-1])
+    found = {}
+    for position in sorted(positions, reverse=True):  # what stands before the changed token is kept, and not run again
         differs = (others[:, position] != packed.token_ids[:, position]).nonzero()[:, 0]
-        if len(differs):
-            chosen, before = packed.map(itemgetter(differs)), hidden[differs.to(hidden.device)]
-            moved = change_map(model, layout, chosen, position, others[differs, position], before=before)
-            maps.append(moved.mean(0))
-        else:
-            maps.append(torch.zeros(packed.token_ids.shape[1], dtype=torch.float64))
-    return torch.stack(maps)
+        if not len(differs) or position == T - 1:
+            found[position] = torch.zeros(T, dtype=torch.float64)
+            continue
+        state.lengths = [position] * B
+        changed = torch.cat([others[:, position, None], packed.token_ids[:, position + 1 : -1]], dim=1)
+        after = model.extend_all(state, rows, changed)
+        chosen = packed.map(itemgetter(differs))
+        later = before[differs, position:], after[differs]
+        found[position] = _moved(model, layout, chosen, position, *later).mean(0)
+    return torch.stack([found[position] for position in positions])
 
 
 def influence_by_offset(moved: Float[Tensor, "L L"], grid: Grid, *, reach: int = 3) -> Float[Tensor, "below across"]:
@@ -326,9 +361,19 @@ class SwapCost(NamedTuple):
     num_changed: int
 
 
-def swap_cost(model: DecoderOnly, layout: Layout, packed: Packed, code: int, other: int, *, seed: int = 0) -> SwapCost:
+def swap_cost(
+    model: DecoderOnly,
+    layout: Layout,
+    packed: Packed,
+    code: int,
+    other: int,
+    *,
+    nats: Float[Tensor, "B T"] | None = None,
+    seed: int = 0,
+) -> SwapCost:
     """What it costs in nats to put `other` for one occurrence of `code`, drawn at random in each line that has it: the
-    surprise at the changed place and everything that follows from it. At most 64 lines are changed."""
+    surprise at the changed place and everything that follows from it. At most 64 lines are changed. `nats` are those of
+    the sequences as they are, where they are known."""
     offset = layout.vocabulary["image"].offset
     is_code = (packed.token_ids == code + offset) & (packed.slot_ids != NO_SLOT)
     lines = is_code.any(1).nonzero()[:64, 0]
@@ -340,4 +385,5 @@ def swap_cost(model: DecoderOnly, layout: Layout, packed: Packed, code: int, oth
     changed = chosen.token_ids.clone()
     changed[torch.arange(len(lines)), where] = other + offset
     after = nats_of(model, layout, chosen._replace(token_ids=changed)).sum(1)
-    return SwapCost(float((after - nats_of(model, layout, chosen).sum(1)).mean()), len(lines))
+    before = (nats_of(model, layout, chosen) if nats is None else nats[lines]).sum(1)
+    return SwapCost(float((after - before).mean()), len(lines))

@@ -4,19 +4,16 @@ Letters: N lines, L positions, K codes, h w grid, D width of an embedding, B bat
 """
 
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64, Integer
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
+from smalti.inspect.attention import hidden_by_batch
+from smalti.inspect.clusters import k_means, principal_components, t_sne
 from smalti.inspect.grid import Grid
 from smalti.inspect.positions import check_codes, position_counts
-from smalti.likelihood import to_device
 from smalti.models.decoder_only import DecoderOnly
 from smalti.sequences.layout import Layout, Packed, Slot
 
@@ -166,26 +163,19 @@ def cluster_codes(
     rows = embedding[list(codes)]
     centred = rows - rows.mean(0)
     unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-    num_different = len(np.unique(unit.round(12), axis=0))
-    k_means = KMeans(min(num_clusters, num_different), n_init=4, random_state=seed)  # pyright: ignore[reportArgumentType]
-    return k_means.fit_predict(unit).astype(np.int64)
+    return k_means(unit, num_clusters, num_starts=4, seed=seed)
 
 
 def project_codes(
-    embedding: Float64[np.ndarray, "K D"], codes: Sequence[int], method: str = "pca", *, seed: int = 0
+    embedding: Float64[np.ndarray, "K D"], codes: Sequence[int], method: str = "pca"
 ) -> Float64[np.ndarray, "M 2"]:
     """A point in the plane for each of M codes. Raises ValueError for a method that is none."""
     if method not in PROJECTIONS:
         raise ValueError(f"method {method!r} is unknown; choose one of {', '.join(PROJECTIONS)}.")
     rows = embedding[list(codes)]
     if method == "pca":
-        return PCA(2, random_state=seed).fit_transform(rows)
-    perplexity = min(30.0, (len(rows) - 1) / 3)
-    return (
-        TSNE(2, perplexity=perplexity, init="pca", max_iter=500, random_state=seed, n_jobs=1)
-        .fit_transform(rows)
-        .astype(float)
-    )
+        return principal_components(rows)
+    return t_sne(rows, perplexity=min(30.0, (len(rows) - 1) / 3))
 
 
 # ---- codes that replace each other ----
@@ -212,25 +202,37 @@ def context_similarity(
     return (unit @ unit.T).astype(float)
 
 
-@torch.no_grad()
+class PredictedInstead:
+    """What the model holds possible in a code's place, added up batch by batch."""
+
+    def __init__(self, model: DecoderOnly, layout: Layout) -> None:
+        segment = layout.vocabulary["image"]
+        self._model, self._layout = model, layout
+        self._sums, self._count = torch.zeros(segment.size, segment.size), torch.zeros(segment.size)
+
+    @torch.no_grad()
+    def add(self, packed: Packed, hidden: Float[torch.Tensor, "B T_1 D"]) -> None:
+        """Sequences, and their hidden states but for the last token's."""
+        segment, targets = self._layout.vocabulary["image"], packed.token_ids[:, 1:]
+        is_code = (targets >= segment.offset) & (targets < segment.end)
+        logits = self._model.logits(hidden[is_code], _codes(self._layout))
+        true = (targets[is_code] - segment.offset).cpu()
+        self._sums.index_add_(0, true, logits.float().softmax(-1).cpu())
+        self._count += torch.bincount(true, minlength=segment.size)
+
+    def mean(self) -> Float[torch.Tensor, "K K"]:
+        """Row c is the mean of p(· | the codes before) where the true code is c; zeros if it does not occur."""
+        return self._sums.double() / self._count.clamp(min=1)[:, None]
+
+
 def predicted_instead(
     model: DecoderOnly, layout: Layout, packed: Packed, *, batch_size: int = 64
 ) -> Float[torch.Tensor, "K K"]:
-    """What the model holds possible in a code's place: row c is the mean of p(· | the codes before) where the true code
-    is c. Zero rows for codes that do not occur."""
-    segment = layout.vocabulary["image"]
-    found = torch.zeros(segment.size, segment.size)
-    count = torch.zeros(segment.size)
-    for start in range(0, len(packed.token_ids), batch_size):
-        part = to_device(packed.map(itemgetter(slice(start, start + batch_size))), model.device)
-        targets = part.token_ids[:, 1:]
-        is_code = (targets >= segment.offset) & (targets < segment.end)
-        hidden = model.hidden(part.token_ids[:, :-1])[is_code]
-        logits = model.logits(hidden, _codes(layout))
-        true = (targets[is_code] - segment.offset).cpu()
-        found.index_add_(0, true, logits.float().softmax(-1).cpu())
-        count += torch.bincount(true, minlength=segment.size)
-    return found.double() / count.clamp(min=1)[:, None]
+    """The mean of what the model holds possible in each code's place (`PredictedInstead`)."""
+    found = PredictedInstead(model, layout)
+    for part, hidden in hidden_by_batch(model, packed, batch_size=batch_size):
+        found.add(part, hidden)
+    return found.mean()
 
 
 def swappable_codes(

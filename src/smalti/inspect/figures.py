@@ -23,18 +23,23 @@ _BLUE = "#33658a"
 
 def png_bytes(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    crop = "tight"
-    if (engine := figure.get_layout_engine()) is not None:
-        engine.execute(figure)
-        figure.set_layout_engine("none")  # it is solved: saving would solve it twice more
-        crop = None  # what is laid out fits already; cropping draws twice
-    figure.savefig(buffer, format="png", dpi=90, bbox_inches=crop)
+    figure.savefig(buffer, format="png", dpi=90, pil_kwargs={"compress_level": 3})
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, *, left: float = 0.65, bottom: float = 0.55
+) -> tuple[Figure, Any]:
+    """Axes with room in inches for what stands around them. A layout solver would measure every label twice over, which
+    takes longer than all the drawing."""
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    wide, high = (width - left - 0.2) / columns, (height - bottom - 0.35) / rows
+    figure.subplots_adjust(
+        left=left / width, right=1 - 0.2 / width, bottom=bottom / height, top=1 - 0.35 / height,
+        wspace=(left + 0.1) / max(wide - left, 0.5), hspace=(bottom + 0.3) / max(high - bottom, 0.5),
+    )  # fmt: skip
+    return figure, axes
 
 
 def _heat(axes: Any, values: Shaped[np.ndarray, "h w"], title: str, *, numbers: bool = True, **given: Any) -> Any:
@@ -100,7 +105,8 @@ def reading_map(grid: Grid) -> Figure:
     axes[0, 0].plot(inside[:, 1], inside[:, 0], color=_BLUE, linewidth=0.8, alpha=0.6)
     if grid.positions.size <= 400:
         for (row, column), position in np.ndenumerate(grid.positions):
-            axes[0, 0].text(column, row, str(position), ha="center", va="center", fontsize=7)
+            colour = "white" if position > 0.6 * grid.length else "black"
+            axes[0, 0].text(column, row, str(position), ha="center", va="center", fontsize=7, color=colour)
     axes[0, 0].set(xticks=[], yticks=[])
     return figure
 
@@ -128,6 +134,8 @@ def frequencies(counts: Integer[np.ndarray, " K"], burstiness: Float[np.ndarray,
     axes[0, 1].axhline(1, color="black", linewidth=0.8)
     axes[0, 1].set_title("burstiness (1: chance)", fontsize=10)
     axes[0, 1].set(xlabel="occurrences", ylabel="over chance", xscale="log")
+    for place in axes.flat:
+        place.minorticks_off()  # a logarithmic axis has dozens, and each takes its time
     return figure
 
 
@@ -135,14 +143,47 @@ def place_maps(counts: Integer[np.ndarray, "K L"], codes: Sequence[int], grid: G
     """Where each of the codes stands, darkest nowhere."""
     columns = min(8, len(codes))
     rows = -(-len(codes) // columns)
-    figure, axes = _figure(1.35 * columns, 1.55 * rows, rows, columns)
-    for place in axes.flat:
-        place.axis("off")
-    for place, code in zip(axes.flat, codes, strict=False):
-        values = counts[code][grid.positions] if grid else counts[code][None]
-        place.imshow(values, cmap=_MAP, aspect="equal" if grid else "auto")
-        place.set_title(f"code {code}", fontsize=8)
+    maps = [counts[code][grid.positions] if grid else counts[code][None] for code in codes]
+    figure = Figure(figsize=(1.35 * columns, 1.55 * rows))
+    _mosaic(figure, [maps[start : start + columns] for start in range(0, len(maps), columns)],
+            [[f"code {code}" for code in codes[start : start + columns]] for start in range(0, len(codes), columns)],
+            aspect="equal" if grid else "auto")  # fmt: skip
     return figure
+
+
+def _mosaic(
+    figure: Figure,
+    maps: Sequence[Sequence[Shaped[np.ndarray, "h w"]]],
+    titles: Sequence[Sequence[str]],
+    *,
+    aspect: str = "equal",
+    least: float | None = None,
+    lines: int = 1,
+) -> tuple[Any, list[tuple[float, float]]]:
+    """Rows of maps, all of one shape, each from its least (or `least`) to its largest value, with its title of so many
+    lines above it. They are one picture in one pair of axes: axes of their own would take longer than all else. Returns
+    the axes, and where in them the middle of each map's last row is."""
+    rows, columns = len(maps), len(maps[0])
+    (h, w), high, wide = maps[0][0].shape, figure.get_figheight() / rows, figure.get_figwidth() / columns
+    title = 0.16 * lines + 0.06  # inches
+    aspect_cell = 1.0 if aspect == "equal" else (wide * 0.92 / w) / ((high - title) * 0.95 / h)
+    cell = min(wide * 0.92 / w, (high - title) * 0.95 / h * aspect_cell)  # inches of a cell's width
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    axes.set(xlim=(0, figure.get_figwidth()), ylim=(figure.get_figheight(), 0))
+    middles = []
+    for r, row in enumerate(maps):
+        for c, values in enumerate(row):
+            left, top = (c + 0.5) * wide - w * cell / 2, r * high + title
+            values = np.asarray(values, dtype=float)
+            axes.imshow(
+                values, cmap=_MAP, vmin=least, aspect="auto", interpolation="nearest",
+                extent=(left, left + w * cell, top + h * cell / aspect_cell, top),
+            )  # fmt: skip
+            axes.text((c + 0.5) * wide, top - 0.03, titles[r][c], fontsize=8, ha="center", va="bottom")
+            middles.append(((c + 0.5) * wide, top + (h - 0.5) * cell / aspect_cell))
+    axes.set(xlim=(0, figure.get_figwidth()), ylim=(figure.get_figheight(), 0))
+    return axes, middles
 
 
 def embedding_maps(
@@ -179,19 +220,21 @@ def head_maps(
     grid by how many tokens back. A row of maps for each layer."""
     layers, num_heads = len(maps), len(maps[0])
     width = max(2.1, 5.0 / num_heads)
-    shape = np.asarray(maps[0][0]).shape
-    height = width * shape[0] / shape[1] + 0.5 if len(shape) == 2 else 1.6
-    figure, axes = _figure(width * num_heads, height * layers, layers, num_heads)
+    titles = [["" for _ in range(num_heads)] for _ in range(layers)]
     for head in heads:
-        place, values = axes[head.layer, head.head], np.asarray(maps[head.layer][head.head])
-        if values.ndim == 2:
-            place.imshow(values, cmap=_MAP, vmin=0, aspect="equal")
-            place.plot(values.shape[1] // 2, values.shape[0] - 1, marker="x", color="white", markersize=5)
-            place.set(xticks=[], yticks=[])
-        else:
-            place.bar(np.arange(len(values)), values, color=_BLUE)
-            place.tick_params(labelsize=6)
-        place.set_title(f"layer {head.layer} head {head.head}\n{head.name}", fontsize=8)
+        titles[head.layer][head.head] = f"layer {head.layer} head {head.head}\n{head.name}"
+    shape = np.asarray(maps[0][0]).shape
+    if len(shape) == 2:
+        figure = Figure(figsize=(width * num_heads, (0.92 * width * shape[0] / shape[1] + 0.45) * layers))
+        axes, middles = _mosaic(figure, [list(map(np.asarray, layer)) for layer in maps], titles, least=0.0, lines=2)
+        axes.plot(*zip(*middles, strict=True), marker="x", color="white", markersize=5, linestyle="none")
+        return figure
+    figure, axes = _figure(width * num_heads, 1.6 * layers, layers, num_heads, left=0.35, bottom=0.5)
+    for layer, head in np.ndindex(layers, num_heads):
+        place, values = axes[layer, head], np.asarray(maps[layer][head])
+        place.bar(np.arange(len(values)), values, color=_BLUE)
+        place.tick_params(labelsize=6)
+        place.set_title(titles[layer][head], fontsize=8)
     return figure
 
 
@@ -239,18 +282,21 @@ def picture_grid(
     cell: float = 1.1,
 ) -> Figure:
     """Rows of pictures in [0, 1]; titles over the first row, or over every picture."""
-    size = (cell * len(pictures[0]), (cell + 0.18) * len(pictures))
-    figure = Figure(figsize=size)  # all cells are alike: a layout solver would only take time
-    axes = figure.subplots(len(pictures), len(pictures[0]), squeeze=False)
-    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.08, hspace=0.3)
+    rows, columns = len(pictures), len(pictures[0])
+    high, title = cell + 0.18, 0.16
+    figure = Figure(figsize=(cell * columns, high * rows))
+    axes = figure.add_axes((0, 0, 1, 1))  # one pair for all pictures: many would take longer than all else
     over_each = not isinstance(titles[0], str)
     for r, row in enumerate(pictures):
-        for c, place in enumerate(axes[r]):
-            place.axis("off")
-            if c < len(row):
-                picture = np.broadcast_to(row[c], (3, *row[c].shape[1:])).transpose(1, 2, 0)
-                place.imshow(picture.clip(0, 1), interpolation="nearest")
-            names = titles[r] if over_each else titles if r == 0 else ()
-            if c < len(names):
-                place.set_title(names[c], fontsize=8)
+        for c, values in enumerate(row):
+            picture = np.broadcast_to(values, (3, *values.shape[1:])).transpose(1, 2, 0)
+            side = 0.92 * cell / max(picture.shape[:2])
+            wide, tall = side * picture.shape[1], side * picture.shape[0]
+            left, top = (c + 0.5) * cell - wide / 2, r * high + title
+            extent = (left, left + wide, top + tall, top)
+            axes.imshow(picture.clip(0, 1), interpolation="nearest", aspect="auto", extent=extent)
+        for c, name in enumerate(titles[r] if over_each else titles if r == 0 else ()):
+            axes.text((c + 0.5) * cell, r * high + title - 0.02, str(name), fontsize=8, ha="center", va="bottom")
+    axes.axis("off")
+    axes.set(xlim=(0, cell * columns), ylim=(high * rows, 0))
     return figure

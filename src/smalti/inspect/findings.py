@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from smalti.errors import InputError
@@ -151,7 +153,7 @@ def position_section(subject: Subject, config: InspectConfig, found: GridFinding
     )
     if found.grid is not None:
         section.show(
-            "Where each position of the line lies in the picture, up to mirroring, turning and transposing.",
+            "Where each position of the line lies in the picture, and the way from one to the next.",
             figures.reading_map(found.grid),
         )
     return section
@@ -177,30 +179,56 @@ def _say_counts(
         )
 
 
+def _described(grid: Grid) -> str:
+    """A grid that did not win, in a few words."""
+    columns = "" if grid.column_order is None else ", columns in another order"
+    num_outside = len(grid.outside)
+    outside = f", {_counted(num_outside, 'position')} outside" if num_outside else ""
+    return f"{grid.rows} × {grid.columns} {grid.order}{columns}{outside}"
+
+
+def _counted(num: int, thing: str) -> str:
+    return f"{num} {thing}" if num == 1 else f"{num} {thing}s"
+
+
 def _say_grid(section: Section, found: GridFinding) -> None:
     function = "grid.infer_grid"
-    if found.grid is None:
+    sure = f" Confidence that there is none: {found.confidence:.0%}."
+    if found.grid is None and found.runner_up is None:
+        text = "No grid is found: the lines have too few positions for one." + sure
+        section.say(text, function, headline=True)
+        return
+    if found.grid is None and found.runner_up is not None:
+        again = (
+            f" Halves of the lines, each by itself, find only {found.agreement:.0%} of its neighbours again."
+            if found.agreement is not None
+            else ""
+        )
         section.say(
-            f"No grid of a known family is found: the best, {found.runner_up}, explains "
-            f"{found.runner_up_explained:.0%} of how differently pairs of positions share; the best of any on shuffled "
-            f"cells {found.chance_explained:.0%}, their order in the line {found.line_explained:.0%}."
-            + (
-                f" Halves of the lines, each by itself, find only {found.agreement:.0%} of its neighbours again."
-                if found.agreement is not None
-                else ""
-            ),
+            f"No grid is found, of a known order or another: the best, {_described(found.runner_up)}, explains "
+            f"{found.runner_up_explained:z.0%} of how differently pairs of positions share; the best of any on "
+            f"shuffled cells {found.chance_explained:.0%}, their order in the line {found.line_explained:z.0%}."
+            f"{again}{sure}",
             function,
             headline=True,
         )
         return
     grid = found.grid
+    assert grid is not None
     reading = READING[grid.order]
     if grid.column_order is not None:
         reading += f", the columns in the order {', '.join(map(str, grid.column_order))}"
+    outside = grid.outside
     section.say(
         f"The lines are pictures of {grid.rows} × {grid.columns} codes read {reading}; "
-        + (f"positions {_listed(grid.outside)} are outside. " if grid.outside else "no position is outside. ")
-        + f"Confidence {found.confidence:.0%}"
+        + (
+            "no position is"
+            if not outside
+            else f"position {outside[0]} is"
+            if len(outside) == 1
+            else f"positions {_listed(outside)} are"
+        )
+        + f" outside. Confidence {found.confidence:.0%}"
         + (
             f": halves of the lines, each by itself, find {found.agreement:.0%} of the neighbours again."
             if found.agreement is not None
@@ -212,10 +240,15 @@ def _say_grid(section: Section, found: GridFinding) -> None:
     section.say(
         f"That grid explains {found.explained:.0%} of how differently pairs of positions share, on lines not used to "
         f"fit it; the best of all named orders on shuffled cells {found.chance_explained:.0%}, nearness in the line "
-        f"alone {found.line_explained:.0%}, the next hypothesis ({found.runner_up}) {found.runner_up_explained:.0%}. "
-        "Of hypotheses that explain as much, the one is taken that leaves outside what looks special, nothing else. "
-        "What codes alone cannot tell: a mirrored, turned or transposed picture has the same neighbours, so left may "
-        "be right, up may be down, and rows may be columns.",
+        f"alone {found.line_explained:z.0%}"
+        + (
+            f", the next hypothesis ({_described(found.runner_up)}) {found.runner_up_explained:z.0%}"
+            if found.runner_up is not None
+            else ""
+        )
+        + ". Of hypotheses that explain as much, the one is taken that leaves outside what looks special, nothing "
+        "else. What codes alone cannot tell: a mirrored, turned or transposed picture has the same neighbours, so left "
+        "may be right, up may be down, and rows may be columns.",
         function,
     )
 
@@ -326,7 +359,7 @@ def _say_embeddings(section: Section, subject: Subject, common: np.ndarray, conf
         f"Clusters of the output embedding, the largest three of 12: {'; '.join(groups)}.", "codebook.cluster_codes"
     )
     points = {
-        f"{name} embedding, {_METHODS[method]}": codebook.project_codes(table, chosen, method, seed=config.seed)
+        f"{name} embedding, {_METHODS[method]}": codebook.project_codes(table, chosen, method)
         for name, table in embeddings.items()
         for method in codebook.PROJECTIONS
     }
@@ -339,19 +372,36 @@ def _say_embeddings(section: Section, subject: Subject, common: np.ndarray, conf
 # ---- how the model predicts ----
 
 
+class Scored(NamedTuple):
+    """What one run of the model over the lines tells."""
+
+    nats: Float[torch.Tensor, "B T"]
+    instead: Float[torch.Tensor, "K K"]
+    """`codebook.predicted_instead`."""
+
+
+@lru_cache(maxsize=1)  # three findings ask for it
+def scored(subject: Subject, config: InspectConfig) -> Scored:
+    """Of the first `num_scored` lines."""
+    instead, nats = codebook.PredictedInstead(subject.model, subject.layout), []
+    for part, hidden in attention.hidden_by_batch(subject.model, subject.packed(config.num_scored)):
+        nats.append(attention.nats_of_hidden(subject.model, subject.layout, part, hidden))
+        instead.add(part, hidden)
+    return Scored(torch.cat(nats), instead.mean())
+
+
 def prediction_section(subject: Subject, config: InspectConfig, grid: Grid | None) -> Section | None:
     if subject.order is None:
         return None
     section = Section(title="How the model predicts", heard=subject.heard)
     model, layout, places = subject.model, subject.layout, subject.positions
-    packed = subject.packed(config.num_scored)
     few = subject.packed(config.a_share(8))
-    nats = attention.nats_by_position(model, layout, packed)
+    nats = attention.by_position(scored(subject, config).nats)
     mean, error = nats.mean[places].numpy(), nats.standard_error[places].numpy()
     hardest = np.argsort(-mean)[:5]
     section.say(
-        f"A code costs the model {mean.mean():.3f} nats on average on {len(packed.token_ids)} lines. The hardest "
-        f"positions: {_listed([f'{p} ({mean[p]:.2f} ± {error[p]:.2f})' for p in hardest])}.",
+        f"A code costs the model {mean.mean():.3f} nats on average on {len(scored(subject, config).nats)} lines. The "
+        f"hardest positions: {_listed([f'{p} ({mean[p]:.2f} ± {error[p]:.2f})' for p in hardest])}.",
         "attention.nats_by_position",
         headline=True,
     )
@@ -387,7 +437,8 @@ def prediction_section(subject: Subject, config: InspectConfig, grid: Grid | Non
 
 def _say_heads(section: Section, subject: Subject, token_ids: torch.Tensor, grid: Grid | None) -> None:
     first = subject.positions.start
-    heads = attention.name_heads(subject.model, token_ids, first, grid)
+    attended = attention.attention_weights(subject.model, token_ids)
+    heads = attention.name_heads(subject.model, token_ids, first, grid, attended=attended)
     kinds = Counter(head.name for head in heads)
     section.say(
         f"The {len(heads)} heads by what they do: {_listed([f'{n} {name}' for name, n in kinds.most_common()])}. A "
@@ -403,7 +454,7 @@ def _say_heads(section: Section, subject: Subject, token_ids: torch.Tensor, grid
                 f"attention, {best.excess[name]:.1f} × what even attention would give.",
                 "attention.name_heads",
             )
-    mean = [weights.mean(0).cpu() for weights in attention.attention_weights(subject.model, token_ids)]
+    mean = [weights.mean(0).cpu() for weights in attended]
     if grid is not None:
         maps = [attention.attention_by_offset(layer, first, grid).numpy() for layer in mean]
         caption = "Where each head looks, relative to the cell that is predicted (×); bright: much attention."
@@ -458,7 +509,7 @@ def cause_section(subject: Subject, config: InspectConfig, grid: Grid | None) ->
     layer, head = divmod(flat, losses.heads.shape[1])
     idle = int((losses.heads < 0.005).sum())
     section.say(
-        f"Without layer {layer} head {head} a code costs {losses.heads[layer, head]:.3f} nats more than the "
+        f"Without layer {layer} head {head} a code costs {losses.heads[layer, head]:z.3f} nats more than the "
         f"{losses.whole:.3f} of the whole model: the most of any head. {idle} of {losses.heads.numel()} heads cost "
         "less than 0.005 nats each when they are replaced by their mean.",
         "causes.ablation_losses",
@@ -466,8 +517,8 @@ def cause_section(subject: Subject, config: InspectConfig, grid: Grid | None) ->
     )
     worst = int(losses.layers.argmax())
     section.say(
-        f"Skipping a whole layer costs most for layer {worst} ({losses.layers[worst]:.2f} nats), least for layer "
-        f"{int(losses.layers.argmin())} ({losses.layers.min():.2f}).",
+        f"Skipping a whole layer costs most for layer {worst} ({losses.layers[worst]:z.2f} nats), least for layer "
+        f"{int(losses.layers.argmin())} ({losses.layers.min():z.2f}).",
         "causes.ablation_losses",
     )
     section.show("What is lost without each part.", figures.ablation_map(losses))
@@ -539,13 +590,21 @@ def _say_influence(section: Section, subject: Subject, packed, config: InspectCo
             ylabel="nats of divergence",
             title="where predictions move when one code is changed",
         )
+        if lags:
+            lag = int(np.argmax(lags)) + 1
+            section.say(
+                f"A changed code moves most, on average, the prediction of the code {_counted(lag, 'position')} later "
+                f"({lags[lag - 1]:.3f} nats).",
+                "causes.influence",
+                headline=True,
+            )
         section.show("How far predictions move behind a changed code.", figure)
         return
     by_offset = causes.influence_by_offset(moved, grid, reach=3)
     down, right = divmod(int(by_offset.nan_to_num(-1).argmax()), by_offset.shape[1])
     right -= by_offset.shape[1] // 2
     section.say(
-        f"On average the cell that moves most is {down} rows below and {right:+d} columns from the changed one "
+        f"A changed code moves most, on average, the prediction of the cell {_way(down, right)} "
         f"({float(by_offset[down, right + by_offset.shape[1] // 2]):.3f} nats).",
         "causes.influence_by_offset",
         headline=True,
@@ -556,6 +615,14 @@ def _say_influence(section: Section, subject: Subject, packed, config: InspectCo
     )
 
 
+def _way(down: int, right: int) -> str:
+    """From one cell to another, in words."""
+    parts = [f"{_counted(down, 'row')} below"] if down else []
+    if right:
+        parts.append(f"{_counted(abs(right), 'column')} to the {'right' if right > 0 else 'left'}")
+    return " and ".join(parts)
+
+
 @lru_cache(maxsize=1)  # two sections ask for them
 def find_swaps(subject: Subject, config: InspectConfig, grid: Grid | None) -> list[codebook.Swap]:
     """Codes that stand in for one another, by context and by what the model expects in their place.
@@ -563,32 +630,34 @@ def find_swaps(subject: Subject, config: InspectConfig, grid: Grid | None) -> li
     Codes that keep to special positions are left out: where nothing around depends on them, all are exchangeable.
     """
     similarity = codebook.context_similarity(subject.codes, subject.vocab_size, grid)
-    instead = codebook.predicted_instead(subject.model, subject.layout, subject.packed(config.num_scored)).numpy()
-    scored = subject.codes[: config.num_scored]
+    instead = scored(subject, config).instead.numpy()
+    looked_at = subject.codes[: config.num_scored]
     special = [s.position for s in positions.special_positions(subject.codes, subject.vocab_size)]
-    at_special = np.bincount(scored[:, special].ravel(), minlength=subject.vocab_size)
-    counts = np.bincount(scored.ravel(), minlength=subject.vocab_size)
+    at_special = np.bincount(looked_at[:, special].ravel(), minlength=subject.vocab_size)
+    counts = np.bincount(looked_at.ravel(), minlength=subject.vocab_size)
     counts = np.where(at_special < counts / 2, counts, 0)
     return codebook.swappable_codes(similarity, counts, instead, num=6, min_count=min(20, int(counts.max())))
 
 
 def _say_swaps(section: Section, subject: Subject, config: InspectConfig, grid: Grid | None) -> None:
     swaps = find_swaps(subject, config, grid)
-    packed = subject.packed(config.num_scored)
+    packed, nats = subject.packed(config.num_scored), scored(subject, config).nats
     told = []
     for swap in swaps[:4]:
-        cost = causes.swap_cost(subject.model, subject.layout, packed, swap.code, swap.other, seed=config.seed)
-        told.append(f"{swap.code} ↔ {swap.other} ({cost.nats:+.1f} nats in {cost.num_changed} lines)")
+        cost = causes.swap_cost(
+            subject.model, subject.layout, packed, swap.code, swap.other, nats=nats, seed=config.seed
+        )
+        told.append(f"{swap.code} ↔ {swap.other} ({cost.nats:+z.1f} nats in {cost.num_changed} lines)")
     if not told:
         return
     common = np.argsort(-np.bincount(subject.codes.ravel(), minlength=subject.vocab_size), kind="stable")[:100]
     strangers = np.random.default_rng(config.seed).choice(common, len(swaps)).tolist()
     costs = [
-        causes.swap_cost(subject.model, subject.layout, packed, swap.code, stranger, seed=config.seed).nats
+        causes.swap_cost(subject.model, subject.layout, packed, swap.code, stranger, nats=nats, seed=config.seed).nats
         for swap, stranger in zip(swaps, strangers, strict=True)
         if stranger not in (swap.code, swap.other)
     ]
-    versus = f"; a code drawn from the 100 commonest costs {np.mean(costs):+.1f} nats instead" if costs else ""
+    versus = f"; a code drawn from the 100 commonest costs {np.mean(costs):+z.1f} nats instead" if costs else ""
     section.say(
         f"Codes that stand in for one another, with what it costs to put the second for the first once: "
         f"{_listed(told)}{versus}.",

@@ -20,12 +20,21 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain, combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64, Integer
 
-from smalti.inspect.lattice import NUM_KINDS, REACH, Criterion, cell_kinds, fit_lattice, refined
+from smalti.inspect.lattice import (
+    NUM_KINDS,
+    REACH,
+    Criterion,
+    Placement,
+    cell_kinds,
+    fit_lattice,
+    is_reached,
+    refined,
+)
 from smalti.inspect.pair_counts import Halves, PairCounts, num_classes_for, sorted_lines
 from smalti.inspect.positions import (
     check_codes,
@@ -47,11 +56,14 @@ MAX_FREE_CELLS = 144
 """Larger grids are looked for in named orders only: a free map takes the square of the cells, often."""
 NUM_SHUFFLES = 20
 _NUM_REFITS = 2
+_NUM_SEARCHES = 2  # for a map, if halves find a better one than all lines did
 _NUM_CHECKED = 4  # halvings on which swaps are tried
 _TIE = 0.05  # hypotheses whose explained shares differ by less, relatively, are told apart by their special positions
 _COLUMN_TIE = 0.02  # the same for orders of columns, which are told apart by their emptiness
 _NUM_JUDGED = 40  # hypotheses, the best by all lines, that are judged on halves
 _MAX_REORDERED = 64  # more columns than this are taken as read: finding their order takes the cube of their number
+_NUM_REORDERED = 12  # shapes whose columns are put in order
+_MOST_ALIKE = 2  # of them of one size and order, but with other positions outside
 _MAX_REFINED = 12  # more columns than this keep the order of a path through neighbours
 _MIN_GAIN = 1.1  # what reordered columns, chosen among many, must explain over those as read, and a map over both
 _STANDS = 1.15  # times what a right order explains, swaps of cells may: some cells are empty, and no picture is even
@@ -500,25 +512,39 @@ def _decide_map(evidence: _Evidence, named: GridFinding, strange: dict[int, int]
     """A free map where it explains more than the best named order, and halves of the lines find it again."""
     judge, length = _Judge(len(evidence.shared)), len(evidence.shared)
 
-    def placed(shared: np.ndarray, cells: list[int], rows: int, columns: int, **given: int) -> Grid:
+    def placed(shared: np.ndarray, cells: list[int], rows: int, columns: int, **given: Any) -> Placement:
         end_if_stopped()
-        placement = fit_lattice(shared, np.array(cells), rows, columns, **given)
-        return recognised(length, placement.positions.reshape(rows, columns))
+        return fit_lattice(shared, np.array(cells), rows, columns, **given)
+
+    def explained_by(placement: Placement, rows: int, columns: int) -> float:
+        return judge.within(judge.kinds(_map(length, placement.positions.reshape(rows, columns))), evidence.shared)
 
     shapes = list(_free_shapes(evidence, strange))
     if len(shapes) > 1:  # a short search each tells which of them is worth a long one
         tried = [placed(evidence.shared, *shape, num_starts=1, num_rounds=40, seed=seed) for shape in shapes]
-        explained = [judge.within(judge.kinds(grid), evidence.shared) for grid in tried]
+        explained = [explained_by(one, *shape[1:]) for one, shape in zip(tried, shapes, strict=True)]
         shapes = [shapes[int(np.argmax(explained))]]
     if not shapes:
         return named
-    [shape] = shapes
-    best = placed(evidence.shared, *shape, seed=seed)
-    agreements, judged = [], []
-    for number, half in enumerate(evidence.halves[:_NUM_REFITS]):
-        again = placed(half.fitted, *shape, seed=seed + 1 + number)
-        agreements.append(len(again.edges & best.edges) / len(best.edges))
-        judged += judge.across(judge.kinds(again), [half]).tolist()
+    [(cells, rows, columns)] = shapes
+    criterion = Criterion(evidence.shared, rows, columns)
+    found, again = placed(evidence.shared, cells, rows, columns, seed=seed), []
+    halves = evidence.halves[:_NUM_REFITS]
+    for _ in range(_NUM_SEARCHES):  # a half that finds what explains more of all lines shows that the search had failed
+        again = [
+            placed(half.fitted, cells, rows, columns, goal=goal, seed=seed + 1 + number)
+            for number, half in enumerate(halves)
+            for goal in [refined(Criterion(half.fitted, rows, columns), found.positions).explained]
+        ]
+        better = max((refined(criterion, one.positions) for one in again), key=lambda one: one.explained)
+        is_found = is_reached(found, better.explained)
+        found = max(found, better, key=lambda one: one.explained)
+        if is_found:
+            break
+    best = recognised(length, found.positions.reshape(rows, columns))
+    refits = [_map(length, one.positions.reshape(rows, columns)) for one in again]
+    agreements = [len(refit.edges & best.edges) / len(best.edges) for refit in refits]
+    judged = [float(judge.across(judge.kinds(refit), [half])[0]) for refit, half in zip(refits, halves, strict=True)]
     agreement, explained = float(np.mean(agreements)), float(np.mean(judged))
     rival = max(named.explained if named.grid is not None else 0.0, named.line_explained)
     if agreement >= MIN_AGREEMENT and explained >= max(MIN_EXPLAINED, rival + MIN_EXPLAINED / 2):
@@ -592,7 +618,8 @@ def _turned(picture: Int64[np.ndarray, "h w"]) -> Iterable[Int64[np.ndarray, "h 
 
 
 def _best_apart_from_columns(shapes: list[Grid], shared: Float64[np.ndarray, "L L"]) -> list[Grid]:
-    """The eight raster and snake shapes that explain most when nothing is assumed of the order of the columns."""
+    """The raster and snake shapes that explain most when nothing is assumed of the order of the columns, few of them
+    of one size: half of a row explains as much where nothing is assumed, and so do other positions outside."""
     upper = np.triu_indices(len(shared), 1)
     score = {}
     for shape in shapes:
@@ -605,7 +632,13 @@ def _best_apart_from_columns(shapes: list[Grid], shared: Float64[np.ndarray, "L 
             values = shared[upper]
             sums, num = np.bincount(kinds, values), np.maximum(np.bincount(kinds), 1)
             score[shape] = round(float((sums**2 / num).sum()), 9)
-    return sorted(score, key=lambda shape: score[shape], reverse=True)[:8]
+    chosen, num = [], Counter()
+    for shape in sorted(score, key=lambda shape: score[shape], reverse=True):
+        alike = shape.rows, shape.columns, shape.order
+        num[alike] += 1
+        if num[alike] <= _MOST_ALIKE:
+            chosen.append(shape)
+    return chosen[:_NUM_REORDERED]
 
 
 # ---- the order of columns ----

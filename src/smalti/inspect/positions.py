@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64, Integer
-from sklearn.cluster import KMeans
-from sklearn.utils.extmath import randomized_svd
 
 from smalti.errors import InputError
+from smalti.inspect.clusters import k_means, leading_vectors
 
 CONSTANT_SHARE = 0.999
 """A position whose commonest code takes at least this share of the lines is called constant."""
@@ -236,7 +235,7 @@ def merge_codes(
     merged = np.minimum(np.arange(num_numbers), num_classes - 1)
     for is_last in (False, True):
         coordinates, mass = _correspondence(numbered, pairs or [(0, 0)], num_numbers, seed)
-        merged = _k_means(coordinates, mass, num_classes, seed)
+        merged = k_means(coordinates, num_classes, weights=mass + 1e-12, num_starts=2, seed=seed)
         if not is_last:
             information = np.triu(mutual_information(merged[numbered], num_classes, seed=seed))
             strongest = np.argsort(-information, axis=None)[: 2 * L]
@@ -260,13 +259,5 @@ def _correspondence(
     scale = np.sqrt(np.where(mass > 0, mass, 1.0))
     residual = (table - np.outer(mass, mass)) / np.outer(scale, scale)
     width = min(_CONTEXT_WIDTH, num_numbers - 1)
-    left, values, _ = randomized_svd(residual, width, random_state=seed)
+    left, values = leading_vectors(residual, width, seed=seed)
     return left * values / scale[:, None], mass
-
-
-def _k_means(
-    coordinates: Float64[np.ndarray, "M E"], mass: Float64[np.ndarray, " M"], num_classes: int, seed: int
-) -> Int64[np.ndarray, " M"]:
-    num_different = len(np.unique(coordinates.round(12), axis=0))
-    k_means = KMeans(min(num_classes, num_different), n_init=2, random_state=seed)  # pyright: ignore[reportArgumentType]
-    return k_means.fit_predict(coordinates, sample_weight=mass + 1e-12).astype(np.int64)

@@ -32,7 +32,7 @@ from smalti.inspect.subject import Subject, load_subject
 from smalti.progress import stage
 
 PAGE, FINDINGS, GRID = "index.html", "findings.json", "grid.json"
-GRID_VERSION = 2
+GRID_VERSION = 3
 """Of how grids are looked for: what another version found is not taken from `grid.json`."""
 
 

@@ -28,7 +28,20 @@ def token_nll(
     """
     if full_softmax:
         check_full_head(model)
-    hidden = model.hidden(_inputs(packed.token_ids, features=packed.features)).flatten(0, 1)  # (B * (T - 1), D)
+    hidden = model.hidden(_inputs(packed.token_ids, features=packed.features))
+    return nll_of_hidden(model, hidden, packed, slots, full_softmax=full_softmax)
+
+
+def nll_of_hidden(
+    model: SequenceModel,
+    hidden: Float[Tensor, "B T_1 D"],
+    packed: Packed,
+    slots: Sequence[Slot],
+    *,
+    full_softmax: bool = False,
+) -> Float[Tensor, "B T"]:
+    """`token_nll` of sequences whose T − 1 hidden states are known."""
+    hidden = hidden.flatten(0, 1)
     targets = packed.token_ids[:, 1:].flatten()
     target_slots = packed.slot_ids[:, 1:].flatten()
     nll = hidden.new_zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
