@@ -38,7 +38,10 @@ from smalti.text_tokenizer import TextTokenizer
 LIKELIHOODS = ("picture", "caption", "pmi")
 """What the model itself says: p(picture | caption), p(caption | picture), or their mutual information. A bundle that
 was trained in one order alone has no p(caption | picture)."""
-RERANKERS = (*LIKELIHOODS, "contrastive", "clip")
+OWN = (*LIKELIHOODS, "both")
+"""Of the model itself. "both" is p(picture | caption) · p(caption | picture): the picture says what the caption says,
+and is none that the model would hardly draw."""
+RERANKERS = (*OWN, "contrastive", "clip")
 """What best-of-n keeps the largest of: a likelihood, or how well caption and picture fit by the bundle's dual encoder,
 or by a CLIP model of the user's."""
 
@@ -56,10 +59,10 @@ class Scores(NamedTuple):
     """Pointwise mutual information, ln p(picture | caption) − ln p(picture): how much the caption tells."""
 
     def merit(self, rerank: str) -> Float[Tensor, " B"]:
-        """What best-of-n keeps the largest of (see LIKELIHOODS)."""
-        if rerank == "caption":
+        """What best-of-n keeps the largest of, in nats, by one of `OWN`."""
+        if rerank in ("caption", "both"):
             assert self.caption_nll_nats is not None
-            return -self.caption_nll_nats
+            return -self.caption_nll_nats - (self.picture_nll_nats if rerank == "both" else 0)
         return {"picture": -self.picture_nll_nats, "pmi": self.pmi_nats}[rerank]
 
 
@@ -232,11 +235,8 @@ class Pipeline(PictureFace):
 
     @property
     def rerankers(self) -> tuple[str, ...]:
-        """Those of RERANKERS that this bundle has, what tells most of the caption first."""
-        given = () if self.clip is None else ("clip",)
-        trained = () if self.bundle.reranker is None else ("contrastive",)
-        own = ("caption", "pmi", "picture") if self.bundle.has_order("image", "text") else ("pmi", "picture")
-        return (*given, *trained, *own)
+        """Those of RERANKERS that this bundle has; the first is taken where none is named."""
+        return self.bundle.rerankers if self.clip is None else ("clip", *self.bundle.rerankers)
 
     def best(self, found: Sequence[Generated], best_of: int, rerank: str | None, batch_size: int) -> list[int]:
         """Which of every `best_of` sequences is kept."""
@@ -248,7 +248,7 @@ class Pipeline(PictureFace):
         self, codes: Codes, words: Sequence[Int[Tensor, " L"]], rerank: str, *, batch_size: int = 64
     ) -> Float[Tensor, " B"]:
         """What best-of-n keeps the largest of, by one of `rerankers`, for codes and the text ids of their captions."""
-        if rerank in LIKELIHOODS:
+        if rerank in OWN:
             return self.score_codes(codes, words, batch_size=batch_size).merit(rerank)
         found = []
         for start in range(0, len(codes), batch_size):
