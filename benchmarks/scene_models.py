@@ -48,7 +48,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 }
 """Shapes of each size, whose parameters differ by 5 % at most."""
 MIDDLE = "0.5m"
-UPDATES = 2400
+UPDATES = 1600
 TO_PICTURE = "<|startoftext|> (text{..24}) <|startofimage|> image{64} <|endofimage|>"
 TO_CAPTION = "<|startofimage|> (image{64}) <|endofimage|> text{..24} <|endoftext|>"
 TRAIN = {
@@ -95,10 +95,14 @@ def recipe(name: str, family: str, size: str, captions: bool, folder: Path, imag
 
 def counted(recipe: dict[str, Any], file: Path) -> Footprint:
     """What an update of it takes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(with_steps(recipe, 1), sort_keys=False), encoding="utf-8")
+    write(with_steps(recipe, 1), file)
     task = find_subject(str(file), [], Assumed()).task
     return footprint(task, TRAIN["batch_size"], precision="float32")
+
+
+def write(recipe: dict[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
 
 def with_steps(recipe: dict[str, Any], num_steps: int) -> dict[str, Any]:
@@ -143,19 +147,19 @@ def main() -> None:
     runs = {f"{family}-{size}": (family, size, False) for size in SIZES for family in SIZES[size]}
     runs["decoder-only-both-orders-1m"] = ("decoder-only", "1m", True)
     recipes = {name: recipe(name, *how, folder, image_tokenizer) for name, how in runs.items()}
-    footprints = {name: counted(one, folder / "recipes" / f"{name}.yaml") for name, one in recipes.items()}
+    files = {name: folder / "recipes" / f"{name}.yaml" for name in runs}
+    footprints = {name: counted(one, files[name]) for name, one in recipes.items()}
     products = given.updates * footprints[f"decoder-only-{MIDDLE}"].flops
     steps = {name: round(products / found.flops) for name, found in footprints.items()}
     for name, found in footprints.items():
+        write(with_steps(recipes[name], steps[name]), files[name])
         print(f"{name}: {found.num_parameters:,.0f} parameters, {found.flops / 1e9:.1f} GFLOP an update, {steps[name]:,} "
               "updates")  # fmt: skip
     if given.count:
         return
     for name in (name for name in runs if given.only in name):
         if not (folder / name / "bundle").exists():
-            file = folder / "recipes" / f"{name}.yaml"
-            file.write_text(yaml.safe_dump(with_steps(recipes[name], steps[name]), sort_keys=False), encoding="utf-8")
-            smalti(["train", str(file)], given.threads)
+            smalti(["train", str(files[name])], given.threads)
 
 
 if __name__ == "__main__":
