@@ -9,19 +9,32 @@ Writes a JSON file and prints the same as Markdown tables. Rates carry Wilson's 
 import argparse
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from smalti.data.scene_reading import read_picture
 from smalti.data.scene_tables import scene_row
-from smalti.data.scenes import BACKGROUNDS, COLOURS, INVERSE, SHAPES, SIZES, TEXTURES, Scene, render, unseen_kinds
+from smalti.data.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    INVERSE,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Group,
+    Scene,
+    render,
+    unseen_kinds,
+)
 from smalti.errors import InputError
 from smalti.evaluate.prompts import Share, to_pixels
 from smalti.inspect.words import Swap, attention_to_text, difference, picture_nats, swapped_codes
+from smalti.models.encoder_decoder import EncoderDecoder
 from smalti.tasks.images import Pipeline
 
 SWAPS = {
@@ -32,6 +45,11 @@ SWAPS = {
     "keys and values of all behind the word": Swap(word=False, following=None),
     "keys and values of the word and all behind it": Swap(following=None),
 }
+AROUND = {
+    "keys and values of all but the word": Swap(word=False, preceding=None, following=None),
+    "keys and values of all": Swap(preceding=None, following=None),
+}
+"""Of a text encoder, whose words before the swapped one have read it too."""
 CHOICES = {"colour": list(COLOURS), "shape": list(SHAPES), "size": list(SIZES), "background": list(BACKGROUNDS),
            "texture": list(TEXTURES)}  # fmt: skip
 
@@ -69,6 +87,10 @@ def other_words(scene: Scene, words: dict[str, str], what: str, stream: random.R
     return stream.choice(fitting) if fitting else None
 
 
+def swaps_of(pipe: Pipeline) -> dict[str, Swap]:
+    return SWAPS | AROUND if isinstance(pipe.model, EncoderDecoder) else SWAPS
+
+
 def swapped(pipe: Pipeline, num: int, what: str) -> dict[str, Any]:
     """Of pictures drawn after each swap: how many show the other word, how many still their own."""
     stream, pairs = random.Random(f"swap {what}"), []
@@ -85,9 +107,10 @@ def swapped(pipe: Pipeline, num: int, what: str) -> dict[str, Any]:
     for start in range(0, total, AT_ONCE):
         chosen = pairs[start : start + AT_ONCE]
         both = ([caption(pair[i]) for pair in chosen] for i in (0, 1))
-        codes = swapped_codes(pipe, *both, list(SWAPS.values()))
+        swaps = swaps_of(pipe)
+        codes = swapped_codes(pipe, *both, list(swaps.values()))
         pictures = to_pixels(pipe.decode_images(codes.flatten(0, 1)))
-        names = ("its own caption", "the other caption", *SWAPS)
+        names = ("its own caption", "the other caption", *swaps)
         for index, picture in enumerate(pictures):
             (words, other), name = chosen[index // len(names)], names[index % len(names)]
             content = read_picture(picture)
@@ -101,6 +124,98 @@ def swapped(pipe: Pipeline, num: int, what: str) -> dict[str, Any]:
         name: {key: str(Share(int(value), total)) for key, value in zip(("other", "own", "rest"), row, strict=True)}
         for name, row in counts.items()
     }
+
+
+class Two(NamedTuple):
+    """Two things of different shapes and colours, and how they are spoken of."""
+
+    scene: Scene
+    first: Group
+    second: Group
+    between: str
+    """A relation, or "and"."""
+
+    def caption(self, first: str, second: str) -> str:
+        """With these colours."""
+        claim = self.scene.claim
+        one, other = (f"a {g.size} {c} {g.shape}" for g, c in ((self.first, first), (self.second, second)))
+        return f"{one} {self.between} {other} on a {claim.texture} {claim.background} background"
+
+    def could_be_shown(self, first: str, second: str) -> bool:
+        groups = self.first._replace(colour=first), self.second._replace(colour=second)
+        return not unseen_kinds(self.scene.claim._replace(groups=groups))
+
+
+def twos(num: int, seed: int) -> Iterator[Two]:
+    index = 0
+    while num:
+        scene = scene_row("validation", index, seed).scene
+        index += 1
+        if scene.claim.kind not in ("relation", "pair"):
+            continue
+        first, second = scene.claim.groups
+        if first.shape != second.shape and first.colour != second.colour:
+            yield Two(scene, first, second, scene.claim.relation or "and")
+            num -= 1
+
+
+def swapped_of_two(pipe: Pipeline, num: int, which: str) -> dict[str, Any]:
+    """Which of two things takes another colour after each swap of the colour word of "first", of "second", or of
+    "both", which are exchanged. Told apart are scenes whose own picture is right, and those in which the two things
+    have exchanged their colours; things are known by their shapes."""
+    stream, pairs = random.Random(f"two {which}"), []
+    for two in twos(num, 5):
+        own = two.first.colour, two.second.colour
+        if which == "both":
+            choices = [own[::-1]]
+        else:
+            free = [colour for colour in COLOURS if colour not in own]
+            choices = [(colour, own[1]) if which == "first" else (own[0], colour) for colour in free]
+        choices = [choice for choice in choices if two.could_be_shown(*choice)]
+        if choices:
+            pairs.append((two, own, stream.choice(choices)))
+    swaps = swaps_of(pipe)
+    names = ("its own caption", "the other caption", *swaps)
+    by_length = defaultdict(list)  # captions of one length are drawn together
+    for pair in pairs:
+        by_length[len(pipe.text_tokenizer.encode(pair[0].caption(*pair[1])))].append(pair)
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for chosen in by_length.values():
+        for start in range(0, len(chosen), AT_ONCE):
+            some = chosen[start : start + AT_ONCE]
+            both = ([two.caption(*pair[i]) for two, *pair in some] for i in (0, 1))
+            codes = swapped_codes(pipe, *both, list(swaps.values()), num_words=1 + (which == "both"))
+            pictures = to_pixels(pipe.decode_images(codes.flatten(0, 1)))
+            for row, (two, own, other) in enumerate(some):
+                shown = [colours_of(picture, two) for picture in pictures[row * len(names) : (row + 1) * len(names)]]
+                begun = {own: "right", own[::-1]: "exchanged"}.get(shown[0])
+                for name, colours in zip(names, shown, strict=True):
+                    if begun is not None:
+                        counts[f"{name}, own picture {begun}"][_change(colours, shown[0], own, other)] += 1
+    return {
+        name: {what: str(Share(found[what], found.total())) for what in ("first", "second", "both", "neither", "other")}
+        for name, found in sorted(counts.items(), key=lambda item: item[0].endswith("exchanged"))
+    }
+
+
+def colours_of(picture: np.ndarray, two: Two) -> tuple[str | None, str | None] | None:
+    """The colours of the first and second thing; None if the two are not read by their shapes."""
+    things = read_picture(picture).things
+    if sorted(thing.shape or "" for thing in things) != sorted((two.first.shape, two.second.shape)):
+        return None
+    by_shape = {thing.shape: thing.colour for thing in things}
+    return by_shape[two.first.shape], by_shape[two.second.shape]
+
+
+def _change(now: Any, before: Any, own: tuple[str, str], other: tuple[str, str]) -> str:
+    """Which things have taken the colour that was swapped in."""
+    new = set(other) - set(own) or set(own)
+    if now is None:
+        return "other"
+    moved = [place for place in (0, 1) if now[place] != before[place]]
+    if any(now[place] not in new for place in moved):
+        return "other"
+    return {(): "neither", (0,): "first", (1,): "second", (0, 1): "both"}[tuple(moved)]
 
 
 def cells_of(scene: Scene, num_colours: int) -> dict[str, np.ndarray]:
@@ -205,15 +320,15 @@ def main() -> None:
     for what in ("colour", "shape", "size"):
         found[f"swapped {what}"] = swapped(pipe, num, what)
         print(markdown(f"swapped {what}", found[f"swapped {what}"]), "\n", flush=True)
+    for which in ("first", "second", "both"):
+        found[f"two things, {which}"] = swapped_of_two(pipe, num, which)
+        print(markdown(f"colour of {which}, changes", found[f"two things, {which}"]), "\n", flush=True)
     found["contradicted word"] = surprise(pipe, num)
     print(markdown("contradicted word", found["contradicted word"]), "\n", flush=True)
     found["contradicted relation"] = relation_surprise(pipe, num)
     print(markdown("contradicted relation", found["contradicted relation"]), "\n", flush=True)
-    try:
-        found["attention"] = attention(pipe, num)
-        print(markdown("attention", found["attention"]), flush=True)
-    except InputError as error:
-        print(error)
+    found["attention"] = attention(pipe, num)
+    print(markdown("attention", found["attention"]), flush=True)
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)
         given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
