@@ -13,6 +13,7 @@ The table is printed as Markdown, with Wilson's intervals of 95 %.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from smalti.bundle import find_bundle
+from smalti.bundle import CONFIG, find_bundle
+from smalti.evaluate.prompts import Share
 from smalti.evaluate.reconstruction import find_image_tokenizer
 from smalti.planning.footprint import Footprint, footprint
 from smalti.planning.subjects import Assumed, find_subject
@@ -48,6 +50,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 }
 """Shapes of each size, whose parameters differ by 5 % at most."""
 MIDDLE = "0.5m"
+CATEGORIES = ("attributes", "count", "relation")
 UPDATES = 1600
 TO_PICTURE = "<|startoftext|> (text{..24}) <|startofimage|> image{64} <|endofimage|>"
 TO_CAPTION = "<|startofimage|> (image{64}) <|endofimage|> text{..24} <|endoftext|>"
@@ -117,7 +120,8 @@ def smalti(arguments: list[str], threads: int) -> None:
 
 def make_tokens(folder: Path, image_tokenizer: Path, threads: int) -> None:
     """Scenes, words, and both as tokens, once for all runs."""
-    smalti(["data", "scenes", str(folder / "data")], threads)
+    if not (folder / "data" / "test.parquet").exists():  # the last of them
+        smalti(["data", "scenes", str(folder / "data")], threads)
     words = folder / "text_tokenizer.json"
     if not words.exists():
         captions = pq.read_table(folder / "data" / "train.parquet", columns=["caption"])["caption"].to_pylist()
@@ -127,6 +131,32 @@ def make_tokens(folder: Path, image_tokenizer: Path, threads: int) -> None:
             given = ["--image-tokenizer", str(image_tokenizer), "--text-tokenizer", str(words)]
             given += ["--max-text-length", str(MAX_TEXT)]
             smalti(["tokenize", str(folder / "data" / f"{split}.parquet"), "-o", str(tokens), *given], threads)
+
+
+def nats(bundle: Path) -> str:
+    """Of a code, on validation scenes."""
+    figures = json.loads((bundle / CONFIG).read_text(encoding="utf-8"))["figures"]
+    return next(value for name, value in figures.items() if "per picture token" in name and "empty" not in name)
+
+
+def table(
+    reports: dict[str, Any], footprints: dict[str, Footprint], steps: dict[str, int], nats: dict[str, str]
+) -> str:
+    """A line for each run and number of candidates: shares of right pictures, seen / unseen, in %."""
+    head = ("model", "parameters", "updates", "nats a code", "n", "all", *CATEGORIES)
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, report in reports.items():
+        rows = {(row["group"], row["best_of"]): row["shares"] for row in report["rows"]}
+        told = [name, f"{footprints[name].num_parameters:,.0f}", f"{steps[name]:,}", nats[name]]
+        for n in (n for group, n in rows if group == "seen" and n):
+            cells = [cell(rows["seen", n][what], rows["unseen", n][what]) for what in ("all", *CATEGORIES)]
+            lines.append(f"| {' | '.join([*told, str(n), *cells])} |")
+            told = [""] * len(told)
+    return "\n".join(lines)
+
+
+def cell(*shares: dict[str, float]) -> str:
+    return " / ".join(str(Share(round(share["right"]), round(share["num"]))).replace("%", "") for share in shares)
 
 
 def main() -> None:
@@ -153,13 +183,22 @@ def main() -> None:
     steps = {name: round(products / found.flops) for name, found in footprints.items()}
     for name, found in footprints.items():
         write(with_steps(recipes[name], steps[name]), files[name])
-        print(f"{name}: {found.num_parameters:,.0f} parameters, {found.flops / 1e9:.1f} GFLOP an update, {steps[name]:,} "
-              "updates")  # fmt: skip
+        size = f"{found.num_parameters:,.0f} parameters, {found.flops / 1e9:.1f} GFLOP an update"
+        print(f"{name}: {size}, {steps[name]:,} updates")
     if given.count:
         return
+    reports = {}
     for name in (name for name in runs if given.only in name):
         if not (folder / name / "bundle").exists():
             smalti(["train", str(files[name])], given.threads)
+        prompts = folder / name / "prompts"
+        if not (prompts / "prompts.json").exists():
+            how = ["--num", str(given.num), "--best-of", given.best_of, "--ranker", given.bundle, "--rerank", "both"]
+            bundle = str(folder / name / "bundle")
+            smalti(["evaluate", "prompts", bundle, *how, "-o", str(prompts), "--quiet"], given.threads)
+        reports[name] = json.loads((prompts / "prompts.json").read_text(encoding="utf-8"))
+    print()
+    print(table(reports, footprints, steps, {name: nats(folder / name / "bundle") for name in reports}))
 
 
 if __name__ == "__main__":
