@@ -10,9 +10,9 @@ import argparse
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ CHOICES = {"colour": list(COLOURS), "shape": list(SHAPES), "size": list(SIZES), 
 
 
 AT_ONCE = 20
+Pair = TypeVar("Pair")
 
 
 def caption(content: dict[str, str]) -> str:
@@ -91,6 +92,15 @@ def swaps_of(pipe: Pipeline) -> dict[str, Swap]:
     return SWAPS | AROUND if isinstance(pipe.model, EncoderDecoder) else SWAPS
 
 
+def together(pairs: Iterable[Pair], length: Callable[[Pair], int]) -> Iterator[list[Pair]]:
+    """Pairs whose captions have as many text ids, AT_ONCE at most."""
+    by_length = defaultdict(list)
+    for pair in pairs:
+        by_length[length(pair)].append(pair)
+    for alike in by_length.values():
+        yield from (alike[start : start + AT_ONCE] for start in range(0, len(alike), AT_ONCE))
+
+
 def swapped(pipe: Pipeline, num: int, what: str) -> dict[str, Any]:
     """Of pictures drawn after each swap: how many show the other word, how many still their own."""
     stream, pairs = random.Random(f"swap {what}"), []
@@ -103,11 +113,9 @@ def swapped(pipe: Pipeline, num: int, what: str) -> dict[str, Any]:
         except InputError:  # words of several pieces
             continue
         pairs.append((words, other))
-    counts, total = defaultdict(lambda: np.zeros(3, int)), len(pairs)
-    for start in range(0, total, AT_ONCE):
-        chosen = pairs[start : start + AT_ONCE]
+    counts, total, swaps = defaultdict(lambda: np.zeros(3, int)), len(pairs), swaps_of(pipe)
+    for chosen in together(pairs, lambda pair: len(pipe.text_tokenizer.encode(caption(pair[0])))):
         both = ([caption(pair[i]) for pair in chosen] for i in (0, 1))
-        swaps = swaps_of(pipe)
         codes = swapped_codes(pipe, *both, list(swaps.values()))
         pictures = to_pixels(pipe.decode_images(codes.flatten(0, 1)))
         names = ("its own caption", "the other caption", *swaps)
@@ -174,28 +182,36 @@ def swapped_of_two(pipe: Pipeline, num: int, which: str) -> dict[str, Any]:
         choices = [choice for choice in choices if two.could_be_shown(*choice)]
         if choices:
             pairs.append((two, own, stream.choice(choices)))
-    swaps = swaps_of(pipe)
+    swaps, num_words = swaps_of(pipe), 1 + (which == "both")
     names = ("its own caption", "the other caption", *swaps)
-    by_length = defaultdict(list)  # captions of one length are drawn together
-    for pair in pairs:
-        by_length[len(pipe.text_tokenizer.encode(pair[0].caption(*pair[1])))].append(pair)
+
+    def is_one_id(two: Two, own: tuple[str, str], other: tuple[str, str]) -> bool:
+        try:
+            return bool(difference(pipe, two.caption(*own), two.caption(*other), num_words))
+        except InputError:  # words of several pieces
+            return False
+
+    fitting = [pair for pair in pairs if is_one_id(*pair)]
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for chosen in by_length.values():
-        for start in range(0, len(chosen), AT_ONCE):
-            some = chosen[start : start + AT_ONCE]
-            both = ([two.caption(*pair[i]) for two, *pair in some] for i in (0, 1))
-            codes = swapped_codes(pipe, *both, list(swaps.values()), num_words=1 + (which == "both"))
-            pictures = to_pixels(pipe.decode_images(codes.flatten(0, 1)))
-            for row, (two, own, other) in enumerate(some):
-                shown = [colours_of(picture, two) for picture in pictures[row * len(names) : (row + 1) * len(names)]]
-                begun = {own: "right", own[::-1]: "exchanged"}.get(shown[0])
-                for name, colours in zip(names, shown, strict=True):
-                    if begun is not None:
-                        counts[f"{name}, own picture {begun}"][_change(colours, shown[0], own, other)] += 1
+    for chosen in together(fitting, lambda pair: len(pipe.text_tokenizer.encode(pair[0].caption(*pair[1])))):
+        both = ([two.caption(*pair[i]) for two, *pair in chosen] for i in (0, 1))
+        codes = swapped_codes(pipe, *both, list(swaps.values()), num_words=num_words)
+        pictures = to_pixels(pipe.decode_images(codes.flatten(0, 1)))
+        for row, (two, own, other) in enumerate(chosen):
+            shown = [colours_of(picture, two) for picture in pictures[row * len(names) : (row + 1) * len(names)]]
+            begun = {own: "right", own[::-1]: "exchanged"}.get(shown[0])
+            for name, colours in zip(names, shown, strict=True):
+                if begun is not None:
+                    counts[f"{begun}: {name}"][_change(which, colours, shown[0], own, other)] += 1
     return {
-        name: {what: str(Share(found[what], found.total())) for what in ("first", "second", "both", "neither", "other")}
-        for name, found in sorted(counts.items(), key=lambda item: item[0].endswith("exchanged"))
+        name: {"of": found.total()} | {what: f"{found[what] / found.total():.0%}" for what in CHANGES}
+        for name, found in sorted(counts.items(), key=lambda item: item[0].startswith("exchanged"))
     }
+
+
+CHANGES = ("first", "second", "both", "neither", "crossed", "one colour", "something else", "not read")
+"""Which thing takes the colour that was swapped in. Crossed: the colours are those of the other caption, on the wrong
+things where they were right, and the other way round. Or both have one colour, or are not read by their shapes."""
 
 
 def colours_of(picture: np.ndarray, two: Two) -> tuple[str | None, str | None] | None:
@@ -207,15 +223,19 @@ def colours_of(picture: np.ndarray, two: Two) -> tuple[str | None, str | None] |
     return by_shape[two.first.shape], by_shape[two.second.shape]
 
 
-def _change(now: Any, before: Any, own: tuple[str, str], other: tuple[str, str]) -> str:
-    """Which things have taken the colour that was swapped in."""
+def _change(which: str, now: Any, before: Any, own: tuple[str, str], other: tuple[str, str]) -> str:
+    """Which things have taken the colour that was swapped in, of CHANGES."""
     new = set(other) - set(own) or set(own)
     if now is None:
-        return "other"
-    moved = [place for place in (0, 1) if now[place] != before[place]]
+        return "not read"
+    if now[0] == now[1]:
+        return "one colour"
+    if which != "both" and (now == other[::-1] if before == own else now == other):
+        return "crossed"
+    moved = tuple(place for place in (0, 1) if now[place] != before[place])
     if any(now[place] not in new for place in moved):
-        return "other"
-    return {(): "neither", (0,): "first", (1,): "second", (0, 1): "both"}[tuple(moved)]
+        return "something else"
+    return {(): "neither", (0,): "first", (1,): "second", (0, 1): "both"}[moved]
 
 
 def cells_of(scene: Scene, num_colours: int) -> dict[str, np.ndarray]:

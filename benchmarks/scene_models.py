@@ -51,7 +51,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 """Shapes of each size, whose parameters differ by 5 % at most."""
 MIDDLE = "0.5m"
 CATEGORIES = ("attributes", "count", "relation")
-UPDATES = 1600
+UPDATES = 1000
 TO_PICTURE = "<|startoftext|> (text{..24}) <|startofimage|> image{64} <|endofimage|>"
 TO_CAPTION = "<|startofimage|> (image{64}) <|endofimage|> text{..24} <|endoftext|>"
 TRAIN = {
