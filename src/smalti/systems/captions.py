@@ -44,6 +44,6 @@ def _given_words(recipe: CaptionsRecipe, layout: Layout) -> TextTokenizer | None
         given.check_vocabulary(layout.vocabulary)
         return given
     words = None if recipe.begin_with is None else Bundle.load(recipe.begin_with).text_tokenizer
-    # Of other segments than the layout's, weights cannot be taken over either: train_on_pairs says so.
-    fits = isinstance(words, TextTokenizer) and words.vocabulary in (None, layout.vocabulary)
-    return words if fits and words.vocab_size == layout.vocabulary["text"].size else None
+    if not isinstance(words, TextTokenizer) or words.vocab_size != layout.vocabulary["text"].size:
+        return None  # weights cannot be taken over either: train_on_pairs says so
+    return words if words.vocabulary in (None, layout.vocabulary) else None
