@@ -124,6 +124,8 @@ def test_a_ranker_chooses_for_another_bundle():
     # the first candidate, which of the second prompt is wrong
     assert [row.shares["all"].right for row in found.rows if row.best_of and row.group == "unseen"] == [1]
     assert "the best by p(caption | picture) of critic" in found.markdown()
+    with pytest.raises(InputError, match="there is one picture to choose from"):
+        evaluate_prompts(painter, PromptsConfig(num=4, best_of=(1,)), ranker=ranker, show_progress=False)
     ranker.image_tokenizer = torch.nn.Linear(2, 2)
     with pytest.raises(InputError, match="critic has another image tokenizer than painter"):
         evaluate_prompts(painter, config, ranker=ranker, show_progress=False)

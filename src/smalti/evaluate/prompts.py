@@ -457,6 +457,7 @@ RERANKED = {
     "both": "p(picture | caption) · p(caption | picture)",
     "pmi": "mutual information",
     "contrastive": "cosine by the dual encoder",
+    "clip": "cosine by CLIP",
 }
 _STYLE = (
     "body{font:14px sans-serif;margin:2em;max-width:80em}table{border-collapse:collapse;font-size:12px}"
@@ -510,6 +511,11 @@ def evaluate_prompts(
     scales = (base.guidance_scale,) if config.guidance_scales is None else config.guidance_scales
     most = max(config.best_of)
     rerank = None
+    if most == 1 and (ranker or config.rerank):
+        raise InputError(
+            f"best_of is {config.best_of}: there is one picture to choose from; give 2 or more candidates as well, or "
+            "neither rerank nor a ranker."
+        )
     judge = _same_codes(pipe, ranker) if ranker else pipe
     if most > 1:
         rerank = config.rerank or judge.rerankers[0]
