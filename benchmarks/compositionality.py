@@ -9,19 +9,32 @@ Writes a JSON file and prints the same as Markdown tables. Rates carry Wilson's 
 import argparse
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from smalti.data.scene_reading import read_picture
 from smalti.data.scene_tables import scene_row
-from smalti.data.scenes import BACKGROUNDS, COLOURS, INVERSE, SHAPES, SIZES, TEXTURES, Scene, render, unseen_kinds
+from smalti.data.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    INVERSE,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Group,
+    Scene,
+    render,
+    unseen_kinds,
+)
 from smalti.errors import InputError
 from smalti.evaluate.prompts import Share, to_pixels
 from smalti.inspect.words import Swap, attention_to_text, difference, picture_nats, swapped_codes
+from smalti.models.encoder_decoder import EncoderDecoder
 from smalti.tasks.images import Pipeline
 
 SWAPS = {
@@ -32,11 +45,17 @@ SWAPS = {
     "keys and values of all behind the word": Swap(word=False, following=None),
     "keys and values of the word and all behind it": Swap(following=None),
 }
+AROUND = {
+    "keys and values of all but the word": Swap(word=False, preceding=None, following=None),
+    "keys and values of all": Swap(preceding=None, following=None),
+}
+"""Of a text encoder, whose words before the swapped one have read it too."""
 CHOICES = {"colour": list(COLOURS), "shape": list(SHAPES), "size": list(SIZES), "background": list(BACKGROUNDS),
            "texture": list(TEXTURES)}  # fmt: skip
 
 
 AT_ONCE = 20
+Pair = TypeVar("Pair")
 
 
 def caption(content: dict[str, str]) -> str:
@@ -69,6 +88,19 @@ def other_words(scene: Scene, words: dict[str, str], what: str, stream: random.R
     return stream.choice(fitting) if fitting else None
 
 
+def swaps_of(pipe: Pipeline) -> dict[str, Swap]:
+    return SWAPS | AROUND if isinstance(pipe.model, EncoderDecoder) else SWAPS
+
+
+def together(pairs: Iterable[Pair], length: Callable[[Pair], int]) -> Iterator[list[Pair]]:
+    """Pairs whose captions have as many text ids, AT_ONCE at most."""
+    by_length = defaultdict(list)
+    for pair in pairs:
+        by_length[length(pair)].append(pair)
+    for alike in by_length.values():
+        yield from (alike[start : start + AT_ONCE] for start in range(0, len(alike), AT_ONCE))
+
+
 def swapped(pipe: Pipeline, num: int, what: str) -> dict[str, Any]:
     """Of pictures drawn after each swap: how many show the other word, how many still their own."""
     stream, pairs = random.Random(f"swap {what}"), []
@@ -81,13 +113,12 @@ def swapped(pipe: Pipeline, num: int, what: str) -> dict[str, Any]:
         except InputError:  # words of several pieces
             continue
         pairs.append((words, other))
-    counts, total = defaultdict(lambda: np.zeros(3, int)), len(pairs)
-    for start in range(0, total, AT_ONCE):
-        chosen = pairs[start : start + AT_ONCE]
+    counts, total, swaps = defaultdict(lambda: np.zeros(3, int)), len(pairs), swaps_of(pipe)
+    for chosen in together(pairs, lambda pair: len(pipe.text_tokenizer.encode(caption(pair[0])))):
         both = ([caption(pair[i]) for pair in chosen] for i in (0, 1))
-        codes = swapped_codes(pipe, *both, list(SWAPS.values()))
+        codes = swapped_codes(pipe, *both, list(swaps.values()))
         pictures = to_pixels(pipe.decode_images(codes.flatten(0, 1)))
-        names = ("its own caption", "the other caption", *SWAPS)
+        names = ("its own caption", "the other caption", *swaps)
         for index, picture in enumerate(pictures):
             (words, other), name = chosen[index // len(names)], names[index % len(names)]
             content = read_picture(picture)
@@ -101,6 +132,110 @@ def swapped(pipe: Pipeline, num: int, what: str) -> dict[str, Any]:
         name: {key: str(Share(int(value), total)) for key, value in zip(("other", "own", "rest"), row, strict=True)}
         for name, row in counts.items()
     }
+
+
+class Two(NamedTuple):
+    """Two things of different shapes and colours, and how they are spoken of."""
+
+    scene: Scene
+    first: Group
+    second: Group
+    between: str
+    """A relation, or "and"."""
+
+    def caption(self, first: str, second: str) -> str:
+        """With these colours."""
+        claim = self.scene.claim
+        one, other = (f"a {g.size} {c} {g.shape}" for g, c in ((self.first, first), (self.second, second)))
+        return f"{one} {self.between} {other} on a {claim.texture} {claim.background} background"
+
+    def could_be_shown(self, first: str, second: str) -> bool:
+        groups = self.first._replace(colour=first), self.second._replace(colour=second)
+        return not unseen_kinds(self.scene.claim._replace(groups=groups))
+
+
+def twos(num: int, seed: int) -> Iterator[Two]:
+    index = 0
+    while num:
+        scene = scene_row("validation", index, seed).scene
+        index += 1
+        if scene.claim.kind not in ("relation", "pair"):
+            continue
+        first, second = scene.claim.groups
+        if first.shape != second.shape and first.colour != second.colour:
+            yield Two(scene, first, second, scene.claim.relation or "and")
+            num -= 1
+
+
+def swapped_of_two(pipe: Pipeline, num: int, which: str) -> dict[str, Any]:
+    """Which of two things takes another colour after each swap of the colour word of "first", of "second", or of
+    "both", which are exchanged. Told apart are scenes whose own picture is right, and those in which the two things
+    have exchanged their colours; things are known by their shapes."""
+    stream, pairs = random.Random(f"two {which}"), []
+    for two in twos(num, 5):
+        own = two.first.colour, two.second.colour
+        if which == "both":
+            choices = [own[::-1]]
+        else:
+            free = [colour for colour in COLOURS if colour not in own]
+            choices = [(colour, own[1]) if which == "first" else (own[0], colour) for colour in free]
+        choices = [choice for choice in choices if two.could_be_shown(*choice)]
+        if choices:
+            pairs.append((two, own, stream.choice(choices)))
+    swaps, num_words = swaps_of(pipe), 1 + (which == "both")
+    names = ("its own caption", "the other caption", *swaps)
+
+    def is_one_id(two: Two, own: tuple[str, str], other: tuple[str, str]) -> bool:
+        try:
+            return bool(difference(pipe, two.caption(*own), two.caption(*other), num_words))
+        except InputError:  # words of several pieces
+            return False
+
+    fitting = [pair for pair in pairs if is_one_id(*pair)]
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for chosen in together(fitting, lambda pair: len(pipe.text_tokenizer.encode(pair[0].caption(*pair[1])))):
+        both = ([two.caption(*pair[i]) for two, *pair in chosen] for i in (0, 1))
+        codes = swapped_codes(pipe, *both, list(swaps.values()), num_words=num_words)
+        pictures = to_pixels(pipe.decode_images(codes.flatten(0, 1)))
+        for row, (two, own, other) in enumerate(chosen):
+            shown = [colours_of(picture, two) for picture in pictures[row * len(names) : (row + 1) * len(names)]]
+            begun = {own: "right", own[::-1]: "exchanged"}.get(shown[0])
+            for name, colours in zip(names, shown, strict=True):
+                if begun is not None:
+                    counts[f"{begun}: {name}"][_change(which, colours, shown[0], own, other)] += 1
+    return {
+        name: {"of": found.total()} | {what: f"{found[what] / found.total():.0%}" for what in CHANGES}
+        for name, found in sorted(counts.items(), key=lambda item: item[0].startswith("exchanged"))
+    }
+
+
+CHANGES = ("first", "second", "both", "neither", "crossed", "one colour", "something else", "not read")
+"""Which thing takes the colour that was swapped in. Crossed: the colours are those of the other caption, on the wrong
+things where they were right, and the other way round. Or both have one colour, or are not read by their shapes."""
+
+
+def colours_of(picture: np.ndarray, two: Two) -> tuple[str | None, str | None] | None:
+    """The colours of the first and second thing; None if the two are not read by their shapes."""
+    things = read_picture(picture).things
+    if sorted(thing.shape or "" for thing in things) != sorted((two.first.shape, two.second.shape)):
+        return None
+    by_shape = {thing.shape: thing.colour for thing in things}
+    return by_shape[two.first.shape], by_shape[two.second.shape]
+
+
+def _change(which: str, now: Any, before: Any, own: tuple[str, str], other: tuple[str, str]) -> str:
+    """Which things have taken the colour that was swapped in, of CHANGES."""
+    new = set(other) - set(own) or set(own)
+    if now is None:
+        return "not read"
+    if now[0] == now[1]:
+        return "one colour"
+    if which != "both" and (now == other[::-1] if before == own else now == other):
+        return "crossed"
+    moved = tuple(place for place in (0, 1) if now[place] != before[place])
+    if any(now[place] not in new for place in moved):
+        return "something else"
+    return {(): "neither", (0,): "first", (1,): "second", (0, 1): "both"}[moved]
 
 
 def cells_of(scene: Scene, num_colours: int) -> dict[str, np.ndarray]:
@@ -205,15 +340,15 @@ def main() -> None:
     for what in ("colour", "shape", "size"):
         found[f"swapped {what}"] = swapped(pipe, num, what)
         print(markdown(f"swapped {what}", found[f"swapped {what}"]), "\n", flush=True)
+    for which in ("first", "second", "both"):
+        found[f"two things, {which}"] = swapped_of_two(pipe, num, which)
+        print(markdown(f"colour of {which}, changes", found[f"two things, {which}"]), "\n", flush=True)
     found["contradicted word"] = surprise(pipe, num)
     print(markdown("contradicted word", found["contradicted word"]), "\n", flush=True)
     found["contradicted relation"] = relation_surprise(pipe, num)
     print(markdown("contradicted relation", found["contradicted relation"]), "\n", flush=True)
-    try:
-        found["attention"] = attention(pipe, num)
-        print(markdown("attention", found["attention"]), flush=True)
-    except InputError as error:
-        print(error)
+    found["attention"] = attention(pipe, num)
+    print(markdown("attention", found["attention"]), flush=True)
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)
         given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

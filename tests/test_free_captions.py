@@ -56,7 +56,7 @@ def test_information_is_against_the_empty_caption(name, request):
 
 
 def test_the_best_is_by_default_what_the_bundle_can_tell(one, both):
-    assert one.rerankers == ("pmi", "picture") and both.rerankers == ("caption", "pmi", "picture")
+    assert one.rerankers == ("pmi", "picture") and both.rerankers == ("caption", "both", "pmi", "picture")
     for pipe in (one, both):
         [picture] = pipe.generate(CAPTIONS[0], seed=5, best_of=4)
         receipt = json.loads(picture.info["smalti"])

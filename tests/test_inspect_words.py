@@ -54,8 +54,38 @@ def test_of_an_encoder_the_first_word_and_all_behind_it_are_the_whole_caption():
     rows = swapped(pipe, *captions, [NOTHING, EVERYTHING])
     assert torch.equal(rows[0], greedy(pipe, captions[0])) and torch.equal(rows[1], greedy(pipe, captions[1]))
     assert torch.equal(rows[2], rows[0]) and torch.equal(rows[3], rows[1])
-    with pytest.raises(InputError, match="has a text encoder"):
-        attention_to_text(pipe, rows[0], captions[0])
+
+
+def test_of_an_encoder_words_before_the_swapped_one_have_read_it_too():
+    pipe = tiny_parti.tiny()
+    torch.manual_seed(0)
+    for parameter in pipe.model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    whole = [Swap(preceding=None, following=None), Swap(preceding=None, following=None, word=False)]
+    rows = swapped(pipe, "a red ball", "a blue ball", whole)
+    assert torch.equal(rows[2], rows[1]) and not torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[3], rows[1])
+
+
+def test_cross_attention_of_a_caption_and_its_marker_is_all_there_is():
+    pipe = attentive(tiny_parti.tiny())
+    codes = greedy(pipe, "red cat")
+    shares = attention_to_text(pipe, codes, "red cat")
+    words = pipe.text_tokenizer.encode("red cat")
+    config = pipe.model.config
+    assert shares.shape == (config.decoder_layers, config.num_heads, codes.numel(), len(words))
+    assert (shares > 0).all() and (shares.sum(-1) < 1 + 1e-5).all()
+    # The first layer's head written out, from the first input: <sot> at the first cell.
+    model, block = pipe.model, pipe.model.decoder.blocks[0]
+    x = model.embed_codes.weight[-1] + model.row_positions.weight[0] + model.column_positions.weight[0]
+    x = x + block.attention(block.attention_norm(x[None, None]), None, None, None, 0)[0, 0]
+    text = torch.tensor([[*words, config.text_size]])
+    width = config.d_model // config.num_heads
+    query = block.cross_attention.q(block.cross_norm(x))[:width]
+    keys = model.encode(text).keys[0][0, 0]
+    expected = (keys @ query / width**0.5).softmax(-1)
+    torch.testing.assert_close(shares[0, 0, 0], expected[:-1])
 
 
 def test_captions_together_are_as_alone(pipe):
@@ -67,7 +97,8 @@ def test_captions_together_are_as_alone(pipe):
 
 
 def test_captions_must_differ_in_one_word(pipe):
-    assert difference(pipe, *CAPTIONS).place == 0
+    assert difference(pipe, *CAPTIONS).places == (0,)
+    assert difference(pipe, CAPTIONS[0], "light red eight on bright cyan", 2).places == (0, 1)
     for other in (CAPTIONS[0], "light red eight on bright cyan"):
         with pytest.raises(InputError, match="of 6 and 6 text ids; give two captions that differ in one"):
             difference(pipe, CAPTIONS[0], other)

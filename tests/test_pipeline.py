@@ -21,7 +21,7 @@ from smalti.errors import InputError
 from smalti.image_files import PictureConfig, read_picture, read_receipt, save_picture, to_images, to_pictures
 from smalti.likelihood import score
 from smalti.sequences.layout import SpanValues
-from smalti.tasks.images import LIKELIHOODS, Pipeline
+from smalti.tasks.images import OWN, Pipeline
 from smalti.weights import load_module, save_weights
 
 CAPTION = "dark green eight on bright cyan"
@@ -318,13 +318,15 @@ def test_pictures_are_their_codes_decoded_with_receipts(pipe: Pipeline, tmp_path
     assert receipt["codes"] == codes[3].flatten().tolist()
 
 
-@pytest.mark.parametrize("rerank", LIKELIHOODS)
+@pytest.mark.parametrize("rerank", OWN)
 def test_best_of_keeps_the_best_and_says_its_seed(pipe: Pipeline, rerank: str):
     [first, second] = pipe.generate(CAPTION, seed=5, n=2, best_of=3, rerank=rerank)
     words = [torch.tensor(pipe.text_tokenizer.encode(CAPTION))] * 6
     codes = pipe.generate_codes(CAPTION, seed=5, n=6)
     scores = pipe.score_codes(codes, words)
-    merit = {"picture": -scores[0], "caption": -scores[1], "pmi": scores[2]}[rerank]
+    merits = {"picture": -scores[0], "caption": -scores[1], "both": -scores[0] - scores[1], "pmi": scores[2]}
+    merit = merits[rerank]
+    torch.testing.assert_close(scores.merit(rerank), merit)
     for picture, candidates in ((first, range(3)), (second, range(3, 6))):
         receipt = json.loads(picture.info["smalti"])
         best = max(candidates, key=lambda i: float(merit[i]))

@@ -33,6 +33,7 @@ class Painter:
     sampling = SimpleNamespace(picture=SampleConfig(temperature=0.5, guidance_scale=2.0))
     pictures = SimpleNamespace(height=64, width=64)
     text_tokenizer = SimpleNamespace(encode=lambda text: [0])
+    image_tokenizer = torch.nn.Identity()
 
     def check_drawing(self, n: int, best_of: int, rerank: str) -> None:
         assert (n, best_of, rerank) == (1, 3, "caption")
@@ -59,8 +60,8 @@ class Painter:
             pictures.append(torch.tensor(picture).permute(2, 0, 1) / 255)
         return torch.stack(pictures)
 
-    def score_codes(self, codes: torch.Tensor, words: Any, batch_size: int) -> Any:
-        return SimpleNamespace(merit=lambda rerank: (codes[:, 1] == 1).float())
+    def merit(self, codes: torch.Tensor, words: Any, rerank: str, batch_size: int) -> torch.Tensor:
+        return (codes[:, 1] == 1).float()
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,38 @@ def test_candidates_are_drawn_once_with_the_bundles_settings(report):
     }
     seeds = [seed for asked in painter.asked if asked["guidance_scale"] == 1 for seed in asked["seed"]]
     assert seeds == list(range(0, 120, 3))
+
+
+def test_curves_against_the_number_of_candidates(report, tmp_path):
+    _, found = report
+    curves = {(curve.guidance_scale, curve.category, curve.group): curve for curve in found.curves}
+    # Of three candidates the first is wrong in half of the unseen prompts, and the second is always preferred: so the
+    # best of one, two and three is right in 2/3, 1, and 1 of them; of two, the first and the third are drawn in a
+    # third of all choices, tie, and either may be kept.
+    unseen = curves[4.0, "all", "unseen"]
+    assert unseen.num == 20
+    assert unseen.kept == pytest.approx([1 / 2 + 1 / 2 * 2 / 3, 1 / 2 + 1 / 2 * (1 - 1 / 3 * 1 / 2), 1])
+    assert unseen.any == pytest.approx([1 / 2 + 1 / 2 * 2 / 3, 1, 1])
+    assert curves[1.0, "count", "seen"].kept == [1, 1, 1]
+    found.write(tmp_path)
+    assert (tmp_path / "prompts.png").read_bytes().startswith(b"\x89PNG")
+    assert "| all | unseen | 4 | 83.3 / 83.3 | 91.7 / 100.0 | 100.0 / 100.0 |" in (tmp_path / "prompts.md").read_text()
+
+
+def test_a_ranker_chooses_for_another_bundle():
+    painter: Any = Painter(4)
+    ranker: Any = Painter(4)
+    ranker.name, ranker.merit = "critic", lambda codes, words, rerank, batch_size: -codes[:, 1].float()
+    config = PromptsConfig(num=4, best_of=(3,))
+    found = evaluate_prompts(painter, config, ranker=ranker, show_progress=False)
+    # the first candidate, which of the second prompt is wrong
+    assert [row.shares["all"].right for row in found.rows if row.best_of and row.group == "unseen"] == [1]
+    assert "the best by p(caption | picture) of critic" in found.markdown()
+    with pytest.raises(InputError, match="there is one picture to choose from"):
+        evaluate_prompts(painter, PromptsConfig(num=4, best_of=(1,)), ranker=ranker, show_progress=False)
+    ranker.image_tokenizer = torch.nn.Linear(2, 2)
+    with pytest.raises(InputError, match="critic has another image tokenizer than painter"):
+        evaluate_prompts(painter, config, ranker=ranker, show_progress=False)
 
 
 def test_what_is_written(report, tmp_path):

@@ -190,6 +190,19 @@ def test_what_is_no_caption_is_refused(caption: str, message: str):
         parse_caption(caption)
 
 
+def test_complete_captions_leave_nothing_out_and_change_no_picture():
+    plain, said = ([scene_row("train", i, 3, complete) for i in range(60)] for complete in (0.0, 0.5))
+    assert [row.scene for row in plain] == [row.scene for row in said]
+
+    def is_complete(caption: str) -> bool:
+        claim = parse_caption(caption)
+        return None not in (claim.background, claim.texture, *(group.size for group in claim.groups))
+
+    # by chance 0.6 of the grounds and 0.75 of each size are named: 39 % of the plain captions or so leave nothing out
+    assert sum(is_complete(row.caption) for row in plain) < 32 < sum(is_complete(row.caption) for row in said) < 56
+    assert all(is_complete(scene_row("train", i, 3, 1.0).caption) for i in range(20))
+
+
 def test_the_command_writes_tables_once(tmp_path, capsys):
     command = ["data", "scenes", str(tmp_path / "out"), "--rows", "12", "--held-out", "6", "--quiet"]
     assert run(command) == 0
@@ -211,7 +224,7 @@ def test_the_command_writes_tables_once(tmp_path, capsys):
 
 
 def test_numbers_out_of_range_are_refused(tmp_path):
-    for given in ({"num_train": 0}, {"seed": -1}, {"num_test": 10**9}):
+    for given in ({"num_train": 0}, {"seed": -1}, {"num_test": 10**9}, {"complete_captions": 1.5}):
         with pytest.raises(ValueError, match=next(iter(given))):
             ScenesConfig(**given)
     (tmp_path / "train.parquet").write_bytes(b"none")

@@ -3,13 +3,16 @@ changes nothing."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from smalti.bundle import CONFIG, Bundle
 from smalti.cli.app import run
 from smalti.data.pairs import PairTable
+from smalti.data.scenes import parse_caption
 from smalti.errors import InputError
 from smalti.recipes import load_recipe
 from smalti.systems.scenes import train_scenes
@@ -93,14 +96,35 @@ def test_the_bundle_is_measured_by_the_command(whole: Path, capsys):
 
 
 def test_a_training_begins_with_a_bundles_weights_if_it_is_of_the_same_shape(whole: Path, tmp_path):
-    shutil.copytree(
-        whole, tmp_path / "again", ignore=shutil.ignore_patterns("model", "bundle", "prompts.*", "recipe.json")
-    )
-    shutil.copy(whole / "data" / "recipe.json", tmp_path / "again" / "data")
+    again, image_tokenizer = tmp_path / "again", "image_tokenizer"
+    shutil.copytree(whole / image_tokenizer, again / image_tokenizer)
+    other = ["data.complete_captions=1", "data.num_train=100"]  # words learned from these would have other numbers
     begin = f"begin_with={whole / 'bundle'}"
     with pytest.raises(InputError, match="its model differ from the recipe's; name a bundle of the same"):
-        train(tmp_path / "again", begin, "model.d_ff=19")
-    (tmp_path / "again" / "recipe.json").unlink()
-    trained = train(tmp_path / "again", begin, "train.learning_rate=1e-12", "train.weight_decay=0", "train.ema_decay=0")
-    before, after = (Pipeline.load(folder).model.state_dict() for folder in (whole / "bundle", trained))
-    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+        train(again, begin, *other, "model.d_ff=19")
+    (again / "recipe.json").unlink()
+    still = ["train.learning_rate=1e-12", "train.weight_decay=0", "train.ema_decay=0"]
+    trained = train(again, begin, *other, *still)
+    before, after = (Pipeline.load(folder) for folder in (whole / "bundle", trained))
+    weights = after.model.state_dict()
+    assert all(torch.allclose(tensor, weights[name], atol=1e-6) for name, tensor in before.model.state_dict().items())
+    assert before.text_tokenizer.words == after.text_tokenizer.words
+    claims = [parse_caption(text) for text in PairTable(again / "data" / "train.parquet").read().captions]
+    assert all(claim.background and claim.texture and all(group.size for group in claim.groups) for claim in claims)
+
+
+def test_what_the_best_is_chosen_by_is_the_recipes_and_must_be_there(whole: Path, tmp_path):
+    # refused before anything is trained
+    line = "<|startoftext|> (text{..32}) <|startofimage|> image{64} <|endofimage|>"
+    one_order = f'layout.orders={{"text to image": "{line}"}}'
+    shutil.copytree(whole / "image_tokenizer", tmp_path / "one" / "image_tokenizer")
+    with pytest.raises(ValueError, match="rerank is 'both'; a bundle of this layout ranks by pmi, picture"):
+        train(tmp_path / "one", one_order, "sample.rerank=both")
+    bundle = Bundle.load(whole / "bundle")
+    bundle.sampling = replace(bundle.sampling, rerank="both")
+    bundle.save(tmp_path / "chosen", half=True)
+    assert Pipeline.load(tmp_path / "chosen").rerankers == ("both", "caption", "pmi", "picture")
+    config = tmp_path / "chosen" / CONFIG
+    config.write_text(config.read_text().replace('"both"', '"luck"'))
+    with pytest.raises(InputError, match="rerank is 'luck'; a bundle of this layout ranks by caption, both, pmi"):
+        Bundle.load(tmp_path / "chosen")

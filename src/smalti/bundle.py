@@ -83,6 +83,27 @@ class Sampling:
 
     picture: SampleConfig = field(default_factory=SampleConfig)
     caption: SampleConfig = field(default_factory=lambda: SampleConfig(temperature=0.0))
+    rerank: str | None = None
+    """By which of `rerankers_of` the best of several pictures of a caption is kept; None: the first."""
+
+    def check_rerank(self, layout: Layout, *, has_dual_encoder: bool) -> None:
+        """Raises ValueError if a bundle of these has no such ranking."""
+        found = rerankers_of(layout, has_dual_encoder=has_dual_encoder)
+        if self.rerank is not None and self.rerank not in found:
+            raise ValueError(f"rerank is {self.rerank!r}; a bundle of this layout ranks by {', '.join(found)}.")
+
+
+def rerankers_of(layout: Layout, *, has_dual_encoder: bool) -> tuple[str, ...]:
+    """What a bundle can keep the best of several pictures of a caption by, what tells most of the caption first:
+    cosine by its dual encoder; p(caption | picture), and its product with p(picture | caption), where an order has the
+    picture first; pointwise mutual information; p(picture | caption)."""
+    first = ("contrastive",) if has_dual_encoder else ()
+    return (*first, *(("caption", "both") if has_order(layout, "image", "text") else ()), "pmi", "picture")
+
+
+def has_order(layout: Layout, *segments: str) -> bool:
+    """Whether an order has spans of these segments, one after the other."""
+    return any([span.segment for span in order.spans] == [*segments] for order in layout.orders.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +213,7 @@ class Bundle:
             fits.append(("the reranker's codebook_size", shape.codebook_size, vocabulary["image"].size))
             fits.append(("the reranker's number of codes", shape.num_codes, self.image_length))
             fits.append(("the reranker's text_size", shape.text_size, vocabulary["text"].size))
+        self.sampling.check_rerank(self.layout, has_dual_encoder=self.reranker is not None)
         if self.upsampler is not None:
             if self.pictures is None:
                 raise ValueError("an upsampler is given, but no image tokenizer whose pictures it makes larger.")
@@ -263,7 +285,13 @@ class Bundle:
         return self.image_tokenizer is not None and isinstance(self.text_tokenizer, TextTokenizer | PromptTokenizer)
 
     def has_order(self, *segments: str) -> bool:
-        return any([span.segment for span in order.spans] == [*segments] for order in self.layout.orders.values())
+        return has_order(self.layout, *segments)
+
+    @property
+    def rerankers(self) -> tuple[str, ...]:
+        """Those of `rerankers_of` that the bundle has, its own choice first."""
+        found, chosen = rerankers_of(self.layout, has_dual_encoder=self.reranker is not None), self.sampling.rerank
+        return found if chosen is None else (chosen, *(name for name in found if name != chosen))
 
     def order(self, *segments: str) -> str:
         """The name of the order with spans of these segments, one after the other. Raises InputError listing the orders

@@ -91,9 +91,9 @@ def generate(
     rerank: Annotated[
         str | None,
         typer.Option(
-            help="What is best: the bundle's dual encoder 'contrastive', p(caption | picture) 'caption', mutual "
-            "information 'pmi', or p(picture | caption) 'picture' (default: the first of these that the bundle has); "
-            "or, with --clip, 'clip'."
+            help="What is best: the bundle's dual encoder 'contrastive', p(caption | picture) 'caption', that times "
+            "p(picture | caption) 'both', mutual information 'pmi', or p(picture | caption) 'picture' (default: the "
+            "bundle's choice, or the first of these that it has); or, with --clip, 'clip'."
         ),
     ] = None,
     clip: Annotated[

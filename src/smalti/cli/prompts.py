@@ -14,7 +14,8 @@ def prompts(
         str, typer.Argument(help=f"A shipped bundle's name ({SHIPPED}), a folder, or a hub's owner/name.")
     ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder for prompts.json, .md and .html (pictures).")
+        Path | None,
+        typer.Option("-o", "--output", help="Folder for prompts.json, .md, .html (pictures) and .png (against n)."),
     ] = None,
     num: Annotated[int, typer.Option(min=2, help="Prompts to draw.")] = 400,
     guidance: Annotated[
@@ -22,7 +23,12 @@ def prompts(
     ] = None,
     best_of: Annotated[str, typer.Option(help="Of how many candidates one is kept, with commas between.")] = "1,16",
     rerank: Annotated[
-        str | None, typer.Option(help="By which likelihood: caption, pmi or picture (default: the bundle's best).")
+        str | None,
+        typer.Option(help="By what: contrastive, caption, both, pmi or picture (default: the bundle's first)."),
+    ] = None,
+    ranker: Annotated[
+        str | None,
+        typer.Option(help="Bundle with the same image tokenizer that chooses (default: the one that draws)."),
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy (default: the bundle's own).")] = None,
     seed: Annotated[int, typer.Option(help="Of prompts and pictures.")] = 0,
@@ -57,9 +63,16 @@ def prompts(
     options = ["--num", str(num), "--best-of", best_of, "--seed", str(seed)]
     options += [] if guidance is None else ["--guidance", guidance]
     options += [] if rerank is None else ["--rerank", rerank]
+    options += [] if ranker is None else ["--ranker", ranker]
     options += [] if temperature is None else ["--temperature", f"{temperature:g}"]
     command = shlex.join(["smalti", "evaluate", "prompts", bundle, *options])
-    report = evaluate_prompts(Pipeline.load(bundle), config, command=command, show_progress=not quiet)
+    report = evaluate_prompts(
+        Pipeline.load(bundle),
+        config,
+        ranker=None if ranker is None else Pipeline.load(ranker),
+        command=command,
+        show_progress=not quiet,
+    )
     print_table(report.table())
     if output:
         report.write(output, force=force)

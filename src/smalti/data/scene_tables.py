@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,10 @@ class ScenesConfig:
     num_validation: int = 2_000
     num_test: int = 2_000
     seed: int = 0
+    complete_captions: float = 0.0
+    """Share of the training captions that name every size, the background and the texture; of the others, and of
+    validation and test, one in four leaves out a size and two in five something of the ground. What a caption leaves
+    out is learned from what it says: that pink things are small, if no large one is pink."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -41,6 +45,8 @@ class ScenesConfig:
         for name in ("num_train", "num_validation", "num_test"):
             if not 1 <= getattr(self, name) <= 10**8:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 to {10**8:,}.")
+        if not 0 <= self.complete_captions <= 1:
+            raise ValueError(f"complete_captions is {self.complete_captions}; expected a share in 0 .. 1.")
 
 
 class Row(NamedTuple):
@@ -52,13 +58,14 @@ class Row(NamedTuple):
     """The kind of `UNSEEN` that it shows."""
 
 
-def scene_row(split: str, index: int, seed: int) -> Row:
-    """The pair number `index` of a split: a function of these three alone."""
+def scene_row(split: str, index: int, seed: int, complete: float = 0.0) -> Row:
+    """The pair number `index` of a split: a function of these alone. The picture does not depend on `complete`, the
+    share of captions that leave nothing out."""
     stream = random.Random(f"smalti scenes {seed} {split} {index}")  # seeded by the text's SHA-512
     wanted = list(UNSEEN)[index // 2 % len(UNSEEN)] if split == "test" and index % 2 else None
     while True:
         scene = draw_scene(stream, wanted)
-        caption = write_caption(scene, stream)
+        caption = write_caption(scene, stream, complete)
         if wanted is None or unseen_kinds(parse_caption(caption)) == {wanted}:  # it says so
             return Row(scene, caption, wanted)
 
@@ -87,13 +94,14 @@ def write_scenes(
     directory = Path(directory)
     sizes = {"train": config.num_train, "validation": config.num_validation, "test": config.num_test}
     paths = {split: directory / f"{split}.parquet" for split in sizes}
-    notes = {split: _note(split, num, config.seed) for split, num in sizes.items()}
+    complete = {"train": config.complete_captions}
+    notes = {split: _note(split, num, config.seed, complete.get(split, 0.0)) for split, num in sizes.items()}
     missing = [split for split in sizes if force or not _is_made(paths[split], notes[split])]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for split in missing:
             with stage(f"{split} scenes", sizes[split], unit="picture", show=show_progress) as progress:
-                _write_table(paths[split], split, sizes[split], config.seed, notes[split], progress)
+                _write_table(paths[split], notes[split], progress)
     except OSError as error:
         raise InputError(
             f"cannot write the scenes to {directory}: {cause(error)}; choose a folder that can be written, with some "
@@ -102,12 +110,14 @@ def write_scenes(
     return paths
 
 
-def _note(split: str, num: int, seed: int) -> dict[str, object]:
+def _note(split: str, num: int, seed: int, complete: float) -> dict[str, Any]:
+    """How a table is made."""
     held_out = {kind: sorted(map(list, pairs)) for kind, pairs in UNSEEN.items()}
-    return {"version": 1, "split": split, "num": num, "seed": seed, "unseen": held_out}
+    note = {"version": 1, "split": split, "num": num, "seed": seed, "unseen": held_out}
+    return note | ({"complete_captions": complete} if complete else {})
 
 
-def _is_made(path: Path, note: Mapping[str, object]) -> bool:
+def _is_made(path: Path, note: Mapping[str, Any]) -> bool:
     """Whether the table is there, made as `note` says. Raises InputError if another file is in its place."""
     if not path.exists():
         return False
@@ -120,12 +130,13 @@ def _is_made(path: Path, note: Mapping[str, object]) -> bool:
     raise InputError(f"{path} exists and was made otherwise; name another folder, or add --force to replace it.")
 
 
-def _write_table(path: Path, split: str, num: int, seed: int, note: Mapping[str, object], progress: Stage) -> None:
+def _write_table(path: Path, note: Mapping[str, Any], progress: Stage) -> None:
+    split, num, seed, complete = note["split"], note["num"], note["seed"], note.get("complete_captions", 0.0)
     schema = _SCHEMA.with_metadata({_METADATA_KEY: json.dumps(note).encode()})
     with new_file(path, force=True) as temporary, parquet_writer(temporary, schema) as writer:
         for start in range(0, num, _ROWS_PER_GROUP):
             indices = range(start, min(start + _ROWS_PER_GROUP, num))
-            rows = [scene_row(split, index, seed) for index in indices]
+            rows = [scene_row(split, index, seed, complete) for index in indices]
             columns = {
                 "__key__": [f"{split}-{index:08d}" for index in indices],
                 "image": [to_png(render(row.scene.content)) for row in rows],

@@ -265,21 +265,22 @@ def unseen_kinds(claim: Claim) -> frozenset[str]:
 # Captions ------------------------------------------------------------------------------------------------------
 
 
-def write_caption(scene: Scene, stream: random.Random) -> str:
+def write_caption(scene: Scene, stream: random.Random, complete: float = 0.0) -> str:
     """One of the many captions of a scene: shapes, colours, counts and relation always, sizes mostly, and where it is
-    drawn background and texture, only one, or neither."""
+    drawn background and texture, only one, or neither. A share `complete` of all captions leaves nothing out."""
     claim = scene.claim
-    named = [_group_words(group, stream) for group in claim.groups]
+    says_all = complete > 0 and stream.random() < complete
+    named = [_group_words(group, stream, says_all) for group in claim.groups]
     if claim.relation is not None:
         said = f"{named[0]} {_pick(stream, _PHRASES[claim.relation])} {named[1]}"
     else:
         said = _pick(stream, (" and ", " with ")).join(named)
     opening = _pick(stream, ("", "a picture of "), (0.75, 0.25))
-    return f"{opening}{said}{_background_words(claim, stream)}"
+    return f"{opening}{said}{_background_words(claim, stream, says_all)}"
 
 
-def _group_words(group: Group, stream: random.Random) -> str:
-    words = [group.size] if group.size and stream.random() < 0.75 else []
+def _group_words(group: Group, stream: random.Random, says_all: bool) -> str:
+    words = [group.size] if group.size and (says_all or stream.random() < 0.75) else []
     words += [group.colour, group.shape if group.num == 1 else PLURALS[group.shape]]
     if group.num > 1:
         return " ".join([list(COUNTS)[group.num - 1], *words])
@@ -287,8 +288,9 @@ def _group_words(group: Group, stream: random.Random) -> str:
     return " ".join([_pick(stream, (article, "one"), (0.85, 0.15)), *words])
 
 
-def _background_words(claim: Claim, stream: random.Random) -> str:
-    said = _pick(stream, ("both", "background", "texture", "neither"), (0.6, 0.2, 0.1, 0.1))
+def _background_words(claim: Claim, stream: random.Random, says_all: bool) -> str:
+    choices = ("both", "background", "texture", "neither")
+    said = "both" if says_all else _pick(stream, choices, (0.6, 0.2, 0.1, 0.1))
     if said == "neither":
         return ""
     words = {"both": (claim.texture, claim.background), "background": (claim.background,), "texture": (claim.texture,)}

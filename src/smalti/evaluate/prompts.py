@@ -8,7 +8,9 @@ Prompts are drawn by a grammar, pictures of them by the bundle, and each picture
 
 The ceiling is what is read of true pictures of the same prompts, through the bundle's image tokenizer and back. For
 each guidance scale the candidates of a prompt are drawn once, with the bundle's other settings. "1 picture" is the
-first of them, "best of n" the one among the first n that the bundle's own likelihood prefers.
+first of them, "best of n" the one among the first n that the bundle ranks highest, or another bundle that has the same
+codes. Curves tell both against n as `candidates.py` does, exactly and over all choices of n, beside the share of
+prompts of which any of n candidates is right: what a ranking that is never wrong would reach.
 
 Letters: P prompts, c candidates of each.
 """
@@ -27,7 +29,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.table import Table
 
@@ -38,12 +41,14 @@ from smalti.data.scene_tables import scene_row
 from smalti.data.scenes import SIDE as SCENES_SIDE
 from smalti.data.scenes import UNSEEN, parse_caption, render
 from smalti.errors import InputError
+from smalti.evaluate.candidates import accuracy_by_n, any_by_n
 from smalti.evaluate.digits import judge_pictures, load_digit_classifier
 from smalti.files import new_file, refuse_existing
 from smalti.progress import stage
 from smalti.tasks.images import RERANKERS, Pipeline
+from smalti.weights import weights_sha256
 
-REPORT_FILES = ("prompts.json", "prompts.md", "prompts.html")
+REPORT_FILES = ("prompts.json", "prompts.md", "prompts.html", "prompts.png")
 SEEN = "seen"
 _AT_ONCE = 256
 _SHOWN = 96
@@ -96,6 +101,8 @@ class Subject(Protocol):
 
     name: str
     categories: tuple[str, ...]
+    plotted: tuple[str, ...]
+    """Categories whose shares are plotted against the number of candidates."""
 
     def prompts(self, num: int, seed: int) -> list[Prompt]: ...
     def true_images(self, num: int, seed: int) -> Float[torch.Tensor, "B 3 H W"] | None:
@@ -110,6 +117,7 @@ class ScenesSubject:
 
     name = "scenes"
     categories: tuple[str, ...] = ("all", "attributes", *CATEGORIES)
+    plotted: tuple[str, ...] = ("attributes", "count", "relation")
 
     def prompts(self, num: int, seed: int) -> list[Prompt]:
         """Seen and unseen in turn."""
@@ -131,6 +139,7 @@ class DigitsSubject:
 
     name = "digits"
     categories: tuple[str, ...] = ("all", "digit", "foreground", "background")
+    plotted: tuple[str, ...] = ("all",)
 
     def __init__(self) -> None:
         self.classifier = load_digit_classifier()
@@ -240,6 +249,42 @@ def rows_of(
     return rows
 
 
+class Curve(NamedTuple):
+    """The share of right pictures against the number of candidates, n from 1 on; means over prompts."""
+
+    guidance_scale: float
+    category: str
+    group: str
+    num: int
+    """Prompts that say something of the category."""
+    kept: list[float]
+    """The best of n is right."""
+    any: list[float]
+    """Any of n is."""
+
+
+def curves_of(
+    verdicts: Sequence[Verdict],
+    merit: Float[np.ndarray, "P c"],
+    groups: Sequence[str],
+    categories: Sequence[str],
+    guidance_scale: float,
+) -> list[Curve]:
+    """Of the candidates of every prompt, those of one together; a curve for what is seen and one for what is not."""
+    P, c = merit.shape
+    found = []
+    for category in categories:
+        told = np.array([verdicts[i * c][category] is not None for i in range(P)])
+        right: Bool[np.ndarray, "P c"] = np.array([bool(verdict[category]) for verdict in verdicts]).reshape(P, c)
+        for name in dict.fromkeys("unseen" if group in UNSEEN else group for group in groups):
+            members = np.array([("unseen" if group in UNSEEN else group) == name for group in groups]) & told
+            if members.any():
+                by_n = accuracy_by_n(merit[members], right[members]), any_by_n(right[members])
+                kept, any_right = (shares.mean(0).tolist() for shares in by_n)
+                found.append(Curve(guidance_scale, category, name, int(members.sum()), kept, any_right))
+    return found
+
+
 # The report --------------------------------------------------------------------------------------------------------
 
 
@@ -256,8 +301,12 @@ class PromptsReport:
     rows: list[Row]
     subject: str
     categories: tuple[str, ...]
+    plotted: tuple[str, ...]
+    curves: list[Curve]
     rerank: str | None
-    """By which likelihood the best was chosen."""
+    """By what the best was chosen."""
+    ranker: str | None
+    """Which bundle chose, if not the one that drew."""
     temperature: float
     bundle: str
     weights_sha256: str
@@ -288,13 +337,16 @@ class PromptsReport:
             "config": asdict(self.config),
             "temperature": self.temperature,
             "rerank": self.rerank,
+            "ranker": self.ranker,
             "elapsed_s": self.elapsed_s,
             "rows": rows,
+            "curves": [curve._asdict() for curve in self.curves],
         }
 
     @property
     def _title(self) -> str:
-        chosen = f", the best by {_RERANKED[self.rerank]}" if self.rerank else ""
+        of = f" of {self.ranker}" if self.ranker else ""
+        chosen = f", the best by {RERANKED[self.rerank]}{of}" if self.rerank else ""
         return f"{self.config.num} prompts of {self.subject} drawn by {self.bundle}{chosen}"
 
     def table(self) -> Table:
@@ -315,8 +367,50 @@ class PromptsReport:
         return (
             f"# {self._title}\n\nMeasured in {self.elapsed_s:.0f} s by\n\n    {self.command}\n\nwith the weights "
             f"{self.weights_sha256[:16]}, temperature {self.temperature:g}. Shares of pictures that are read back as "
-            f"right, with Wilson's intervals of 95 %.\n\n{head}\n{lines}\n"
+            f"right, with Wilson's intervals of 95 %.\n\n{head}\n{lines}\n{self._candidates()}"
         )
+
+    def _candidates(self) -> str:
+        """The curves as a table; nothing where there was no choice."""
+        most = max(self.config.best_of)
+        if most == 1:
+            return ""
+        shown = sorted({2**power for power in range(most.bit_length())} | {most})
+        lines = [
+            f"| {curve.category} | {curve.group} | {curve.guidance_scale:g} | "
+            + " | ".join(f"{100 * curve.kept[n - 1]:.1f} / {100 * curve.any[n - 1]:.1f}" for n in shown)
+            + " |"
+            for curve in self.curves
+        ]
+        numbers = " | ".join(f"n = {n}" for n in shown)
+        head = f"| right | prompts | guidance | {numbers} |\n|---|---|---|{'---|' * len(shown)}"
+        return (
+            "\nIn %, on the average over all choices of n candidates: the one that is kept is right / any is right.\n\n"
+            + "\n".join([head, *lines, ""])
+        )
+
+    def plot(self) -> Figure:
+        """Shares against the number of candidates; dashed, whether any is right."""
+        scales = list(dict.fromkeys(curve.guidance_scale for curve in self.curves))
+        figure = Figure(figsize=(3.2 * len(self.plotted) + 0.6, 3 * len(scales) + 0.4), layout="constrained")
+        panels = figure.subplots(len(scales), len(self.plotted), squeeze=False, sharey=True)
+        for scale, row in zip(scales, panels, strict=True):
+            for category, axes in zip(self.plotted, row, strict=True):
+                for curve in self.curves:
+                    if (curve.guidance_scale, curve.category) != (scale, category):
+                        continue
+                    numbers = range(1, len(curve.kept) + 1)
+                    [line] = axes.plot(numbers, curve.kept, marker=".", label=curve.group)
+                    axes.plot(numbers, curve.any, linestyle="--", color=line.get_color())
+                axes.set(xscale="log", title=category if len(scales) == 1 else f"{category}, guidance {scale:g}")
+                ticks = [2**power for power in range(max(self.config.best_of).bit_length())]
+                axes.set_xticks(ticks, list(map(str, ticks)))
+                axes.minorticks_off()
+                axes.grid(alpha=0.3)
+                axes.set_xlabel("candidates, n")
+            row[0].set_ylabel("share right (dashed: any of n)")
+        panels[0, 0].legend(title="prompts")
+        return figure
 
     def figures(self) -> dict[str, str]:
         """What a bundle's card holds."""
@@ -347,18 +441,23 @@ class PromptsReport:
 
     def write(self, directory: Path | str, *, force: bool = False) -> None:
         """Writes REPORT_FILES. Raises InputError if one exists, unless `force`."""
-        paths = [Path(directory) / name for name in REPORT_FILES]
-        refuse_existing(paths, force=force)
+        *paths, picture = (Path(directory) / name for name in REPORT_FILES)
+        refuse_existing([*paths, picture], force=force)
         texts = (json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", self.markdown(), self.page())
         for path, text in zip(paths, texts, strict=True):
             with new_file(path, force=force) as temporary:
                 temporary.write_text(text, encoding="utf-8")
+        with new_file(picture, force=force) as temporary:
+            self.plot().savefig(temporary, format="png", dpi=80)
 
 
-_RERANKED = {
+RERANKED = {
     "picture": "p(picture | caption)",
     "caption": "p(caption | picture)",
+    "both": "p(picture | caption) · p(caption | picture)",
     "pmi": "mutual information",
+    "contrastive": "cosine by the dual encoder",
+    "clip": "cosine by CLIP",
 }
 _STYLE = (
     "body{font:14px sans-serif;margin:2em;max-width:80em}table{border-collapse:collapse;font-size:12px}"
@@ -393,12 +492,15 @@ def evaluate_prompts(
     config: PromptsConfig = PromptsConfig(),
     *,
     subject: Subject | None = None,
+    ranker: Pipeline | None = None,
     command: str = "",
     show_progress: bool = True,
 ) -> PromptsReport:
     """Draws prompts in several ways and reads the pictures back. `subject` is by default what the bundle's size says.
+    `ranker` chooses among the candidates in place of the bundle that draws them.
 
-    Raises InputError for a bundle whose pictures cannot be read, or whose vocabulary lacks a word of the prompts.
+    Raises InputError for a bundle whose pictures cannot be read, or whose vocabulary lacks a word of the prompts, and
+    for a ranker with another image tokenizer.
     """
     started_at = time.perf_counter()
     subject = subject or subject_of(pipe)
@@ -409,10 +511,17 @@ def evaluate_prompts(
     scales = (base.guidance_scale,) if config.guidance_scales is None else config.guidance_scales
     most = max(config.best_of)
     rerank = None
+    if most == 1 and (ranker or config.rerank):
+        raise InputError(
+            f"best_of is {config.best_of}: there is one picture to choose from; give 2 or more candidates as well, or "
+            "neither rerank nor a ranker."
+        )
+    judge = _same_codes(pipe, ranker) if ranker else pipe
     if most > 1:
-        rerank = config.rerank or pipe.rerankers[0]
-        pipe.check_drawing(1, most, rerank)
+        rerank = config.rerank or judge.rerankers[0]
+        judge.check_drawing(1, most, rerank)
     rows: list[Row] = []
+    curves: list[Curve] = []
     shown: dict[str, list[Shown]] = {}
     groups = [prompt.group for prompt in prompts]
     kinds = [prompt.kind for prompt in prompts if prompt.kind is not None]
@@ -426,11 +535,14 @@ def evaluate_prompts(
         for scale in scales:
             sampling = replace(base, guidance_scale=scale)
             verdicts: dict[int, list[Verdict]] = {n: [] for n in config.best_of}
+            candidates: list[Verdict] = []
+            merits: list[Float[np.ndarray, "P c"]] = []
             for start in range(0, len(prompts), at_once := max(1, _AT_ONCE // most)):
                 chosen = prompts[start : start + at_once]
-                drawn = _draw(
-                    pipe, subject, [p.text for p in chosen], sampling, config.seed + start * most, most, rerank
-                )
+                texts = [prompt.text for prompt in chosen]
+                drawn = _draw(pipe, judge, subject, texts, sampling, config.seed + start * most, most, rerank)
+                candidates += drawn.verdicts
+                merits.append(drawn.merit)
                 for n in config.best_of:
                     kept = drawn.best(n)
                     found = [drawn.verdicts[i] for i in kept]
@@ -446,11 +558,15 @@ def evaluate_prompts(
                 rows += rows_of(found, groups, subject.categories, scale, n)
                 if kinds:
                     rows += rows_of(found, kinds, subject.categories, scale, n)
+            curves += curves_of(candidates, np.concatenate(merits), groups, subject.categories, scale)
     return PromptsReport(
         rows=rows,
         subject=subject.name,
         categories=subject.categories,
+        plotted=subject.plotted,
+        curves=curves,
         rerank=rerank,
+        ranker=judge.name if ranker and rerank else None,
         temperature=base.temperature,
         bundle=pipe.name,
         weights_sha256=pipe.weights_sha256,
@@ -474,8 +590,25 @@ class _Drawn(NamedTuple):
         return [i * c + int(best) for i, best in enumerate(self.merit[:, :n].argmax(1))]
 
 
+def _same_codes(pipe: Pipeline, ranker: Pipeline) -> Pipeline:
+    """The ranker. Raises InputError if its codes are of another image tokenizer."""
+    if weights_sha256(pipe.image_tokenizer) != weights_sha256(ranker.image_tokenizer):
+        raise InputError(
+            f"{ranker.name} has another image tokenizer than {pipe.name}, so it cannot rank its codes; give a bundle "
+            "with the same."
+        )
+    return ranker
+
+
 def _draw(
-    pipe: Pipeline, subject: Subject, texts: list[str], sampling: Any, seed: int, most: int, rerank: str | None
+    pipe: Pipeline,
+    judge: Pipeline,
+    subject: Subject,
+    texts: list[str],
+    sampling: Any,
+    seed: int,
+    most: int,
+    rerank: str | None,
 ) -> _Drawn:
     repeated = [text for text in texts for _ in range(most)]
     seeds = [seed + i * most for i in range(len(texts))]
@@ -483,6 +616,6 @@ def _draw(
     images = pipe.decode_images(codes, batch_size=_AT_ONCE)
     merit = np.zeros((len(texts), most))
     if rerank is not None:
-        words = [torch.tensor(pipe.text_tokenizer.encode(text)) for text in repeated]
-        merit = pipe.score_codes(codes, words, batch_size=_AT_ONCE).merit(rerank).view(-1, most).double().numpy()
+        words = [torch.tensor(judge.text_tokenizer.encode(text)) for text in repeated]
+        merit = judge.merit(codes, words, rerank, batch_size=_AT_ONCE).view(-1, most).double().numpy()
     return _Drawn(to_pixels(images), subject.judge(images, repeated), merit)

@@ -6,6 +6,7 @@ For bundles that read captions as text ids before the picture, decoder-only or w
 Letters: P prompts, L text ids of a caption, h w code grid, N heads.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,28 +20,29 @@ from smalti.inspect.attention import attention_weights
 from smalti.models.decoder_only import DecoderOnly
 from smalti.models.encoder_decoder import EncoderDecoder
 from smalti.models.loss import token_nll
+from smalti.models.transformer import CrossAttention
 from smalti.sequences.layout import Marker, Packed, Slot, SpanValues
 from smalti.tasks.images import Pipeline
 
 
 class Difference(NamedTuple):
-    """Two captions of as many text ids that differ in one."""
+    """Two captions of as many text ids that differ in some."""
 
     ids: Int[Tensor, "2 L"]
-    place: int
-    """The differing id, counted from 0."""
+    places: tuple[int, ...]
+    """The differing ids, counted from 0."""
 
 
-def difference(pipe: Pipeline, caption: str, other: str) -> Difference:
-    """Where two captions differ. Raises InputError unless it is in one text id alone."""
+def difference(pipe: Pipeline, caption: str, other: str, num_words: int = 1) -> Difference:
+    """Where two captions differ. Raises InputError unless it is in so many text ids."""
     one, two = (pipe.text_tokenizer.encode(text) for text in (caption, other))
-    places = [i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b]
-    if len(one) != len(two) or len(places) != 1:
+    places = tuple(i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+    if len(one) != len(two) or len(places) != num_words:
         raise InputError(
             f"{shortened(repr(caption))} and {shortened(repr(other))} differ in {len(places)} of {len(one)} and "
-            f"{len(two)} text ids; give two captions that differ in one."
+            f"{len(two)} text ids; give two captions that differ in {'one' if num_words == 1 else num_words}."
         )
-    return Difference(torch.tensor([one, two]), places[0])
+    return Difference(torch.tensor([one, two]), places)
 
 
 # Swapping keys and values --------------------------------------------------------------------------------------
@@ -53,22 +55,25 @@ class Swap:
     keys: bool = True
     values: bool = True
     following: int | None = 0
-    """So many tokens of the caption behind the differing one as well, which have read it; None: all of them, and the
+    """So many tokens of the caption behind a differing one as well, which have read it; None: all of them, and the
     marker that follows."""
+    preceding: int | None = 0
+    """So many before it, which only a text encoder lets read it; None: all of them."""
     word: bool = True
-    """Whether the differing token itself is swapped."""
+    """Whether the differing tokens themselves are swapped."""
 
 
 @torch.inference_mode()
 def swapped_codes(
-    pipe: Pipeline, captions: Sequence[str], others: Sequence[str], swaps: Sequence[Swap]
+    pipe: Pipeline, captions: Sequence[str], others: Sequence[str], swaps: Sequence[Swap], num_words: int = 1
 ) -> Int[Tensor, "P rows h w"]:
     """The likeliest codes, one after the other: of each caption, of the other one, and of the caption after each swap.
+    Each two captions differ in `num_words` text ids.
 
     Of a model with a text encoder the keys and values are those that cross-attention looks at. Raises InputError as
     `difference` does, and if captions have different numbers of text ids.
     """
-    found = [difference(pipe, *pair) for pair in zip(captions, others, strict=True)]
+    found = [difference(pipe, *pair, num_words) for pair in zip(captions, others, strict=True)]
     if len({one.ids.shape[1] for one in found}) != 1:
         raise InputError(
             f"{len(found)} captions have different numbers of text ids; give those of one length together."
@@ -76,7 +81,7 @@ def swapped_codes(
     model, each = pipe.model, 2 + len(swaps)
     ids = torch.cat([one.ids[[0, 1] + [0] * len(swaps)] for one in found])  # (P * rows, L)
     rows = [
-        _Swapped(swap, each * i + row, each * i + 1, one.place)
+        _Swapped(swap, each * i + row, each * i + 1, one.places)
         for i, one in enumerate(found)
         for row, swap in enumerate(swaps, 2)
     ]
@@ -95,14 +100,17 @@ class _Swapped(NamedTuple):
     swap: Swap
     row: int
     source: int
-    place: int
-    """Of the differing id in the caption."""
+    places: tuple[int, ...]
+    """Of the differing ids in the caption."""
 
     def positions(self, text: int, end: int) -> list[int]:
         """What is swapped of a sequence whose caption begins at `text`, up to `end`."""
-        first = text + self.place
-        last = end if self.swap.following is None else min(first + 1 + self.swap.following, end)
-        return list(range(first if self.swap.word else first + 1, last))
+        before, behind = self.swap.preceding, self.swap.following
+        found: set[int] = set()
+        for place in (text + place for place in self.places):
+            first = text if before is None else max(place - before, text)
+            found.update(range(first, end if behind is None else min(place + 1 + behind, end)))
+        return sorted(found if self.swap.word else found - {text + place for place in self.places})
 
 
 def _drawn_decoder_only(
@@ -213,16 +221,44 @@ def picture_nats(pipe: Pipeline, codes: Int[Tensor, "B h w"], captions: Sequence
 @torch.inference_mode()
 def attention_to_text(pipe: Pipeline, codes: Int[Tensor, "h w"], caption: str) -> Float[Tensor, "layers N cells L"]:
     """How much of its attention each cell of a picture, when it is predicted, gives to each text id of its caption.
+    Of a model with a text encoder this is cross-attention, whose rest goes to the marker behind the caption.
 
-    Raises InputError for a model that is not decoder-only.
+    Raises InputError for a model that is neither.
     """
-    if not isinstance(pipe.model, DecoderOnly):
-        raise InputError(f"attention to text is told of decoder-only models; {pipe.name} has a text encoder.")
+    if not isinstance(pipe.model, DecoderOnly | EncoderDecoder):
+        raise InputError(
+            f"{pipe.name} is a {type(pipe.model).__name__}; attention is told of models that read text ids."
+        )
     order = pipe.bundle.order("text", "image")
     words = torch.tensor([pipe.text_tokenizer.encode(caption)])
     L = words.shape[1]
     image = SpanValues(codes.reshape(1, -1), torch.tensor([codes.numel()]))
     packed = pipe.layout.pack(order, {"text": SpanValues(words, torch.tensor([L])), "image": image})
     start, first = _positions(pipe, order, L)
+    if isinstance(pipe.model, EncoderDecoder):
+        weights = _cross_attention(pipe.model, packed.token_ids[:, : first - 1], packed.token_ids[:, first - 1 : -1])
+        return weights[..., start : start + L]
     weights = torch.stack([layer[0] for layer in attention_weights(pipe.model, packed.token_ids)])
     return weights[:, :, first - 1 : first - 1 + codes.numel(), start : start + L]
+
+
+def _cross_attention(
+    model: EncoderDecoder, text: Int[Tensor, "1 S"], decoded: Int[Tensor, "1 M"]
+) -> Float[Tensor, "layers N M S"]:
+    """The weights with which every layer looks from the decoder's inputs at a caption with its marker."""
+    context, found = model.encode(text), []
+
+    def note(module: CrossAttention, arguments: tuple) -> None:
+        x, _, layer = arguments
+        config, keys = module.config, context.keys[layer]  # (1, N, S, Dh)
+        q = module.q(x).view(*x.shape[:2], config.num_heads, config.head_dim).transpose(1, 2)
+        found.append((q @ keys.transpose(-2, -1) / math.sqrt(config.head_dim)).softmax(-1)[0])
+
+    modules = [module for module in model.modules() if isinstance(module, CrossAttention)]
+    handles = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        model.decode(decoded, context)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(found)

@@ -4,6 +4,7 @@ holds."""
 from pathlib import Path
 from typing import Any
 
+from smalti.bundle import Bundle
 from smalti.errors import InputError
 from smalti.evaluate.reconstruction import find_image_tokenizer
 from smalti.image_tokenizers import load_image_tokenizer
@@ -25,9 +26,7 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
         order=recipe.segments,
     )
     layout = Layout.parse(words.vocabulary, recipe.layout.orders)
-    given = None if recipe.text_tokenizer is None else TextTokenizer.load(recipe.text_tokenizer)
-    if given is not None:
-        given.check_vocabulary(layout.vocabulary)
+    given = _given_words(recipe, layout)
     shape = Shape(
         layout=layout,
         model=recipe.model,
@@ -36,3 +35,15 @@ def train_captions(recipe: CaptionsRecipe, *, command: str = "", show_progress: 
         begin_with=recipe.begin_with,
     )
     return train_on_pairs(recipe, image_tokenizer, shape, command=command, show_progress=show_progress)
+
+
+def _given_words(recipe: CaptionsRecipe, layout: Layout) -> TextTokenizer | None:
+    """The recipe's text tokenizer, or that of the bundle that training begins with; None: one is to be learned."""
+    if recipe.text_tokenizer is not None:
+        given = TextTokenizer.load(recipe.text_tokenizer)
+        given.check_vocabulary(layout.vocabulary)
+        return given
+    words = None if recipe.begin_with is None else Bundle.load(recipe.begin_with).text_tokenizer
+    if not isinstance(words, TextTokenizer) or words.vocab_size != layout.vocabulary["text"].size:
+        return None  # weights cannot be taken over either: train_on_pairs says so
+    return words if words.vocabulary in (None, layout.vocabulary) else None

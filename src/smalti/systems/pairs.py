@@ -82,6 +82,7 @@ def train_on_pairs(
     output, watch, layout, given = recipe.output, recipe.watch, shape.layout, shape.text_tokenizer
     assert recipe.data.train is not None and recipe.data.validation is not None
     check_grid(layout, image_tokenizer)
+    recipe.sample.check_rerank(layout, has_dual_encoder=shape.reranker is not None)
     max_text_length = _most_text(layout)
     size = recipe.data.size or _picture_size(image_tokenizer)
     sources = {"train": recipe.data.train, "validation": recipe.data.validation}

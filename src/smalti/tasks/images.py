@@ -38,7 +38,10 @@ from smalti.text_tokenizer import TextTokenizer
 LIKELIHOODS = ("picture", "caption", "pmi")
 """What the model itself says: p(picture | caption), p(caption | picture), or their mutual information. A bundle that
 was trained in one order alone has no p(caption | picture)."""
-RERANKERS = (*LIKELIHOODS, "contrastive", "clip")
+OWN = (*LIKELIHOODS, "both")
+"""Of the model itself. "both" is p(picture | caption) · p(caption | picture): the picture says what the caption says,
+and is none that the model would hardly draw."""
+RERANKERS = (*OWN, "contrastive", "clip")
 """What best-of-n keeps the largest of: a likelihood, or how well caption and picture fit by the bundle's dual encoder,
 or by a CLIP model of the user's."""
 
@@ -56,10 +59,10 @@ class Scores(NamedTuple):
     """Pointwise mutual information, ln p(picture | caption) − ln p(picture): how much the caption tells."""
 
     def merit(self, rerank: str) -> Float[Tensor, " B"]:
-        """What best-of-n keeps the largest of (see LIKELIHOODS)."""
-        if rerank == "caption":
+        """What best-of-n keeps the largest of, in nats, by one of `OWN`."""
+        if rerank in ("caption", "both"):
             assert self.caption_nll_nats is not None
-            return -self.caption_nll_nats
+            return -self.caption_nll_nats - (self.picture_nll_nats if rerank == "both" else 0)
         return {"picture": -self.picture_nll_nats, "pmi": self.pmi_nats}[rerank]
 
 
@@ -232,11 +235,8 @@ class Pipeline(PictureFace):
 
     @property
     def rerankers(self) -> tuple[str, ...]:
-        """Those of RERANKERS that this bundle has, what tells most of the caption first."""
-        given = () if self.clip is None else ("clip",)
-        trained = () if self.bundle.reranker is None else ("contrastive",)
-        own = ("caption", "pmi", "picture") if self.bundle.has_order("image", "text") else ("pmi", "picture")
-        return (*given, *trained, *own)
+        """Those of RERANKERS that this bundle has; the first is taken where none is named."""
+        return self.bundle.rerankers if self.clip is None else ("clip", *self.bundle.rerankers)
 
     def best(self, found: Sequence[Generated], best_of: int, rerank: str | None, batch_size: int) -> list[int]:
         """Which of every `best_of` sequences is kept."""
@@ -248,8 +248,13 @@ class Pipeline(PictureFace):
         self, codes: Codes, words: Sequence[Int[Tensor, " L"]], rerank: str, *, batch_size: int = 64
     ) -> Float[Tensor, " B"]:
         """What best-of-n keeps the largest of, by one of `rerankers`, for codes and the text ids of their captions."""
-        if rerank in LIKELIHOODS:
+        if rerank == "pmi":
             return self.score_codes(codes, words, batch_size=batch_size).merit(rerank)
+        if rerank in OWN:  # no more passes than these need
+            given = {"picture": ("text", "image"), "caption": ("image", "text")}
+            asked = given.values() if rerank == "both" else [given[rerank]]
+            nats = [self._nats(codes, words, order, order[1:], batch_size)[order[1]] for order in asked]
+            return -torch.stack(nats).sum(0)
         found = []
         for start in range(0, len(codes), batch_size):
             part = slice(start, start + batch_size)
@@ -415,30 +420,36 @@ class Pipeline(PictureFace):
 
     def score_codes(self, codes: Codes, words: Sequence[Int[Tensor, " L"]], *, batch_size: int = 64) -> Scores:
         """`score` of codes and text ids."""
+        text_first = self._nats(codes, words, ("text", "image"), ("image",), batch_size)
+        image_first, empty = None, self._empty_caption_order()
+        if empty is None or self.bundle.has_order("image", "text"):
+            image_first = self._nats(codes, words, ("image", "text"), ("image", "text"), batch_size)
+        caption_nll_nats = None if image_first is None else image_first["text"]
+        alone = image_first
+        if empty is not None:
+            nothing = [self._null_of(len(ids)) for ids in words]
+            alone = self._nats(codes, nothing, ("text", "image"), ("image",), batch_size)
+        assert alone is not None
+        return Scores(text_first["image"], caption_nll_nats, alone["image"] - text_first["image"])
+
+    def _nats(
+        self,
+        codes: Codes,
+        words: Sequence[Int[Tensor, " L"]],
+        order: tuple[str, str],
+        segments: Sequence[str],
+        batch_size: int,
+    ) -> dict[str, Float[Tensor, " B"]]:
+        """What each of these segments costs in sequences with the spans of `order`, in nats."""
         if not len(codes):
-            return Scores(*torch.zeros(3, 0))
+            return dict.fromkeys(segments, torch.zeros(0))
         lengths = torch.tensor([len(ids) for ids in words])
         spans = {
             "image": SpanValues(codes.flatten(1), torch.full((len(codes),), self.bundle.image_length)),
             "text": SpanValues(nn.utils.rnn.pad_sequence(list(words), batch_first=True), lengths),
         }
-
-        def nats(order: str, *segments: str) -> dict[str, Float[Tensor, " B"]]:
-            return score(self.model, self.layout, order, spans, segments=segments, batch_size=batch_size)
-
-        text_first, empty = nats(self.bundle.order("text", "image"), "image"), self._empty_caption_order()
-        image_first = None
-        if empty is None or self.bundle.has_order("image", "text"):
-            image_first = nats(self.bundle.order("image", "text"), "image", "text")
-        caption_nll_nats = None if image_first is None else image_first["text"]
-        alone = image_first
-        if empty is not None:
-            nothing = [self._null_of(len(ids)) for ids in words]
-            lengths = torch.tensor([len(ids) for ids in nothing])
-            spans["text"] = SpanValues(nn.utils.rnn.pad_sequence(nothing, batch_first=True), lengths)
-            alone = nats(empty, "image")
-        assert alone is not None
-        return Scores(text_first["image"], caption_nll_nats, alone["image"] - text_first["image"])
+        name = self.bundle.order(*order)
+        return score(self.model, self.layout, name, spans, segments=tuple(segments), batch_size=batch_size)
 
     # Pictures and codes ----------------------------------------------------------------------------------------
 
