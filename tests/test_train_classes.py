@@ -16,7 +16,7 @@ from smalti.cli.app import run
 from smalti.data.labelled_pictures import open_labelled, split, write_codes
 from smalti.data.tokens import TokenTable
 from smalti.errors import InputError
-from smalti.evaluate.classes import look_at, train_judge
+from smalti.evaluate.classes import in_shares, look_at, train_judge
 from smalti.evaluate.reconstruction import frechet_distance
 from smalti.interop.rar import read_rar
 from smalti.models.config import TransformerConfig
@@ -231,6 +231,12 @@ def test_dropped_labels_are_the_null_label():
 
 
 # ---- the judge ----
+
+
+def test_classes_are_drawn_in_the_shares_of_real_pictures():
+    real = torch.tensor([2] * 60 + [0] * 30 + [1] * 10)
+    assert torch.bincount(in_shares(real, 1000)).tolist() == [300, 100, 600]
+    assert torch.bincount(in_shares(real, 7)).tolist() == [3, 0, 4]
 
 
 def test_the_frechet_distance_is_that_of_its_definition():

@@ -240,7 +240,8 @@ def evaluate_classes(
     command: str = "",
     show_progress: bool = True,
 ) -> ClassesReport:
-    """Draws as many pictures of each class at every guidance scale, and has a judge of the real ones look at them."""
+    """Draws pictures at every guidance scale, and has a judge of the real ones look at them. Classes are drawn in the
+    shares that they have among the held-out pictures: another mixture would be far from them by itself."""
     size, num_classes = (pipe.pictures.height, pipe.pictures.width), pipe.classes.num
     generator = np.random.default_rng([config.seed, 0])
     chosen = generator.permutation(len(train))[:MOST_TRAINING]
@@ -252,8 +253,8 @@ def evaluate_classes(
     real = to_images(torch.from_numpy(held_out.images(measured.tolist(), size)))
     seen, truth = look_at(judge, real), torch.from_numpy(held_out.labels[measured])
     rebuilt = look_at(judge, _in_range(_rebuilt(pipe, real)))
-    labels = [i * num_classes // config.num_pictures for i in range(config.num_pictures)]
-    wanted, scales = torch.tensor(labels), list[AtScale]()
+    wanted = in_shares(truth, config.num_pictures)
+    labels, scales = wanted.tolist(), list[AtScale]()
     for scale in track(config.guidance_scales, "drawing", unit="scale", show=show_progress):
         drawn = look_at(judge, _drawn(pipe, labels, scale, config.seed))
         rate = binomial_rate((drawn.labels == wanted).numpy())
@@ -271,6 +272,11 @@ def evaluate_classes(
         scales=scales,
         pictures=_sheet(pipe, min(SHOWN, num_classes), _nearest(scales).guidance_scale, config.seed),
     )
+
+
+def in_shares(labels: Int[Tensor, " N"], num: int) -> Int[Tensor, " num"]:
+    """So many labels, in order, each as often as among those given, within one."""
+    return labels.long().sort().values[torch.arange(num) * len(labels) // num]
 
 
 def _drawn(pipe: ClassPipeline, labels: Sequence[int], scale: float, seed: int) -> Float[Tensor, "N 3 H W"]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smalti.bundle import LABEL, Bundle, Classes, Sampling
 from smalti.documents import read_text_list
-from smalti.engine.executors import EXECUTORS
+from smalti.engine.executors import executors_for
 from smalti.engine.generate import generate
 from smalti.engine.sampling import SampleConfig, filter_logits, guide
 from smalti.errors import InputError
@@ -604,12 +604,11 @@ class _Outputs:
         """Greedy codes; the first executor's that differ from the reference, if any do."""
         requests = self._requests(masked=name != "cfg_nomask")
         wanted, ids = self.arrays[f"gen_{name}_ids"], torch.empty(0)
-        for executor, kind in EXECUTORS.items():
-            if not kind.why_not(self.model, self.layout.max_length):
-                drawn = generate(self.model, self.layout, requests, self._settings(name), executor=executor)
-                ids = torch.stack([one.spans["image"] for one in drawn])
-                if not torch.equal(ids, wanted):
-                    break
+        for executor in executors_for(self.model, self.layout.max_length):
+            drawn = generate(self.model, self.layout, requests, self._settings(name), executor=executor)
+            ids = torch.stack([one.spans["image"] for one in drawn])
+            if not torch.equal(ids, wanted):
+                break
         return ids
 
     def _drawn_logits(self, name: str) -> Float[Tensor, "B L n"]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from smalti.bundle import LABEL, Bundle, smalti_version
 from smalti.engine.engine import Engine
-from smalti.engine.executors import EXECUTORS, make_executor
+from smalti.engine.executors import executors_for, make_executor
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import first_line
 from smalti.models.base import Inputs
@@ -298,9 +298,8 @@ class _Doctor:
         return worst <= 10 * TOLERANCE, f"{len(self.requests)} sequences, {kinds}log-probs within {worst:.1e}"
 
     def executors(self) -> tuple[bool, str]:
-        available = [name for name, kind in EXECUTORS.items() if not kind.why_not(self.model)]
         apart = {}
-        for name in available:
+        for name in executors_for(self.model):
             if name != "eager":
                 apart[name] = max(
                     self._executor_apart(name, request, drawn)

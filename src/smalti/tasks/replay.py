@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smalti.bundle import Bundle
 from smalti.documents import config_of
-from smalti.engine.executors import EXECUTORS
+from smalti.engine.executors import EXECUTORS, executors_for
 from smalti.engine.executors.native import load
 from smalti.engine.generate import Request, generate
 from smalti.engine.resampling import ResampleConfig
@@ -219,12 +219,11 @@ def _draw_codes(pipe: AnyPipeline, receipts: list[dict[str, Any]]) -> Int[Tensor
     if all("executor" in receipt for receipt in receipts):
         return _drawn_by_named(pipe, receipts)
     codes = _drawn_by_named(pipe, receipts)
-    for executor in EXECUTORS:
+    for executor in executors_for(pipe.model):
         if code_difference(codes, receipts) is None:
             break
-        if not EXECUTORS[executor].why_not(pipe.model):
-            other = _drawn_by_named(pipe, [{"executor": executor, **receipt} for receipt in receipts])
-            codes = other if code_difference(other, receipts) is None else codes
+        other = _drawn_by_named(pipe, [{"executor": executor, **receipt} for receipt in receipts])
+        codes = other if code_difference(other, receipts) is None else codes
     return codes
 
 

@@ -1,6 +1,8 @@
 """Executors: what runs a model's steps. They agree within rounding, so that a draw may rarely differ between two of
 them; with one of them, the same seed gives the same tokens."""
 
+from collections.abc import Iterator
+
 from smalti.engine.executors.base import Draws, Eager
 from smalti.engine.executors.compiled import Compiled
 from smalti.engine.executors.cuda_graph import CudaGraph
@@ -17,10 +19,18 @@ EXECUTORS: dict[str, type[Eager]] = {
 alone."""
 
 
+def executors_for(model: SequenceModel, num_steps: int | None = None) -> Iterator[str]:
+    """Those that take a job of so many decode steps unasked, the preferred ones first; `eager` is the last."""
+    for name, executor in EXECUTORS.items():
+        if not executor.why_not(model, num_steps):
+            yield name
+        if executor is Eager:
+            return
+
+
 def choose_executor(model: SequenceModel, num_steps: int | None = None) -> str:
-    """The first of `EXECUTORS` that takes a job of so many decode steps. A job asks once, so that all of it takes one
-    path."""
-    return next(name for name, executor in EXECUTORS.items() if not executor.why_not(model, num_steps))
+    """The first that takes a job of so many decode steps. A job asks once, so that all of it takes one path."""
+    return next(executors_for(model, num_steps))
 
 
 def make_executor(model: SequenceModel, name: str | None = None, num_steps: int | None = None) -> Eager:
@@ -36,4 +46,4 @@ def make_executor(model: SequenceModel, name: str | None = None, num_steps: int 
     return EXECUTORS[name](model)
 
 
-__all__ = ["EXECUTORS", "Ahead", "Draws", "Eager", "StaticSteps", "choose_executor", "make_executor"]
+__all__ = ["EXECUTORS", "Ahead", "Draws", "Eager", "StaticSteps", "choose_executor", "executors_for", "make_executor"]
