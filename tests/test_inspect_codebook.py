@@ -172,15 +172,6 @@ def test_singular_vectors_and_components():
     assert abs(plane[:, 0] @ plane[:, 1]) < 1e-6
 
 
-def test_t_sne_keeps_neighbours():
-    generator = np.random.default_rng(0)
-    group = np.repeat(np.arange(4), 15)
-    points = generator.normal(size=(4, 10))[group] * 4 + generator.normal(size=(60, 10))
-    plane = clusters.t_sne(points, perplexity=10)
-    apart = ((plane[:, None] - plane) ** 2).sum(-1) + np.eye(60) * 1e9
-    assert (group[apart.argmin(1)] == group).all()
-
-
 def test_embeddings_are_the_codes_rows():
     model, layout = tiny_model()
     tables = codebook.code_embeddings(model, layout)

@@ -1,19 +1,18 @@
-"""Groups of points and their places in a plane: k-means, leading singular vectors, principal components, t-SNE.
+"""Groups of points and their places in a plane: k-means, leading singular vectors, principal components.
 
-A few hundred points of a few dozen coordinates: plain NumPy is enough, and quicker than it takes to import a library.
+A few hundred points of a few dozen coordinates. What is compared is rounded, so that groups do not depend on the last
+bit of a sum, as those of libraries do.
+
 Letters: M points, E coordinates, k groups, r singular vectors.
 """
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float64, Int64
 
 _DIGITS = 9  # distances are compared by so many digits: what is equal but for rounding is a tie, and the first is taken
 _MOST_ROUNDS = 300
 _POWERS = 7  # of the matrix, so that what little stands out between singular values stands out enough
 _SPARE = 10  # singular vectors computed beside those asked for
-_EXAGGERATED = 250  # steps of t-SNE in which points that belong together are drawn together twelve times as much
-_EXAGGERATION = 12.0
-_FIRST_SPREAD = 1e-4
 
 
 def k_means(
@@ -100,49 +99,3 @@ def principal_components(points: Float64[np.ndarray, "M E"], num: int = 2) -> Fl
     left, values = left[:, :num], values[:num]
     largest = left[np.abs(left).argmax(0), np.arange(left.shape[1])]
     return left * values * np.where(largest < 0, -1.0, 1.0)
-
-
-def t_sne(
-    points: Float64[np.ndarray, "M E"], *, perplexity: float = 30.0, num_steps: int = 500
-) -> Float64[np.ndarray, "M 2"]:
-    """The points in a plane so that neighbours stay neighbours (van der Maaten and Hinton 2008), from the principal
-    components on; all pairs are computed, which takes the square of the points."""
-    M = len(points)
-    together = _neighbourhoods(points, perplexity).astype(np.float32)
-    plane = principal_components(points).astype(np.float32)
-    plane *= _FIRST_SPREAD / max(float(plane[:, 0].std()), 1e-12)
-    step, gains, rate = np.zeros_like(plane), np.ones_like(plane), max(M / _EXAGGERATION / 4, 50.0)
-    for number in range(num_steps):
-        early = number < _EXAGGERATED
-        near = 1 / (1 + _squared_distances(plane))
-        np.fill_diagonal(near, 0.0)
-        pull = (together * (_EXAGGERATION if early else 1.0) - near / max(float(near.sum()), 1e-12)) * near
-        slope = 4 * (pull.sum(1)[:, None] * plane - pull @ plane)
-        gains = np.maximum(np.where((slope > 0) == (step > 0), gains * 0.8, gains + 0.2), 0.01)
-        step = (0.5 if early else 0.8) * step - rate * gains * slope
-        plane = plane + step
-    return plane.astype(float)
-
-
-def _neighbourhoods(points: Float64[np.ndarray, "M E"], perplexity: float) -> Float64[np.ndarray, "M M"]:
-    """How much every two points belong together: normal densities around each, as wide as makes the others count as
-    `perplexity` neighbours; in sum 1."""
-    M = len(points)
-    apart = _squared_distances(points)
-    np.fill_diagonal(apart, np.inf)
-    apart -= apart.min(1, keepdims=True)
-    low, high, narrow = np.zeros(M), np.full(M, np.inf), np.ones(M)
-    shares = np.empty_like(apart)
-    for _ in range(64):  # bisection, of all rows at once
-        shares = np.exp(-apart * narrow[:, None])
-        shares /= shares.sum(1, keepdims=True)
-        entropy = -(shares * np.log(np.maximum(shares, 1e-300))).sum(1)
-        too_wide = entropy > np.log(perplexity)
-        low, high = np.where(too_wide, narrow, low), np.where(too_wide, high, narrow)
-        narrow = np.where(np.isinf(high), narrow * 2, (low + high) / 2)
-    return (shares + shares.T) / (2 * M)
-
-
-def _squared_distances(points: Float64[np.ndarray, "M E"] | Float32[np.ndarray, "M E"]) -> np.ndarray:
-    square = (points**2).sum(1)
-    return np.maximum(square[:, None] - 2 * points @ points.T + square, 0)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float64, Int64, Integer
 
 from smalti.inspect.attention import hidden_by_batch
-from smalti.inspect.clusters import k_means, principal_components, t_sne
+from smalti.inspect.clusters import k_means, principal_components
 from smalti.inspect.grid import Grid
 from smalti.inspect.positions import check_codes, position_counts
 from smalti.models.decoder_only import DecoderOnly
@@ -167,7 +167,7 @@ def cluster_codes(
 
 
 def project_codes(
-    embedding: Float64[np.ndarray, "K D"], codes: Sequence[int], method: str = "pca"
+    embedding: Float64[np.ndarray, "K D"], codes: Sequence[int], method: str = "pca", *, seed: int = 0
 ) -> Float64[np.ndarray, "M 2"]:
     """A point in the plane for each of M codes. Raises ValueError for a method that is none."""
     if method not in PROJECTIONS:
@@ -175,7 +175,11 @@ def project_codes(
     rows = embedding[list(codes)]
     if method == "pca":
         return principal_components(rows)
-    return t_sne(rows, perplexity=min(30.0, (len(rows) - 1) / 3))
+    from sklearn.manifold import TSNE  # it takes longer to import than all of `clusters` to run
+
+    perplexity = min(30.0, (len(rows) - 1) / 3)
+    t_sne = TSNE(2, perplexity=perplexity, init="pca", max_iter=500, random_state=seed, n_jobs=1)
+    return t_sne.fit_transform(rows).astype(float)
 
 
 # ---- codes that replace each other ----

@@ -359,7 +359,7 @@ def _say_embeddings(section: Section, subject: Subject, common: np.ndarray, conf
         f"Clusters of the output embedding, the largest three of 12: {'; '.join(groups)}.", "codebook.cluster_codes"
     )
     points = {
-        f"{name} embedding, {_METHODS[method]}": codebook.project_codes(table, chosen, method)
+        f"{name} embedding, {_METHODS[method]}": codebook.project_codes(table, chosen, method, seed=config.seed)
         for name, table in embeddings.items()
         for method in codebook.PROJECTIONS
     }
