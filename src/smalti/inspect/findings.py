@@ -28,7 +28,6 @@ READING = {
     "map": "in an order without a name: the map shows where each position lies",
 }
 """Each of `grid.ORDERS` in words."""
-_METHODS = {"pca": "PCA", "t-sne": "t-SNE"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,11 +357,7 @@ def _say_embeddings(section: Section, subject: Subject, common: np.ndarray, conf
     section.say(
         f"Clusters of the output embedding, the largest three of 12: {'; '.join(groups)}.", "codebook.cluster_codes"
     )
-    points = {
-        f"{name} embedding, {_METHODS[method]}": codebook.project_codes(table, chosen, method, seed=config.seed)
-        for name, table in embeddings.items()
-        for method in codebook.PROJECTIONS
-    }
+    points = {f"{name} embedding, PCA": codebook.project_codes(table, chosen) for name, table in embeddings.items()}
     section.show(
         "Codes in the model's embeddings, coloured by their cluster in the output embedding; the commonest are named.",
         figures.embedding_maps(points, clusters, chosen),
