@@ -20,7 +20,7 @@ from smalti.errors import InputError
 from smalti.image_files import read_picture
 from smalti.tasks import draw_samples as draw_module
 from smalti.tasks.classes import ClassPipeline
-from smalti.tasks.draw_samples import Job, SamplingConfig, Subjects, draw_samples, parse_classes
+from smalti.tasks.draw_samples import SamplesJob, SamplingConfig, Subjects, draw_samples, parse_classes
 
 CLASSES = Subjects(labels=(1, 4, 9))
 SMALL = {"num": 10, "pictures_per_part": 4, "seed": 5}
@@ -62,7 +62,7 @@ def test_the_pictures_do_not_depend_on_who_draws_them(tmp_path, whole, how):
 
 def test_a_killed_job_resumes_with_what_it_has(tmp_path, whole, monkeypatch):
     output, parts = tmp_path / "c.npz", tmp_path / ".c.npz.parts"
-    plain = Job.do
+    plain = SamplesJob.do
 
     def killed_at_the_second(job, part):
         if part == 1:
@@ -70,7 +70,7 @@ def test_a_killed_job_resumes_with_what_it_has(tmp_path, whole, monkeypatch):
         plain(job, part)
 
     if not (child := os.fork()):
-        monkeypatch.setattr(Job, "do", killed_at_the_second)
+        monkeypatch.setattr(SamplesJob, "do", killed_at_the_second)
         drawn(output)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
@@ -79,7 +79,7 @@ def test_a_killed_job_resumes_with_what_it_has(tmp_path, whole, monkeypatch):
         drawn(output, seed=6)
     before = (parts / "00000000.npz").stat().st_mtime_ns
     times = []
-    monkeypatch.setattr(Job, "do", lambda job, part: times.append(part) or plain(job, part))
+    monkeypatch.setattr(SamplesJob, "do", lambda job, part: times.append(part) or plain(job, part))
     assert np.array_equal(drawn(output)["arr_0"], whole["arr_0"]) and times == [1, 2] and before
     assert not parts.exists()
     with pytest.raises(InputError, match="exists already"):

@@ -21,7 +21,7 @@ from smalti.errors import InputError
 from smalti.image_tokenizers.quantizer import FSQConfig
 from smalti.image_tokenizers.vqgan import VQGAN
 from smalti.interop import deepul, ibq, llamagen_vq, maskgit_vq, open_magvit2, taming, titok, vit_vqgan
-from smalti.interop.keys import Layout, export_foreign, import_foreign
+from smalti.interop.keys import KeyLayout, export_foreign, import_foreign
 from smalti.interop.verifying import ReferenceArrays, compare, read_reference
 from smalti.weight_files import read_config, read_weights
 
@@ -199,7 +199,7 @@ OTHER_SIZES = {
 }
 
 
-def random_module(layout: Layout, config: dict) -> torch.nn.Module:
+def random_module(layout: KeyLayout, config: dict) -> torch.nn.Module:
     torch.manual_seed(0)
     module = layout.build(layout.read_config(config)).eval()
     for name, tensor in module.state_dict().items():
@@ -208,7 +208,7 @@ def random_module(layout: Layout, config: dict) -> torch.nn.Module:
     return module
 
 
-def tiny_state(name: str = "taming") -> tuple[Layout, dict, dict[str, torch.Tensor]]:
+def tiny_state(name: str = "taming") -> tuple[KeyLayout, dict, dict[str, torch.Tensor]]:
     layout, config = OTHER_SIZES[name]
     return layout, config, export_foreign(layout, random_module(layout, config))
 

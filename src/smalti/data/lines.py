@@ -511,7 +511,7 @@ class _BadLines:
 # ---- import ----
 
 
-class ImportReport(NamedTuple):
+class LinesReport(NamedTuple):
     """What came of an import. `length` is None if the lines differ in it. A duplicate has the codes of an earlier
     line, whatever its tag; it is written all the same (see `split_rows`)."""
 
@@ -534,7 +534,7 @@ def import_lines(
     tags: bool = True,
     force: bool = False,
     show_progress: bool = False,
-) -> ImportReport:
+) -> LinesReport:
     """Writes the lines of one or several files, in order, as a token table (see `tokens.py`) with empty captions.
 
     Vocabulary size and length are found from the data unless given, but a vocabulary above 2^20 must be; see
@@ -588,7 +588,7 @@ def import_lines(
             )
 
         write_token_table(output, rows(), metadata, force=force)
-    return ImportReport(
+    return LinesReport(
         num_lines=found.num_lines,
         num_bad=bad_lines.count,
         num_duplicates=metadata["num_duplicates"],

@@ -25,7 +25,7 @@ from smalti.sequences.layout import Marker, Packed, Slot, SpanValues
 from smalti.tasks.images import Pipeline
 
 
-class Difference(NamedTuple):
+class DifferingIds(NamedTuple):
     """Two captions of as many text ids that differ in some."""
 
     ids: Int[Tensor, "2 L"]
@@ -33,7 +33,7 @@ class Difference(NamedTuple):
     """The differing ids, counted from 0."""
 
 
-def difference(pipe: Pipeline, caption: str, other: str, num_words: int = 1) -> Difference:
+def difference(pipe: Pipeline, caption: str, other: str, num_words: int = 1) -> DifferingIds:
     """Where two captions differ. Raises InputError unless it is in so many text ids."""
     one, two = (pipe.text_tokenizer.encode(text) for text in (caption, other))
     places = tuple(i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
@@ -42,7 +42,7 @@ def difference(pipe: Pipeline, caption: str, other: str, num_words: int = 1) -> 
             f"{shortened(repr(caption))} and {shortened(repr(other))} differ in {len(places)} of {len(one)} and "
             f"{len(two)} text ids; give two captions that differ in {'one' if num_words == 1 else num_words}."
         )
-    return Difference(torch.tensor([one, two]), places)
+    return DifferingIds(torch.tensor([one, two]), places)
 
 
 # Swapping keys and values --------------------------------------------------------------------------------------

@@ -24,12 +24,12 @@ from smalti.interop import (
     verifying,
     vit_vqgan,
 )
-from smalti.interop.keys import ImportReport, Layout, config_beside, export_foreign, import_foreign, write_foreign
+from smalti.interop.keys import ImportReport, KeyLayout, config_beside, export_foreign, import_foreign, write_foreign
 from smalti.interop.token_models import TOKEN_MODELS, Extras
 from smalti.interop.verifying import ArrayError
 from smalti.weight_files import read_config, read_weights
 
-KINDS: Mapping[str, Layout] = {
+KINDS: Mapping[str, KeyLayout] = {
     "llamagen-vq": llamagen_vq.LAYOUT,
     "taming": taming.LAYOUT,
     "titok": titok.LAYOUT,
@@ -122,7 +122,7 @@ def export_weights(kind: str, bundle_dir: Path, file: Path, *, force: bool = Fal
     return write_foreign(file, state, layout.write_config(module), container=layout.container, force=force)
 
 
-def layout_of(kind: str) -> Layout:
+def layout_of(kind: str) -> KeyLayout:
     if kind not in KINDS:
         raise InputError(
             f"there is no kind {kind!r}; known are {', '.join((*KINDS, *TOKEN_MODELS, huggingface.KIND))}."
@@ -142,7 +142,7 @@ def error_table(errors: tuple[ArrayError, ...]) -> Table:
 
 
 def _import(
-    layout: Layout, file: Path, config: Path | None, verify_dir: Path | None, allow_nonfinite: bool
+    layout: KeyLayout, file: Path, config: Path | None, verify_dir: Path | None, allow_nonfinite: bool
 ) -> tuple[nn.Module, ImportReport, tuple[str, ...]]:
     """Sizes come from `config`; without one from the published models, or else from a config beside the file or in
     the reference folder."""
@@ -210,7 +210,7 @@ def _import_token_model(
     return imported
 
 
-def _verify_imported(layout: Layout, module: nn.Module, directory: Path) -> tuple[list[ArrayError], str]:
+def _verify_imported(layout: KeyLayout, module: nn.Module, directory: Path) -> tuple[list[ArrayError], str]:
     """Checks the imported weights themselves where the folder is of their sizes. A folder of another size (small
     reference models, for a large published file) certifies the same code with its own weights."""
     reference, arrays = verifying.read_reference(layout, directory)

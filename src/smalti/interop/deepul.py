@@ -9,7 +9,15 @@ from smalti.errors import InputError
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqvae import DeepulVQVAE, DeepulVQVAEConfig
 from smalti.interop.fields import HEADER, Fields, check_header
-from smalti.interop.keys import Foreign, KeyMap, Layout, check_expressible, first_renamed, learned_codebook, rename_all
+from smalti.interop.keys import (
+    Foreign,
+    KeyLayout,
+    KeyMap,
+    check_expressible,
+    first_renamed,
+    learned_codebook,
+    rename_all,
+)
 from smalti.interop.verifying import ReferenceArrays
 
 CLASS_NAME = "deepul.models.vqvae.VQVAE"
@@ -122,7 +130,7 @@ def outputs(image_tokenizer: DeepulVQVAE, arrays: ReferenceArrays) -> dict[str, 
     }
 
 
-LAYOUT = Layout(
+LAYOUT = KeyLayout(
     name="deepul",
     build=DeepulVQVAE,
     read_config=read_config,

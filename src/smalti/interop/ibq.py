@@ -15,7 +15,7 @@ from smalti.image_tokenizers.quantizer import IBQConfig
 from smalti.image_tokenizers.vqgan import VQGAN, VQGANConfig
 from smalti.interop import taming
 from smalti.interop.fields import HEADER, Fields, check_header
-from smalti.interop.keys import Layout, check_expressible
+from smalti.interop.keys import KeyLayout, check_expressible
 from smalti.interop.verifying import ReferenceArrays, grid_outputs, quantized
 
 CLASS_NAME = "src.IBQ.models.ibqgan.IBQ"
@@ -112,7 +112,7 @@ def outputs(image_tokenizer: VQGAN, arrays: ReferenceArrays) -> dict[str, Callab
 
 
 _PUBLISHED = VQGANConfig(quantizer=IBQConfig(codebook_size=16384, code_dim=256), num_res_blocks=4)
-LAYOUT = Layout(
+LAYOUT = KeyLayout(
     name="ibq",
     build=VQGAN,
     read_config=read_config,

@@ -62,7 +62,7 @@ class ImportReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class KeyLayout:
     """All that is particular to one kind of foreign checkpoint.
 
     `read_config` and `write_config` translate the original's field names; `key_map` gives the foreign key of each
@@ -88,7 +88,7 @@ class Layout:
 
 
 def import_foreign(
-    layout: Layout, state: Mapping[str, Tensor], config: dict | None = None, *, allow_nonfinite: bool = False
+    layout: KeyLayout, state: Mapping[str, Tensor], config: dict | None = None, *, allow_nonfinite: bool = False
 ) -> tuple[nn.Module, ImportReport]:
     """The module that a foreign state dict describes, in evaluation mode. `config` has the original's field names;
     without one the shapes must be those of exactly one published model. Raises InputError if a tensor is
@@ -125,7 +125,7 @@ def import_foreign(
     )
 
 
-def export_foreign(layout: Layout, module: nn.Module) -> dict[str, Tensor]:
+def export_foreign(layout: KeyLayout, module: nn.Module) -> dict[str, Tensor]:
     """The tensors of `module` under their foreign keys and in their foreign shapes. Raises ValueError if the
     layout cannot express the module, so that its import would be another one."""
     layout.write_config(module)
@@ -204,7 +204,7 @@ def _require_equal(mine: Any, theirs: Any, name: str, layout_name: str) -> None:
         raise ValueError(f"the {layout_name} layout cannot hold {name} {mine!r}; it would be read as {theirs!r}.")
 
 
-def _choose_published(layout: Layout, state: Mapping[str, Tensor], dropped: Mapping[str, str]) -> str:
+def _choose_published(layout: KeyLayout, state: Mapping[str, Tensor], dropped: Mapping[str, str]) -> str:
     """The one published model whose every shape agrees with `state`; InputError if none agrees, or several do."""
     problems = {}
     for name, config in layout.published.items():

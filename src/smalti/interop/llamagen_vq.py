@@ -7,7 +7,7 @@ from torch import Tensor
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vqgan import PRESETS, VQGAN, VQGANConfig
 from smalti.interop.fields import HEADER, Fields, check_header
-from smalti.interop.keys import KeyMap, Layout, check_expressible, learned_codebook, rename_all
+from smalti.interop.keys import KeyLayout, KeyMap, check_expressible, learned_codebook, rename_all
 from smalti.interop.verifying import ReferenceArrays, grid_outputs, quantized
 from smalti.interop.vqgan_keys import llamagen_key
 
@@ -100,7 +100,7 @@ def outputs(image_tokenizer: VQGAN, arrays: ReferenceArrays) -> dict[str, Callab
     }
 
 
-LAYOUT = Layout(
+LAYOUT = KeyLayout(
     name="llamagen-vq",
     build=VQGAN,
     read_config=read_config,

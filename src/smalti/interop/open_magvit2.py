@@ -12,7 +12,7 @@ from smalti.image_tokenizers.open_magvit2 import OpenMAGVIT2, OpenMAGVIT2Config
 from smalti.image_tokenizers.quantizer import LFQConfig
 from smalti.interop import ibq
 from smalti.interop.fields import HEADER, check_header
-from smalti.interop.keys import KeyMap, Layout, check_expressible, rename_all
+from smalti.interop.keys import KeyLayout, KeyMap, check_expressible, rename_all
 from smalti.interop.verifying import ReferenceArrays, grid_outputs
 from smalti.interop.vqgan_keys import open_magvit2_key
 
@@ -86,7 +86,7 @@ def outputs(image_tokenizer: OpenMAGVIT2, arrays: ReferenceArrays) -> dict[str, 
     return grid_outputs(image_tokenizer, arrays, IMAGE_RANGE[0], image_tokenizer.config.patch_size)
 
 
-LAYOUT = Layout(
+LAYOUT = KeyLayout(
     name="open-magvit2",
     build=OpenMAGVIT2,
     read_config=read_config,

@@ -18,7 +18,7 @@ from smalti.errors import InputError
 from smalti.image_tokenizers.quantizer import AnyQuantizerConfig, QuantizerConfig
 from smalti.image_tokenizers.vqgan import VQGAN, VQGANConfig
 from smalti.interop.fields import HEADER, Fields, check_header
-from smalti.interop.keys import KeyMap, Layout, check_expressible, learned_codebook, rename_all
+from smalti.interop.keys import KeyLayout, KeyMap, check_expressible, learned_codebook, rename_all
 from smalti.interop.verifying import ReferenceArrays, grid_outputs, quantized
 from smalti.interop.vqgan_keys import taming_key
 
@@ -196,7 +196,7 @@ _F8 = VQGANConfig(
     decoder_attention_levels=(3,),
     latent_channels=4,
 )
-LAYOUT = Layout(
+LAYOUT = KeyLayout(
     name="taming",
     build=VQGAN,
     read_config=read_config,

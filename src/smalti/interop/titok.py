@@ -9,7 +9,15 @@ from smalti.errors import InputError
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.titok import BASE, LARGE, PRESETS, SMALL, TiTok, TiTokConfig, ViTConfig
 from smalti.interop.fields import Fields, check_header
-from smalti.interop.keys import Foreign, KeyMap, Layout, check_expressible, first_renamed, learned_codebook, rename_all
+from smalti.interop.keys import (
+    Foreign,
+    KeyLayout,
+    KeyMap,
+    check_expressible,
+    first_renamed,
+    learned_codebook,
+    rename_all,
+)
 from smalti.interop.maskgit_vq import read_sections, write_sections
 from smalti.interop.verifying import ReferenceArrays
 from smalti.interop.vqgan_keys import maskgit_key
@@ -188,7 +196,7 @@ def outputs(image_tokenizer: TiTok, arrays: ReferenceArrays) -> dict[str, Callab
     return found
 
 
-LAYOUT = Layout(
+LAYOUT = KeyLayout(
     name="titok",
     build=TiTok,
     read_config=read_config,

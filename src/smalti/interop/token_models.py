@@ -29,8 +29,7 @@ from smalti.interop import dalle_mini, gigatok_gpt, janus, llamagen_gpt, llamage
 from smalti.interop.fields import Fields
 from smalti.interop.fused import PieceMap, write_fused
 from smalti.interop.huggingface import INDEXES, TOKENIZER, read_shards
-from smalti.interop.keys import ImportReport, config_beside, import_foreign, write_foreign
-from smalti.interop.keys import Layout as TokenizerLayout
+from smalti.interop.keys import ImportReport, KeyLayout, config_beside, import_foreign, write_foreign
 from smalti.interop.verifying import ArrayError, ReferenceArrays, compare_outputs, find_weights, read_arrays
 from smalti.models.base import Inputs
 from smalti.models.decoder_only import DecoderOnly
@@ -88,7 +87,7 @@ class TokenModelKind:
     text tokenizer where there is one."""
     write: Callable[[Bundle, Path], WrittenModel]
     """From a bundle and its folder. Raises InputError for a model that the original cannot be."""
-    tokenizer_layout: TokenizerLayout | None
+    tokenizer_layout: KeyLayout | None
     """Of the image tokenizer that its published weights go with; None: no importer reads it."""
     inputs: tuple[str, ...]
     """Arrays of a reference folder that are given, not computed."""

@@ -17,7 +17,7 @@ from smalti.image_tokenizers.open_magvit2 import OpenMAGVIT2
 from smalti.image_tokenizers.quantizer import Quantized
 from smalti.image_tokenizers.vit_vqgan import ViTVQGAN
 from smalti.image_tokenizers.vqgan import VQGAN
-from smalti.interop.keys import Layout, import_foreign
+from smalti.interop.keys import KeyLayout, import_foreign
 from smalti.weight_files import read_config, read_weights
 
 TOLERANCE = 1e-4
@@ -48,7 +48,7 @@ class ReferenceArrays(dict[str, Tensor]):
         raise InputError(f"io.npz has no array {name!r}, which the outputs it has are computed from.")
 
 
-def read_reference(layout: Layout, directory: Path) -> tuple[nn.Module, ReferenceArrays]:
+def read_reference(layout: KeyLayout, directory: Path) -> tuple[nn.Module, ReferenceArrays]:
     """The image tokenizer of a reference folder, from its own weights and config, and its arrays. Raises InputError
     if a file is missing or the weights do not fit the config."""
     weights = read_weights(find_weights(directory))
@@ -56,7 +56,7 @@ def read_reference(layout: Layout, directory: Path) -> tuple[nn.Module, Referenc
     return module, read_arrays(directory / "io.npz")
 
 
-def compare(layout: Layout, module: nn.Module, arrays: ReferenceArrays) -> list[ArrayError]:
+def compare(layout: KeyLayout, module: nn.Module, arrays: ReferenceArrays) -> list[ArrayError]:
     """The largest error of every output in `arrays`, as `module` computes them from the inputs there. Raises
     InputError if an array is not known for this kind."""
     return compare_outputs(layout.name, layout.outputs(module, arrays), arrays, INPUT_NAMES)

@@ -8,7 +8,15 @@ from smalti.errors import InputError
 from smalti.image_tokenizers.quantizer import QuantizerConfig
 from smalti.image_tokenizers.vit_vqgan import PRESETS, ViTConfig, ViTVQGAN, ViTVQGANConfig
 from smalti.interop.fields import HEADER, Fields, check_header
-from smalti.interop.keys import Foreign, KeyMap, Layout, check_expressible, first_renamed, learned_codebook, rename_all
+from smalti.interop.keys import (
+    Foreign,
+    KeyLayout,
+    KeyMap,
+    check_expressible,
+    first_renamed,
+    learned_codebook,
+    rename_all,
+)
 from smalti.interop.verifying import ReferenceArrays, grid_outputs, quantized
 
 CLASS_NAME = "enhancing.modules.stage1.vitvqgan.ViTVQ"
@@ -146,7 +154,7 @@ def outputs(image_tokenizer: ViTVQGAN, arrays: ReferenceArrays) -> dict[str, Cal
     }
 
 
-LAYOUT = Layout(
+LAYOUT = KeyLayout(
     name="vit-vqgan",
     build=ViTVQGAN,
     read_config=read_config,

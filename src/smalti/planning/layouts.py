@@ -33,7 +33,7 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-class Layout(NamedTuple):
+class ParallelLayout(NamedTuple):
     """One way to train on so many devices."""
 
     num_devices: int
@@ -83,9 +83,9 @@ class Footprints:
 
 def choose_layout(
     task: Task, gpu: GPU, num_devices: int, footprints: Footprints, efficiency: float = TRAINING_EFFICIENCY
-) -> tuple[Layout | None, list[str]]:
+) -> tuple[ParallelLayout | None, list[str]]:
     """The fastest layout that fits, and why, in words; None where none does."""
-    found: list[Layout] = []
+    found: list[ParallelLayout] = []
     reasons: list[str] = []
     room = gpu.memory_bytes * (1 - KEPT_FREE)
     for tensor_parallel in (1, 2, 4, 8):
@@ -139,7 +139,7 @@ def _layouts(
     footprints: Footprints,
     efficiency: float,
     room: float,
-) -> tuple[list[Layout], float]:
+) -> tuple[list[ParallelLayout], float]:
     """Those with the largest micro-batch that fits, and the memory of the smallest one."""
     data = num_devices // tensor_parallel
     if task.train.batch_size % data:
@@ -157,7 +157,9 @@ def _layouts(
             step_s, bound_by = _step_s(
                 task, gpu, footprints, num_devices, sharding, tensor_parallel, recompute, count, efficiency
             )
-            layout = Layout(num_devices, sharding, tensor_parallel, recompute, count, rows, memory, step_s, bound_by)
+            layout = ParallelLayout(
+                num_devices, sharding, tensor_parallel, recompute, count, rows, memory, step_s, bound_by
+            )
             return [layout], smallest
     return [], smallest
 

@@ -10,7 +10,7 @@ from smalti.errors import InputError
 from smalti.models.decode_state import SLOT_BLOCK
 from smalti.planning.footprint import Footprint, Task, footprint
 from smalti.planning.gpus import BANDWIDTH_EFFICIENCY, GPU, KEPT_FREE, STEP_S, TRAINING_EFFICIENCY
-from smalti.planning.layouts import Footprints, Layout, choose_layout
+from smalti.planning.layouts import Footprints, ParallelLayout, choose_layout
 from smalti.planning.probe import choose_train, probe_drawing, probe_training
 from smalti.planning.subjects import Subject
 from smalti.precision import BFLOAT16, FLOAT32
@@ -168,7 +168,7 @@ def _parts(counted: Footprint, activations: float) -> dict[str, float]:
 def _on_gpus(
     gpu: GPU,
     count: int,
-    layout: Layout | None,
+    layout: ParallelLayout | None,
     why: list[str],
     tokens: float,
     num_steps: int | None,

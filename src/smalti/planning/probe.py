@@ -40,7 +40,7 @@ class Trained(NamedTuple):
     precision: str
 
 
-class Drawn(NamedTuple):
+class DrawnSteps(NamedTuple):
     """Decode steps as they were found."""
 
     rows: int
@@ -113,7 +113,7 @@ def _median_s(run, device: torch.device, longest_s: float = PROBE_S) -> float:
     return sorted(found)[len(found) // 2]
 
 
-def probe_drawing(task: Task, num_pictures: int, device: torch.device, *, guided: bool) -> Drawn | None:
+def probe_drawing(task: Task, num_pictures: int, device: torch.device, *, guided: bool) -> DrawnSteps | None:
     """Tokens a second of so many pictures drawn together, by some steps of an engine; None for a layout that draws
     none, and for a model that is too large to be run here."""
     order = next((o for o in task.layout.orders.values() if any(s.segment == "image" for s in o.spans)), None)
@@ -137,7 +137,7 @@ def probe_drawing(task: Task, num_pictures: int, device: torch.device, *, guided
     started_at, drawn = time.perf_counter(), 0
     while not engine.is_idle and time.perf_counter() - started_at < PROBE_S / 4:
         drawn += len(engine.step())
-    return Drawn(num_pictures, drawn / (time.perf_counter() - started_at), engine.executor.name)
+    return DrawnSteps(num_pictures, drawn / (time.perf_counter() - started_at), engine.executor.name)
 
 
 def choose_train(train: TrainConfig, num_rows: int | None) -> int:

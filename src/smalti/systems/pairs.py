@@ -46,7 +46,7 @@ from smalti.text_tokenizer import TextTokenizer
 from smalti.training.checkpoint import latest_checkpoint, load_checkpoint
 from smalti.training.dual_encoder import CHECKPOINTS, train_dual_encoder
 from smalti.training.estimate import Estimate
-from smalti.training.token_model import Pairs, nats_by_order, train_model
+from smalti.training.token_model import TokenPairs, nats_by_order, train_model
 from smalti.weights import weights_sha256
 
 
@@ -94,7 +94,7 @@ def train_on_pairs(
     with team(output) as processes:
         # Tokens that are there are of the image tokenizer as it was given, not of its copy in half precision.
         lengths: Any = {"max_text_length": max_text_length, "seed": recipe.train.seed}
-        opened: dict[str, Pairs] = {}
+        opened: dict[str, TokenPairs] = {}
         if given is not None:
             opened |= {split: open_tokens(ready[split], split, image_tokenizer, given, **lengths) for split in ready}
         if processes.is_first:
@@ -160,8 +160,8 @@ def train_on_pairs(
 def _trained_reranker(
     recipe: CaptionsRecipe | PartiRecipe,
     shape: DualEncoderConfig,
-    train: Pairs,
-    validation: Pairs,
+    train: TokenPairs,
+    validation: TokenPairs,
     processes: Team,
     show_progress: bool,
 ) -> DualEncoder:
@@ -218,7 +218,7 @@ def _learn_words(pairs: Path, shape: Shape, show_progress: bool) -> TextTokenize
 
 
 def _figures(
-    bundle: Bundle, recipe: CaptionsRecipe | PartiRecipe, validation: Pairs, show_progress: bool
+    bundle: Bundle, recipe: CaptionsRecipe | PartiRecipe, validation: TokenPairs, show_progress: bool
 ) -> dict[str, str]:
     pipe = Pipeline(bundle)
     num_rows = min(len(validation), recipe.train.evaluation_rows or len(validation))
@@ -242,7 +242,7 @@ def _figures(
     return figures
 
 
-def _likelihood_figures(pipe: Pipeline, validation: Pairs, num_rows: int) -> dict[str, str]:
+def _likelihood_figures(pipe: Pipeline, validation: TokenPairs, num_rows: int) -> dict[str, str]:
     """Nats per token of each part that an order learns, on the validation pairs; of pictures also without captions."""
     figures = {}
     for captioned in (True, False):

@@ -105,7 +105,7 @@ class Subjects:
 
 
 @dataclass
-class Job:
+class SamplesJob:
     """What a process needs to draw a part; it opens the bundle when it draws the first."""
 
     bundle: str
@@ -196,7 +196,7 @@ def draw_samples(
         manifest |= {"executor": _executor(face, config)}
         manifest = claim(folder, manifest, partial(_require_same, output=output), lambda _: None, force=force)
         alone = config.workers == 1
-        job = Job(bundle, folder, subjects, config, manifest["executor"], face if alone else None)
+        job = SamplesJob(bundle, folder, subjects, config, manifest["executor"], face if alone else None)
         missing = [part for part in range(job.num_parts) if not job.file(part).exists()]
         done = config.num - sum(len(job.numbers(part)) for part in missing)
         with stage("drawing", config.num, unit="picture", completed=done, show=show_progress) as progress:
@@ -292,7 +292,7 @@ def _card(
 
 # Outputs ---------------------------------------------------------------------------------------------------------
 
-Writer = Callable[[Job, bool], None]
+Writer = Callable[[SamplesJob, bool], None]
 
 
 def _writer(output: Path, layout: str, subjects: Subjects, config: SamplingConfig) -> Writer:
@@ -312,7 +312,7 @@ def _writer(output: Path, layout: str, subjects: Subjects, config: SamplingConfi
         _check_layout(layout, subjects, config)
     into = {"plain": _plain, "geneval": _geneval, "geneval2": _geneval2, "dpg": _dpg}[layout]
 
-    def write_folder(job: Job, force: bool) -> None:
+    def write_folder(job: SamplesJob, force: bool) -> None:
         with new_folder(output, force=force, holds=_holds_samples, what="samples") as folder:
             into(job, folder)
 
@@ -343,14 +343,14 @@ def _check_layout(layout: str, subjects: Subjects, config: SamplingConfig) -> No
         )
 
 
-def _each(job: Job) -> Iterator[tuple[int, Any, UInt8[np.ndarray, "H W 3"]]]:
+def _each(job: SamplesJob) -> Iterator[tuple[int, Any, UInt8[np.ndarray, "H W 3"]]]:
     """Number, label or prompt, and picture, in order; one part in memory."""
     for part in range(job.num_parts):
         numbers = job.numbers(part)
         yield from zip(numbers, job.subjects.of(numbers, job.config), job.pictures(part), strict=True)
 
 
-def _write_npz(job: Job, output: Path, force: bool) -> None:
+def _write_npz(job: SamplesJob, output: Path, force: bool) -> None:
     """As numpy.savez writes it, but from parts."""
     first = job.pictures(0)
     shape = (job.config.num, *first.shape[1:])
@@ -366,7 +366,7 @@ def _write_npz(job: Job, output: Path, force: bool) -> None:
                 np.lib.format.write_array(file, labels)
 
 
-def _write_table(job: Job, output: Path, force: bool) -> None:
+def _write_table(job: SamplesJob, output: Path, force: bool) -> None:
     """Columns image (PNG), label or caption, seed: as training and other readers take them."""
     of_classes = job.subjects.prompts is None
     name, kind = ("label", pa.int64()) if of_classes else ("caption", pa.string())
@@ -388,7 +388,7 @@ def _png(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
     return encoded.getvalue()
 
 
-def _plain(job: Job, folder: Path) -> None:
+def _plain(job: SamplesJob, folder: Path) -> None:
     """`000000.png`, …, and `metadata.jsonl` with a line for each: its file, seed, label or prompt, and the prompt's
     row."""
     prompts = job.subjects.prompts
@@ -404,7 +404,7 @@ def _plain(job: Job, folder: Path) -> None:
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _geneval(job: Job, folder: Path) -> None:
+def _geneval(job: SamplesJob, folder: Path) -> None:
     """`00000/metadata.jsonl` with the prompt's row and `00000/samples/0000.png`, as djghosh13/geneval's
     evaluate_images.py reads them."""
     assert job.subjects.prompts is not None
@@ -418,7 +418,7 @@ def _geneval(job: Job, folder: Path) -> None:
         (inside / f"{i:04d}.png").write_bytes(_png(picture))
 
 
-def _geneval2(job: Job, folder: Path) -> None:
+def _geneval2(job: SamplesJob, folder: Path) -> None:
     """`images/00000.png` and `image_paths.json`, prompt to file, for `--image_filepath_data` of
     facebookresearch/GenEval2's evaluation.py, which is called in this folder."""
     (folder / "images").mkdir()
@@ -429,7 +429,7 @@ def _geneval2(job: Job, folder: Path) -> None:
     (folder / "image_paths.json").write_text(json.dumps(paths, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _dpg(job: Job, folder: Path) -> None:
+def _dpg(job: SamplesJob, folder: Path) -> None:
     """`ITEM.png` for each prompt, the only files there: one picture, or four in two rows without a gap, which
     TencentQQGYLab/ELLA's compute_dpg_bench.py cuts apart by --resolution and --pic-num."""
     assert job.subjects.prompts is not None

@@ -66,7 +66,7 @@ class Scores(NamedTuple):
         return {"picture": -self.picture_nll_nats, "pmi": self.pmi_nats}[rerank]
 
 
-class Pair(NamedTuple):
+class DrawnPair(NamedTuple):
     picture: Image.Image
     caption: str
 
@@ -289,10 +289,10 @@ class Pipeline(PictureFace):
         null = None if config.guidance_scale == 1 else Request(order=self.bundle.order("text", "image"))
         return Request(order=self.bundle.order("image", "text"), given={"image": codes.flatten()}, seed=seed, null=null)
 
-    def pairs(self, n: int, seed: int = 0, *, scale: int | None = None, **settings: Any) -> list[Pair]:
+    def pairs(self, n: int, seed: int = 0, *, scale: int | None = None, **settings: Any) -> list[DrawnPair]:
         """`n` pictures with captions, both from nothing; `settings` are those of `pair_codes`."""
         codes, captions = self.pair_codes(n, seed, **settings)
-        return [Pair(*pair) for pair in zip(self.decode(codes, scale=scale), captions, strict=True)]
+        return [DrawnPair(*pair) for pair in zip(self.decode(codes, scale=scale), captions, strict=True)]
 
     def pair_codes(
         self,

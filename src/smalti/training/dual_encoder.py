@@ -29,7 +29,7 @@ from smalti.training.checkpoint import run_lock
 from smalti.training.curves import Curves
 from smalti.training.run import Run, require_finite_weights, scheduled, set_learning_rate, training_stage
 from smalti.training.settings import check_ranges
-from smalti.training.token_model import Pairs, seed_step
+from smalti.training.token_model import TokenPairs, seed_step
 
 CHECKPOINTS = "checkpoints"
 STAGE = "dual encoder"
@@ -106,8 +106,8 @@ def losses(model: DualEncoder, batch: _Batch) -> Losses:
 
 def train_dual_encoder(
     shape: DualEncoderConfig,
-    train: Pairs,
-    validation: Pairs,
+    train: TokenPairs,
+    validation: TokenPairs,
     config: TrainDualConfig,
     directory: Path | str,
     *,
@@ -190,7 +190,7 @@ def learning_rate(step: int, config: TrainDualConfig) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: DualEncoder, pairs: Pairs, config: TrainDualConfig) -> Losses:
+def evaluate(model: DualEncoder, pairs: TokenPairs, config: TrainDualConfig) -> Losses:
     """The losses on the first validation pairs, AMONG at a time, nothing hidden and without dropout."""
     model.eval()
     try:
@@ -203,7 +203,7 @@ def evaluate(model: DualEncoder, pairs: Pairs, config: TrainDualConfig) -> Losse
 
 def _batch(
     model: DualEncoder,
-    pairs: Pairs,
+    pairs: TokenPairs,
     rows: Int[np.ndarray, " n"],
     config: TrainDualConfig | None = None,
     step: int = 0,

@@ -193,7 +193,7 @@ class PlainLearner(Learner):
 
     def __init__(self, model: nn.Module, held_out: UInt8[Tensor, "N H W C"], max_value: int):
         self.model, self.held_out, self.max_value = model, held_out, max_value
-        self.figures = ReconstructionReport._fields
+        self.figures = HeldOutReport._fields
 
     def losses(self, images: Float[Tensor, "B C H W"], step: int, precision: str) -> Losses:
         with autocast(images.device, precision):
@@ -419,7 +419,7 @@ def _learn(
     return {**found.parts, "gradient_norm": norm, **besides}, found.quantized.codes
 
 
-class ReconstructionReport(NamedTuple):
+class HeldOutReport(NamedTuple):
     """Figures over a set of pictures. `mse` and `psnr_db` are over dims on the scale [0, 1] after clamping;
     `exact_pixels` is the share of pixels all of whose channels are right after rounding to whole values."""
 
@@ -437,7 +437,7 @@ def evaluate_reconstruction(
     pictures: UInt8[Tensor, "N H W C"],
     max_value: int,
     batch_size: int = 256,
-) -> ReconstructionReport:
+) -> HeldOutReport:
     """How well pictures survive encoding and decoding, in float32, and how much of the codebook they use."""
     image_tokenizer.eval()
     health = CodebookHealth(image_tokenizer.config.codebook_size, window=_num_codes(image_tokenizer, pictures))
@@ -451,7 +451,7 @@ def evaluate_reconstruction(
         num_exact += int(((decoded * max_value).round() == (images * max_value).round()).all(1).sum())
     mse = squared_error / pictures.numel()
     seen = health.report()
-    return ReconstructionReport(
+    return HeldOutReport(
         mse=mse,
         psnr_db=-10 * math.log10(mse) if mse else math.inf,
         exact_pixels=num_exact / pictures[..., 0].numel(),

@@ -112,7 +112,7 @@ LOG_EVERY = 50
 _log = logging.getLogger(__name__)
 
 
-class Pairs(Protocol):
+class TokenPairs(Protocol):
     """Rows of picture and caption tokens by number: a `TokenTable`, `TokenArrays`, or a `TokenStream` by its places."""
 
     def __len__(self) -> int: ...
@@ -312,7 +312,7 @@ def draw_orders(weights: Sequence[float], num_rows: int, seed: int, step: int) -
 
 def pack_rows(
     layout: Layout,
-    pairs: Pairs,
+    pairs: TokenPairs,
     rows: Integer[np.ndarray, " n"],
     orders: Integer[np.ndarray, " n"],
     uncaptioned: Bool[np.ndarray, " n"] | None = None,
@@ -378,7 +378,7 @@ def make_micro_batch(layout: Layout, packed: Packed, *, full_softmax: bool) -> M
 
 def micro_batches(
     layout: Layout,
-    pairs: Pairs,
+    pairs: TokenPairs,
     config: TrainConfig,
     *,
     start_step: int,
@@ -656,7 +656,7 @@ def rows_at_once(layout: Layout) -> int:
 def evaluate(
     model: SequenceModel,
     layout: Layout,
-    pairs: Pairs,
+    pairs: TokenPairs,
     num_rows: int,
     *,
     processes: Processes = Processes(),  # noqa: B008 (frozen)
@@ -689,7 +689,7 @@ def evaluate(
 
 def _evaluation_batches(
     layout: Layout,
-    pairs: Pairs,
+    pairs: TokenPairs,
     num_rows: int,
     order: int,
     rank: int = 0,
@@ -706,7 +706,7 @@ def _evaluation_batches(
 
 
 def nats_by_order(
-    model: SequenceModel, layout: Layout, pairs: Pairs, num_rows: int, *, captioned: bool = True
+    model: SequenceModel, layout: Layout, pairs: TokenPairs, num_rows: int, *, captioned: bool = True
 ) -> dict[str, dict[str, Likelihood]]:
     """Likelihood of the counted tokens of the first `num_rows` pairs by order and part. If not `captioned`, only of the
     orders in which a caption of open length comes before the picture, with the caption left empty."""
@@ -779,8 +779,8 @@ class Pace:
 def train_model(
     model: AnyModel | TransformerConfig | RARConfig | EncoderDecoderConfig,
     layout: Layout,
-    train: Pairs,
-    validation: Pairs,
+    train: TokenPairs,
+    validation: TokenPairs,
     config: TrainConfig,
     directory: Path | str,
     *,
@@ -1058,7 +1058,9 @@ def _has_full_head(run: Run) -> bool:
     return begun is not None and begun.get("head_ranges") is None
 
 
-def _check_task(layout: Layout, train: Pairs, validation: Pairs, config: TrainConfig, num_shares: int) -> None:
+def _check_task(
+    layout: Layout, train: TokenPairs, validation: TokenPairs, config: TrainConfig, num_shares: int
+) -> None:
     for pairs, purpose in ((train, "train on"), (validation, "validate with")):
         if not len(pairs):
             raise InputError(f"there are no rows to {purpose}: give a table that holds some.")
