@@ -180,11 +180,14 @@ def test_llamagen_from_captions_scores_as_the_original(golden):
             assert close((nats * t2i.io["valid"]).sum() / t2i.io["valid"].sum(), t2i.io["loss"])
 
 
+@pytest.mark.parametrize("executor", ["eager", "native"])
 @pytest.mark.parametrize("name", ["nocfg", "cfg", "interval", "cfg_nomask"])
-def test_llamagen_from_captions_draws_as_the_original(golden, monkeypatch, name):
+def test_llamagen_from_captions_draws_as_the_original(golden, monkeypatch, request, name, executor):
+    if executor == "native":
+        request.getfixturevalue("native_kernels")
     t2i = golden("llamagen_gpt_t2i")
     requests = captioned(t2i, masked=name != "cfg_nomask")
-    ids, logits = drawn(monkeypatch, t2i, requests, settings(t2i, name))
+    ids, logits = drawn(monkeypatch, t2i, requests, settings(t2i, name), executor)
     assert torch.equal(ids, t2i.io[f"gen_{name}_ids"])
     assert close(logits, t2i.io[f"gen_{name}_logits"], TOLERANCE if name == "nocfg" else GUIDED_TOLERANCE)
 
@@ -222,8 +225,11 @@ def test_rar_scores_any_order_as_the_original(golden):
     assert close(rar.image_logits(inputs)[:, 1:], rar.io["logits_permuted"])
 
 
+@pytest.mark.parametrize("executor", ["eager", "native"])
 @pytest.mark.parametrize("name", ["nocfg", "cfg"])
-def test_rar_draws_as_the_original(golden, monkeypatch, name):
+def test_rar_draws_as_the_original(golden, monkeypatch, request, name, executor):
+    if executor == "native":
+        request.getfixturevalue("native_kernels")
     rar = golden("rar")
     given = rar.config["generate"]
     guided = SampleConfig(
@@ -235,7 +241,7 @@ def test_rar_draws_as_the_original(golden, monkeypatch, name):
     scales = [guided.guidance_at(step, 16) for step in range(16)]
     assert scales == pytest.approx(rar.io["cfg_scale_per_step"].tolist(), rel=1e-6)
     requests = labelled(rar, rar.io["class_ids"])
-    ids, logits = drawn(monkeypatch, rar, requests, guided if name == "cfg" else NO_GUIDANCE)
+    ids, logits = drawn(monkeypatch, rar, requests, guided if name == "cfg" else NO_GUIDANCE, executor)
     assert torch.equal(ids, rar.io[f"gen_{name}_ids"])
     assert close(logits, rar.io[f"gen_{name}_logits"], GUIDED_TOLERANCE)
 
@@ -251,15 +257,18 @@ def requests_of(golden: Golden) -> list[Request]:
     return labelled(golden, golden.io["class_ids"])
 
 
+@pytest.mark.parametrize("executor", ["eager", "native"])
 @pytest.mark.parametrize("name", SETS)
-def test_a_request_is_drawn_as_it_is_alone(golden, name):
+def test_a_request_is_drawn_as_it_is_alone(golden, request, name, executor):
     """Guided ones and others, one after the other joining, with captions of several lengths."""
+    if executor == "native":
+        request.getfixturevalue("native_kernels")
     found = golden(name)
     requests = requests_of(found)
     jobs = [
         (request, SampleConfig(guidance_scale=scale)) for scale in (1.0, 2.5) for request in (*requests, requests[0])
     ]
-    engine = Engine(found.model, found.layout, capacity=5, executor="eager")
+    engine = Engine(found.model, found.layout, capacity=5, executor=executor)
     tickets = []
     for request, config in jobs:
         tickets.append(engine.submit(request, config))
@@ -267,9 +276,10 @@ def test_a_request_is_drawn_as_it_is_alone(golden, name):
     engine.run()
     for ticket, (request, config) in zip(tickets, jobs, strict=True):
         together = engine.take(ticket)
-        (alone,) = generate(found.model, found.layout, [request], config, executor="eager")
+        (alone,) = generate(found.model, found.layout, [request], config, executor=executor)
         assert torch.equal(together.token_ids, alone.token_ids)
-        assert torch.allclose(together.log_probs, alone.log_probs, atol=1e-4)
+        tolerance = 0 if executor == "native" else 1e-4
+        assert torch.allclose(together.log_probs, alone.log_probs, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -304,12 +314,12 @@ def test_executors_say_what_they_do_not_know(golden, name):
         "llamagen_gpt_t2i": "it reads token ids, no features",
         "rar": r"decoder-only models .* not RAR",
     }
-    for executor in ("packed", "native", "cuda_graph"):
+    for executor in ("packed", "cuda_graph"):
         if name in reasons:
             with pytest.raises(InputError, match=reasons[name]):
                 make_executor(found.model, executor)
     chosen = make_executor(found.model, num_steps=1).name
-    assert chosen == "eager" if name in reasons else chosen in ("packed", "native")
+    assert chosen in ("native", "eager" if name in reasons else "packed")
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -90,6 +90,9 @@ class DecoderOnlyConfig:
         return config_of(cls, content, where)
 
 
+NO_FEATURES = "a row of this model begins with features; state.begin(row, features) gives them."
+
+
 class FeatureProjection(nn.Module):
     """Features to the transformer's width (LlamaGen, gpt.py, CaptionEmbedder), and those that stand for none given."""
 
@@ -257,7 +260,7 @@ class DecoderOnly(nn.Module):
         given = [state.conditions[row] for row in state.indices(rows)]
         starts = [state.lengths[row] for row in state.indices(rows)]
         if any(one is None for one in given):
-            raise ValueError("a row of this model begins with features; state.begin(row, features) gives them.")
+            raise ValueError(NO_FEATURES)
         held = [one for one in given if one is not None]
         features = None
         if bool((token_ids == FEATURE).any()):

@@ -23,6 +23,7 @@ from smalti.documents import config_of
 from smalti.models.base import Inputs, check_drawable, check_own_layout, inputs_of, last_of
 from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import DecodeState, Places, Rows
+from smalti.models.stored_weights import StoredLinear, StoredWeight, check_storable, storage_of, store_linears
 from smalti.models.transformer import Attention, FeedForward, Norm
 from smalti.sequences.layout import Layout, Slot
 from smalti.sequences.request import TokenSequence
@@ -31,6 +32,7 @@ from smalti.sequences.vocabulary import SPECIAL, Vocabulary
 PREFIX = 2
 """The start token and the label."""
 START = "<start>"
+BEGINNING = "a row begins with the start token and its label together."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,12 +157,30 @@ class RAR(nn.Module):
 
     @property
     def storage(self) -> str:
-        """How the weights are stored."""
-        return "float32"
+        """How the weights are stored, one of STORAGES."""
+        return storage_of(self)
 
     def store_weights(self, storage: str) -> None:
-        """Raises ValueError: its weights stay as they are."""
-        raise ValueError(f"weights {storage!r} are for decoder-only models; a RAR keeps its weights in float32.")
+        """Stores the matrices in fewer bits from now on, for generation and scoring alone; embeddings stay. Raises
+        ValueError unless the weights are float32 and not stored yet."""
+        check_storable(self, self.embed_tokens.weight.dtype, storage)
+        if storage == "float32":
+            return
+        self.requires_grad_(False)
+        store_linears(self, storage)
+
+    @property
+    def stored_head(self) -> StoredWeight | None:
+        return self.head.stored if isinstance(self.head, StoredLinear) else None
+
+    @property
+    def head_weight(self) -> Float[Tensor, "codes D"]:
+        return self.head.weight if self.stored_head is None else self.stored_head.expanded()
+
+    def position_table(self) -> Float[Tensor, "T D"]:
+        """What is added to the token at each place of a sequence in raster order."""
+        steps = torch.arange(self.config.transformer.max_length, device=self.device)
+        return self.positions.weight + self._told(self._raster_targets(steps))
 
     @property
     def num_parameters(self) -> int:
@@ -214,7 +234,7 @@ class RAR(nn.Module):
         indices = state.indices(rows)
         fresh = [i for i, row in enumerate(indices) if state.lengths[row] == 0]
         if fresh and min([T] if counts is None else [counts[i] for i in fresh]) < PREFIX:
-            raise ValueError("a row begins with the start token and its label together.")
+            raise ValueError(BEGINNING)
         for i in fresh:
             state.conditions[indices[i]] = self.embed_tokens(token_ids[i, 1])
         labels = torch.stack([self._label(state, row) for row in indices])[:, None]
@@ -224,22 +244,37 @@ class RAR(nn.Module):
         state.advance(rows, counts_or_all)
         return hidden
 
+    def begin(self, state: DecodeState, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        """Gives rows that begin their label. Raises ValueError as `extend` does."""
+        for row, new in zip(rows, tokens, strict=True):
+            if state.lengths[row] == 0:
+                if len(new) < PREFIX:
+                    raise ValueError(BEGINNING)
+                state.conditions[row] = self.embed_tokens.weight[new[1]]
+
     def can_score(self, slot: Slot) -> bool:
         return all(end <= self.config.codebook_size for _, end in slot.ranges)
 
-    def logits(self, hidden: Float[Tensor, "... D"], slot: Slot | None = None) -> Float[Tensor, "... n"]:
-        if slot is None:
-            codes = F.linear(hidden, self.head.weight, self.head.bias)
-            return F.pad(codes, (0, self.vocab_size - codes.shape[-1]), value=-torch.inf)
+    def head_rows(self, slot: Slot) -> tuple[tuple[int, int], ...]:
+        """The rows of the head that score a slot's ids. Raises ValueError if it has none for some of them."""
         if not self.can_score(slot):
             raise ValueError(f"a RAR scores codes alone, ids 0..{self.config.codebook_size - 1}, not {slot.ranges}.")
-        rows = [slice(start, end) for start, end in slot.ranges]
-        weight, bias = (torch.cat([whole[part] for part in rows]) for whole in (self.head.weight, self.head.bias))
-        return F.linear(hidden, weight, bias)
+        return slot.ranges
+
+    def logits(self, hidden: Float[Tensor, "... D"], slot: Slot | None = None) -> Float[Tensor, "... n"]:
+        if slot is None:
+            codes = self.head(hidden)
+            return F.pad(codes, (0, self.vocab_size - codes.shape[-1]), value=-torch.inf)
+        rows = [slice(start, end) for start, end in self.head_rows(slot)]
+        weight, bias = (torch.cat([whole[part] for part in rows]) for whole in (self.head_weight, self.head.bias))
+        return F.linear(hidden, weight.to(hidden.dtype), bias)
 
     def _raster_targets(self, steps: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         told = (steps > 0) & (steps + 1 < self.config.transformer.max_length)
         return torch.where(told, steps + 1, -1)
+
+    def _told(self, targets: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
+        return self.target_positions(targets.clamp(min=0)).where(targets[..., None] >= 0, 0)
 
     def _label(self, state: DecodeState, row: int) -> Float[Tensor, " D"]:
         label = state.conditions[row]
@@ -255,8 +290,7 @@ class RAR(nn.Module):
         labels: Float[Tensor, "B 1 D"],
         places: Places | None = None,
     ) -> Float[Tensor, "B T D"]:
-        told = self.target_positions(targets.clamp(min=0)).where(targets[..., None] >= 0, 0)
-        x = self.embed_tokens(token_ids) + self.positions(positions) + told
+        x = self.embed_tokens(token_ids) + self.positions(positions) + self._told(targets)
         modulating = labels + self.steps(steps)
         mask = None if places is None else places.mask()
         for layer, block in enumerate(self.blocks):

@@ -208,6 +208,7 @@ struct Norm {
 struct Layer {
     Norm attention_norm, q_norm, k_norm, feed_forward_norm, cross_norm;  // no cross_norm: no cross-attention
     Matrix qkv, out, up, down, cross_q, cross_out;
+    Matrix modulation;  // (6 D, D), where a label and the token's number modulate the blocks (adaLN); or no weight
 };
 
 // What an encoder made of a row's text.
@@ -224,7 +225,9 @@ struct Model {
     long vocab_size, num_layers, width, num_heads, kv_heads, head_width, wide, feed_forward, positions;
     const float* embedding;  // (V, D)
     const float* table;      // (max_length, D), or (max_length, head_width / 2, 2) cosines and sines
+    const float* steps;      // (max_length, D): added to a row's label where blocks are modulated; else null
     Norm norm;
+    Matrix modulation;  // (2 D, D), of the last norm
     const Layer* layers;
 };
 
@@ -232,7 +235,9 @@ struct Model {
 struct Batch {
     long size, num_tokens;
     const long* token_ids;  // (num_tokens)
-    const long* slots;      // (num_tokens): where each goes in its row of the state, and which position it has
+    const long* slots;      // (num_tokens): where each goes in its row of the state
+    const long* positions;  // (num_tokens)
+    const float* const* vectors;  // (num_tokens): what stands in place of the token's embedding, or null; null: nothing
     const long* firsts;     // (size + 1): each row's first token, and num_tokens; null: one token each
     const long* rows;       // (size): which rows of the state they are
     long most_slots;        // filled in any of the rows, the new tokens included
@@ -240,6 +245,7 @@ struct Batch {
     float* const* values;
     long row_stride, head_stride;
     const Context* const* contexts;  // (size): what cross-attention sees of each row's text, where there is any
+    const float* const* labels;      // (size): the embedding of each row's label, where blocks are modulated
     long every;     // whether the hidden states of all tokens are wanted
     float* hidden;  // (size, D), of the last token of each row; or (num_tokens, D)
     float* workspace;
@@ -251,20 +257,24 @@ long padded(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 // What the rows hold on their way; a thread's own part behind what all of them share.
 struct Workspace {
-    long width, qkv_width, attended_width, wide, own;
-    float *x, *qkv, *attended, *up, *owned;
+    long width, qkv_width, attended_width, wide, modulating_width, modulated_width, own;
+    float *x, *qkv, *attended, *up, *modulating, *modulated, *owned;
 
     Workspace(const Model& model, long rows, long slots, float* memory)
         : width(padded(model.width)),
           qkv_width(padded((model.num_heads + 2 * model.kv_heads) * model.head_width)),
           attended_width(padded(model.num_heads * model.head_width)),
           wide(padded(model.wide)),
+          modulating_width(model.steps ? width : 0),
+          modulated_width(model.steps ? padded(6 * model.width) : 0),
           own(rows * width + padded(slots)),
           x(memory),
           qkv(x + rows * width),
           attended(qkv + rows * qkv_width),
           up(attended + rows * attended_width),
-          owned(up + rows * wide) {}
+          modulating(up + rows * wide),
+          modulated(modulating + rows * modulating_width),
+          owned(modulated + rows * modulated_width) {}
 
     long floats(int threads) const { return owned - x + threads * own; }
 };
@@ -341,12 +351,33 @@ void embed(const Model& model, const Batch& batch, const Workspace& space, const
     const smalti::Share share = crew.part(tokens_of(batch, crew));
     for (long t = share.begin; t < share.end; ++t) {
         float* x = space.x + t * space.width;
-        memcpy(x, model.embedding + batch.token_ids[t] * model.width, sizeof(float) * model.width);
+        const float* given = batch.vectors ? batch.vectors[t] : nullptr;
+        memcpy(x, given ? given : model.embedding + batch.token_ids[t] * model.width, sizeof(float) * model.width);
         if (model.positions == ADDED) {
-            const float* added = model.table + batch.slots[t] * model.width;
+            const float* added = model.table + batch.positions[t] * model.width;
             for (long i = 0; i < model.width; ++i) x[i] += added[i];
         }
     }
+}
+
+// silu(label + step) of each token.
+void modulate(const Model& model, const Batch& batch, const Workspace& space, const Crew& crew) {
+    const smalti::Share share = crew.part(crew.batch);
+    for (long b = share.begin; b < share.end; ++b)
+        for (long t = batch.first(b); t < batch.first(b + 1); ++t) {
+            const float* step = model.steps + batch.positions[t] * model.width;
+            float* y = space.modulating + t * space.modulating_width;
+            for (long i = 0; i < model.width; ++i) y[i] = batch.labels[b][i] + step[i];
+            for (long i = 0; i < space.modulating_width; i += LANES) {  // what fills the row up is not read
+                const Vector x = load(y + i);
+                store(y + i, x / (1.0f + smalti::exp(-x)));
+            }
+        }
+}
+
+// y = y (1 + scale) + shift
+void shift_and_scale(float* y, const float* shift, const float* scale, long n) {
+    for (long i = 0; i < n; ++i) y[i] = y[i] * (1 + scale[i]) + shift[i];
 }
 
 void rotate(float* x, const float* table, long width) {
@@ -414,7 +445,7 @@ void attend_head(const Model& model, const Batch& batch, const Workspace& space,
             float* x = i < group ? q + i * width : k;
             const Norm& norm = i < group ? q_norm : k_norm;
             if (norm.weight) norm.apply(x, x, width);
-            if (model.positions == ROTARY) rotate(x, model.table + slot * width, width);
+            if (model.positions == ROTARY) rotate(x, model.table + batch.positions[t] * width, width);
         }
         memcpy(keys + slot * width, k, sizeof(float) * width);
         memcpy(values + slot * width, v, sizeof(float) * width);
@@ -460,22 +491,41 @@ void run_layer(const Model& model, const Batch& batch, const Workspace& space, c
     const Layer& layer = model.layers[index];
     const smalti::Share rows = tokens_of(batch, crew);
     float *normed = own, *scores = own + batch.num_tokens * space.width;
-    auto normalise = [&](const Norm& norm) {  // each thread all rows: cheaper than to wait for one another
-        for (long r = rows.begin; r < rows.end; ++r)
-            norm.apply(space.x + r * space.width, normed + r * space.width, model.width);
+    // Of what a row is modulated by: shift, scale and gate of attention, then those of the feed-forward.
+    auto modulated = [&](long r, long which) {
+        return space.modulated + r * space.modulated_width + which * model.width;
+    };
+    auto normalise = [&](const Norm& norm, long shift) {  // each thread all rows: cheaper than to wait for one another
+        for (long r = rows.begin; r < rows.end; ++r) {
+            float* y = normed + r * space.width;
+            norm.apply(space.x + r * space.width, y, model.width);
+            if (model.steps) shift_and_scale(y, modulated(r, shift), modulated(r, shift + 1), model.width);
+        }
     };
     auto product = [&](const Matrix& matrix, const float* x, long stride, const auto& use) {
         multiply(matrix, x, stride, rows, crew.part(matrix.num_panels()), use);
         crew.wait();
     };
+    long gate = 2;
     auto add_to_x = [&](long r, long panel, const float* sums) {
         float* x = space.x + r * space.width + panel * PANEL;
-        for (int i = 0; i < PANEL; ++i) x[i] += sums[i];
+        if (model.steps) {
+            const long left = model.width - panel * PANEL;
+            const float* share = modulated(r, gate) + panel * PANEL;
+            for (long i = 0; i < (left < PANEL ? left : PANEL); ++i) x[i] += share[i] * sums[i];
+        } else {
+            for (int i = 0; i < PANEL; ++i) x[i] += sums[i];
+        }
     };
     auto write_qkv = [&](long r, long panel, const float* sums) {
         memcpy(space.qkv + r * space.qkv_width + panel * PANEL, sums, sizeof(float) * PANEL);
     };
-    normalise(layer.attention_norm);
+    if (model.steps)
+        product(layer.modulation, space.modulating, space.modulating_width,
+                [&](long r, long panel, const float* sums) {
+                    memcpy(modulated(r, 0) + panel * PANEL, sums, sizeof(float) * PANEL);
+                });
+    normalise(layer.attention_norm, 0);
     product(layer.qkv, normed, space.width, write_qkv);
     const smalti::Share heads = crew.part((crew.batch.end - crew.batch.begin) * model.kv_heads);
     for (long i = heads.begin; i < heads.end; ++i)
@@ -483,7 +533,7 @@ void run_layer(const Model& model, const Batch& batch, const Workspace& space, c
     crew.wait();
     product(layer.out, space.attended, space.attended_width, add_to_x);
     if (layer.cross_norm.weight) {
-        normalise(layer.cross_norm);
+        normalise(layer.cross_norm, 0);
         product(layer.cross_q, normed, space.width, write_qkv);
         const smalti::Share text_heads = crew.part((crew.batch.end - crew.batch.begin) * model.num_heads);
         for (long i = text_heads.begin; i < text_heads.end; ++i)
@@ -492,7 +542,8 @@ void run_layer(const Model& model, const Batch& batch, const Workspace& space, c
         crew.wait();
         product(layer.cross_out, space.attended, space.attended_width, add_to_x);
     }
-    normalise(layer.feed_forward_norm);
+    normalise(layer.feed_forward_norm, 3);
+    gate = 5;
     const long step = model.feed_forward == SWIGLU ? PANEL / 2 : PANEL;
     product(layer.up, normed, space.width, [&](long r, long panel, const float* sums) {
         activate(model.feed_forward, sums, space.up + r * space.wide + panel * step);
@@ -628,13 +679,25 @@ int decode(const Model* model, const Batch* batch, int num_threads) {
     const Workspace space(*model, batch->num_tokens, batch->most_slots, batch->workspace);
     in_crews(batch->size, num_threads, [&](const Crew& crew, int rank) {
         embed(*model, *batch, space, crew);
+        if (model->steps) modulate(*model, *batch, space, crew);
         crew.wait();
         for (long layer = 0; layer < model->num_layers; ++layer)
             run_layer(*model, *batch, space, crew, space.owned + rank * space.own, layer);
+        if (model->steps) {
+            multiply(model->modulation, space.modulating, space.modulating_width, tokens_of(*batch, crew),
+                     crew.part(model->modulation.num_panels()), [&](long r, long panel, const float* sums) {
+                         memcpy(space.modulated + r * space.modulated_width + panel * PANEL, sums,
+                                sizeof(float) * PANEL);
+                     });
+            crew.wait();
+        }
         const smalti::Share share = crew.part(batch->every ? tokens_of(*batch, crew) : crew.batch);
         for (long i = share.begin; i < share.end; ++i) {
             const long token = batch->every ? i : batch->first(i + 1) - 1;
-            model->norm.apply(space.x + token * space.width, batch->hidden + i * model->width, model->width);
+            float* hidden = batch->hidden + i * model->width;
+            model->norm.apply(space.x + token * space.width, hidden, model->width);
+            const float* scale = space.modulated + token * space.modulated_width;
+            if (model->steps) shift_and_scale(hidden, scale + model->width, scale, model->width);
         }
     });
     return 0;

@@ -5,9 +5,9 @@ Letters: R rows, `tokens` those of all rows together, D model width, n the ids o
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int, c_long, c_void_p
-from itertools import accumulate, chain
+from itertools import accumulate, chain, repeat
 from operator import add
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,18 +17,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti import native
-from smalti.engine.executors.base import Draws, Eager
+from smalti.engine.executors.base import Draws, Eager, unknown_blocks
 from smalti.engine.executors.packed import MOST_PACKED_BYTES, why_no_copy
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
 from smalti.models.base import SequenceModel
 from smalti.models.config import FEED_FORWARDS
 from smalti.models.decode_state import DecodeState, Rows
-from smalti.models.decoder_only import DecoderOnly
+from smalti.models.decoder_only import NO_FEATURES, DecoderOnly
 from smalti.models.encoder_decoder import EncoderDecoder
+from smalti.models.rar import RAR, AdaptiveBlock
 from smalti.models.stored_weights import STORAGES, StoredLinear, StoredWeight
 from smalti.models.transformer import Block, Context, Norm
 from smalti.sequences.layout import Slot
+from smalti.sequences.vocabulary import FEATURE
+
+Model = DecoderOnly | EncoderDecoder | RAR
 
 FEED_FORWARD_CODES = {name: code for code, name in enumerate(FEED_FORWARDS)}
 MOST_ROWS = 1024
@@ -52,7 +56,7 @@ class _Matrix(Structure):
 
 class _Layer(Structure):
     _fields_ = [(name, _Norm) for name in ("attention_norm", "q_norm", "k_norm", "feed_forward_norm", "cross_norm")]
-    _fields_ += [(name, _Matrix) for name in ("qkv", "out", "up", "down", "cross_q", "cross_out")]
+    _fields_ += [(name, _Matrix) for name in ("qkv", "out", "up", "down", "cross_q", "cross_out", "modulation")]
 
 
 class _Context(Structure):
@@ -62,14 +66,15 @@ class _Context(Structure):
 class _Model(Structure):
     _fields_ = [(name, c_long) for name in ("vocab_size", "num_layers", "width", "num_heads", "kv_heads")]
     _fields_ += [(name, c_long) for name in ("head_width", "wide", "feed_forward", "positions")]
-    _fields_ += [("embedding", c_void_p), ("table", c_void_p), ("norm", _Norm), ("layers", POINTER(_Layer))]
+    _fields_ += [("embedding", c_void_p), ("table", c_void_p), ("steps", c_void_p)]
+    _fields_ += [("norm", _Norm), ("modulation", _Matrix), ("layers", POINTER(_Layer))]
 
 
 class _Batch(Structure):
     _fields_ = [("size", c_long), ("num_tokens", c_long)]
-    _fields_ += [(name, c_void_p) for name in ("token_ids", "slots", "firsts", "rows")]
+    _fields_ += [(name, c_void_p) for name in ("token_ids", "slots", "positions", "vectors", "firsts", "rows")]
     _fields_ += [("most_slots", c_long), ("keys", c_void_p), ("values", c_void_p), ("row_stride", c_long)]
-    _fields_ += [("head_stride", c_long), ("contexts", c_void_p), ("every", c_long)]
+    _fields_ += [("head_stride", c_long), ("contexts", c_void_p), ("labels", c_void_p), ("every", c_long)]
     _fields_ += [("hidden", c_void_p), ("workspace", c_void_p)]
 
 
@@ -104,31 +109,41 @@ class Native(Eager):
 
     @classmethod
     def why_not(cls, model: SequenceModel, num_steps: int | None = None) -> list[str]:
-        reasons = why_no_copy(model, {torch.float32}, STORAGES, reads_encoders=True)
-        if isinstance(model, DecoderOnly | EncoderDecoder) and _weight_bytes(model) > MOST_PACKED_BYTES:
+        if not isinstance(model, Model):
+            return [f"it knows decoder-only models, encoder-decoders and RAR, not {type(model).__name__}"]
+        reasons = _unknown_parts(model) + why_no_copy(model, {torch.float32}, STORAGES)
+        if sum(parameter.nbytes for parameter in model.parameters()) > MOST_PACKED_BYTES:
             reasons.append(f"the weights take more than {MOST_PACKED_BYTES} bytes")
         build = num_steps is None or num_steps >= STEPS_THAT_REPAY_COMPILING
         if not reasons and load(build=build) is None:
             reasons.append(MISSING)
         return reasons
 
-    model: DecoderOnly | EncoderDecoder
+    model: Model
 
-    def __init__(self, model: DecoderOnly | EncoderDecoder):
+    def __init__(self, model: Model):
         super().__init__(model)
         library = load()
         if library is None:
             raise InputError(MISSING)
         self.library = library
         self.kept: list[Tensor] = []  # what the structures point to
-        if isinstance(model, EncoderDecoder):
-            transformer, embedding, table = model.decoder, model.embed_codes.weight, model.position_table()
+        steps = None
+        if isinstance(model, RAR):
+            config, blocks, embedding = model.config.transformer, model.blocks, model.embed_tokens.weight
+            table, steps = model.position_table(), model.steps.weight
+            ones = torch.ones(config.d_model)  # scale and shift of the last norm are modulated alone
+            norm = _Norm(self._address(ones), self._address(torch.zeros_like(ones)), config.norm_eps)
         else:
-            transformer, embedding = model.transformer, model.embed_tokens.weight
-            learned = transformer.config.positions == "learned"
-            table = transformer.positions.weight if learned else getattr(transformer, "table", None)
-        self.config = config = transformer.config
-        kind = "learned" if isinstance(model, EncoderDecoder) else config.positions
+            if isinstance(model, EncoderDecoder):
+                transformer, embedding, table = model.decoder, model.embed_codes.weight, model.position_table()
+            else:
+                transformer, embedding = model.transformer, model.embed_tokens.weight
+                learned = transformer.config.positions == "learned"
+                table = transformer.positions.weight if learned else getattr(transformer, "table", None)
+            config, blocks, norm = transformer.config, transformer.blocks, self._norm(transformer.norm)
+        self.config = config
+        kind = config.positions if isinstance(model, DecoderOnly) else "learned"
         self.fields = _Model(
             vocab_size=len(embedding),
             num_layers=config.num_layers,
@@ -141,9 +156,14 @@ class Native(Eager):
             positions=POSITION_CODES[kind],
             embedding=self._address(embedding),
             table=self._address(table),
-            norm=self._norm(transformer.norm),
-            layers=(_Layer * config.num_layers)(*map(self._layer, transformer.blocks)),  # type: ignore[arg-type]
+            steps=self._address(steps),
+            norm=norm,
+            modulation=self._linear(model.modulation) if isinstance(model, RAR) else _Matrix(),
+            layers=(_Layer * config.num_layers)(*map(self._layer, blocks)),  # type: ignore[arg-type]
         )
+        self.projection: tuple[_Matrix, _Matrix] | None = None
+        if isinstance(model, DecoderOnly) and model.num_features:
+            self.projection = self._linear(model.features.first), self._linear(model.features.second)
         self.heads: dict[Slot | None, _Head] = {}
         self.bound: _BoundState | None = None
         self.workspace = self.draw_workspace = torch.empty(0)
@@ -154,6 +174,8 @@ class Native(Eager):
             self.bound = _BoundState(state)
         if isinstance(self.model, EncoderDecoder):
             tokens = [self.model.decoder_ids(new) for new in self.model.begin(state, indices, tokens)]
+        elif isinstance(self.model, RAR):
+            self.model.begin(state, indices, tokens)
         counts = list(map(len, tokens))
         columns = max(1, MOST_ROWS // len(indices))
         if max(counts) <= columns:
@@ -175,6 +197,8 @@ class Native(Eager):
             before = [len(new) - len(left) for new, left in zip(tokens, begun, strict=True)]
             parts = hidden.split(list(map(len, begun)))
             return torch.cat([F.pad(part, (0, 0, given, 0)) for part, given in zip(parts, before, strict=True)])
+        if isinstance(self.model, RAR):
+            self.model.begin(state, indices, tokens)
         return self._run_all(state, indices, tokens)
 
     def _run_all(
@@ -188,15 +212,11 @@ class Native(Eager):
 
     def logits(self, hidden: Float[Tensor, "R D"], slot: Slot | None = None) -> Float[Tensor, "R n"]:
         """What they take of the head is packed once."""
-        if slot is None and isinstance(self.model, EncoderDecoder):
+        if slot is None and not isinstance(self.model, DecoderOnly):
             return self.model.logits(hidden)
         if slot is None and isinstance(self.model, DecoderOnly) and self.model.config.head_ranges is not None:
             return self.model.spread(self.logits(hidden, self.model.config.head_slot))
-        matrix, hidden = self._head(slot).matrix, hidden.contiguous()
-        R, D = hidden.shape
-        logits = torch.empty(R, matrix.outputs)
-        self.library.head(byref(matrix), hidden.data_ptr(), D, R, logits.data_ptr(), torch.get_num_threads())
-        return logits
+        return self._product(self._head(slot).matrix, hidden)
 
     def draw(
         self,
@@ -254,40 +274,71 @@ class Native(Eager):
         if len(token_ids) > len(counts):
             slots = array("q", chain.from_iterable(map(range, lengths, ends)))
             firsts = array("q", accumulate(counts, initial=0))
-        rows, threads = array("q", indices), torch.get_num_threads()
-        contexts = None
+        rows, threads, widest = array("q", indices), torch.get_num_threads(), most
+        positions, vectors, contexts, labels = slots, None, None, None
         if self.config.cross_attention:
             found = [self.bound.context(state.conditions[row]) for row in indices]
             contexts = array("q", map(ctypes.addressof, found))
             widest = max(most, *(one.length for one in found))
-        else:
-            widest = most
+        elif isinstance(self.model, RAR):
+            labels = array("q", (state.conditions[row].data_ptr() for row in indices))
+        elif self.projection is not None:
+            assert isinstance(self.model, DecoderOnly)
+            given = [self.bound.features(state.conditions[row], self._project) for row in indices]
+            ahead = chain.from_iterable(
+                repeat(self.model.num_features - len(one), n) for one, n in zip(given, counts, strict=True)
+            )
+            positions = array("q", map(add, slots, ahead))
+            if FEATURE in token_ids:
+                of_tokens = chain.from_iterable(repeat(one, n) for one, n in zip(given, counts, strict=True))
+                vectors = array("q", bytes(8 * len(token_ids)))
+                for i, (features, slot) in enumerate(zip(of_tokens, slots, strict=True)):
+                    if token_ids[i] == FEATURE:
+                        token_ids[i], vectors[i] = 0, features[slot].data_ptr()
         needed = self.library.workspace_floats(byref(self.fields), len(token_ids), widest, threads)
         if len(self.workspace) < needed:
             self.workspace = torch.empty(needed)
         hidden = torch.empty(len(token_ids) if every else len(counts), self.fields.width)
         batch = self.bound.batch
         batch.size, batch.num_tokens, batch.most_slots = len(counts), len(token_ids), widest
-        batch.contexts = None if contexts is None else _address(contexts)
-        batch.token_ids, batch.slots, batch.rows = map(_address, (token_ids, slots, rows))
-        batch.firsts = None if firsts is None else _address(firsts)
+        batch.token_ids, batch.slots, batch.positions, batch.rows = map(_address, (token_ids, slots, positions, rows))
+        batch.firsts, batch.vectors, batch.contexts, batch.labels = (
+            None if given is None else _address(given) for given in (firsts, vectors, contexts, labels)
+        )
         batch.every, batch.hidden, batch.workspace = every, hidden.data_ptr(), self.workspace.data_ptr()
         if self.library.decode(byref(self.fields), byref(batch), threads):
             raise IndexError(f"a token id is outside 0..{self.fields.vocab_size - 1}.")
         state.advance(indices, counts)
         return hidden
 
+    def _product(self, matrix: _Matrix, x: Float[Tensor, "R k"]) -> Float[Tensor, "R n"]:
+        """A row's sums are the same whatever rows stand beside it."""
+        x = x.contiguous()
+        R, k = x.shape
+        y = torch.empty(R, matrix.outputs)
+        self.library.head(byref(matrix), x.data_ptr(), k, R, y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def _project(self, features: Float[Tensor, "n C"]) -> Float[Tensor, "n D"]:
+        """As `FeatureProjection` does, but the same to the last bit on any number of threads."""
+        assert self.projection is not None
+        first, second = self.projection
+        x = self._product(first, features.float())
+        x = torch.stack([F.gelu(row, approximate="tanh") for row in x])  # a row alone is one thread's
+        return self._product(second, x)
+
     def _head(self, slot: Slot | None) -> "_Head":
         if slot not in self.heads:
             weight: StoredWeight | Tensor = self.model.stored_head or self.model.head_weight
+            bias = self.model.head.bias if isinstance(self.model, RAR) else None
             num_rows = len(weight.values if isinstance(weight, StoredWeight) else weight)
             ids = ((0, num_rows),) if slot is None else slot.ranges
             rows = ids if slot is None else self.model.head_rows(slot)
-            matrix = self._matrix(weight, rows=rows)
+            matrix = self._matrix(weight, bias, rows=rows)
             self.heads[slot] = _Head(matrix, torch.cat([torch.arange(start, end) for start, end in ids]))
         return self.heads[slot]
 
-    def _layer(self, block: Block) -> _Layer:
+    def _layer(self, block: Block | AdaptiveBlock) -> _Layer:
         attention, feed_forward = block.attention, block.feed_forward
         return _Layer(
             attention_norm=self._norm(block.attention_norm),
@@ -295,14 +346,15 @@ class Native(Eager):
             k_norm=self._norm(getattr(attention, "k_norm", None)),
             feed_forward_norm=self._norm(block.feed_forward_norm),
             **self._cross_attention(block),
+            modulation=self._linear(block.modulation) if isinstance(block, AdaptiveBlock) else _Matrix(),
             qkv=self._linear(attention.qkv),
             out=self._linear(attention.out),
             up=self._linear(feed_forward.up, gated=feed_forward.kind == "swiglu"),
             down=self._linear(feed_forward.down),
         )
 
-    def _cross_attention(self, block: Block) -> dict[str, Structure]:
-        if not self.config.cross_attention:
+    def _cross_attention(self, block: Block | AdaptiveBlock) -> dict[str, Structure]:
+        if isinstance(block, AdaptiveBlock) or not self.config.cross_attention:
             return {}
         cross = block.cross_attention
         return {
@@ -333,7 +385,7 @@ class Native(Eager):
         storage, scales = (weight.storage, weight.scales) if stored else ("float32", None)
         values = _rows_of((weight.values if stored else weight).detach(), rows)
         scales = None if scales is None else _rows_of(scales, rows)
-        bias = None if bias is None else bias.detach().contiguous()
+        bias = None if bias is None else _rows_of(bias.detach(), rows)
         n, k = values.shape
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in (values, bias, scales)]
         matrix = _Matrix(*addresses, k, n, gated, STORAGES.index(storage))
@@ -363,8 +415,15 @@ def _rows_of(tensor: Tensor, ranges: tuple[tuple[int, int], ...] | None) -> Tens
     return torch.cat([tensor[start:end] for start, end in ranges])
 
 
-def _weight_bytes(model: DecoderOnly | EncoderDecoder) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
+def _unknown_parts(model: Model) -> list[str]:
+    """What of a model this executor does not know, in words."""
+    if isinstance(model, RAR):
+        return []
+    if isinstance(model, DecoderOnly):
+        return unknown_blocks(model.config.transformer)
+    local = model.config.local_kernel is not None
+    reasons = ["it has no convolution-shaped attention (local_kernel)"] if local else []
+    return reasons + unknown_blocks(model.config.decoder)
 
 
 def _address(numbers: array) -> int:
@@ -372,11 +431,12 @@ def _address(numbers: array) -> int:
 
 
 class _BoundState:
-    """Where the keys and values of a state lie, and those of what its rows' texts were encoded to."""
+    """Where the keys and values of a state lie, and what its rows are conditioned on as the library reads it."""
 
     def __init__(self, state: DecodeState):
         self.state = state
         self.contexts: dict[int, tuple[Context, _Context, list[Any]]] = {}
+        self.projected: dict[int, tuple[Tensor, Float[Tensor, "n D"]]] = {}
         self.addresses = [(c_void_p * len(state.both))(*(both[i].data_ptr() for both in state.both)) for i in range(2)]
         row_stride, head_stride, slot_stride, channel_stride = state.keys(0).stride()
         assert (slot_stride, channel_stride) == (state.keys(0).shape[3], 1)
@@ -388,13 +448,27 @@ class _BoundState:
         )
 
     def context(self, context: Context) -> _Context:
-        """As the library reads it. What is kept here is alive, so that no other can have its number."""
+        """What is kept here is alive, so that no other can have its number."""
         if id(context) not in self.contexts:
-            while len(self.contexts) > 2 * self.state.capacity:
-                del self.contexts[next(iter(self.contexts))]
+            self._forget_oldest(self.contexts)
             both = [
                 (c_void_p * len(part))(*(one.data_ptr() for one in part)) for part in (context.keys, context.values)
             ]
             fields = _Context(context.keys[0].shape[2], *map(ctypes.addressof, both))
             self.contexts[id(context)] = context, fields, both
         return self.contexts[id(context)][1]
+
+    def features(
+        self, features: Float[Tensor, "n C"] | None, project: Callable[[Tensor], Float[Tensor, "n D"]]
+    ) -> Float[Tensor, "n D"]:
+        """A row's features as wide as the model. Raises ValueError where there are none."""
+        if features is None:
+            raise ValueError(NO_FEATURES)
+        if id(features) not in self.projected:
+            self._forget_oldest(self.projected)
+            self.projected[id(features)] = features, project(features)
+        return self.projected[id(features)][1]
+
+    def _forget_oldest(self, held: dict[int, Any]) -> None:
+        while len(held) > 2 * self.state.capacity:
+            del held[next(iter(held))]

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from smalti.engine.executors.base import Eager, filled_up_on_the_right, unknown_blocks, why_not_plain
+from smalti.engine.executors.base import Eager, filled_up_on_the_right, why_not_plain
 from smalti.engine.executors.products import (
     QUERIES,
     attention_agrees,
@@ -40,6 +40,7 @@ from smalti.models.base import SequenceModel
 from smalti.models.decode_state import SLOT_BLOCK, DecodeState, Rows
 from smalti.models.decoder_only import DecoderOnly
 from smalti.models.encoder_decoder import EncoderDecoder
+from smalti.models.rar import RAR
 from smalti.models.stored_weights import StoredWeight
 from smalti.models.transformer import Block, Norm
 from smalti.sequences.layout import Slot
@@ -53,21 +54,11 @@ GRAIN = 2**15
 
 
 def why_no_copy(
-    model: SequenceModel,
-    dtypes: set[torch.dtype],
-    storages: tuple[str, ...] = ("float32",),
-    *,
-    reads_encoders: bool = False,
+    model: DecoderOnly | EncoderDecoder | RAR, dtypes: set[torch.dtype], storages: tuple[str, ...] = ("float32",)
 ) -> list[str]:
-    """What keeps an executor for CPUs that copies weights, of these dtypes and stored so, from a model, in words."""
-    if isinstance(model, EncoderDecoder) and reads_encoders:
-        local = model.config.local_kernel is not None
-        reasons = ["it has no convolution-shaped attention (local_kernel)"] if local else []
-        reasons += unknown_blocks(model.config.decoder)
-    elif isinstance(model, DecoderOnly):
-        reasons = why_not_plain(model)
-    else:
-        return why_not_plain(model)
+    """What keeps an executor for CPUs that copies weights, of these dtypes and stored so, from a model that it knows,
+    in words."""
+    reasons = []
     if model.device.type != "cpu":
         reasons.append(f"the model is on {model.device}, not on a CPU")
     if model.storage not in storages:
@@ -90,7 +81,10 @@ class Packed(Eager):
 
     @classmethod
     def why_not(cls, model: SequenceModel, num_steps: int | None = None) -> list[str]:
-        return why_no_copy(model, {torch.float32, torch.float64})
+        reasons = why_not_plain(model)
+        if isinstance(model, DecoderOnly):
+            reasons += why_no_copy(model, {torch.float32, torch.float64})
+        return reasons
 
     model: DecoderOnly
 
