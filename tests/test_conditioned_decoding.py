@@ -1,5 +1,5 @@
 """Models with a condition beside their tokens on the native executor, of widths around those of vectors: RAR, whose
-label modulates every block, and LlamaGen's form that begins with features."""
+label modulates every block, LlamaGen's form that begins with features, and Janus, whose codes pass an MLP."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from smalti.engine.generate import Request, generate
 from smalti.engine.sampling import SampleConfig
 from smalti.models.config import LLAMAGEN, TransformerConfig
 from smalti.models.decoder_only import DecoderOnly, new_model
+from smalti.models.janus import Janus, JanusConfig
 from smalti.models.rar import RAR, RARConfig
 from smalti.models.stored_weights import STORAGES, StoredLinear
 from smalti.sequences.layout import Layout, Slot
@@ -41,6 +42,29 @@ def featured(width: int, heads: int, wide: int) -> DecoderOnly:
         num_layers=2, d_model=width, num_heads=heads, d_ff=wide, max_length=18, grid=(3, 4), prefix_length=6, **LLAMAGEN
     )
     return new_model(FEATURED, shape, feature_width=9).eval()
+
+
+def janus(width: int, heads: int, wide: int) -> Janus:
+    torch.manual_seed(0)
+    shape = TransformerConfig(
+        num_layers=2, d_model=width, num_heads=heads, d_ff=wide, max_length=30, norm="rms", feed_forward="swiglu",
+        bias=False, positions="rotary",
+    )  # fmt: skip
+    sizes = {"text_size": 50, "start_id": 48, "codebook_size": CODES, "code_dim": 5, "num_codes": LENGTH, "max_text": 8}
+    model = Janus(JanusConfig(head_width=width + 3, aligner_depth=3, transformer=shape, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.7 / parameter.shape[1] ** 0.5)
+    return model
+
+
+def prompted(num: int) -> list[Request]:
+    def of(seed: int, ids: list[int], null: Request | None = None) -> Request:
+        return Request(order="text to image", given={"text": torch.tensor(ids)}, null=null, seed=seed)
+
+    ids = [[(7 * seed + place) % 47 for place in range(1 + seed % 8)] for seed in range(num)]
+    return [of(seed, one, of(seed, [49] * len(one))) for seed, one in enumerate(ids)]
 
 
 def labelled(num: int) -> list[Request]:
@@ -116,12 +140,39 @@ def test_features_stand_where_they_stand_in_the_plain_model(size):
         native.extend(native.new_state(1), [0], [[FEATURE]])
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("size", WIDTHS)
-@pytest.mark.parametrize("kind", ["rar", "featured"])
+@torch.no_grad()
+def test_codes_of_a_janus_become_vectors_and_pass_a_head_of_two_layers(size, storage):
+    model = janus(*size)
+    model.store_weights(storage)
+    first, slot = model.config.first_code, Slot(((51, 60), (70, 92)))
+    prompts = [[3, 48, 50, first + 2], [50], [7, 8, 50, first, first + CODES - 1]]
+    found = []
+    for name in ("eager", "native"):
+        executor = make_executor(model, name)
+        state = executor.new_state(4)
+        rows = [2, 0, 3]
+        hidden = torch.cat((executor.extend_all(state, rows, prompts), executor.extend(state, [0], [[first + 5]])))
+        found.append((hidden, executor.logits(hidden, slot), executor.logits(hidden)))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=5e-5)
+    native = make_executor(model, "native")
+    with pytest.raises(IndexError, match="a token id is outside"):
+        native.extend(native.new_state(1), [0], [[first + CODES]])
+    with pytest.raises(ValueError, match="a Janus scores codes alone"):
+        native.logits(found[0][0], Slot(((0, 3),)))
+
+
+@pytest.mark.parametrize("size", WIDTHS)
+@pytest.mark.parametrize("kind", ["rar", "featured", "janus"])
 def test_pictures_do_not_depend_on_batch_and_threads_to_the_last_bit(kind, size):
-    model = rar(*size) if kind == "rar" else featured(*size)
-    layout = model.config.layout if isinstance(model, RAR) else FEATURED
-    requests = labelled(37) if isinstance(model, RAR) else captioned(model, 37)
+    if kind == "featured":
+        model, layout = featured(*size), FEATURED
+        requests = captioned(model, 37)
+    else:
+        model, requests = (rar(*size), labelled(37)) if kind == "rar" else (janus(*size), prompted(37))
+        layout = model.config.layout
     config, before, found = SampleConfig(guidance_scale=1.7, temperature=0.9), torch.get_num_threads(), []
     for threads, batch_size in [(1, 37), (2, 37), (1, 1), (2, 7)]:
         torch.set_num_threads(threads)

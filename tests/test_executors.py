@@ -324,7 +324,8 @@ def test_the_first_that_takes_the_job_is_chosen(native_kernels, monkeypatch):
     assert choose_executor(model) == "native"
     with torch.autocast("cpu", torch.bfloat16):
         assert choose_executor(model) == "eager"
-    monkeypatch.setattr(smalti.engine.executors.native, "MOST_PACKED_BYTES", 100)
+    monkeypatch.setattr(smalti.processor, "memory_bytes", lambda: 100)
+    assert "would take more than 25% of the memory" in EXECUTORS["native"].why_not(model)[0]
     assert choose_executor(model) == "packed"
     assert choose_executor(decoder_only(torch.float64)) == "packed"
     assert choose_executor(decoder_only(torch.bfloat16)) == "eager"

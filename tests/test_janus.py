@@ -123,11 +123,14 @@ def test_logits_and_pictures_are_those_of_transformers(imported, layout, shape):
     torch.testing.assert_close(pictures * 2 - 1, decoded, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("executor", ["eager", "native"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_greedy_guided_codes_are_those_of_the_plain_loop(imported, layout, shape):
+def test_greedy_guided_codes_are_those_of_the_plain_loop(imported, request, layout, shape, executor):
+    if executor == "native":
+        request.getfixturevalue("native_kernels")
     theirs, pipe = transformers_model(shape), Pipeline.load(imported(layout, shape))
-    found = pipe.generate_codes(PROMPTS, temperature=0)
+    found = pipe.generate_codes(PROMPTS, temperature=0, executor=executor)
     for prompt, codes in zip(PROMPTS, found, strict=True):
         assert codes.flatten().tolist() == greedy(theirs, prompt_ids(prompt), 5.0)
     unguided = pipe.generate_codes(PROMPTS[0], temperature=0, guidance_scale=1.0)
@@ -244,7 +247,7 @@ def test_the_bundle_keeps_what_every_bundle_promises(imported):
 def test_other_executors_refuse_it_by_name(imported):
     pipe = Pipeline.load(imported())
     for name, kind in EXECUTORS.items():
-        if name != "eager":
+        if name not in ("eager", "native"):
             assert any("not Janus" in reason for reason in kind.why_not(pipe.model))
             with pytest.raises(InputError, match="not Janus"):
                 pipe.generate_codes("a tile", executor=name)

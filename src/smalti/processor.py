@@ -9,6 +9,7 @@ says whether the first one took.
 import os
 import platform
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -45,6 +46,19 @@ def multiplies_bfloat16() -> bool:
 def torch_capability() -> str:
     """What torch's own kernels use, by its name for it: "AVX2", "AVX512", "DEFAULT" ..."""
     return torch.backends.cpu.get_cpu_capability()
+
+
+@cache
+def memory_bytes() -> int:
+    """What programs may use here: the machine's memory, or less if a control group (a container's, as a rule) says so.
+
+    Neither depends on what is in use.
+    """
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such group, or "max"
+            found.append(int(Path(file).read_text()))
+    return min(found)
 
 
 def separate_compile_cache() -> None:

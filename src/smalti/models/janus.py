@@ -23,7 +23,7 @@ from smalti.documents import config_of
 from smalti.models.base import Inputs, check_drawable, check_own_layout, inputs_of, last_of
 from smalti.models.config import TransformerConfig
 from smalti.models.decode_state import DecodeState, Rows
-from smalti.models.stored_weights import check_storable, storage_of, store_linears
+from smalti.models.stored_weights import StoredLinear, StoredWeight, check_storable, storage_of, store_linears
 from smalti.models.transformer import Transformer
 from smalti.sequences.layout import Layout, Slot
 from smalti.sequences.request import TokenSequence
@@ -227,22 +227,40 @@ class Janus(nn.Module):
         """`extend`, returning what predicts the token behind each of the new ones."""
         return self.transformer.extend(self._embedded(token_ids), state, rows, counts)
 
+    @property
+    def stored_head(self) -> StoredWeight | None:
+        """Of the head's last layer, as the next three."""
+        return self.head.second.stored if isinstance(self.head.second, StoredLinear) else None
+
+    @property
+    def head_weight(self) -> Float[Tensor, "codes H"]:
+        return self.head.second.weight if self.stored_head is None else self.stored_head.expanded()
+
+    @property
+    def head_bias(self) -> Float[Tensor, " codes"]:
+        return self.head.second.bias
+
+    def head_rows(self, slot: Slot) -> tuple[tuple[int, int], ...]:
+        """The rows that score a slot's ids. Raises ValueError if there are none for some of them."""
+        first = self.config.first_code
+        if not self.can_score(slot):
+            raise ValueError(
+                f"a Janus scores codes alone, ids {first}..{self.vocab_size - 1}, not {slot.ranges}: what is text it "
+                "was given."
+            )
+        return tuple((start - first, end - first) for start, end in slot.ranges)
+
     def can_score(self, slot: Slot) -> bool:
         return all(self.config.first_code <= start and end <= self.vocab_size for start, end in slot.ranges)
 
     def logits(self, hidden: Float[Tensor, "... D"], slot: Slot | None = None) -> Float[Tensor, "... n"]:
-        config = self.config
-        if slot is None:
-            return F.pad(self.head(hidden), (config.first_code, 0), value=-torch.inf)
-        if not self.can_score(slot):
-            raise ValueError(
-                f"a Janus scores codes alone, ids {config.first_code}..{self.vocab_size - 1}, not {slot.ranges}: what "
-                "is text it was given."
-            )
         scores = self.head(hidden)
-        if slot.size == config.codebook_size:
+        if slot is None:
+            return F.pad(scores, (self.config.first_code, 0), value=-torch.inf)
+        rows = self.head_rows(slot)
+        if slot.size == self.config.codebook_size:
             return scores
-        return torch.cat([scores[..., a - config.first_code : b - config.first_code] for a, b in slot.ranges], dim=-1)
+        return torch.cat([scores[..., start:end] for start, end in rows], dim=-1)
 
 
 def _init_weights(module: nn.Module) -> None:

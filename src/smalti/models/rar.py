@@ -177,6 +177,10 @@ class RAR(nn.Module):
     def head_weight(self) -> Float[Tensor, "codes D"]:
         return self.head.weight if self.stored_head is None else self.stored_head.expanded()
 
+    @property
+    def head_bias(self) -> Float[Tensor, " codes"]:
+        return self.head.bias
+
     def position_table(self) -> Float[Tensor, "T D"]:
         """What is added to the token at each place of a sequence in raster order."""
         steps = torch.arange(self.config.transformer.max_length, device=self.device)
@@ -266,7 +270,7 @@ class RAR(nn.Module):
             codes = self.head(hidden)
             return F.pad(codes, (0, self.vocab_size - codes.shape[-1]), value=-torch.inf)
         rows = [slice(start, end) for start, end in self.head_rows(slot)]
-        weight, bias = (torch.cat([whole[part] for part in rows]) for whole in (self.head_weight, self.head.bias))
+        weight, bias = (torch.cat([whole[part] for part in rows]) for whole in (self.head_weight, self.head_bias))
         return F.linear(hidden, weight.to(hidden.dtype), bias)
 
     def _raster_targets(self, steps: Int[Tensor, "..."]) -> Int[Tensor, "..."]:

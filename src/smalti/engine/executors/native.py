@@ -7,6 +7,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int, c_long, c_void_p
+from functools import partial
 from itertools import accumulate, chain, repeat
 from operator import add
 from typing import Any, ClassVar, NamedTuple
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from smalti import native
+from smalti import native, processor
 from smalti.engine.executors.base import Draws, Eager, unknown_blocks
-from smalti.engine.executors.packed import MOST_PACKED_BYTES, why_no_copy
+from smalti.engine.executors.packed import why_no_copy
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
 from smalti.models.base import SequenceModel
@@ -26,19 +27,22 @@ from smalti.models.config import FEED_FORWARDS
 from smalti.models.decode_state import DecodeState, Rows
 from smalti.models.decoder_only import NO_FEATURES, DecoderOnly
 from smalti.models.encoder_decoder import EncoderDecoder
+from smalti.models.janus import Janus
 from smalti.models.rar import RAR, AdaptiveBlock
 from smalti.models.stored_weights import STORAGES, StoredLinear, StoredWeight
 from smalti.models.transformer import Block, Context, Norm
 from smalti.sequences.layout import Slot
 from smalti.sequences.vocabulary import FEATURE
 
-Model = DecoderOnly | EncoderDecoder | RAR
+Model = DecoderOnly | EncoderDecoder | RAR | Janus
 
 FEED_FORWARD_CODES = {name: code for code, name in enumerate(FEED_FORWARDS)}
 MOST_ROWS = 1024
 """Tokens of all rows together that run at once: more need memory and gain nothing."""
 STEPS_THAT_REPAY_COMPILING = 1000
 """Decode steps of one job from which the library is compiled for it: they take about as long without."""
+LARGEST_COPY = 0.25
+"""Of the machine's memory: the weights are there twice."""
 MISSING = (
     "the native library is not there: it needs a C++ compiler, a job of many steps, and SMALTI_NATIVE other than 0"
 )
@@ -110,10 +114,13 @@ class Native(Eager):
     @classmethod
     def why_not(cls, model: SequenceModel, num_steps: int | None = None) -> list[str]:
         if not isinstance(model, Model):
-            return [f"it knows decoder-only models, encoder-decoders and RAR, not {type(model).__name__}"]
+            return [f"it does not know {type(model).__name__}"]
         reasons = _unknown_parts(model) + why_no_copy(model, {torch.float32}, STORAGES)
-        if sum(parameter.nbytes for parameter in model.parameters()) > MOST_PACKED_BYTES:
-            reasons.append(f"the weights take more than {MOST_PACKED_BYTES} bytes")
+        most = LARGEST_COPY * processor.memory_bytes()
+        if (held := sum(parameter.nbytes for parameter in model.parameters())) > most:
+            reasons.append(
+                f"a copy of the weights, {held:,} bytes, would take more than {LARGEST_COPY:.0%} of the memory"
+            )
         build = num_steps is None or num_steps >= STEPS_THAT_REPAY_COMPILING
         if not reasons and load(build=build) is None:
             reasons.append(MISSING)
@@ -128,24 +135,22 @@ class Native(Eager):
             raise InputError(MISSING)
         self.library = library
         self.kept: list[Tensor] = []  # what the structures point to
-        steps = None
+        embedding = model.embed_codes if isinstance(model, EncoderDecoder) else model.embed_tokens
         if isinstance(model, RAR):
-            config, blocks, embedding = model.config.transformer, model.blocks, model.embed_tokens.weight
-            table, steps = model.position_table(), model.steps.weight
+            config, blocks, kind, table = model.config.transformer, model.blocks, "learned", model.position_table()
             ones = torch.ones(config.d_model)  # scale and shift of the last norm are modulated alone
             norm = _Norm(self._address(ones), self._address(torch.zeros_like(ones)), config.norm_eps)
         else:
-            if isinstance(model, EncoderDecoder):
-                transformer, embedding, table = model.decoder, model.embed_codes.weight, model.position_table()
-            else:
-                transformer, embedding = model.transformer, model.embed_tokens.weight
-                learned = transformer.config.positions == "learned"
-                table = transformer.positions.weight if learned else getattr(transformer, "table", None)
+            transformer = model.decoder if isinstance(model, EncoderDecoder) else model.transformer
             config, blocks, norm = transformer.config, transformer.blocks, self._norm(transformer.norm)
+            kind, table = config.positions, getattr(transformer, "table", None)
+            if isinstance(model, EncoderDecoder):
+                kind, table = "learned", model.position_table()
+            elif kind == "learned":
+                table = transformer.positions.weight
         self.config = config
-        kind = config.positions if isinstance(model, DecoderOnly) else "learned"
         self.fields = _Model(
-            vocab_size=len(embedding),
+            vocab_size=embedding.num_embeddings,
             num_layers=config.num_layers,
             width=config.d_model,
             num_heads=config.num_heads,
@@ -154,16 +159,20 @@ class Native(Eager):
             wide=config.d_ff,
             feed_forward=FEED_FORWARD_CODES[config.feed_forward],
             positions=POSITION_CODES[kind],
-            embedding=self._address(embedding),
+            embedding=self._address(embedding.weight),
             table=self._address(table),
-            steps=self._address(steps),
+            steps=self._address(model.steps.weight) if isinstance(model, RAR) else None,
             norm=norm,
             modulation=self._linear(model.modulation) if isinstance(model, RAR) else _Matrix(),
             layers=(_Layer * config.num_layers)(*map(self._layer, blocks)),  # type: ignore[arg-type]
         )
-        self.projection: tuple[_Matrix, _Matrix] | None = None
-        if isinstance(model, DecoderOnly) and model.num_features:
-            self.projection = self._linear(model.features.first), self._linear(model.features.second)
+        # What makes vectors that stand in place of embeddings, and what stands before the head.
+        self.projection: list[_Matrix] = []
+        if isinstance(model, Janus):
+            self.projection = [self._linear(layer) for layer in model.aligner.layers]  # type: ignore[arg-type]
+            self.before_head = self._linear(model.head.first)
+        elif isinstance(model, DecoderOnly) and model.num_features:
+            self.projection = [self._linear(model.features.first), self._linear(model.features.second)]
         self.heads: dict[Slot | None, _Head] = {}
         self.bound: _BoundState | None = None
         self.workspace = self.draw_workspace = torch.empty(0)
@@ -216,7 +225,7 @@ class Native(Eager):
             return self.model.logits(hidden)
         if slot is None and isinstance(self.model, DecoderOnly) and self.model.config.head_ranges is not None:
             return self.model.spread(self.logits(hidden, self.model.config.head_slot))
-        return self._product(self._head(slot).matrix, hidden)
+        return self._product(self._head(slot).matrix, self._before_head(hidden))
 
     def draw(
         self,
@@ -229,11 +238,11 @@ class Native(Eager):
     ) -> Draws:
         if config.is_filtered or config.temperature == 0:
             return super().draw(hidden, null_hidden, slot, uniforms, scales, config)
-        head, hidden, R = self._head(slot), hidden.contiguous(), len(hidden)
+        head, hidden, R = self._head(slot), self._before_head(hidden).contiguous(), len(hidden)
         if len(self.draw_workspace) < 3 * R * head.matrix.outputs:
             self.draw_workspace = torch.empty(3 * R * head.matrix.outputs)
         token_ids, log_probs = torch.empty(R, dtype=torch.long), torch.empty(2, R)
-        null_hidden = None if null_hidden is None else null_hidden.contiguous()
+        null_hidden = None if null_hidden is None else self._before_head(null_hidden).contiguous()
         fields = _Draw(
             rows=R,
             stride=hidden.shape[1],
@@ -274,42 +283,75 @@ class Native(Eager):
         if len(token_ids) > len(counts):
             slots = array("q", chain.from_iterable(map(range, lengths, ends)))
             firsts = array("q", accumulate(counts, initial=0))
-        rows, threads, widest = array("q", indices), torch.get_num_threads(), most
-        positions, vectors, contexts, labels = slots, None, None, None
-        if self.config.cross_attention:
-            found = [self.bound.context(state.conditions[row]) for row in indices]
-            contexts = array("q", map(ctypes.addressof, found))
-            widest = max(most, *(one.length for one in found))
-        elif isinstance(self.model, RAR):
-            labels = array("q", (state.conditions[row].data_ptr() for row in indices))
-        elif self.projection is not None:
-            assert isinstance(self.model, DecoderOnly)
-            given = [self.bound.features(state.conditions[row], self._project) for row in indices]
-            ahead = chain.from_iterable(
-                repeat(self.model.num_features - len(one), n) for one, n in zip(given, counts, strict=True)
-            )
-            positions = array("q", map(add, slots, ahead))
-            if FEATURE in token_ids:
-                of_tokens = chain.from_iterable(repeat(one, n) for one, n in zip(given, counts, strict=True))
-                vectors = array("q", bytes(8 * len(token_ids)))
-                for i, (features, slot) in enumerate(zip(of_tokens, slots, strict=True)):
-                    if token_ids[i] == FEATURE:
-                        token_ids[i], vectors[i] = 0, features[slot].data_ptr()
+        rows, threads, batch = array("q", indices), torch.get_num_threads(), self.bound.batch
+        beside = self._beside(state, indices, counts, token_ids, slots)
+        widest = max(most, beside.longest_context)
         needed = self.library.workspace_floats(byref(self.fields), len(token_ids), widest, threads)
         if len(self.workspace) < needed:
             self.workspace = torch.empty(needed)
         hidden = torch.empty(len(token_ids) if every else len(counts), self.fields.width)
-        batch = self.bound.batch
         batch.size, batch.num_tokens, batch.most_slots = len(counts), len(token_ids), widest
-        batch.token_ids, batch.slots, batch.positions, batch.rows = map(_address, (token_ids, slots, positions, rows))
+        batch.token_ids, batch.slots, batch.rows = map(_address, (token_ids, slots, rows))
+        batch.positions = _address(beside.positions or slots)
         batch.firsts, batch.vectors, batch.contexts, batch.labels = (
-            None if given is None else _address(given) for given in (firsts, vectors, contexts, labels)
+            None if given is None else _address(given)
+            for given in (firsts, beside.vectors, beside.contexts, beside.labels)
         )
         batch.every, batch.hidden, batch.workspace = every, hidden.data_ptr(), self.workspace.data_ptr()
         if self.library.decode(byref(self.fields), byref(batch), threads):
             raise IndexError(f"a token id is outside 0..{self.fields.vocab_size - 1}.")
         state.advance(indices, counts)
         return hidden
+
+    def _beside(
+        self, state: DecodeState, indices: list[int], counts: list[int], token_ids: array, slots: array
+    ) -> "_Beside":
+        """What some tokens have beside their ids and slots. In place of an id that is a vector stands 0."""
+        assert self.bound is not None
+        given = [state.conditions[row] for row in indices]
+        if self.config.cross_attention:
+            found = [self.bound.context(one) for one in given]
+            longest = max(one.length for one in found)
+            return _Beside(contexts=array("q", map(ctypes.addressof, found)), longest_context=longest)
+        if isinstance(self.model, RAR):
+            return _Beside(labels=array("q", (label.data_ptr() for label in given)))
+        if isinstance(self.model, Janus):
+            return self._codes_beside(self.model, token_ids)
+        if not self.projection:
+            return _Beside()
+        assert isinstance(self.model, DecoderOnly)
+        features = [self.bound.features(one, self._project) for one in given]
+        of_tokens = list(chain.from_iterable(repeat(one, n) for one, n in zip(features, counts, strict=True)))
+        most = self.model.num_features
+        positions = array("q", (slot + most - len(one) for slot, one in zip(slots, of_tokens, strict=True)))
+        if FEATURE not in token_ids:
+            return _Beside(positions=positions)
+        vectors = array("q", bytes(8 * len(token_ids)))
+        for i, (one, slot) in enumerate(zip(of_tokens, slots, strict=True)):
+            if token_ids[i] == FEATURE:
+                token_ids[i], vectors[i] = 0, one[slot].data_ptr()
+        return _Beside(positions=positions, vectors=vectors, kept=features)
+
+    def _codes_beside(self, model: Janus, token_ids: array) -> "_Beside":
+        """Codes become vectors by the aligner; the marker before them is a word."""
+        first, end = model.config.first_code, model.vocab_size
+        places = [i for i, token_id in enumerate(token_ids) if token_id >= model.config.text_size]
+        codes = [i for i in places if first <= token_ids[i] < end]
+        vectors, found = array("q", bytes(8 * len(token_ids))), None
+        if codes:
+            numbers = torch.tensor([token_ids[i] - first for i in codes])
+            found = self._project(model.embed_codes(numbers))
+            for row, i in zip(found, codes, strict=True):
+                vectors[i] = row.data_ptr()
+        for i in places:
+            if token_ids[i] < end:
+                token_ids[i] = model.config.start_id
+        return _Beside(vectors=vectors, kept=[found])
+
+    def _before_head(self, hidden: Float[Tensor, "R D"]) -> Float[Tensor, "R k"]:
+        if not isinstance(self.model, Janus):
+            return hidden
+        return _by_row(F.gelu, self._product(self.before_head, hidden))
 
     def _product(self, matrix: _Matrix, x: Float[Tensor, "R k"]) -> Float[Tensor, "R n"]:
         """A row's sums are the same whatever rows stand beside it."""
@@ -319,18 +361,18 @@ class Native(Eager):
         self.library.head(byref(matrix), x.data_ptr(), k, R, y.data_ptr(), torch.get_num_threads())
         return y
 
-    def _project(self, features: Float[Tensor, "n C"]) -> Float[Tensor, "n D"]:
-        """As `FeatureProjection` does, but the same to the last bit on any number of threads."""
-        assert self.projection is not None
-        first, second = self.projection
-        x = self._product(first, features.float())
-        x = torch.stack([F.gelu(row, approximate="tanh") for row in x])  # a row alone is one thread's
-        return self._product(second, x)
+    def _project(self, x: Float[Tensor, "n C"]) -> Float[Tensor, "n D"]:
+        """As `FeatureProjection` and `Aligner` do, but the same to the last bit in any batch on any threads."""
+        activation = F.gelu if isinstance(self.model, Janus) else partial(F.gelu, approximate="tanh")
+        x = x.float()
+        for number, matrix in enumerate(self.projection):
+            x = self._product(matrix, _by_row(activation, x) if number else x)
+        return x
 
     def _head(self, slot: Slot | None) -> "_Head":
         if slot not in self.heads:
             weight: StoredWeight | Tensor = self.model.stored_head or self.model.head_weight
-            bias = self.model.head.bias if isinstance(self.model, RAR) else None
+            bias = getattr(self.model, "head_bias", None)
             num_rows = len(weight.values if isinstance(weight, StoredWeight) else weight)
             ids = ((0, num_rows),) if slot is None else slot.ranges
             rows = ids if slot is None else self.model.head_rows(slot)
@@ -402,6 +444,24 @@ class Native(Eager):
         return self.kept[-1].data_ptr()
 
 
+class _Beside(NamedTuple):
+    """Addresses that the library reads; None where there are none."""
+
+    positions: array | None = None
+    """Of tokens that do not stand at their slots."""
+    vectors: array | None = None
+    contexts: array | None = None
+    labels: array | None = None
+    longest_context: int = 0
+    kept: Any = None
+    """What the addresses point to, if nobody else keeps it."""
+
+
+def _by_row(function: Callable[[Tensor], Tensor], x: Float[Tensor, "R k"]) -> Float[Tensor, "R k"]:
+    """torch's own kernels round other numbers last where a thread's share of them ends: a row alone is one thread's."""
+    return torch.stack([function(row) for row in x])
+
+
 class _Head(NamedTuple):
     """Part of the head, and the ids its outputs stand for."""
 
@@ -419,7 +479,7 @@ def _unknown_parts(model: Model) -> list[str]:
     """What of a model this executor does not know, in words."""
     if isinstance(model, RAR):
         return []
-    if isinstance(model, DecoderOnly):
+    if not isinstance(model, EncoderDecoder):
         return unknown_blocks(model.config.transformer)
     local = model.config.local_kernel is not None
     reasons = ["it has no convolution-shaped attention (local_kernel)"] if local else []

@@ -40,13 +40,12 @@ from smalti.models.base import SequenceModel
 from smalti.models.decode_state import SLOT_BLOCK, DecodeState, Rows
 from smalti.models.decoder_only import DecoderOnly
 from smalti.models.encoder_decoder import EncoderDecoder
+from smalti.models.janus import Janus
 from smalti.models.rar import RAR
 from smalti.models.stored_weights import StoredWeight
 from smalti.models.transformer import Block, Norm
 from smalti.sequences.layout import Slot
 
-MOST_PACKED_BYTES = 2**30
-"""Larger models are not copied."""
 LANES = 32
 """Floats that torch's kernels take at once, at the most."""
 GRAIN = 2**15
@@ -54,7 +53,9 @@ GRAIN = 2**15
 
 
 def why_no_copy(
-    model: DecoderOnly | EncoderDecoder | RAR, dtypes: set[torch.dtype], storages: tuple[str, ...] = ("float32",)
+    model: DecoderOnly | EncoderDecoder | RAR | Janus,
+    dtypes: set[torch.dtype],
+    storages: tuple[str, ...] = ("float32",),
 ) -> list[str]:
     """What keeps an executor for CPUs that copies weights, of these dtypes and stored so, from a model that it knows,
     in words."""
