@@ -4,8 +4,10 @@ label modulates every block, LlamaGen's form that begins with features, and Janu
 import pytest
 import torch
 
+from smalti import native
 from smalti.engine.engine import Engine
-from smalti.engine.executors import make_executor
+from smalti.engine.executors import choose_executor, make_executor
+from smalti.engine.executors import native as native_executor
 from smalti.engine.generate import Request, generate
 from smalti.engine.sampling import SampleConfig
 from smalti.models.config import LLAMAGEN, TransformerConfig
@@ -195,3 +197,17 @@ def test_candidates_share_a_beginning_and_its_condition():
         engine.run()
         found.append([engine.take(ticket).token_ids.tolist() for ticket in tickets])
     assert found[0] == found[1]
+
+
+def test_a_large_model_that_nothing_else_makes_faster_compiles_after_fewer_steps(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("SMALTI_NATIVE")
+    monkeypatch.setattr(native, "_loaded", {})
+    monkeypatch.setattr(native, "_absent", set())
+    model = rar(*WIDTHS[0])
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    monkeypatch.setattr(native_executor, "BYTES_THAT_REPAY_COMPILING", 100 * held)
+    layout = model.config.layout
+    shape = TransformerConfig(num_layers=1, d_model=24, num_heads=3, d_ff=40, max_length=layout.max_length)
+    found = [choose_executor(new_model(layout, shape).eval(), 999), *(choose_executor(model, n) for n in (99, 100))]
+    assert found == ["packed", "eager", "native"]

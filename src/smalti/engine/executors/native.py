@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti import native, processor
-from smalti.engine.executors.base import Draws, Eager, unknown_blocks
+from smalti.engine.executors.base import Draws, Eager, unknown_blocks, why_not_plain
 from smalti.engine.executors.packed import why_no_copy
 from smalti.engine.sampling import SampleConfig
 from smalti.errors import InputError
@@ -41,6 +41,8 @@ MOST_ROWS = 1024
 """Tokens of all rows together that run at once: more need memory and gain nothing."""
 STEPS_THAT_REPAY_COMPILING = 1000
 """Decode steps of one job from which the library is compiled for it: they take about as long without."""
+BYTES_THAT_REPAY_COMPILING = 2e10
+"""The same for models that no other executor makes faster, in bytes of weights times steps: RAR-B's 20 steps."""
 LARGEST_COPY = 0.25
 """Of the machine's memory: the weights are there twice."""
 MISSING = (
@@ -117,11 +119,16 @@ class Native(Eager):
             return [f"it does not know {type(model).__name__}"]
         reasons = _unknown_parts(model) + why_no_copy(model, {torch.float32}, STORAGES)
         most = LARGEST_COPY * processor.memory_bytes()
-        if (held := sum(parameter.nbytes for parameter in model.parameters())) > most:
+        held = sum(parameter.nbytes for parameter in model.parameters())
+        if held > most:
             reasons.append(
                 f"a copy of the weights, {held:,} bytes, would take more than {LARGEST_COPY:.0%} of the memory"
             )
-        build = num_steps is None or num_steps >= STEPS_THAT_REPAY_COMPILING
+        build = (
+            num_steps is None
+            or num_steps >= STEPS_THAT_REPAY_COMPILING
+            or (num_steps * held >= BYTES_THAT_REPAY_COMPILING and bool(why_not_plain(model)))
+        )
         if not reasons and load(build=build) is None:
             reasons.append(MISSING)
         return reasons
