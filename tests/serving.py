@@ -15,15 +15,13 @@ from tiny_bundle import tiny_bpe_pipeline, tiny_pipeline
 
 from smalti.serve.app import ServeConfig
 from smalti.serve.run import bound_socket, make_server, make_service
-from smalti.serve.worker import Worker
-from smalti.tasks.classes import ClassPipeline
-from smalti.tasks.images import Pipeline
+from smalti.serve.worker import Served, Worker
 
 
 class Running:
     """A server that runs while the block does."""
 
-    def __init__(self, *pipes: Pipeline | ClassPipeline, **settings: Any):
+    def __init__(self, *pipes: Served, **settings: Any):
         config = ServeConfig(**({"capacity": 8, "executor": "packed", "paint_apart": False} | settings))
         self.pipes = {pipe.name: pipe for pipe in pipes or (tiny_pipeline(), tiny_bpe_pipeline())}
         self.service = make_service(list(self.pipes.values()), config)

@@ -117,6 +117,12 @@ class TextEncoder:
             write_text(kept, f"{digest}\n", force=True)
         return digest
 
+    def num_tokens(self, caption: str) -> int:
+        """Of a whole caption, however many of them are encoded."""
+        tokenizer = self._tokenizer
+        with _as_input_error(self.folder), _quiet(_import_transformers()):  # which notes long captions
+            return len(tokenizer(caption)["input_ids"])
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> "list[EncodedCaption]":
         """The features of captions that are not empty, encoded together, on the CPU. Others beside a caption change its

@@ -30,6 +30,10 @@ def serve(
             help="What runs the steps: cuda_graph, native, packed, eager (default: the first that can), or compiled."
         ),
     ] = None,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(help="T5 encoder of bundles that read captions as features, a folder or the hub's owner/name."),
+    ] = None,
     api_key_env: Annotated[
         str | None, typer.Option(metavar="NAME", help="Environment variable with the key that clients must send.")
     ] = None,
@@ -49,7 +53,14 @@ def serve(
         from smalti.serve.run import serve as serve_bundles
     except ImportError as error:
         raise InputError(f"this needs {error.name}, which is in an extra: pip install 'smalti[serve]'.") from error
-    config = ServeConfig(capacity=capacity, max_queue=max_queue, deadline_s=deadline, executor=executor, api_key=key)
+    config = ServeConfig(
+        capacity=capacity,
+        max_queue=max_queue,
+        deadline_s=deadline,
+        executor=executor,
+        api_key=key,
+        text_encoder=text_encoder,
+    )
 
     def announce(address: str, service: Any) -> None:
         models = ", ".join(f"{name} ({worker.executor})" for name, worker in service.workers.items())

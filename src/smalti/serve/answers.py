@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,9 +39,11 @@ from smalti.serve.worker import EngineRequest, Job, Worker
 from smalti.tasks.classes import CLASS, ClassPipeline
 from smalti.tasks.edit import check_cells, codes_of, edit_receipt, edit_request, kept_candidates, redrawn_cells
 from smalti.tasks.face import PictureFace
+from smalti.tasks.features import FeaturePipeline
 from smalti.tasks.images import Pipeline
 from smalti.tasks.replay import (
     check_kept,
+    check_text_encoder,
     checked_receipts,
     code_difference,
     is_resampled,
@@ -50,6 +52,7 @@ from smalti.tasks.replay import (
     receipt_request,
     unblended,
 )
+from smalti.text_features import Features
 
 MAX_OUTPUT_SIDE = 1024
 """Pictures are enlarged so far at most, unless the bundle's own scale goes further."""
@@ -70,8 +73,14 @@ class Upload:
 class CheckedRequest:
     """A request for pictures, checked: the job that draws them, and what its answers say of all of them."""
 
-    def __init__(self, worker: Worker, body: ImageRequest, upload: Upload | None = None):
-        self.worker, self.pipe, self.body, self.upload = worker, worker.pipe, body, upload
+    def __init__(
+        self,
+        worker: Worker,
+        body: ImageRequest,
+        upload: Upload | None = None,
+        features: "PromptFeatures | None" = None,
+    ):
+        self.worker, self.pipe, self.body, self.upload, self.features = worker, worker.pipe, body, upload, features
         pipe, pictures = self.pipe, self.pipe.pictures
         most = max(pictures.scale, MAX_OUTPUT_SIDE // max(pictures.width, pictures.height))
         self.scale = scale_of(body.size, pictures.width, pictures.height, pictures.scale, most)
@@ -132,12 +141,17 @@ class CheckedRequest:
                     message = f"{pipe.name} draws classes: guidance steers away from no class, and nothing ranks."
                     raise ApiError(400, f"{message} Leave {name} out.", param=name)
             return pipe.class_request(class_of(pipe, body.prompt), self.seed, self.config)
+        if body.negative_prompt is not None and self.config.guidance_scale == 1:
+            message = "negative_prompt steers by guidance, and guidance_scale is 1, which is none; raise it to 2."
+            raise ApiError(400, message, param="negative_prompt")
+        if isinstance(pipe, FeaturePipeline):
+            if body.best_of is not None:
+                raise ApiError(400, f"nothing ranks pictures of {pipe.name}. Leave best_of out.", param="best_of")
+            assert self.features is not None
+            return pipe.picture_request(self.features.prompt, self.seed, self.features.negative, self.config)
         check_prompt(pipe, body.prompt, "prompt")
         if body.negative_prompt is not None:
             check_prompt(pipe, body.negative_prompt, "negative_prompt")
-            if self.config.guidance_scale == 1:
-                message = "negative_prompt steers by guidance, and guidance_scale is 1, which is none; raise it to 2."
-                raise ApiError(400, message, param="negative_prompt")
         if self.upload is None:
             words = pipe.whole(body.prompt)
             return pipe.picture_request(words, self.seed, body.negative_prompt, self.config)
@@ -159,6 +173,7 @@ class CheckedRequest:
             data.append({"b64_json": painted, "smalti": receipt})
         self.worker.metrics.pictures.labels(self.worker.name).inc(len(data))
         text = sum(len(ids) for name, ids in self.request.given.items() if name != "image")
+        text += 0 if self.request.features is None else len(self.request.features)
         output = self.pipe.bundle.image_length * len(found)
         usage = {
             "input_tokens": text + self.prefix,
@@ -184,6 +199,11 @@ class CheckedRequest:
             return self.pipe.class_receipt(class_of(self.pipe, self.body.prompt), seed, codes, **settings)
         settings |= {"negative_prompt": self.body.negative_prompt}
         prompt, best_of = self.body.prompt, self.best_of
+        if isinstance(self.pipe, FeaturePipeline):
+            settings |= self.pipe.encoder_receipt([prompt, self.body.negative_prompt or ""])
+            return self.pipe.receipt(
+                task="generate", prompt=prompt, seed=seed, codes=codes.flatten().tolist(), **settings
+            )
         if self.upload is not None:
             return edit_receipt(self.pipe, prompt, self.upload.redrawn, seed, codes, best_of, **settings)
         if best_of > 1:
@@ -202,10 +222,11 @@ def class_of(pipe: ClassPipeline, prompt: str) -> int:
 def of_captions(worker: Worker) -> Pipeline:
     """The bundle of a worker. Raises ApiError for one of classes, of which this cannot be asked."""
     if not isinstance(worker.pipe, Pipeline):
-        raise ApiError(
-            400, f"{worker.name} draws pictures of classes and knows no captions: it takes /v1/images/generations and "
-            "/v1/replay alone.", param="model",
-        )  # fmt: skip
+        why = "draws pictures of classes and knows no captions"
+        if isinstance(worker.pipe, FeaturePipeline):
+            why = "reads captions as features of a text encoder, to draw of them"
+        message = f"{worker.name} {why}: it takes /v1/images/generations and /v1/replay alone."
+        raise ApiError(400, message, param="model")
     return worker.pipe
 
 
@@ -227,10 +248,33 @@ def check_prompt(pipe: Pipeline, prompt: str, param: str) -> None:
     except InputError as error:
         raise ApiError(400, f"{param}: {error}", param=param) from error
     if num_tokens > most:
-        raise ApiError(
-            400, f"{param} has {num_tokens} tokens; {pipe.name} takes {most}. Shorten it.", param=param,
-            code="string_above_max_length",
-        )  # fmt: skip
+        raise _too_long(pipe, param, num_tokens, most)
+
+
+def _too_long(pipe: PictureFace, param: str, num_tokens: int, most: int) -> ApiError:
+    message = f"{param} has {num_tokens} tokens; {pipe.name} takes {most}. Shorten it."
+    return ApiError(400, message, param=param, code="string_above_max_length")
+
+
+class PromptFeatures(NamedTuple):
+    """What a model reads of a prompt, and of what guidance steers away from."""
+
+    prompt: Features
+    negative: Features | None
+
+
+def features_job(pipe: FeaturePipeline, body: ImageRequest) -> Job:
+    """A job that has the text encoder read the prompts, which may take a second; its answer are `PromptFeatures`."""
+
+    def finish(_: list[Generated]) -> PromptFeatures:
+        given = {"prompt": body.prompt, "negative_prompt": body.negative_prompt}
+        for param, prompt in given.items():
+            if prompt is not None and (num := pipe.num_tokens(prompt)) > pipe.reader.num_features:
+                raise _too_long(pipe, param, num, pipe.reader.num_features)
+        found = pipe.features([prompt for prompt in given.values() if prompt is not None])
+        return PromptFeatures(found[0], None if body.negative_prompt is None else found[1])
+
+    return Job([], finish)
 
 
 def file_bytes(image: str) -> bytes:
@@ -342,8 +386,16 @@ def worker_of_receipts(workers: Sequence[Worker], receipts: list[dict[str, Any]]
     )  # fmt: skip
 
 
-def replay_job(worker: Worker, picture: Image.Image, receipts: list[dict[str, Any]]) -> Job:
+def requests_job(worker: Worker, receipts: list[dict[str, Any]]) -> Job:
+    """A job whose answer are the requests that draw the pictures of receipts again: a text encoder may have to read
+    their prompts."""
     pipe = worker.pipe
+
+    def finish(_: list[Generated]) -> list[EngineRequest]:
+        if isinstance(pipe, FeaturePipeline):
+            check_text_encoder(UPLOAD, receipts, pipe)
+        return [EngineRequest(receipt_request(pipe, receipt), receipt_config(pipe, receipt)) for receipt in receipts]
+
     if any((receipt["task"] == CLASS) != isinstance(pipe, ClassPipeline) for receipt in receipts):
         raise ApiError(400, f"its receipt is damaged: the task is none of {worker.name}'s.", param="image")
     check_kept(UPLOAD, receipts, pipe)
@@ -354,7 +406,14 @@ def replay_job(worker: Worker, picture: Image.Image, receipts: list[dict[str, An
     for what, is_so in (("with resampling", is_resampled), ("and made larger", is_upscaled)):
         if any(map(is_so, receipts)):
             raise ApiError(400, f"the picture was drawn {what}, which smalti replay draws again.", param="image")
-    drawings = [EngineRequest(receipt_request(pipe, receipt), receipt_config(pipe, receipt)) for receipt in receipts]
+    return Job([], finish)
+
+
+def replay_job(
+    worker: Worker, picture: Image.Image, receipts: list[dict[str, Any]], drawings: list[EngineRequest]
+) -> Job:
+    """A job that draws the pictures of receipts again; its answer says whether they are the same."""
+    pipe = worker.pipe
 
     def finish(found: list[Generated]) -> dict[str, Any]:
         codes = torch.stack([one.spans["image"].view(pipe.grid) for one in found])

@@ -40,8 +40,9 @@ from smalti.serve.openai_api import (
     parsed,
 )
 from smalti.serve.painter import Painter
-from smalti.serve.worker import Job, PartialAnswer, QueueFull, Worker
+from smalti.serve.worker import Job, PartialAnswer, QueueFull, Served, Worker
 from smalti.tasks.classes import ClassPipeline
+from smalti.tasks.features import FeaturePipeline
 from smalti.tasks.images import Pipeline
 
 _log = logging.getLogger(__name__)
@@ -80,6 +81,9 @@ class ServeConfig:
     paint_apart: bool = True
     """Whether pictures of codes are made in a process of their own, where there is more than one processor."""
     api_key: str | None = None
+    text_encoder: str | None = None
+    """Folder of the T5 encoder of bundles that read captions as features, or the hub's owner/name; None: what each
+    names."""
 
     def __post_init__(self) -> None:
         for name, least in (("capacity", 1), ("max_queue", 0), ("max_requests", 1)):
@@ -147,10 +151,12 @@ class Service:
         return {"id": worker.name, "object": "model", "created": self.started_at, "owned_by": "smalti", "smalti": about}
 
 
-def _prompts_of(pipe: Pipeline | ClassPipeline) -> dict[str, Any]:
+def _prompts_of(pipe: Served) -> dict[str, Any]:
     """What may be asked for: so many tokens, or one of the classes, by its number or name."""
     if isinstance(pipe, ClassPipeline):
         return {"num_classes": pipe.classes.num, "class_names": pipe.classes.names}
+    if isinstance(pipe, FeaturePipeline):
+        return {"max_prompt_tokens": pipe.reader.num_features}
     return {"max_prompt_tokens": pipe.layout[pipe.bundle.order("text", "image")].span("text").length}
 
 
@@ -193,8 +199,11 @@ def _add_api(app: FastAPI, service: Service) -> None:
     @app.post("/v1/images/generations")
     async def generations(request: Request) -> Response:
         body = await _json(request, ImageRequest)
-        worker = service.worker(body.model)
-        return await _draw(service, request, answers.CheckedRequest(worker, body), body, "image_generation")
+        worker, deadline, features = service.worker(body.model), service.deadline(body.deadline_s), None
+        if isinstance(worker.pipe, FeaturePipeline):
+            features = await service.answer(request, worker, answers.features_job(worker.pipe, body), deadline)
+        checked = answers.CheckedRequest(worker, body, features=features)
+        return await _draw(service, request, checked, body, "image_generation", deadline)
 
     @app.post("/v1/images/edits")
     async def edits(request: Request) -> Response:
@@ -280,7 +289,8 @@ def _add_own(app: FastAPI, service: Service) -> None:
         reading = answers.receipts_job(worker, answers.file_bytes(body.image))
         picture, receipts = await service.answer(request, worker, reading, deadline)
         worker = answers.worker_of_receipts(list(service.workers.values()), receipts)
-        job = answers.replay_job(worker, picture, receipts)
+        requests = await service.answer(request, worker, answers.requests_job(worker, receipts), deadline)
+        job = answers.replay_job(worker, picture, receipts, requests)
         return JSONResponse(await service.answer(request, worker, job, deadline))
 
     @app.post("/v1/choices")

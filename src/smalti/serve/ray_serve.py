@@ -18,7 +18,7 @@ from smalti.serve.app import ServeConfig, create_app
 from smalti.serve.run import load_service
 
 OPTIONS = {
-    "capacity": int, "max_queue": int, "deadline_s": float, "max_requests": int, "executor": str
+    "capacity": int, "max_queue": int, "deadline_s": float, "max_requests": int, "executor": str, "text_encoder": str
 }  # fmt: skip
 
 

@@ -13,26 +13,36 @@ from smalti.errors import InputError
 from smalti.serve.app import ServeConfig, Service, create_app
 from smalti.serve.metrics import Metrics
 from smalti.serve.painter import Painter
-from smalti.serve.worker import Worker
+from smalti.serve.worker import Served, Worker
 from smalti.tasks.classes import ClassPipeline
-from smalti.tasks.images import Pipeline
+from smalti.tasks.features import FeaturePipeline, captions_face
 
 
 def load_service(bundles: Sequence[str], config: ServeConfig) -> Service:
-    """The bundles, each with its engine. Raises InputError for one that cannot draw, or two of one name."""
-    pipes: dict[str, Pipeline | ClassPipeline] = {}
+    """The bundles, each with its engine. Raises InputError for one that cannot draw, two of one name, and a text
+    encoder that is not there, is not a bundle's, or that no bundle reads captions with."""
+    pipes: dict[str, Served] = {}
     for name in bundles:
         bundle = Bundle.load(name)
-        if bundle.image_tokenizer is None or not (bundle.can_draw or bundle.can_draw_classes):
+        if bundle.image_tokenizer is None or not (
+            bundle.can_draw or bundle.can_draw_classes or bundle.can_draw_features
+        ):
             raise InputError(f"{name} draws no pictures of captions or of classes, so there is nothing to serve.")
-        pipe = ClassPipeline(bundle) if bundle.can_draw_classes else Pipeline(bundle)
+        if bundle.can_draw_classes:
+            pipe = ClassPipeline(bundle)
+        else:
+            pipe = captions_face(bundle, config.text_encoder if bundle.reads_features else None)
+        if isinstance(pipe, FeaturePipeline):
+            _ = pipe.text_encoder.sha256  # told now, not with the first picture
         if pipe.name in pipes:
             raise InputError(f"two bundles have the name {pipe.name!r}, by which clients call them; leave one out.")
         pipes[pipe.name] = pipe
+    if config.text_encoder is not None and not any(isinstance(pipe, FeaturePipeline) for pipe in pipes.values()):
+        raise InputError(f"{', '.join(pipes)} read captions without a text encoder; leave out --text-encoder.")
     return make_service(list(pipes.values()), config)
 
 
-def make_service(pipes: Sequence[Pipeline | ClassPipeline], config: ServeConfig) -> Service:
+def make_service(pipes: Sequence[Served], config: ServeConfig) -> Service:
     """The service of bundles of different names."""
     metrics, apart = Metrics(), config.paint_apart and (os.cpu_count() or 1) > 1
     painter = Painter({pipe.name: pipe.bundle for pipe in pipes}, apart=apart)

@@ -25,6 +25,7 @@ from smalti.serve.metrics import Metrics
 from smalti.serve.openai_api import ApiError
 from smalti.serve.painter import Painter
 from smalti.tasks.classes import ClassPipeline
+from smalti.tasks.features import FeaturePipeline
 from smalti.tasks.images import Pipeline
 
 _log = logging.getLogger(__name__)
@@ -50,6 +51,10 @@ class EngineRequest(NamedTuple):
 
     request: Request
     config: SampleConfig
+
+
+Served = Pipeline | ClassPipeline | FeaturePipeline
+"""What a server draws with."""
 
 
 class PartialAnswer(NamedTuple):
@@ -108,7 +113,7 @@ class Worker:
 
     def __init__(
         self,
-        pipe: Pipeline | ClassPipeline,
+        pipe: Served,
         metrics: Metrics,
         painter: Painter,
         *,

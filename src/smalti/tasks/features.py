@@ -115,6 +115,18 @@ class FeaturePipeline(PictureFace):
     def _cache(self) -> FeatureCache:
         return FeatureCache(user_cache("features"), self.text_encoder)
 
+    def num_tokens(self, caption: str) -> int:
+        """As the text encoder reads it; none of an empty caption."""
+        known = self.bundle.text_encoder
+        text = prepared(caption, cleaned=known is None or known.cleaned)
+        return self.text_encoder.num_tokens(text) if text else 0
+
+    def encoder_receipt(self, captions: Sequence[str]) -> dict[str, Any]:
+        """What a receipt says of the text encoder; of captions that are all empty none was asked."""
+        if not any(map(str.strip, captions)):
+            return {}
+        return {"text_encoder": self.text_encoder.name, "text_encoder_sha256": self.text_encoder.sha256}
+
     def features(self, captions: Sequence[str]) -> list[Features]:
         """What the model reads of each caption. An empty one is no caption: it gives the null condition's, all of them.
         One warning counts captions that are cut to what the model takes."""
@@ -164,9 +176,7 @@ class FeaturePipeline(PictureFace):
         requests = self._requests(prompts, seed, n, negative_prompt, config)
         codes = self._draw(requests, config, batch_size, executor)
         shared: dict[str, Any] = {"negative_prompt": negative_prompt, "sampling": asdict(config), "executor": executor}
-        shared |= self.upscale_receipt(upscale)
-        if any(map(str.strip, (*prompts, negative_prompt or ""))):
-            shared |= {"text_encoder": self.text_encoder.name, "text_encoder_sha256": self.text_encoder.sha256}
+        shared |= self.upscale_receipt(upscale) | self.encoder_receipt([*prompts, negative_prompt or ""])
         repeated = [prompt for prompt in prompts for _ in range(n)]
         return [
             with_receipt(

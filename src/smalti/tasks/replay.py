@@ -72,7 +72,7 @@ def replay(path: Path | str, bundle: str | Path | None = None, text_encoder: str
             )
     check_kept(path, receipts, pipe)
     if isinstance(pipe, FeaturePipeline):
-        _check_text_encoder(path, receipts, pipe)
+        check_text_encoder(path, receipts, pipe)
     for receipt in receipts:
         _check_executor(path, receipt.get("executor"))
     upscale = _is_upscaled(path, receipts, pipe)
@@ -175,7 +175,7 @@ def _load(
         ) from error
 
 
-def _check_text_encoder(path: Path | str, receipts: list[dict[str, Any]], pipe: FeaturePipeline) -> None:
+def check_text_encoder(path: Path | str, receipts: list[dict[str, Any]], pipe: FeaturePipeline) -> None:
     """Raises InputError for another text encoder than a receipt's, and for what is not drawn of a whole caption."""
     for receipt in receipts:
         if receipt["task"] != "generate":
