@@ -14,6 +14,7 @@ from smalti.cli.app import run
 from smalti.data.pairs import PairTable
 from smalti.data.scenes import parse_caption
 from smalti.errors import InputError
+from smalti.models.encoder_decoder import EncoderDecoder
 from smalti.recipes import load_recipe
 from smalti.systems.scenes import train_scenes
 from smalti.tasks.images import Pipeline
@@ -77,6 +78,18 @@ def test_a_run_has_everything_and_running_again_changes_nothing(whole: Path):
 def test_another_recipe_is_refused(whole: Path, setting: str, message: str):
     with pytest.raises(InputError, match=message):
         train(whole, setting)
+
+
+def test_an_encoder_decoder_learns_scenes_whose_captions_leave_nothing_out(tmp_path):
+    small = ["model.d_model=12", "model.num_heads=2", "model.d_ff=17", "model.encoder_layers=1", "text_size=360"]
+    shared = [one for one in SETTINGS if not one.startswith(("model.", "text_size"))]
+    recipe = load_recipe("scenes-parti", [*shared, *small, "max_text=100", f"output={tmp_path / 'run'}"])
+    pipe = Pipeline.load(train_scenes(recipe, command="smalti train scenes-parti", show_progress=False))
+    assert isinstance(pipe.model, EncoderDecoder) and pipe.rerankers[0] == "picture"
+    assert pipe.bundle.about["Trained by"] == "`smalti train scenes-parti`"
+    assert any(name.startswith("prompts, unseen: best of 2") for name in pipe.bundle.figures)
+    claims = [parse_caption(text) for text in PairTable(tmp_path / "run/data/train.parquet").read().captions]
+    assert sum(bool(claim.background and claim.texture) for claim in claims) > 90
 
 
 def test_the_recipe_as_it_ships():

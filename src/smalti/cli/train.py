@@ -65,6 +65,7 @@ def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
         ClassesRecipe,
         LinesRecipe,
         PartiRecipe,
+        PartiScenesRecipe,
         ScenesRecipe,
         TextToImageRecipe,
         TokenizerRecipe,
@@ -102,7 +103,7 @@ def _train_recipe(checked: Any, command: str, quiet: bool) -> None:
             f"  smalti doctor {bundle}"
         )
         return
-    if isinstance(checked, ScenesRecipe):
+    if isinstance(checked, ScenesRecipe | PartiScenesRecipe):
         from smalti.systems.scenes import train_scenes
 
         bundle = train_scenes(checked, command=command, show_progress=not quiet)

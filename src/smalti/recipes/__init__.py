@@ -11,6 +11,7 @@ from smalti.recipes.schema import DigitsData as DigitsData
 from smalti.recipes.schema import ImageTokenizer as ImageTokenizer
 from smalti.recipes.schema import LinesRecipe as LinesRecipe
 from smalti.recipes.schema import PartiRecipe as PartiRecipe
+from smalti.recipes.schema import PartiScenesRecipe as PartiScenesRecipe
 from smalti.recipes.schema import Recipe as Recipe
 from smalti.recipes.schema import ScenesRecipe as ScenesRecipe
 from smalti.recipes.schema import TextToImageRecipe as TextToImageRecipe

@@ -360,11 +360,9 @@ class PartiRecipe(Section):
         return self
 
 
-class ScenesRecipe(Section):
-    """A checked recipe of the system `scenes`: scenes of a grammar, an image tokenizer for them, and the system
-    `captions` on both."""
+class OfScenes(Section):
+    """What recipes of scenes have in common: a grammar's pictures and captions, and an image tokenizer for them."""
 
-    system: Literal["scenes"]
     description: str
     expects: str
     minutes: Minutes = {}
@@ -374,14 +372,6 @@ class ScenesRecipe(Section):
     image_tokenizer: ImageTokenizer
     text_size: int
     """Pieces of words."""
-    segments: tuple[str, ...]
-    """Which ids come first: image, special and text in some order."""
-    layout: Orders
-    model: TransformerConfig
-    """Without `max_length`, which is that of the layout's longest sequence; `preset` names one of `PRESETS` to start
-    from."""
-    begin_with: Path | None = None
-    """Bundle whose weights the training begins with, of the same layout, words and shape. None: random ones."""
     train: TrainConfig
     watch: SampleTableConfig = SampleTableConfig()
     sample: Sampling = Sampling()
@@ -390,10 +380,39 @@ class ScenesRecipe(Section):
     """What the model card says of data and licence."""
     output: Path
 
+
+class ScenesRecipe(OfScenes):
+    """A checked recipe of the system `scenes`: scenes of a grammar, and the system `captions` on them."""
+
+    system: Literal["scenes"]
+    segments: tuple[str, ...]
+    """Which ids come first: image, special and text in some order."""
+    layout: Orders
+    model: TransformerConfig
+    """Without `max_length`, which is that of the layout's longest sequence; `preset` names one of `PRESETS` to start
+    from."""
+    begin_with: Path | None = None
+    """Bundle whose weights the training begins with, of the same layout, words and shape. None: random ones."""
+
     @model_validator(mode="after")
     def _in_range(self) -> "ScenesRecipe":
         BPEConfig(image_size=1, text_size=self.text_size, specials=self.layout.specials, order=self.segments)
         self.layout.make(codebook_size=1, text_vocab_size=1)
+        return self
+
+
+class PartiScenesRecipe(OfScenes):
+    """A checked recipe of the system `scenes-parti`: scenes of a grammar, and the system `parti` on them."""
+
+    system: Literal["scenes-parti"]
+    max_text: int = 24
+    """Pieces of a caption that are read at most."""
+    model: PartiModel
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "PartiScenesRecipe":
+        UnigramConfig(text_size=self.text_size)
+        self.model.config(text_size=1, max_text=self.max_text, codebook_size=1, grid=(1, 1))
         return self
 
 
@@ -546,6 +565,7 @@ AnyRecipe = (
     | UpsamplerRecipe
     | CaptionsRecipe
     | ScenesRecipe
+    | PartiScenesRecipe
     | PartiRecipe
     | ClassesRecipe
     | TextToImageRecipe
@@ -557,6 +577,7 @@ System = (
     | type[UpsamplerRecipe]
     | type[CaptionsRecipe]
     | type[ScenesRecipe]
+    | type[PartiScenesRecipe]
     | type[PartiRecipe]
     | type[ClassesRecipe]
     | type[TextToImageRecipe]
@@ -568,6 +589,7 @@ SYSTEMS: dict[str, System] = {
     "upsampler": UpsamplerRecipe,
     "captions": CaptionsRecipe,
     "scenes": ScenesRecipe,
+    "scenes-parti": PartiScenesRecipe,
     "parti": PartiRecipe,
     "classes": ClassesRecipe,
     "text to image": TextToImageRecipe,

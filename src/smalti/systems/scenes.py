@@ -1,6 +1,7 @@
-"""Scenes of a grammar from top to bottom: pictures and captions, image tokenizer, and the system `captions` on both.
+"""Scenes of a grammar from top to bottom: pictures and captions, image tokenizer, and on both the system `captions` or
+`parti`.
 
-The folder of a run holds what systems/captions.py names, and
+The folder of a run holds what systems/pairs.py names, and
 
     data/                       pictures and captions: train, validation and test as parquet
     image_tokenizer_training/   the image tokenizer's training
@@ -16,9 +17,17 @@ from pydantic import BaseModel
 from smalti.data.pairs import PairTable
 from smalti.data.scene_tables import ScenesConfig, write_scenes
 from smalti.image_tokenizers import load_image_tokenizer
-from smalti.recipes import CaptionsRecipe, ImageTokenizer, ScenesRecipe, claim_folder
+from smalti.recipes import (
+    CaptionsRecipe,
+    ImageTokenizer,
+    PartiRecipe,
+    PartiScenesRecipe,
+    ScenesRecipe,
+    claim_folder,
+)
 from smalti.recipes.schema import CaptionedPictures
 from smalti.systems.captions import train_captions
+from smalti.systems.parti import train_parti
 from smalti.systems.stages import stored_image_tokenizer, team
 from smalti.training.estimate import Estimate, Length
 from smalti.training.image_tokenizer import train_tokenizer
@@ -28,14 +37,14 @@ _SCALE = 4
 
 
 class _Sources(BaseModel):
-    """What decides pictures and image tokenizer; `train_captions` guards the rest."""
+    """What decides pictures and image tokenizer; the system on them guards the rest."""
 
     data: ScenesConfig
     tokenizer_pictures: int
     image_tokenizer: ImageTokenizer
 
 
-def train_scenes(recipe: ScenesRecipe, *, command: str = "", show_progress: bool = True) -> Path:
+def train_scenes(recipe: ScenesRecipe | PartiScenesRecipe, *, command: str = "", show_progress: bool = True) -> Path:
     """Trains the system of a recipe in its output folder, from wherever it stands; returns the bundle's folder.
 
     Under `torchrun` the first process makes pictures and image tokenizer, all of them train the transformer. Raises
@@ -61,31 +70,19 @@ def train_scenes(recipe: ScenesRecipe, *, command: str = "", show_progress: bool
             write_scenes(output / "data", recipe.data, show_progress=show_progress)
             stored_image_tokenizer(output / "image_tokenizer", make_image_tokenizer)
         processes.wait()
-    return train_captions(_captions(recipe, paths), command=command, show_progress=show_progress)
+    how: Any = {"command": command, "show_progress": show_progress}
+    common = {
+        **{name: getattr(recipe, name) for name in ("description", "expects", "minutes", "text_size", "train")},
+        **{name: getattr(recipe, name) for name in ("watch", "sample", "about", "output", "model")},
+        "data": CaptionedPictures(train=paths["train"], validation=paths["validation"], scale=_SCALE),
+        "image_tokenizer": output / "image_tokenizer",
+        "prompts": recipe.evaluate,
+    }
+    if isinstance(recipe, PartiScenesRecipe):
+        return train_parti(PartiRecipe(system="parti", max_text=recipe.max_text, **common), **how)
+    own = {name: getattr(recipe, name) for name in ("segments", "layout", "begin_with")}
+    return train_captions(CaptionsRecipe(system="captions", **own, **common), **how)
 
 
 def _pictures(table: Path, most: int) -> np.ndarray:
     return np.stack([pair.picture for pair in islice(PairTable(table), most)])
-
-
-def _captions(recipe: ScenesRecipe, paths: dict[str, Path]) -> CaptionsRecipe:
-    """The rest of the run, as a recipe of the system `captions`."""
-    return CaptionsRecipe(
-        system="captions",
-        description=recipe.description,
-        expects=recipe.expects,
-        minutes=recipe.minutes,
-        data=CaptionedPictures(train=paths["train"], validation=paths["validation"], scale=_SCALE),
-        image_tokenizer=recipe.output / "image_tokenizer",
-        text_size=recipe.text_size,
-        segments=recipe.segments,
-        layout=recipe.layout,
-        model=recipe.model,
-        begin_with=recipe.begin_with,
-        train=recipe.train,
-        watch=recipe.watch,
-        sample=recipe.sample,
-        prompts=recipe.evaluate,
-        about=recipe.about,
-        output=recipe.output,
-    )
