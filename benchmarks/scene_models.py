@@ -6,7 +6,8 @@ Each size is trained once as a decoder-only transformer that learns pictures of 
 encoder-decoder, with the same words, codes, optimizer, rate and schedule; the largest decoder-only one a second time
 with captions of pictures besides, as the recipe `scenes` does. Every run makes the same number of products: that of
 UPDATES updates of the middle decoder-only model, counted by `smalti plan`'s own `footprint` on sequences of full
-length. Then `smalti evaluate prompts` draws the same prompts from each, and one bundle ranks the candidates of all.
+length. Then `smalti evaluate prompts` draws the same prompts from each. A bundle given by `--ranker` ranks the
+candidates of all by p(caption | picture) p(picture | caption); without, each ranks its own by p(picture | caption).
 
 Every training is a `smalti train` in a folder of its own: what is done is not done again, and what was stopped goes on.
 The table is printed as Markdown, with Wilson's intervals of 95 %.
@@ -51,7 +52,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 """Shapes of each size, whose parameters differ by 5 % at most."""
 MIDDLE = "0.5m"
 CATEGORIES = ("attributes", "count", "relation")
-UPDATES = 1000
+UPDATES = 3000
 TO_PICTURE = "<|startoftext|> (text{..24}) <|startofimage|> image{64} <|endofimage|>"
 TO_CAPTION = "<|startofimage|> (image{64}) <|endofimage|> text{..24} <|endoftext|>"
 TRAIN = {
@@ -162,7 +163,10 @@ def cell(*shares: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--bundle", default="scenes", help="whose image tokenizer is used, and which ranks candidates")
+    parser.add_argument("--bundle", default="scenes", help="whose image tokenizer is used")
+    parser.add_argument(
+        "--ranker", help="bundle of both orders that ranks candidates, such as one of the recipe scenes"
+    )
     parser.add_argument("--only", default="", help="runs with this in their name")
     parser.add_argument("--updates", type=int, default=UPDATES, help="of the middle decoder-only model")
     parser.add_argument("--num", type=int, default=400, help="prompts")
@@ -193,7 +197,8 @@ def main() -> None:
             smalti(["train", str(files[name])], given.threads)
         prompts = folder / name / "prompts"
         if not (prompts / "prompts.json").exists():
-            how = ["--num", str(given.num), "--best-of", given.best_of, "--ranker", given.bundle, "--rerank", "both"]
+            how = ["--num", str(given.num), "--best-of", given.best_of]
+            how += ["--ranker", given.ranker, "--rerank", "both"] if given.ranker else ["--rerank", "picture"]
             bundle = str(folder / name / "bundle")
             smalti(["evaluate", "prompts", bundle, *how, "-o", str(prompts), "--quiet"], given.threads)
         reports[name] = json.loads((prompts / "prompts.json").read_text(encoding="utf-8"))

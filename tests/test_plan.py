@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from smalti.cli.app import run
+from smalti.errors import InputError
 from smalti.models.config import TransformerConfig
 from smalti.planning import probe
 from smalti.planning.footprint import Task, example, footprint, make_model
@@ -14,6 +15,7 @@ from smalti.planning.gpus import GPUS, TRAINING_EFFICIENCY, find_gpu
 from smalti.planning.layouts import Footprints, choose_layout
 from smalti.planning.plan import cache_bytes_per_row, make_plan
 from smalti.planning.subjects import Assumed, find_subject
+from smalti.recipes import shipped_recipes
 from smalti.sequences.layout import Layout
 from smalti.sequences.vocabulary import Vocabulary
 from smalti.training.token_model import TrainConfig
@@ -166,6 +168,22 @@ def test_a_second_micro_batch_begins_with_all_gradients():
     assert two.peak_bytes == pytest.approx(two.state_bytes + two.activations_bytes)
     assert one.activations_bytes == two.activations_bytes and one.peak_bytes < two.peak_bytes
     assert one.state_bytes == two.state_bytes
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_recipe_has_a_subject_or_says_why_not(name):
+    settings = ["data=photos"] if name == "t2i" else []
+    try:
+        subject = find_subject(name, settings, Assumed())
+    except InputError as error:
+        assert "alone; a plan is for trainings of transformers" in str(error)
+        return
+    task = subject.task
+    with torch.device("meta"):
+        model = make_model(task)
+    assert model.num_parameters > 0 and task.layout.max_length <= 10_000
+    if name.startswith("scenes"):
+        assert subject.num_rows == 100_000 and subject.is_guided
 
 
 def test_the_command_prints_a_plan(capsys):

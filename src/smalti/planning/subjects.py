@@ -18,10 +18,14 @@ from smalti.recipes import (
     CaptionsRecipe,
     ClassesRecipe,
     LinesRecipe,
+    OfScenes,
     PartiRecipe,
+    PartiScenesRecipe,
     Recipe,
+    ScenesRecipe,
     TextToImageRecipe,
     TokenizerRecipe,
+    UpsamplerRecipe,
     load_recipe,
 )
 from smalti.recipes.line_presets import LINE_PRESETS, choose_preset, line_layout
@@ -31,7 +35,7 @@ from smalti.text_tokenizer import BPEConfig, TextTokenizer
 from smalti.training.token_model import TrainConfig
 
 IMAGENET, IMAGENET_CLASSES = 1_281_167, 1000
-GUIDED = ("classes", "text to image", "captions", "parti", "digits")
+GUIDED = ("classes", "text to image", "captions", "parti", "digits", "scenes", "scenes-parti")
 """Systems that draw under guidance: two rows a picture."""
 
 
@@ -120,8 +124,9 @@ def _of_recipe(name: str, recipe: AnyRecipe, assumed: Assumed) -> Subject:
     said: list[str] = []
     feature_width = None
     rows = assumed.num_rows
-    if isinstance(recipe, TokenizerRecipe):
-        raise InputError(f"{name} trains an image tokenizer alone; a plan is for trainings of transformers.")
+    if isinstance(recipe, TokenizerRecipe | UpsamplerRecipe):
+        what = "an image tokenizer" if isinstance(recipe, TokenizerRecipe) else "an upsampler"
+        raise InputError(f"{name} trains {what} alone; a plan is for trainings of transformers.")
     if isinstance(recipe, Recipe):
         train, tokenizer = recipe.train, recipe.image_tokenizer.model
         text = TextTokenizer.from_words(words()).vocab_size
@@ -130,16 +135,16 @@ def _of_recipe(name: str, recipe: AnyRecipe, assumed: Assumed) -> Subject:
         if rows is None and recipe.data.source != "pickle":
             rows = {"mnist": 55_000, "scikit-learn": 1437}[recipe.data.source] * recipe.data.colouring.colourings
             said.append(f"{rows:,} training rows")
-    elif isinstance(recipe, CaptionsRecipe):
+    elif isinstance(recipe, CaptionsRecipe | ScenesRecipe):
         train, shape = recipe.train, recipe.model
-        codes, _ = _codes(recipe.image_tokenizer, assumed, said, 4096, None)
+        codes, _ = _codes_of_captions(recipe, assumed, said, 4096, None)
         words_of = BPEConfig(
             image_size=codes, text_size=recipe.text_size, specials=recipe.layout.specials, order=recipe.segments
         )
         layout = Layout.parse(words_of.vocabulary, recipe.layout.orders)
-    elif isinstance(recipe, PartiRecipe):
+    elif isinstance(recipe, PartiRecipe | PartiScenesRecipe):
         train = recipe.train
-        codes, grid = _codes(recipe.image_tokenizer, assumed, said, 8192, (32, 32))
+        codes, grid = _codes_of_captions(recipe, assumed, said, 8192, (32, 32))
         shape = recipe.model.config(
             text_size=recipe.text_size, max_text=recipe.max_text, codebook_size=codes, grid=grid or (32, 32)
         )
@@ -164,6 +169,8 @@ def _of_recipe(name: str, recipe: AnyRecipe, assumed: Assumed) -> Subject:
         assert isinstance(recipe, LinesRecipe)
         train = recipe.train
         layout, shape, rows = _lines(recipe, assumed, said)
+    if isinstance(recipe, OfScenes):
+        rows = rows or recipe.data.num_train
     task = Task(shape, layout, train, feature_width)
     return Subject(name, task, rows, recipe.system in GUIDED, said)
 
@@ -198,6 +205,18 @@ def _lines(recipe: LinesRecipe, assumed: Assumed, said: list[str]) -> tuple[Layo
     layout = line_layout(length, vocab_size)
     preset = choose_preset(recipe.model.preset, (rows or 0) * length)
     return layout, LINE_PRESETS[preset].transformer(layout, dropout=recipe.model.dropout), rows
+
+
+def _codes_of_captions(
+    recipe: CaptionsRecipe | PartiRecipe | OfScenes, assumed: Assumed, said: list[str], *usual: Any
+) -> tuple[int, tuple[int, int] | None]:
+    """As `_codes`; a recipe of scenes describes its image tokenizer, or names one."""
+    if not isinstance(recipe, OfScenes):
+        return _codes(recipe.image_tokenizer, assumed, said, *usual)
+    if (path := recipe.image_tokenizer.path) is not None:
+        return _codes(path, assumed, said, *usual)
+    model = recipe.image_tokenizer.model
+    return model.codebook_size, model.grid
 
 
 def _codes(

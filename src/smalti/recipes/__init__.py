@@ -10,6 +10,7 @@ from smalti.recipes.schema import ClassesRecipe as ClassesRecipe
 from smalti.recipes.schema import DigitsData as DigitsData
 from smalti.recipes.schema import ImageTokenizer as ImageTokenizer
 from smalti.recipes.schema import LinesRecipe as LinesRecipe
+from smalti.recipes.schema import OfScenes as OfScenes
 from smalti.recipes.schema import PartiRecipe as PartiRecipe
 from smalti.recipes.schema import PartiScenesRecipe as PartiScenesRecipe
 from smalti.recipes.schema import Recipe as Recipe
