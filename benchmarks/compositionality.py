@@ -298,15 +298,16 @@ def attention(pipe: Pipeline, num: int) -> dict[str, Any]:
     palette = getattr(pipe.image_tokenizer.config, "palette", 0)
     sums: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
     for scene, words in singles(num, 4):
-        text, order = caption(words), ("a", "size", "colour", "shape", "on", "a", "texture", "background", "word")
-        if len(pipe.text_tokenizer.encode(text)) != len(order):
+        text = caption(words)
+        pieces = [pipe.text_tokenizer.decode([token_id]).strip() for token_id in pipe.text_tokenizer.encode(text)]
+        places = {what: pieces.index(words[what]) for what in CHOICES if pieces.count(words[what]) == 1}
+        if len(places) < len(CHOICES):  # a word of several pieces
             continue
         codes = pipe.encode_images(torch.tensor(render(scene.content)).permute(2, 0, 1)[None] / 255)[0]
         shares = attention_to_text(pipe, codes, text).numpy()  # (layers, N, cells, L)
         for area, mask in cells_of(scene, palette).items():
-            for i, word in enumerate(order):
-                if word in CHOICES:
-                    sums[area, word].append(shares[:, :, mask.ravel(), i].mean(2))
+            for word, i in places.items():
+                sums[area, word].append(shares[:, :, mask.ravel(), i].mean(2))
     found = {}
     for (area, word), rows in sums.items():
         heads = np.mean(rows, axis=0)
