@@ -83,7 +83,7 @@ class Part(NamedTuple):
     """Heads whose rows change places; 0: none do."""
 
 
-class ImportedModel(NamedTuple):
+class ImportedLlama(NamedTuple):
     """A model from elsewhere, in evaluation mode."""
 
     model: DecoderOnly
@@ -368,7 +368,7 @@ def _picture_order(layout: Layout) -> Order | None:
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_llama(source: Path, config: Path | None = None, *, allow_nonfinite: bool = False) -> ImportedModel:
+def read_llama(source: Path, config: Path | None = None, *, allow_nonfinite: bool = False) -> ImportedLlama:
     """The model in a folder that `save_pretrained` wrote, or in a weight file with `config.json` beside it.
 
     Weights may be safetensors or `torch.save`'s, in one file or in shards with their index. Raises InputError if a
@@ -396,7 +396,7 @@ def read_llama(source: Path, config: Path | None = None, *, allow_nonfinite: boo
     moved = tuple(Moved(part.key, name, part.shape) for name, pieces in parts.items() for part in pieces)
     layout, notes = _layout(fields, ours)
     tokenizer = folder / TOKENIZER
-    return ImportedModel(
+    return ImportedLlama(
         model.eval(),
         layout,
         ImportReport(sizes="from the config", moved=moved, dropped=tuple(dropped.items()), notes=more),
@@ -599,7 +599,7 @@ def _export_tokenizer(text_tokenizer: TextTokenizer | Path | None, layout: Layou
 # Verifying -------------------------------------------------------------------------------------------------------
 
 
-def verify_llama(imported: ImportedModel, directory: Path) -> tuple[list[ArrayError], str]:
+def verify_llama(imported: ImportedLlama, directory: Path) -> tuple[list[ArrayError], str]:
     """The largest error of every output of a reference folder: of the imported weights where the folder is of their
     sizes, of the folder's own otherwise (it then certifies the same code)."""
     arrays = read_arrays(directory / "io.npz")
