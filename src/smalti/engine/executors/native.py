@@ -313,7 +313,11 @@ class Native(Eager):
     def _beside(
         self, state: DecodeState, indices: list[int], counts: list[int], token_ids: array, slots: array
     ) -> "_Beside":
-        """What some tokens have beside their ids and slots. In place of an id that is a vector stands 0."""
+        """What some tokens have beside their ids and slots. Where a vector stands, the id becomes a known one."""
+        if isinstance(self.model, DecoderOnly) and not self.projection:
+            return NOTHING_BESIDE
+        if isinstance(self.model, Janus):
+            return self._codes_beside(self.model, token_ids)
         assert self.bound is not None
         given = [state.conditions[row] for row in indices]
         if self.config.cross_attention:
@@ -322,10 +326,6 @@ class Native(Eager):
             return _Beside(contexts=array("q", map(ctypes.addressof, found)), longest_context=longest)
         if isinstance(self.model, RAR):
             return _Beside(labels=array("q", (label.data_ptr() for label in given)))
-        if isinstance(self.model, Janus):
-            return self._codes_beside(self.model, token_ids)
-        if not self.projection:
-            return _Beside()
         assert isinstance(self.model, DecoderOnly)
         features = [self.bound.features(one, self._project) for one in given]
         of_tokens = list(chain.from_iterable(repeat(one, n) for one, n in zip(features, counts, strict=True)))
@@ -462,6 +462,9 @@ class _Beside(NamedTuple):
     longest_context: int = 0
     kept: Any = None
     """What the addresses point to, if nobody else keeps it."""
+
+
+NOTHING_BESIDE = _Beside()
 
 
 def _by_row(function: Callable[[Tensor], Tensor], x: Float[Tensor, "R k"]) -> Float[Tensor, "R k"]:
